@@ -1,0 +1,34 @@
+# Two commands work on a fresh machine: `make demo` and `make test`. Each sets up its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a worker: on a few cores this beats many threads in one worker.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow quality setup clean
+
+setup: $(VENV)/.ready
+
+# torch first: another package's open range would fetch whatever build is newest.
+$(VENV)/.ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+test: setup
+	$(PYTEST) -n 2
+
+test-slow: setup
+	$(PYTEST) -m slow -s
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
