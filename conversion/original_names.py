@@ -1,0 +1,110 @@
+"""What the original calls each weight: one table of names, read in either direction by the two conversions."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.text_model.",
+}
+
+# Inside one residual block of the UNet (ours -> original); the VAE differs in the shortcut alone.
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_modules(config: Any) -> dict[str, str]:
+    """The original numbers its blocks straight through, a sampler and its attention inside the block before it."""
+    layers, levels = config.layers_per_block, len(config.block_out_channels)
+    modules = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for level in range(levels):
+        first = 1 + level * (layers + 1)  # block 0 is conv_in; a level is its layers and a downsampler
+        for layer in range(layers):
+            resnets[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{first + layer}.0"
+            modules[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{first + layer}.1"
+        modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
+
+        first = level * (layers + 1)  # on the way up a level is one layer longer, its upsampler part of the last
+        for layer in range(layers + 1):
+            resnets[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{first + layer}.0"
+            modules[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{first + layer}.1"
+        place = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
+        modules[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{first + layers}.{place}.conv"
+    return modules | _inside(resnets, UNET_RESNET)
+
+
+def vae_modules(config: Any) -> dict[str, str]:
+    """The original counts the decoder's levels from the picture inwards, diffusers in the order they run."""
+    layers, levels = config.layers_per_block, len(config.block_out_channels)
+    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    resnets, attentions = {}, {}
+    for half in ("encoder", "decoder"):
+        modules |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        attentions[f"{half}.mid_block.attentions.0"] = f"{half}.mid.attn_1"
+        for layer in (0, 1):
+            resnets[f"{half}.mid_block.resnets.{layer}"] = f"{half}.mid.block_{layer + 1}"
+    for level in range(levels):
+        for layer in range(layers):
+            resnets[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
+        modules[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        inward = levels - 1 - level
+        for layer in range(layers + 1):
+            resnets[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{inward}.block.{layer}"
+        modules[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{inward}.upsample.conv"
+    return modules | _inside(resnets, VAE_RESNET) | _inside(attentions, VAE_ATTENTION)
+
+
+def text_encoder_modules(config: Any) -> dict[str, str]:
+    """The same names on both sides, except that transformers 5.6 dropped the leading `text_model`."""
+    parts = ("embeddings", "encoder", "final_layer_norm")
+    return {part: part for part in parts} | {f"text_model.{part}": part for part in parts}
+
+
+MODULES = {"unet": unet_modules, "vae": vae_modules, "text_encoder": text_encoder_modules}
+
+
+def original_names(component: str, names: Iterable[str], config: Any) -> dict[str, str]:
+    """The table of one component: diffusers' name of each of its weights -> the original's."""
+    modules = MODULES[component](config)
+    table = {}
+    for name in names:
+        module = name
+        while module and module not in modules:
+            module = module.rpartition(".")[0]
+        if not module:
+            raise ValueError(f"{component}: the original's layout has no place for {name}.")
+        table[name] = PREFIXES[component] + modules[module] + name[len(module) :]
+    return table
+
+
+def is_pointwise(original_name: str) -> bool:
+    """The VAE's attention is made of 1 x 1 convolutions in the original and of linear layers in diffusers."""
+    return ".mid.attn_1." in original_name and original_name.endswith(".weight") and ".norm." not in original_name
+
+
+def original_shape(original_name: str, shape: torch.Size) -> torch.Size:
+    return torch.Size((*shape, 1, 1)) if is_pointwise(original_name) else shape
+
+
+def _inside(blocks: Mapping[str, str], parts: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in blocks.items() for a, b in parts.items()}
