@@ -6,7 +6,8 @@ arXiv 2309.03895). This file stands on its own: it is the very file that a repos
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from diffusers.models import ImageProjection
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import USE_PEFT_BACKEND, BaseOutput, logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import ImageOps
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -126,15 +127,15 @@ def _round_down(length: int, multiple: int) -> int:
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """The picture in 8-bit RGB, turned the way its EXIF orientation asks for. Transparency is dropped, not blended."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        # Pillow opens 16-bit files in these modes and would clip everything above 255 to white.
-        levels = np.asarray(picture)
-        if levels.min() < 0 or levels.max() > 65535:
+    if picture.mode.startswith(("I", "F")):
+        # Pillow opens 16-bit files in modes that start with I, and would clip everything above 255 to white.
+        levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535
+        if not (levels.min() >= 0 and levels.max() <= white):
             raise ValueError(
-                f"`image` of mode {picture.mode} must hold 16-bit values from 0 to 65535, but holds values from"
+                f"`image` of mode {picture.mode} must hold values from 0 to {white}, but holds values from"
                 f" {levels.min()} to {levels.max()}."
             )
-        picture = PIL.Image.fromarray((levels // 257).astype(np.uint8))
+        picture = PIL.Image.fromarray((levels // (white // 255)).astype(np.uint8))
     elif picture.mode == "La":
         picture = picture.convert("LA")
     return picture.convert("RGB")
@@ -422,7 +423,7 @@ class InstructDiffusionPipeline(
 
         # 6. Denoise.
         step_kwargs = self.prepare_step_kwargs(generator, eta)
-        order = self.scheduler.order
+        order, dtype = self.scheduler.order, self.unet.dtype
         with self.progress_bar(total=-(-len(timesteps) // order)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -436,15 +437,14 @@ class InstructDiffusionPipeline(
                 pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
                 texts = [negative_prompt_embeds if b == "no_text" else prompt_embeds for b in branches]
                 shown = [
-                    torch.cat([negative if b == "no_text" else positive for b in branches])
+                    torch.cat([negative if b == "no_text" else positive for b in branches]).to(dtype)
                     for negative, positive in ip_adapter_embeds
                 ]
+                inputs = torch.cat([torch.cat([noisy_latents, picture], dim=1) for picture in pictures])
                 predictions = self.unet(
-                    torch.cat([torch.cat([noisy_latents, picture], dim=1) for picture in pictures]).to(
-                        self.unet.dtype
-                    ),
+                    inputs.to(dtype),
                     t,
-                    encoder_hidden_states=torch.cat(texts),
+                    encoder_hidden_states=torch.cat(texts).to(dtype),
                     added_cond_kwargs={"image_embeds": shown} if shown else None,
                     cross_attention_kwargs=cross_attention_kwargs,
                     return_dict=False,
@@ -469,7 +469,7 @@ class InstructDiffusionPipeline(
 
         # 7. Decode the answers with the VAE: (N, 3, H, W) in [0, 1], looked at by the safety checker.
         nsfw_content_detected = None
-        images: Any = latents.to(self.unet.dtype)
+        images: Any = latents.to(dtype)
         if output_type != "latent":
             images = self.decode_latents(latents)
             images, nsfw_content_detected = self.run_safety_checker(images, device)
@@ -497,8 +497,6 @@ class InstructDiffusionPipeline(
     ) -> None:
         """Raises a ValueError that names the argument, what it got and what would be right."""
         self._check_text("prompt", prompt, prompt_embeds)
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("`prompt` or `prompt_embeds` must be given, but both are None.")
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
             raise ValueError("`image` must be given: the picture that `prompt` is about.")
@@ -567,15 +565,16 @@ class InstructDiffusionPipeline(
             ValueError: if a picture is not readable as one, or if their working sizes differ.
         """
         pictures = _as_pictures(image)
-        latent_channels = self.vae.config.latent_channels
-        if all(isinstance(picture, torch.Tensor) and picture.shape[0] == latent_channels for picture in pictures):
+        channels = self.vae.config.latent_channels
+        image_latents = [p for p in pictures if isinstance(p, torch.Tensor) and p.shape[0] == channels]
+        if len(image_latents) == len(pictures):
             if resolution is not None:
                 raise ValueError(f"`resolution` must be None for image latents, but is {resolution}.")
-            if len({picture.shape for picture in pictures}) > 1:
-                shapes = [tuple(picture.shape) for picture in pictures]
+            shapes = [tuple(latents.shape) for latents in image_latents]
+            if len(set(shapes)) > 1:
                 raise ValueError(f"`image` must hold image latents of one shape, but holds {shapes}.")
-            height, width = (side * self.vae_scale_factor for side in pictures[0].shape[1:])
-            return torch.stack(pictures), [(width, height)] * len(pictures)
+            height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
+            return torch.stack(image_latents), [(width, height)] * len(shapes)
 
         answer_sizes, sizes, tensors = [], [], []
         for picture in pictures:
@@ -642,15 +641,12 @@ class InstructDiffusionPipeline(
             ValueError: if the numbers or shapes of the two do not fit together.
         """
         device = device or self._execution_device
-        if lora_scale is not None:
-            self._lora_scale = lora_scale
-            scale_lora_layers(self.text_encoder, lora_scale)
         if prompt_embeds is None:
-            prompt_embeds = self._encode_text(prompt, device, clip_skip)
+            if prompt is None:
+                raise ValueError("`prompt` or `prompt_embeds` must be given, but both are None.")
+            prompt_embeds = self._encode_text(prompt, device, lora_scale, clip_skip)
         if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode_text(negative_prompt or "", device, clip_skip)
-        if lora_scale is not None:
-            unscale_lora_layers(self.text_encoder, lora_scale)
+            negative_prompt_embeds = self._encode_text(negative_prompt or "", device, lora_scale, clip_skip)
 
         if prompt_embeds.shape[1:] != negative_prompt_embeds.shape[1:]:
             raise ValueError(
@@ -665,23 +661,40 @@ class InstructDiffusionPipeline(
         )
         return prompt_embeds, negative_prompt_embeds
 
-    def _encode_text(self, text: str | list[str], device: torch.device, clip_skip: int | None) -> torch.Tensor:
+    def _encode_text(
+        self, text: str | list[str], device: torch.device, lora_scale: float | None, clip_skip: int | None
+    ) -> torch.Tensor:
         """Text encoder states (B, 77, D)."""
+        if self.text_encoder is None:
+            raise ValueError("`prompt_embeds` and `negative_prompt_embeds` must be given: there is no text encoder.")
         texts = self.maybe_convert_prompt([text] if isinstance(text, str) else text, self.tokenizer)
         limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(
-            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         for whole in self.tokenizer(texts, verbose=False).input_ids:
-            # Beyond the limit goes everything from the last place on, which the end token takes.
             if len(whole) > limit:
+                # The end token takes the last place, so the text is lost from that place on.
                 lost = self.tokenizer.decode(whole[limit - 1 : -1])
                 logger.warning(f"CLIP reads {limit} tokens of a prompt and not the rest of this one: {lost!r}")
+        with self._lora_scaled(lora_scale):
+            states = self.text_encoder(ids.input_ids.to(device), output_hidden_states=clip_skip is not None)
         if clip_skip is None:
-            return self.text_encoder(ids.to(device))[0]
-        states = self.text_encoder(ids.to(device), output_hidden_states=True).hidden_states[-(clip_skip + 1)]
-        # transformers 5 has no `text_model` inside a CLIPTextModel any more.
-        return getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(states)
+            return states.last_hidden_state
+        # Newer transformers have no `text_model` inside a CLIPTextModel any more.
+        text_model: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return text_model.final_layer_norm(states.hidden_states[-(clip_skip + 1)])
+
+    @contextmanager
+    def _lora_scaled(self, scale: float | None) -> Iterator[None]:
+        """Scales the LoRA layers of the text encoder for a while. The UNet does so itself."""
+        if scale is None or not USE_PEFT_BACKEND:
+            yield
+            return
+        self._lora_scale = scale
+        scale_lora_layers(self.text_encoder, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self.text_encoder, scale)
 
     def prepare_ip_adapter_image_embeds(
         self,
@@ -707,14 +720,19 @@ class InstructDiffusionPipeline(
             ]
         pairs = []
         for embeds in given:
-            # A single entry is the positive one alone; pooled embeddings have zeros as their negative.
-            negative, positive = embeds.chunk(2) if len(embeds) > 1 else (torch.zeros_like(embeds), embeds)
-            pairs.append(
-                tuple(
-                    _expand("ip_adapter_image_embeds", half.to(device), batch_size, num_images_per_prompt)
-                    for half in (negative, positive)
+            if len(embeds) == 1:
+                # The positive one alone. Pooled embeddings have zeros as their negative.
+                embeds = torch.cat([torch.zeros_like(embeds), embeds])
+            elif len(embeds) % 2 == 1:
+                raise ValueError(
+                    "`ip_adapter_image_embeds` must hold negative embeddings and as many positive ones, but has an odd"
+                    f" number of entries: its shape is {tuple(embeds.shape)}."
                 )
+            negative, positive = (
+                _expand("ip_adapter_image_embeds", half.to(device), batch_size, num_images_per_prompt)
+                for half in embeds.chunk(2)
             )
+            pairs.append((negative, positive))
         return pairs
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
