@@ -670,7 +670,7 @@ class InstructDiffusionPipeline(
         texts = self.maybe_convert_prompt([text] if isinstance(text, str) else text, self.tokenizer)
         limit = self.tokenizer.model_max_length
         ids = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        for whole in self.tokenizer(texts, verbose=False).input_ids:
+        for whole in self.tokenizer(texts).input_ids:
             if len(whole) > limit:
                 # The end token takes the last place, so the text is lost from that place on.
                 lost = self.tokenizer.decode(whole[limit - 1 : -1])

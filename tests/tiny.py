@@ -1,0 +1,80 @@
+"""Components of random weights, and inputs for them, for tests that need a pipeline but no trained one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TOKENIZER = Path(__file__).parent / "fixtures" / "golden" / "model" / "tokenizer"
+
+
+def scheduler() -> EulerAncestralDiscreteScheduler:
+    return EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
+    )
+
+
+def components(seed: int = 0) -> dict[str, Any]:
+    """A UNet of two levels, a VAE of factor 2 and a text encoder of two layers."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=1000,
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=998,
+            eos_token_id=999,
+        )
+    )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": CLIPTokenizer.from_pretrained(TOKENIZER),
+        "unet": unet.eval(),
+        "scheduler": scheduler(),
+    }
+
+
+def picture(width: int = 32, height: int = 32, seed: int = 0) -> PIL.Image.Image:
+    """Noise, so that no two places look alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def inputs(**changes: Any) -> dict[str, Any]:
+    """A call of two steps with array output, and what the test wants otherwise."""
+    call = {
+        "prompt": "tint the cat blue",
+        "image": picture(),
+        "num_inference_steps": 2,
+        "generator": generator(),
+        "output_type": "np",
+    }
+    return call | changes
