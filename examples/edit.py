@@ -1,0 +1,98 @@
+"""Edit one picture: ask a model in words, get its answer and a side-by-side picture.
+
+python examples/edit.py --image photo.jpg --instruction "mark the sunflower in blue"
+"""
+
+import argparse
+import textwrap
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
+MARGIN, PANEL_HEIGHT, FONT_SIZE = 12, 320, 16  # pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--instruction", required=True)
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
+    parser.add_argument("--output", type=Path, default=Path("edited.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="how much the instruction counts")
+    parser.add_argument("--image_guidance_scale", type=float, default=1.25, help="how much the input picture counts")
+    parser.add_argument("--resolution", type=int, help="working size (default: the one the model was trained at)")
+    args = parser.parse_args()
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--output: no picture format has the ending {args.output.suffix!r}; try .png or .jpg")
+
+    image = open_picture(args.image)
+    pipeline = load(args.model)
+    answer = pipeline(
+        args.instruction,
+        image,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        resolution=args.resolution or trained_size(pipeline),
+        generator=torch.Generator().manual_seed(args.seed),
+    ).images[0]
+    beside = args.output.with_stem(args.output.stem + "-side-by-side")
+    save(answer, args.output)
+    save(side_by_side({"input": image, args.instruction: answer}), beside)
+    print(f"{args.output}: the answer\n{beside}: beside the input")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in `path`, upright, RGB; one large enough to be a decompression bomb is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
+
+def load(model: str) -> InstructDiffusionPipeline:
+    """The pipeline of a folder or Hub id: half precision on a GPU, float32 on a CPU."""
+    cuda = torch.cuda.is_available()
+    pipeline = InstructDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if cuda else torch.float32)
+    return pipeline.to("cuda" if cuda else "cpu")
+
+
+def trained_size(pipeline: InstructDiffusionPipeline) -> int:
+    """The side in pixels of the pictures a pipeline's UNet was made for: 512 for Stable Diffusion 1.5."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
+    """Pictures in a row, each brought to one height, under its caption."""
+    font = ImageFont.load_default(FONT_SIZE)
+    pictures = [ImageOps.contain(image, (4 * PANEL_HEIGHT, PANEL_HEIGHT)) for image in panels.values()]
+    captions = [
+        textwrap.fill(caption, max(8, 2 * picture.width // FONT_SIZE))
+        for caption, picture in zip(panels, pictures, strict=True)
+    ]
+    header = max(caption.count("\n") + 1 for caption in captions) * (FONT_SIZE + 5) + MARGIN
+    width = sum(picture.width + MARGIN for picture in pictures) + MARGIN
+    sheet = Image.new("RGB", (width, header + PANEL_HEIGHT + 2 * MARGIN), "white")
+    pen, left = ImageDraw.Draw(sheet), MARGIN
+    for caption, picture in zip(captions, pictures, strict=True):
+        pen.multiline_text((left, MARGIN), caption, "black", font)
+        sheet.paste(picture, (left, header + MARGIN))
+        left += picture.width + MARGIN
+    return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write beside `path` and rename into place, so that a half-written picture never has its name."""
+    partial = path.with_stem(path.stem + ".partial")
+    picture.save(partial)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

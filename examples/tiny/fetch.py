@@ -1,0 +1,146 @@
+"""Fetch what the small model's world is made of: photographs, named objects and the CLIP merges.
+
+Everything comes out of published packages (Debian, npm, PyPI) through their own clients; only files under CC0, public
+domain, CC-BY or CC-BY-SA (photographs) and MIT (objects, merges) are taken, and every one is credited in CREDITS.md.
+"""
+
+import io
+import re
+import struct
+import subprocess
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+DEBIAN_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
+OBJECT_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+MERGES_PACKAGE = "open_clip_torch==3.2.0"
+FREE_LICENSES = re.compile(r"CC0|public.domain|CC-BY(?!-N)", re.IGNORECASE)
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".webp", ".png"}
+# Folders of gcompris that hold photographs; its other pictures are drawings and paintings.
+GCOMPRIS_PHOTOS = re.compile(
+    r"clickgame/.*sea|erase/|explore_(farm_animals|monuments|world_animals|world_music)/"
+    r"|categorization/resource/images/(renewable|monuments|fishes)/"
+)
+MIN_SIDE = 300
+STORED_SIDE = 192
+
+# name -> code point of the emoji; few, and easy to tell apart, because a CPU trains this version.
+OBJECTS = {
+    "apple": "1f34e",
+    "banana": "1f34c",
+    "butterfly": "1f98b",
+    "car": "1f697",
+    "cat": "1f431",
+    "football": "26bd",
+    "frog": "1f438",
+    "mushroom": "1f344",
+    "panda": "1f43c",
+    "pizza": "1f355",
+    "rocket": "1f680",
+    "sunflower": "1f33b",
+    "umbrella": "2614",
+    "violin": "1f3bb",
+}
+
+
+def fetch(folder: Path) -> None:
+    """Fill `folder` with photographs/*.png, objects/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md."""
+    if (folder / "CREDITS.md").exists():
+        return
+    packages, photographs, objects = (folder / name for name in ("packages", "photographs", "objects"))
+    for path in (packages, photographs, objects):
+        path.mkdir(parents=True, exist_ok=True)
+
+    credits = ["# Credits", "", "## Photographs", ""]
+    for package in DEBIAN_PACKAGES:
+        root = packages / package
+        if not root.exists():
+            subprocess.run(["apt-get", "download", package], cwd=packages, check=True)
+            subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), root], check=True)
+        files, licenses = read_package(root)
+        for path, content in files.items():
+            license, holder = licenses.get(path, ("unknown", "unknown"))
+            if not FREE_LICENSES.match(license):
+                continue
+            picture = Image.open(io.BytesIO(content)).convert("RGB")
+            if min(picture.size) < MIN_SIDE:
+                continue
+            scale = STORED_SIDE / min(picture.size)
+            picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+            name = re.sub(r"[^a-z0-9]+", "_", str(path.with_suffix("")).lower()) + ".png"
+            picture.save(photographs / name)
+            credits.append(f"- {name}: {holder}, {license} (Debian package {package})")
+
+    credits += ["", "## Objects", "", f"Microsoft Fluent emoji, MIT, from the npm package {OBJECT_PACKAGE}:", ""]
+    subprocess.run(["npm", "pack", "--silent", OBJECT_PACKAGE], cwd=packages, check=True)
+    with tarfile.open(next(packages.glob("lobehub-*.tgz"))) as archive:
+        for name, code in OBJECTS.items():
+            member = archive.extractfile(f"package/assets/{code}.webp")
+            picture = Image.open(io.BytesIO(member.read())).convert("RGBA")
+            picture.crop(picture.getchannel("A").getbbox()).save(objects / f"{name}.png")
+            credits.append(f"- {name} (U+{code.upper()})")
+
+    subprocess.run(["pip", "download", "--quiet", "--no-deps", MERGES_PACKAGE], cwd=packages, check=True)
+    with zipfile.ZipFile(next(packages.glob("open_clip_torch-*.whl"))) as wheel:
+        merges = wheel.read("open_clip/bpe_simple_vocab_16e6.txt.gz")
+    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(merges)
+    credits += ["", "## Words", "", f"CLIP's byte-pair merges, MIT, from the PyPI package {MERGES_PACKAGE}.", ""]
+    (folder / "CREDITS.md").write_text("\n".join(credits))
+
+
+def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosixPath, tuple[str, str]]]:
+    """Photographs of an unpacked Debian package, and (licence, holder) of its files, both by path."""
+    files, licenses = {}, {}
+    for path in sorted(root.rglob("*.jpg")):
+        # The wallpapers' copyright files name "16.04/NAME.jpg", whatever folder the package installs to.
+        files[PurePosixPath(root.name.rpartition("-")[2], path.name)] = path.read_bytes()
+    for path in root.rglob("copyright"):
+        licenses |= read_licenses(path.read_text(), PurePosixPath())
+    for path in sorted(root.rglob("*.rcc")):
+        for inner, content in read_rcc(path.read_bytes()):
+            if inner.name == "README":
+                licenses |= read_licenses(content.decode(), inner.parent)
+            elif inner.suffix in PHOTO_SUFFIXES and GCOMPRIS_PHOTOS.search(str(inner)):
+                files[inner] = content
+    return files, licenses
+
+
+def read_rcc(blob: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Files of a Qt binary resource (format version 3; zlib or stored, zstd entries do not occur here)."""
+    magic, _, tree, data, names = struct.unpack_from(">4s4I", blob)
+    if magic != b"qres":
+        raise ValueError(f"blob: expected a Qt resource that starts with b'qres', got {magic!r}")
+    is_compressed, is_folder, node_size = 1, 2, 22
+
+    def walk(index: int, parent: PurePosixPath) -> Iterator[tuple[PurePosixPath, bytes]]:
+        name_offset, flags, first, second = struct.unpack_from(">IHII", blob, tree + index * node_size)
+        (length,) = struct.unpack_from(">H", blob, names + name_offset)
+        start = names + name_offset + 6
+        path = parent / blob[start : start + 2 * length].decode("utf-16-be") if index else parent
+        if flags & is_folder:
+            count, child = first, second
+            for i in range(child, child + count):
+                yield from walk(i, path)
+        else:
+            (offset,) = struct.unpack_from(">I", blob, tree + index * node_size + 10)
+            (size,) = struct.unpack_from(">I", blob, data + offset)
+            content = blob[data + offset + 4 : data + offset + 4 + size]
+            yield path, zlib.decompress(content[4:]) if flags & is_compressed else content
+
+    yield from walk(0, PurePosixPath())
+
+
+def read_licenses(text: str, folder: PurePosixPath) -> dict[PurePosixPath, tuple[str, str]]:
+    """(licence, holder) by file, from stanzas of `Copyright:`, `License:` and `Files:` parted by empty lines."""
+    licenses = {}
+    for stanza in re.split(r"\n\s*\n", text):
+        fields = dict(re.findall(r"^(Copyright|License|Files):\s*((?:(?!^\w+:).*\n?)*)", stanza, re.MULTILINE))
+        if len(fields) == 3:
+            license, holder = (" ".join(fields[key].split()) for key in ("License", "Copyright"))
+            licenses |= {folder / name: (license, holder) for name in fields["Files"].split()}
+    return licenses

@@ -1,0 +1,113 @@
+"""The small model's autoencoder: factor 4, four latent channels, mean squared error and a faint KL term."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm import tqdm
+from world import SIZE, World
+
+POOL = 24_000  # pictures drawn once and trained on many times
+BATCH = 16
+STEPS = 4_500
+LEARNING_RATE = 2e-3
+KL_WEIGHT = 1e-4
+SAVE_EVERY = 500
+
+
+def build() -> AutoencoderKL:
+    """About 0.65 M parameters; its latents are standardised after training, hence the scaling factor of one."""
+    widths = (16, 32, 64)
+    return AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+    )
+
+
+def train(world: World, folder: Path) -> AutoencoderKL:
+    """Train, or go on training, in `folder`; returns the averaged model with standardised latents."""
+    finished, state_path = folder / "vae", folder / "vae-state.pt"
+    if finished.exists():
+        return AutoencoderKL.from_pretrained(finished)
+    torch.manual_seed(0)
+    vae = build()
+    ema = EMAModel(vae.parameters(), decay=0.999)
+    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
+    first = 0
+    if state_path.exists():
+        state = torch.load(state_path)
+        vae.load_state_dict(state["vae"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+
+    pool = draw_pool(world)
+    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc="autoencoder")
+    for step in bar:
+        picks = np.random.default_rng(step).integers(len(pool), size=BATCH)
+        pictures = torch.from_numpy(pool[picks]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        error = F.mse_loss(decoded.float(), pictures)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        (error + KL_WEIGHT * kl).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        ema.step(vae.parameters())
+        bar.set_postfix_str(f"{10 * np.log10(4 / error.item()):.1f} dB")
+        if (step + 1) % SAVE_EVERY == 0:
+            state = {"vae": vae.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"schedule": schedule.state_dict(), "step": step + 1}
+            torch.save(state, state_path.with_suffix(".partial"))
+            state_path.with_suffix(".partial").replace(state_path)
+
+    ema.copy_to(vae.parameters())
+    standardize_latents(vae, pool[:2_000])
+    vae.save_pretrained(finished)
+    return vae
+
+
+def draw_pool(world: World) -> np.ndarray:
+    """Pictures without and with paint, uint8, [POOL, SIZE, SIZE, 3]; none with noise, which latents this small cannot carry."""
+    rng = random.Random(0)
+    pictures: list[np.ndarray] = []
+    for _ in tqdm(range(POOL // 2), desc="drawing"):
+        sample, _, _ = world.segmentation(rng, world.scene(rng))
+        pictures += [np.asarray(sample.image), np.asarray(sample.target)]
+    return np.stack(pictures)
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
+    """Fold mean and deviation of each latent channel into the 1x1 convolutions on either side of the latents.
+
+    The decoded picture does not change. Diffusion then sees unit-variance latents without a scaling factor, and image
+    latents, which the pipeline does not scale, have the same range as the noisy ones.
+    """
+    tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tensors.split(100)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    channels = len(mean)
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    encode.weight[:channels] /= std[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / std
+    encode.bias[channels:] -= 2 * std.log()  # the other half of the channels is the log variance
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std[:, None, None]

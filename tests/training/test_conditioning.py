@@ -1,0 +1,38 @@
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from instructdiffusion_pipeline.training.conditioning import drop_conditioning
+
+
+def dropped(draws):
+    """Which samples lost their text and which their image."""
+    size = len(draws)
+    ids, image_latents = drop_conditioning(
+        torch.ones(size, 3, dtype=torch.long), torch.ones(size, 4, 1, 1), torch.zeros(3, dtype=torch.long), draws
+    )
+    return (ids == 0).all(1), (image_latents == 0).all(dim=(1, 2, 3))
+
+
+def test_shares_on_a_hundred_thousand_draws():
+    no_text, no_image = dropped(torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    # five standard deviations of a binomial share of 0.075 are 0.0042
+    assert abs(no_text.float().mean() - 0.075) < 0.0042
+    assert abs(no_image.float().mean() - 0.075) < 0.0042
+    assert not (no_text & no_image).any()
+
+
+def test_edges():
+    no_text, no_image = dropped(torch.tensor([0.0, 0.0749, 0.075, 0.1499, 0.15, 0.999]))
+    assert no_text.tolist() == [True, True, False, False, False, False]
+    assert no_image.tolist() == [False, False, True, True, False, False]
+
+
+def test_the_originals_draws_give_the_originals_modes(golden):
+    for step in ("step_a", "step_b"):
+        draws = load_file(golden / "training" / f"{step}.safetensors")["dropout_random"]
+        modes = json.loads((golden / "training" / f"{step}.json").read_text())["modes"]
+        no_text, no_image = dropped(draws)
+        assert no_text.tolist() == [mode == "null_text" for mode in modes]
+        assert no_image.tolist() == [mode == "zero_image" for mode in modes]

@@ -1,0 +1,72 @@
+"""The training step against two that were recorded from the original."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+
+from instructdiffusion_pipeline.training.conditioning import drop_conditioning
+from instructdiffusion_pipeline.training.data import tokenize
+from instructdiffusion_pipeline.training.loss import epsilon_loss
+
+# Where the weights whose gradients were recorded live in diffusers' UNet.
+GRADIENTS = {
+    "input_blocks.0.0.weight": "conv_in.weight",
+    "time_embed.0.weight": "time_embedding.linear_1.weight",
+    "middle_block.1.transformer_blocks.0.attn2.to_k.weight": (
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    ),
+    "output_blocks.7.0.in_layers.2.weight": "up_blocks.3.resnets.1.conv1.weight",
+    "out.2.weight": "conv_out.weight",
+}
+
+
+@pytest.fixture(params=["step_a", "step_b"])
+def step(request, golden):
+    folder = golden / "training"
+    return load_file(folder / f"{request.param}.safetensors"), json.loads(
+        (folder / f"{request.param}.json").read_text()
+    )
+
+
+def golden_losses(pipe, tensors, about, **options):
+    tokenizer, scheduler = pipe.tokenizer, DDPMScheduler.from_config(pipe.scheduler.config)
+    target_mean, target_logvar = tensors["target_posterior_parameters"].chunk(2, dim=1)
+    latents = pipe.vae.config.scaling_factor * (
+        target_mean + torch.exp(0.5 * target_logvar) * tensors["posterior_noise"]
+    )
+    input_ids, image_latents = drop_conditioning(
+        tokenize(tokenizer, about["prompts"]),
+        tensors["source_posterior_parameters"].chunk(2, dim=1)[0],
+        tokenize(tokenizer, [""])[0],
+        tensors["dropout_random"],
+    )
+    prompt_embeds = pipe.text_encoder(input_ids).last_hidden_state
+    return epsilon_loss(
+        pipe.unet, scheduler, latents, image_latents, prompt_embeds, tensors["noise"], tensors["t"], **options
+    )
+
+
+def test_loss_and_gradients_are_the_originals(golden_pipe, step):
+    tensors, about = step
+    unet = golden_pipe.unet
+    losses = golden_losses(golden_pipe, tensors, about)
+    torch.testing.assert_close(losses, tensors["loss_per_sample"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses.mean(), tensors["loss"][0], atol=1e-6, rtol=0)
+    for theirs, ours in GRADIENTS.items():
+        expected = tensors[f"grad.model.diffusion_model.{theirs}"]
+        (gradient,) = torch.autograd.grad(losses.mean(), unet.get_parameter(ours), retain_graph=True)
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm(), ours
+
+
+def test_min_snr_weights_each_sample_by_its_clipped_snr(golden_pipe, step):
+    tensors, about = step
+    with torch.no_grad():
+        plain = golden_losses(golden_pipe, tensors, about)
+        weighted = golden_losses(golden_pipe, tensors, about, min_snr_gamma=5.0)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = torch.cumprod(1 - betas, dim=0)[tensors["t"]]
+    snr = signal / (1 - signal)
+    torch.testing.assert_close(weighted, plain * (snr.clamp(max=5.0) / snr).float(), rtol=1e-4, atol=1e-7)
