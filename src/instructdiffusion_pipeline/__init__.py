@@ -1,0 +1,25 @@
+"""InstructDiffusion as a diffusers pipeline: one image model that follows instructions."""
+
+import diffusers
+
+from .hub import export, push
+from .pipeline_instruct_diffusion import (
+    Guidance,
+    InstructDiffusionPipeline,
+    InstructDiffusionPipelineOutput,
+    WorkingSize,
+    working_size,
+)
+
+__all__ = [
+    "Guidance",
+    "InstructDiffusionPipeline",
+    "InstructDiffusionPipelineOutput",
+    "WorkingSize",
+    "export",
+    "push",
+    "working_size",
+]
+
+# `DiffusionPipeline.from_pretrained` looks here for the class that a saved folder names.
+diffusers.InstructDiffusionPipeline = InstructDiffusionPipeline

@@ -1,0 +1,137 @@
+"""A Hub on the loopback interface: the few routes that huggingface_hub calls to push a model and to pull it again."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer(ThreadingHTTPServer):
+    """Keeps the newest revision of each repository in memory, and every request it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content
+        self.private: dict[str, bool] = {}
+        self.uploads: dict[str, bytes] = {}  # sha256 -> content, what came in by LFS
+        self.requests: list[str] = []
+
+    def commit_hash(self, repo: str) -> str:
+        contents = [(path, hashlib.sha1(data).hexdigest()) for path, data in sorted(self.files[repo].items())]
+        return hashlib.sha1(json.dumps(contents).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, status: int, body: object = b"", headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _route(self) -> None:
+        hub, path, body = self.server, unquote(urlsplit(self.path).path), self._body()
+        hub.requests.append(f"{self.command} {path}")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            hub.files.setdefault(repo, {})
+            # huggingface_hub 1 says `private`, 2 says `visibility`.
+            hub.private[repo] = asked.get("private") is True or asked.get("visibility") == "private"
+            self._answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
+        elif path == "/api/validate-yaml":
+            self._answer(200, {"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/uploads/(\w{64})", path):
+            hub.uploads[match[1]] = body
+            self._answer(200)
+        elif match := re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs|)(?:/([a-z-]+)(/.*)?)?", path):
+            repo, verb, rest = match[1], match[2], match[3] or ""
+            if repo not in hub.files:
+                self._answer(404, headers={"X-Error-Code": "RepoNotFound"})
+            else:
+                self._repository(repo, verb, rest, body)
+        else:
+            self._answer(404)
+
+    def _repository(self, repo: str, verb: str | None, rest: str, body: bytes) -> None:
+        hub, files, commit = self.server, self.server.files[repo], self.server.commit_hash(repo)
+        if verb in (None, "revision"):
+            self._answer(200, {"id": repo, "sha": commit, "siblings": [{"rfilename": path} for path in files]})
+        elif verb in ("tree", "paths-info"):
+            self._answer(
+                200,
+                [{"type": "file", "path": p, "size": len(d), "oid": _git_oid(d)} for p, d in files.items()],
+            )
+        elif verb == "preupload":
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self._answer(200, {"files": modes})
+        elif verb == "objects":
+            wanted = json.loads(body)["objects"]
+            actions = [{**o, "actions": {"upload": {"href": f"{hub.url}/uploads/{o['oid']}"}}} for o in wanted]
+            self._answer(200, {"transfer": "basic", "objects": actions})
+        elif verb == "commit":
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.uploads[value["oid"]]
+            commit = hub.commit_hash(repo)
+            self._answer(200, {"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit})
+        elif verb == "resolve":
+            name = rest.split("/", 2)[2]
+            if name in files:
+                headers = {"ETag": f'"{_git_oid(files[name])}"', "X-Repo-Commit": commit}
+                self._answer(200, files[name], headers)
+            else:
+                self._answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        else:
+            self._answer(404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _route
+
+
+def _git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@contextmanager
+def running_hub() -> Iterator[HubServer]:
+    """Serve on a free port of the loopback interface for the length of a `with` block."""
+    with HubServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
