@@ -85,7 +85,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
 
 
 def draw_pool(world: World) -> np.ndarray:
-    """Pictures without and with paint, uint8, [POOL, SIZE, SIZE, 3]; none with noise, which latents this small cannot carry."""
+    """Pictures without and with paint, uint8, [POOL, SIZE, SIZE, 3]; latents this small could not carry noise."""
     rng = random.Random(0)
     pictures: list[np.ndarray] = []
     for _ in tqdm(range(POOL // 2), desc="drawing"):

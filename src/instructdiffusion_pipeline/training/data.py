@@ -73,7 +73,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 class EndlessShuffle(Sampler[int]):
-    """Indices below `length`, shuffled anew each epoch, for ever; a pure function of `seed`, from position `start` on."""
+    """Indices below `length` without end, each epoch in a new order that `seed` fixes, from position `start` on."""
 
     def __init__(self, length: int, seed: int, start: int = 0):
         self.length, self.seed, self.start = length, seed, start

@@ -1,0 +1,59 @@
+import struct
+import zlib
+from pathlib import PurePosixPath
+
+import pytest
+from fetch import FREE_LICENSES, read_licenses, read_rcc
+
+
+def resource(files):
+    """A Qt resource (version 3) with `files` in one folder "pictures", compressed where the name ends in z."""
+    names, data, offsets = b"", b"", {}
+    for name in ["pictures", *files]:
+        offsets[name] = len(names)
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    tree = struct.pack(">IHIIQ", 0, 2, 1, 1, 0)
+    tree += struct.pack(">IHIIQ", offsets["pictures"], 2, len(files), 2, 0)
+    for name, content in files.items():
+        compressed = name.endswith("z")
+        stored = struct.pack(">I", len(content)) + zlib.compress(content) if compressed else content
+        tree += struct.pack(">IHIIQ", offsets[name], int(compressed), 0, len(data), 0)
+        data += struct.pack(">I", len(stored)) + stored
+    header = 24
+    places = (header, header + len(tree), header + len(tree) + len(data))
+    return struct.pack(">4s5I", b"qres", 3, *places, 0) + tree + data + names
+
+
+def test_resource_files_come_out_as_they_went_in():
+    files = {"a.webp": b"stored", "b.z": b"squeezed " * 9, "äöü.txt": b""}
+    found = dict(read_rcc(resource(files)))
+    assert found == {PurePosixPath("pictures", name): content for name, content in files.items()}
+
+
+def test_something_else_is_refused():
+    with pytest.raises(ValueError, match="starts with b'qres'"):
+        list(read_rcc(b"PK\3\4" + bytes(40)))
+
+
+def test_licences_of_stanzas():
+    text = (
+        "Copyright: Ann\nLicense: CC-BY-SA 4.0\nSource: https://example.org\nFiles:\na.webp\nsub/b.webp\n\n"
+        "Files: c.jpg\n d.jpg\nCopyright: 2018, Bob\n 2019, Cy\nLicense: GPL-3+\n"
+    )
+    found = read_licenses(text, PurePosixPath("top"))
+    assert found == {
+        PurePosixPath("top/a.webp"): ("CC-BY-SA 4.0", "Ann"),
+        PurePosixPath("top/sub/b.webp"): ("CC-BY-SA 4.0", "Ann"),
+        PurePosixPath("top/c.jpg"): ("GPL-3+", "2018, Bob 2019, Cy"),
+        PurePosixPath("top/d.jpg"): ("GPL-3+", "2018, Bob 2019, Cy"),
+    }
+
+
+@pytest.mark.parametrize("name", ["CC0-1.0", "Public Domain", "public-domain", "CC-BY 2.0", "CC-BY-SA-4.0"])
+def test_free_licences(name):
+    assert FREE_LICENSES.match(name)
+
+
+@pytest.mark.parametrize("name", ["GPL-3+", "CC-BY-NC-4.0", "CC-BY-ND 2.0", "unknown", "free-art"])
+def test_other_licences(name):
+    assert not FREE_LICENSES.match(name)
