@@ -49,6 +49,7 @@ def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], li
 
     The folder loads with `InstructDiffusionPipeline.from_pretrained(path)`, and without this package with
     `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`. The code in it is this package's pipeline file.
+    A process that is killed meanwhile leaves a hidden folder `.NAME.*` beside the target, which may be deleted.
 
     Args:
         pipeline: the pipeline to write, its weights in the precision they have now.
@@ -94,7 +95,7 @@ def push(
     Raises:
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
         huggingface_hub.errors.HFValidationError: `repo_id` is not a name the Hub allows.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused; what was there is unchanged.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused; no commit was made.
     """
     _check(pipeline)
     # Asked for first: a bad name or token must show before gigabytes are written.
