@@ -8,6 +8,7 @@ desktop processor the autoencoder takes about half an hour and the UNet about an
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="downloads, caches and checkpoints")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent.parent / "instructdiffusion-tiny")
     args = parser.parse_args()
+    if args.output_dir.exists():
+        parser.error(f"--output_dir: {args.output_dir} exists already; remove it, or name another folder")
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     fetch(args.work_dir / "world")
@@ -57,6 +60,8 @@ def main() -> None:
     pipeline.text_encoder.set_attn_implementation("eager")
     pipeline = train(pipeline, dataset, CONFIG, args.work_dir / "checkpoints")
     export(pipeline.to(dtype=torch.float16), args.output_dir)
+    shutil.copy(Path(__file__).parent / "MODEL_CARD.md", args.output_dir / "README.md")
+    shutil.copy(args.work_dir / "world" / "CREDITS.md", args.output_dir)
 
 
 def cached_samples(world: World, pipeline, path: Path) -> EncodedSamples:
