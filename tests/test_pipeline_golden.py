@@ -2,9 +2,9 @@
 
 The original ran on a CPU in float32; its own float64 run is up to 2.1e-4 away from that in the final latents.
 
-Measured, at most over all cases: noise levels 5.0e-5, predictions 1.9e-5, final latents 4.4e-4 (values reach 30), pictures
-one grey level in 0.13 % of the values. Heun, with diffusers' own scheduler: noise levels 3.8e-6, predictions 4.1e-6, final
-latents 9.4e-5, one grey level in 0.012 % of the values; so it needs no tolerances of its own.
+Measured, at most over all cases: noise levels 5.0e-5, predictions 1.9e-5, final latents 4.4e-4 (values reach 30),
+pictures one grey level in 0.13 % of the values. Heun, with diffusers' own scheduler: noise levels 3.8e-6, predictions
+4.1e-6, final latents 9.4e-5, one grey level in 0.012 % of the values; so it needs no tolerances of its own.
 """
 
 import json
@@ -109,7 +109,7 @@ def test_start(run: Run) -> None:
 
 @pytest.mark.parametrize("call", ["first", "last"])
 def test_predictions_of_each_branch(run: Run, call: str) -> None:
-    """Where the original stood, under the conditions that the pipeline gave the UNet. Branches are in the same order."""
+    """Where the original stood, under the conditions that the pipeline gave the UNet. The order is the same."""
     (sample, timestep), conditions, _ = run.calls[0 if call == "first" else -1]
     branches = len(sample)
     assert branches == (2 if run.meta["cfg_image"] == 0.5 else 3)

@@ -31,12 +31,14 @@ def components(seed: int = 0) -> dict[str, Any]:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32,
         attention_head_dim=8,
+        norm_num_groups=16,
     )
     vae = AutoencoderKL(
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
+        norm_num_groups=16,
     )
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -95,25 +95,25 @@ def working_size(width: int, height: int, resolution: int | None, vae_scale_fact
     `vae_scale_factor`, at least one, and nothing is cropped.
 
     Raises:
-        ValueError: if a side or the resolution is not positive, or the long side would exceed four times `resolution`.
+        ValueError: if a side or the resolution is too small, or the long side would exceed four times `resolution`.
     """
     if width < 1 or height < 1:
         raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
     if resolution is None:
         whole = (0.0, 0.0, float(width), float(height))
         return WorkingSize((_round_down(width, vae_scale_factor), _round_down(height, vae_scale_factor)), whole)
-    if not isinstance(resolution, int) or resolution < 1:
-        raise ValueError(f"`resolution` must be None or a positive number of pixels, but is {resolution!r}.")
+    if not isinstance(resolution, int) or resolution < 16:
+        raise ValueError(f"`resolution` must be None or at least 16 pixels, but is {resolution!r}.")
     short_side, long_side = min(width, height), max(width, height)
     # In integers: floating point lands just beside a multiple of 64 for one size in seventeen, and is a block off.
     short = 64 * -(-short_side * resolution // (64 * long_side))
     long = 64 * (long_side * short // (64 * short_side))
+    size = (short, long) if width < height else (long, short)
     if long > 4 * resolution:
         raise ValueError(
-            f"`image` of {width} x {height} pixels is too elongated for `resolution={resolution}`: its long side would"
-            f" become {long} pixels, more than four times the resolution. Crop it or raise `resolution`."
+            f"`image` of {width} x {height} pixels is too elongated for `resolution={resolution}`: it would become"
+            f" {size[0]} x {size[1]}, and no side may pass four times the resolution. Crop it or raise `resolution`."
         )
-    size = (short, long) if width < height else (long, short)
     left, top, right, bottom = centre_crop((width, height), size)
     x, y = (right - left) / size[0], (bottom - top) / size[1]
     shown = centre_crop(size, (width, height))
@@ -581,8 +581,9 @@ class InstructDiffusionPipeline(
             if isinstance(picture, PIL.Image.Image):
                 picture = upright_rgb(picture)
                 answer_sizes.append(picture.size)
+            elif picture.shape[0] != 3:
+                raise ValueError(f"`image` must have 3 channels, or be all image latents, but has {picture.shape[0]}.")
             else:
-                self._check_picture_tensor(picture)
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
             sizes.append(working_size(*answer_sizes[-1], resolution, self.vae_scale_factor).size)
             if len(set(sizes)) > 1:
@@ -591,6 +592,7 @@ class InstructDiffusionPipeline(
                 fitted = _fitted(picture, sizes[0], crop=resolution is not None)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
             else:
+                self._check_range(picture)
                 tensors.append(_resized(picture, sizes[0], crop=resolution is not None))
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -601,9 +603,7 @@ class InstructDiffusionPipeline(
         return self.image_processor.preprocess(torch.stack(tensors)), answer_sizes
 
     @staticmethod
-    def _check_picture_tensor(picture: torch.Tensor) -> None:
-        if picture.shape[0] != 3:
-            raise ValueError(f"`image` must have 3 channels, or be all image latents, but has {picture.shape[0]}.")
+    def _check_range(picture: torch.Tensor) -> None:
         if not picture.is_floating_point() or not (picture.min() >= 0 and picture.max() <= 1):
             raise ValueError(
                 "`image` must hold floating-point values in [0, 1] if it is a tensor or an array, but holds"

@@ -1,0 +1,109 @@
+"""Guidance: the weights, which branches run, and that leaving one out changes nothing."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instructdiffusion_pipeline import Guidance, InstructDiffusionPipeline
+
+scales = st.floats(-20, 20).map(lambda scale: round(scale, 3))
+BRANCHES = [((5.0, 1.25), 3), ((6.0, 0.5), 2), ((0.5, 1.5), 2), ((0.5, 0.5), 1)]
+
+
+@given(scales, scales)
+def test_weights_sum_to_one(text: float, image: float) -> None:
+    assert sum(Guidance.from_scales(text, image)) == pytest.approx(1)
+
+
+@given(scales, scales, st.integers(0, 2**32 - 1))
+def test_combination_is_that_of_the_paper(text: float, image: float, seed: int) -> None:
+    predictions = torch.randn(3, 1, 4, 2, 2, generator=tiny.generator(seed), dtype=torch.float64)
+    both, no_text, no_image = predictions
+    expected = (no_text + no_image) / 2 + text * (both - no_text) + image * (both - no_image)
+    guidance = Guidance.from_scales(text, image)
+    running = [dict(zip(guidance._fields, predictions, strict=True))[name] for name in guidance.branches]
+    assert torch.allclose(guidance.combine(torch.cat(running)), expected, atol=1e-9)
+
+
+def test_half_and_half_is_plain_sampling() -> None:
+    assert Guidance.from_scales(0.5, 0.5) == (1, 0, 0)
+
+
+def unet_batches(pipe: InstructDiffusionPipeline) -> list[int]:
+    """Grows by the batch of each call of the UNet."""
+    batches: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    return batches
+
+
+@pytest.mark.parametrize(("scales", "branches"), BRANCHES)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_branch_without_weight_does_not_run(
+    pipe: InstructDiffusionPipeline, scales: tuple[float, float], branches: int, samples: int
+) -> None:
+    batches = unet_batches(pipe)
+    pipe(**tiny.inputs(guidance_scale=scales[0], image_guidance_scale=scales[1], num_images_per_prompt=samples))
+    assert batches == [branches * samples] * 2
+
+
+def test_callbacks_change_the_scales_half_way(pipe: InstructDiffusionPipeline) -> None:
+    batches = unet_batches(pipe)
+    schedule = iter([(6.0, 0.5), (0.5, 0.5), (5.0, 1.25), (1.0, 1.0)])
+
+    def change(pipe: InstructDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+        pipe._guidance_scale, pipe._image_guidance_scale = next(schedule)
+        return tensors
+
+    pipe(**tiny.inputs(num_inference_steps=4, callback_on_step_end=change))
+    assert batches == [3, 2, 1, 3]
+    assert (pipe.guidance_scale, pipe.image_guidance_scale) == (1.0, 1.0)
+    pipe(**tiny.inputs(num_inference_steps=1))
+    assert batches[4:] == [3]  # The next call starts from its own scales.
+
+
+def test_a_callback_of_diffusers_changes_the_scales(pipe: InstructDiffusionPipeline) -> None:
+    batches = unet_batches(pipe)
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    pipe(**tiny.inputs(image_guidance_scale=0.5, callback_on_step_end=callback))
+    assert batches == [2, 2]
+    assert pipe.guidance_scale == 0.0
+
+
+@pytest.mark.parametrize(("scales", "branches"), BRANCHES)
+def test_leaving_branches_out_changes_nothing(
+    pipe: InstructDiffusionPipeline, scales: tuple[float, float], branches: int
+) -> None:
+    """Against scales a hair away, at which all three branches run."""
+    with_elision = pipe(**tiny.inputs(guidance_scale=scales[0], image_guidance_scale=scales[1])).images
+    batches = unet_batches(pipe)
+    text, image = (scale + 1e-9 if scale == 0.5 else scale for scale in scales)
+    without = pipe(**tiny.inputs(guidance_scale=text, image_guidance_scale=image)).images
+    assert batches == [3, 3]
+    assert abs(with_elision - without).max() <= 1e-5
+
+
+@pytest.mark.parametrize("small", [(1.0, 1.0), (0.9, 0.2), (0.0, 0.0), (-1.0, 0.5)])
+def test_small_scales_guide_too(pipe: InstructDiffusionPipeline, small: tuple[float, float]) -> None:
+    plain = pipe(**tiny.inputs(guidance_scale=0.5, image_guidance_scale=0.5)).images
+    guided = pipe(**tiny.inputs(guidance_scale=small[0], image_guidance_scale=small[1])).images
+    assert abs(plain - guided).max() > 1e-4
+
+
+def test_what_each_branch_sees(pipe: InstructDiffusionPipeline) -> None:
+    calls: list[tuple] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    pipe(**tiny.inputs(negative_prompt="a dog"))
+    (sample, _), conditions = calls[0]
+    text, negative = pipe.encode_prompt("tint the cat blue", negative_prompt="a dog")
+    assert torch.equal(conditions["encoder_hidden_states"], torch.cat([text, negative, text]))
+    noisy, image = sample[:, :4], sample[:, 4:]
+    assert torch.equal(noisy[0], noisy[1])
+    assert torch.equal(noisy[0], noisy[2])
+    assert torch.equal(image[0], image[1])
+    assert image[0].abs().max() > 0
+    assert image[2].abs().max() == 0

@@ -1,0 +1,238 @@
+"""What a call accepts: kinds and modes of pictures, texts, how lists broadcast, and what each mistake is told."""
+
+import io
+import logging
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
+MODES += ["I;16", "I;16L", "I;16B"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pillow_is_read(pipe: InstructDiffusionPipeline, mode: str) -> None:
+    answer = pipe(**tiny.inputs(image=PIL.Image.new(mode, (32, 32)), num_inference_steps=1)).images
+    assert answer.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "RGBX", "LA", "CMYK", "I", "F", "I;16", "I;16B"])
+def test_white_is_read_as_white_and_black_as_black(mode: str) -> None:
+    white = {"I": 65535, "I;16": 65535, "I;16B": 65535, "F": 255.0, "CMYK": (0, 0, 0, 0), "LA": (255, 0)}
+    picture = PIL.Image.new(mode, (3, 2), white.get(mode, "white"))
+    assert upright_rgb(picture).getpixel((1, 1)) == (255, 255, 255)
+    black = {"CMYK": (0, 0, 0, 255), "LA": (0, 0)}
+    assert upright_rgb(PIL.Image.new(mode, (3, 2), black.get(mode, 0))).getpixel((1, 1)) == (0, 0, 0)
+
+
+def test_sixteen_bits_are_scaled_down_and_not_clipped() -> None:
+    levels = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    file = io.BytesIO()
+    PIL.Image.fromarray(levels).save(file, "PNG")
+    read = np.asarray(upright_rgb(PIL.Image.open(file)))
+    assert np.array_equal(read[..., 0], levels // 257)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 255.5), ("F", float("nan"))])
+def test_values_that_no_picture_has_are_refused(mode: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`image` of mode {mode} must hold values from 0 to"):
+        upright_rgb(PIL.Image.new(mode, (3, 2), value))
+
+
+def test_transparency_is_dropped() -> None:
+    assert upright_rgb(PIL.Image.new("RGBA", (1, 1), (10, 20, 30, 0))).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_exif_orientation_is_applied(pipe: InstructDiffusionPipeline) -> None:
+    turned = tiny.picture(32, 48).transpose(PIL.Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # "turn clockwise to show"
+    by_hand = pipe(**tiny.inputs(image=tiny.picture(32, 48), output_type="pil")).images[0]
+    by_exif = pipe(**tiny.inputs(image=turned, output_type="pil")).images[0]
+    assert turned.size == (48, 32)
+    assert by_exif.size == (32, 48)
+    assert np.array_equal(np.asarray(by_exif), np.asarray(by_hand))
+
+
+def as_array(picture: PIL.Image.Image) -> np.ndarray:
+    return np.asarray(picture, dtype=np.float32) / 255
+
+
+def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
+    return torch.from_numpy(as_array(picture)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("resolution", [None, 64])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        as_array,
+        as_tensor,
+        lambda picture: as_array(picture)[None],
+        lambda picture: as_tensor(picture)[None],
+        lambda picture: [as_array(picture)],
+        lambda picture: [as_tensor(picture)[None]],
+        lambda picture: [picture],
+    ],
+)
+def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int | None) -> None:
+    """At another size a PIL picture is rounded to 8 bits in between, which the others are not."""
+    picture = tiny.picture(32, 40)
+    expected = pipe(**tiny.inputs(image=picture, resolution=resolution)).images
+    answer = pipe(**tiny.inputs(image=kind(picture), resolution=resolution)).images
+    assert abs(answer - expected).max() <= (1e-6 if resolution is None else 2e-2)
+
+
+def test_a_tensor_answers_in_its_own_size_as_pil(pipe: InstructDiffusionPipeline) -> None:
+    image = as_tensor(tiny.picture(33, 50))
+    assert pipe(**tiny.inputs(image=image, resolution=64, output_type="pil")).images[0].size == (33, 50)
+    assert pipe(**tiny.inputs(image=image, output_type="pil")).images[0].size == (33, 50)
+
+
+def test_image_latents_are_not_encoded_again(pipe: InstructDiffusionPipeline) -> None:
+    with torch.no_grad():
+        latents = pipe.vae.encode(2 * as_tensor(tiny.picture())[None] - 1).latent_dist.mode()
+    expected = pipe(**tiny.inputs()).images
+    assert abs(pipe(**tiny.inputs(image=latents)).images - expected).max() <= 1e-6
+    assert abs(pipe(**tiny.inputs(image=[latents[0]])).images - expected).max() <= 1e-6
+
+
+PROMPTS = ["tint the cat blue", "remove the dog", "make it night"]
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("negatives", [0, 1, 3])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_lists_broadcast_and_each_sample_equals_a_call_of_its_own(
+    pipe: InstructDiffusionPipeline, texts: int, negatives: int, images: int, copies: int
+) -> None:
+    samples = max(texts, negatives, images)
+    pictures = [tiny.picture(seed=seed) for seed in range(3)]
+    together = pipe(
+        **tiny.inputs(
+            prompt=PROMPTS[:texts] if texts > 1 else PROMPTS[0],
+            negative_prompt={0: None, 1: PROMPTS[-1], 3: PROMPTS[::-1]}[negatives],
+            image=pictures[:images] if images > 1 else pictures[0],
+            num_images_per_prompt=copies,
+            generator=[tiny.generator(seed) for seed in range(samples * copies)],
+        )
+    ).images
+    assert len(together) == samples * copies
+    for i, answer in enumerate(together):
+        sample = i // copies
+        alone = pipe(
+            **tiny.inputs(
+                prompt=PROMPTS[sample % texts],
+                negative_prompt={0: None, 1: PROMPTS[-1], 3: PROMPTS[::-1][sample]}[negatives],
+                image=pictures[sample % images],
+                generator=tiny.generator(i),
+            )
+        ).images[0]
+        assert abs(answer - alone).max() <= 1e-4
+
+
+def test_answers_to_a_list_have_the_sizes_of_their_inputs(pipe: InstructDiffusionPipeline) -> None:
+    pictures = [tiny.picture(32, 33), tiny.picture(33, 32)]
+    answers = pipe(**tiny.inputs(image=pictures, output_type="pil", num_images_per_prompt=2)).images
+    assert [answer.size for answer in answers] == [(32, 33), (32, 33), (33, 32), (33, 32)]
+
+
+def test_one_generator_serves_a_batch_in_order(pipe: InstructDiffusionPipeline) -> None:
+    noise = torch.randn(2, 4, 16, 16, generator=tiny.generator())
+    drawn = pipe(**tiny.inputs(num_images_per_prompt=2, num_inference_steps=1)).images
+    given = pipe(**tiny.inputs(num_images_per_prompt=2, num_inference_steps=1, latents=noise, generator=None)).images
+    assert np.array_equal(drawn, given)
+
+
+def test_embeddings_stand_in_for_texts(pipe: InstructDiffusionPipeline) -> None:
+    expected = pipe(**tiny.inputs(prompt=PROMPTS[:2], negative_prompt="fog")).images
+    embeds, negative_embeds = pipe.encode_prompt(PROMPTS[:2], negative_prompt="fog")
+    answer = pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds)).images
+    assert np.array_equal(answer, expected)
+    answer = pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds, negative_prompt="fog")).images
+    assert np.array_equal(answer, expected)
+
+
+def test_a_negative_prompt_replaces_the_empty_text(pipe: InstructDiffusionPipeline) -> None:
+    plain = pipe(**tiny.inputs()).images
+    assert np.array_equal(pipe(**tiny.inputs(negative_prompt="")).images, plain)
+    assert abs(pipe(**tiny.inputs(negative_prompt="fog")).images - plain).max() > 1e-4
+
+
+def test_long_prompts_warn_with_what_was_cut(
+    pipe: InstructDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "instructdiffusion_pipeline"):
+        pipe(**tiny.inputs(prompt=["a cat", "a " * 75 + "b c"]))
+        assert "CLIP reads 77 tokens of a prompt and not the rest of this one: 'b c'" in caplog.text
+        caplog.clear()
+        pipe(**tiny.inputs(prompt="a " * 75))
+        assert not caplog.records
+
+
+LATENTS = torch.zeros(1, 4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "`prompt` or `prompt_embeds` must be given"),
+        ({"prompt": []}, r"`prompt` must be a text or a non-empty list of texts, but is \[\]"),
+        ({"prompt": 3}, "`prompt` must be a text or a non-empty list of texts, but is 3"),
+        ({"prompt": ["cat", 3]}, "`prompt` must be a text"),
+        ({"prompt_embeds": torch.zeros(1, 77, 32)}, "`prompt` and `prompt_embeds` must not both be given"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(77, 32)}, r"`prompt_embeds` must .* \(77, 32\)"),
+        ({"negative_prompt": 3}, "`negative_prompt` must be a text"),
+        ({"negative_prompt_embeds": torch.zeros(1, 5, 32)}, r"same length .* \(1, 77, 32\) and \(1, 5, 32\)"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "`prompt` has 2 entries, .* makes 3 samples"),
+        ({"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, "`prompt` has 2 entries, .* makes 3 samples"),
+        ({"prompt": ["a"] * 3, "image": [tiny.picture()] * 2}, "`image` has 2 entries, .* makes 3 samples"),
+        ({"image": None}, "`image` must be given"),
+        ({"image": []}, r"`image` must be a PIL picture, .* but holds \[\]"),
+        ({"image": "cat.png"}, "`image` must be a PIL picture, .* but holds 'cat.png'"),
+        ({"image": torch.zeros(5, 5)}, r"`image` must be .* but holds Tensor of shape \(5, 5\)"),
+        ({"image": torch.zeros(1, 5, 8, 8)}, "`image` must have 3 channels, .* but has 5"),
+        ({"image": [tiny.picture(), torch.zeros(4, 16, 16)]}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": torch.zeros(3, 0, 8)}, "`image` must be at least 1 x 1 pixel, but is 8 x 0"),
+        (
+            {"image": np.zeros((8, 8, 3), np.uint8)},
+            r"`image` must hold floating-point values in \[0, 1\] .* holds torch.uint8 values",
+        ),
+        ({"image": torch.full((3, 8, 8), -0.1)}, r"`image` must hold floating-point values in \[0, 1\] .* from -0.1"),
+        ({"image": torch.full((3, 8, 8), torch.nan)}, r"`image` must hold floating-point values in \[0, 1\] .* nan"),
+        ({"image": LATENTS, "resolution": 64}, "`resolution` must be None for image latents, but is 64"),
+        ({"image": [LATENTS, LATENTS[..., :8]]}, "`image` must hold image latents of one shape"),
+        ({"resolution": 0}, "`resolution` must be None or at least 16 pixels, but is 0"),
+        ({"image": tiny.picture(400, 10), "resolution": 64}, "`image` of 400 x 10 pixels is too elongated"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, but is 0"),
+        ({"num_inference_steps": 2.0}, "`num_inference_steps` must be a whole number of at least 1, but is 2.0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a whole number of at least 1, but is 0"),
+        ({"strength": 0}, "`strength` must be above 0 and at most 1, but is 0"),
+        ({"strength": 1.01}, "`strength` must be above 0 and at most 1, but is 1.01"),
+        ({"strength": 0.2}, "`strength` of 0.2 leaves none of 2 steps"),
+        ({"output_type": "jpeg"}, "`output_type` must be one of .* but is 'jpeg'"),
+        (
+            {"latents": torch.zeros(1, 4, 8, 8)},
+            r"`latents` must have the shape \(1, 4, 16, 16\), but has \(1, 4, 8, 8\)",
+        ),
+        ({"generator": [tiny.generator()] * 2}, "`generator` must be one or a list of 1, .* but has 2"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be among .* but has \['noise'\]"),
+        ({"ip_adapter_image": tiny.picture()}, "need an IP-Adapter, but none is loaded"),
+    ],
+)
+def test_mistakes_are_named(pipe: InstructDiffusionPipeline, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny.inputs(**change))
+
+
+def test_a_unet_that_sees_no_image_is_refused(pipe: InstructDiffusionPipeline) -> None:
+    pipe.unet.register_to_config(in_channels=4)
+    with pytest.raises(ValueError, match="`unet` must take 8 channels, .* but takes 4"):
+        pipe(**tiny.inputs())

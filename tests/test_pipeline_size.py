@@ -1,0 +1,154 @@
+"""The working size, the box an answer shows, and the way there and back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ImageOps
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import centre_crop
+
+sides = st.integers(1, 5000)
+resolutions = st.integers(16, 1024)
+
+
+def test_sizes_are_those_of_the_original_but_where_its_floating_point_went_astray(golden: Path) -> None:
+    table = json.loads((golden / "inference" / "resize_table.json").read_text())
+    refused, astray, astray_to_zero = 0, 0, 0
+    for width, height, resolution, cli_width, cli_height, _, _ in table["rows"]:
+        try:
+            differs = working_size(width, height, resolution).size != (cli_width, cli_height)
+        except ValueError as error:
+            refused += 1
+            differs = f"would become {cli_width} x {cli_height}, " not in str(error)
+        astray += differs
+        astray_to_zero += 0 in (cli_width, cli_height)
+    assert (len(table["rows"]), refused, astray, astray_to_zero) == (2000, 48, 124, 16)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"), [(71, 82, (448, 512)), (197, 1576, (64, 512)), (1, 1, (512, 512))]
+)
+def test_sizes_on_the_edge_of_a_block(width: int, height: int, expected: tuple[int, int]) -> None:
+    assert working_size(width, height, 512).size == expected
+
+
+def test_the_box_of_the_answer_to_a_full_hd_picture() -> None:
+    size, box = working_size(1920, 1080, 512)
+    assert size == (512, 320)
+    assert box == pytest.approx((96, 54, 1824, 1026))
+
+
+@given(sides, sides, resolutions)
+def test_the_box_lies_centred_in_the_picture_and_has_its_proportions(width: int, height: int, resolution: int) -> None:
+    try:
+        size, (left, top, right, bottom) = working_size(width, height, resolution)
+    except ValueError:
+        assert 4 * max(width, height) > 4 * min(width, height)  # never a square
+        return
+    assert all(side > 0 and side % 64 == 0 for side in size)
+    assert max(size) <= 4 * resolution
+    assert 0 <= left < right <= width + 1e-6
+    assert 0 <= top < bottom <= height + 1e-6
+    assert (left + right, top + bottom) == pytest.approx((width, height))
+    assert (right - left) * height == pytest.approx((bottom - top) * width)
+
+
+@given(sides, sides, resolutions)
+def test_a_turned_picture_has_the_turned_size_and_box(width: int, height: int, resolution: int) -> None:
+    try:
+        size, box = working_size(width, height, resolution)
+    except ValueError:
+        with pytest.raises(ValueError, match="elongated"):
+            working_size(height, width, resolution)
+        return
+    turned = working_size(height, width, resolution)
+    assert turned.size == size[::-1]
+    assert turned.box == pytest.approx((box[1], box[0], box[3], box[2]))
+
+
+@given(sides, sides, st.sampled_from([2, 4, 8]))
+def test_without_a_resolution_nothing_is_cropped(width: int, height: int, factor: int) -> None:
+    size, box = working_size(width, height, None, factor)
+    assert box == (0, 0, width, height)
+    for worked, given_side in zip(size, (width, height), strict=True):
+        assert worked % factor == 0
+        assert given_side - factor < worked <= max(given_side, factor)
+
+
+@pytest.mark.parametrize("size", [(1920, 1080), (100, 150), (97, 130)])
+def test_the_box_is_what_both_fits_leave(size: tuple[int, int]) -> None:
+    """Two ramps tell each pixel where in the input it comes from."""
+    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    worked, box = working_size(*size, 512)
+    for ramp, low, high, axis in ((x, box[0], box[2], 0), (y, box[1], box[3], 1)):
+        picture = PIL.Image.fromarray(ramp.astype(np.float32))
+        there = ImageOps.fit(picture, worked, PIL.Image.Resampling.LANCZOS)
+        back = np.asarray(ImageOps.fit(there, size, PIL.Image.Resampling.LANCZOS)).mean(axis=axis)
+        middle = back[len(back) // 2 - 5 : len(back) // 2 + 6]
+        scale = (high - low) / len(back)
+        expected = low + (np.arange(len(back) // 2 - 5, len(back) // 2 + 6) + 0.5) * scale
+        assert middle == pytest.approx(expected, abs=0.1)
+
+
+def test_centre_crop_keeps_the_largest_box() -> None:
+    assert centre_crop((100, 50), (10, 10)) == (25, 0, 75, 50)
+    assert centre_crop((50, 100), (10, 10)) == (0, 25, 50, 75)
+    assert centre_crop((30, 20), (300, 200)) == (0, 0, 30, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 5, 512), "`image` must be at least 1 x 1 pixel, but is 0 x 5"),
+        ((5, 5, 15), "`resolution` must be None or at least 16 pixels, but is 15"),
+        ((5, 5, 512.0), "`resolution` .* but is 512.0"),
+        ((2000, 30, 512), "`image` of 2000 x 30 pixels is too elongated"),
+    ],
+)
+def test_errors(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        working_size(*arguments)
+
+
+@pytest.mark.parametrize("resolution", [None, 64])
+@pytest.mark.parametrize("size", [(33, 50), (64, 64), (1, 1), (70, 30)])
+def test_pil_answers_have_the_size_of_their_input_and_arrays_the_working_size(
+    pipe: InstructDiffusionPipeline, size: tuple[int, int], resolution: int | None
+) -> None:
+    call = tiny.inputs(image=tiny.picture(*size), num_inference_steps=1, resolution=resolution)
+    (answer,) = pipe(**call | {"output_type": "pil"}).images
+    array = pipe(**call | {"output_type": "np"}).images
+    tensor = pipe(**call | {"output_type": "pt"}).images
+    latent = pipe(**call | {"output_type": "latent"}).images
+    width, height = working_size(*size, resolution, pipe.vae_scale_factor).size
+    assert answer.size == size
+    assert answer.mode == "RGB"
+    assert array.shape == (1, height, width, 3)
+    assert tensor.shape == (1, 3, height, width)
+    assert latent.shape == (1, 4, height // 2, width // 2)
+
+
+def test_pil_answers_cut_the_fraction_off_and_are_then_fitted_back(pipe: InstructDiffusionPipeline) -> None:
+    call = tiny.inputs(image=tiny.picture(60, 40), resolution=64)
+    array = pipe(**call | {"generator": tiny.generator()}).images[0]
+    (answer,) = pipe(**call | {"generator": tiny.generator(), "output_type": "pil"}).images
+    cut = PIL.Image.fromarray((array * 255).astype(np.uint8))
+    assert array.shape == (64, 64, 3)
+    assert np.array_equal(np.asarray(answer), np.asarray(ImageOps.fit(cut, (60, 40), PIL.Image.Resampling.LANCZOS)))
+
+
+def test_pictures_of_one_call_share_a_working_size(pipe: InstructDiffusionPipeline) -> None:
+    pictures = [tiny.picture(60, 40), tiny.picture(64, 60), tiny.picture(66, 57)]
+    answers = pipe(**tiny.inputs(image=pictures, resolution=64, output_type="pil")).images
+    assert [answer.size for answer in answers] == [(60, 40), (64, 60), (66, 57)]
+    with pytest.raises(
+        ValueError, match=r"`image` .* 60 x 40, 64 x 60, 66 x 57 pixels .* 60 x 40, 64 x 60, 66 x 56\."
+    ):
+        pipe(**tiny.inputs(image=pictures))
