@@ -737,6 +737,8 @@ class InstructDiffusionPipeline(
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
         """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the states before the last layer."""
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
         if not isinstance(image, torch.Tensor):
             image = self.feature_extractor(image, return_tensors="pt").pixel_values
         image = image.to(device, self.image_encoder.dtype)

@@ -1,0 +1,274 @@
+"""One call: strength, noise, schedulers, precision, callbacks, interruption, outputs and the safety checker."""
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline, InstructDiffusionPipelineOutput
+
+# The one left out needs the package torchsde.
+SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "DPMSolverSDEScheduler"]
+
+
+class Watch:
+    """A callback that records what it is handed."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.timesteps: list[float] = []
+        self.tensors: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+        self.steps.append(step)
+        self.timesteps.append(float(timestep))
+        self.tensors.append(dict(tensors))
+        return tensors
+
+
+def first_sample(pipe: InstructDiffusionPipeline, **changes: Any) -> torch.Tensor:
+    """What the UNet sees first in a call, before the scheduler scaled it: (1, 4, h, w)."""
+    seen: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pipe(**tiny.inputs(**changes))
+    hook.remove()
+    scheduler = pipe.scheduler
+    sigma = scheduler.sigmas[len(scheduler.timesteps) - len(seen)]
+    return seen[0][:1, :4] * (sigma**2 + 1) ** 0.5
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 8), (0.95, 8), (0.9, 7), (0.5, 4), (0.1, 1)])
+def test_strength_is_the_share_of_the_steps(pipe: InstructDiffusionPipeline, strength: float, steps: int) -> None:
+    watch = Watch()
+    pipe(**tiny.inputs(num_inference_steps=8, strength=strength, callback_on_step_end=watch))
+    assert watch.steps == list(range(steps))
+    assert watch.timesteps == pipe.scheduler.timesteps[8 - steps :].tolist()
+    assert pipe.num_timesteps == steps
+
+
+def test_full_strength_starts_from_noise_without_the_picture(pipe: InstructDiffusionPipeline) -> None:
+    noise = torch.randn(1, 4, 16, 16, generator=tiny.generator(3))
+    start = first_sample(pipe, latents=noise)
+    assert torch.allclose(start, noise * pipe.scheduler.sigmas[0], atol=1e-5)
+
+
+def test_less_strength_starts_from_the_unscaled_image_latents(pipe: InstructDiffusionPipeline) -> None:
+    noise, image = torch.randn(2, 1, 4, 16, 16, generator=tiny.generator(3))
+    start = first_sample(pipe, latents=noise, image=image, num_inference_steps=4, strength=0.5)
+    assert torch.allclose(start, image + noise * pipe.scheduler.sigmas[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_heun_runs_the_unet_twice_a_step_but_once_in_the_last(
+    pipe: InstructDiffusionPipeline, strength: float, capfd: pytest.CaptureFixture
+) -> None:
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=False)
+    watch = Watch()
+    pipe(**tiny.inputs(num_inference_steps=6, strength=strength, callback_on_step_end=watch))
+    steps = round(6 * strength)
+    assert len(watch.steps) == 2 * steps - 1
+    assert f"{steps}/{steps}" in capfd.readouterr().err
+    assert first_sample(pipe, num_inference_steps=6, strength=strength).isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_other_schedulers_work(pipe: InstructDiffusionPipeline, name: str, strength: float) -> None:
+    config = dict(pipe.scheduler.config) | {"skip_prk_steps": True}
+    pipe.scheduler = getattr(diffusers, name).from_config(config)
+    answer = pipe(**tiny.inputs(num_inference_steps=5, strength=strength)).images
+    assert answer.shape == (1, 32, 32, 3)
+    assert np.isfinite(answer).all()
+
+
+def test_eta_reaches_ddim_and_nothing_else(pipe: InstructDiffusionPipeline) -> None:
+    plain, with_eta = (pipe(**tiny.inputs(eta=eta)).images for eta in (0.0, 1.0))
+    assert np.array_equal(plain, with_eta)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    plain, with_eta = (pipe(**tiny.inputs(eta=eta)).images for eta in (0.0, 1.0))
+    assert abs(plain - with_eta).max() > 1e-4
+
+
+def test_a_seed_draws_the_start_and_then_every_step(pipe: InstructDiffusionPipeline) -> None:
+    """The draws of the original: nothing else takes a number from the generator, the VAE's posterior least of all."""
+    generator = tiny.generator(5)
+    pipe(**tiny.inputs(generator=generator, num_inference_steps=3))
+    other = tiny.generator(5)
+    for _ in range(4):
+        torch.randn(1, 4, 16, 16, generator=other)
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_the_same_noise_and_answers_alike(
+    pipe: InstructDiffusionPipeline, dtype: torch.dtype
+) -> None:
+    expected = pipe(**tiny.inputs()).images
+    start = first_sample(pipe)
+    pipe.to(dtype)
+    assert torch.allclose(first_sample(pipe).float(), start, rtol=1e-2)
+    answer = pipe(**tiny.inputs()).images
+    assert answer.dtype == np.float32
+    assert abs(answer - expected).mean() < 0.02
+    latents = pipe(**tiny.inputs(output_type="latent")).images
+    assert latents.dtype == dtype
+    assert pipe.vae.decode(latents).sample.dtype == dtype
+
+
+def test_components_may_differ_in_precision(pipe: InstructDiffusionPipeline) -> None:
+    expected = pipe(**tiny.inputs()).images
+    pipe.unet.to(torch.bfloat16)
+    pipe.vae.to(torch.float16)
+    assert abs(pipe(**tiny.inputs()).images - expected).mean() < 0.02
+
+
+def test_callbacks_see_every_tensor_they_ask_for(pipe: InstructDiffusionPipeline) -> None:
+    watch = Watch()
+    asked = pipe._callback_tensor_inputs
+    pipe(**tiny.inputs(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=asked, num_images_per_prompt=2))
+    shapes = {name: tuple(tensor.shape) for name, tensor in watch.tensors[-1].items()}
+    assert shapes == {
+        "latents": (2, 4, 16, 16),
+        "prompt_embeds": (2, 77, 32),
+        "negative_prompt_embeds": (2, 77, 32),
+        "image_latents": (2, 4, 16, 16),
+    }
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"])
+def test_callbacks_change_every_tensor(pipe: InstructDiffusionPipeline, name: str) -> None:
+    def erase(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(tensors[name])}
+
+    call = {"callback_on_step_end_tensor_inputs": [name], "output_type": "latent"}
+    kept = pipe(**tiny.inputs(**call, callback_on_step_end=Watch())).images
+    erased = pipe(**tiny.inputs(**call, callback_on_step_end=erase)).images
+    assert (erased - kept).abs().max() > 1e-4
+    assert name != "latents" or erased.abs().max() == 0
+
+
+def test_callback_classes_of_diffusers_bring_their_tensors(pipe: InstructDiffusionPipeline) -> None:
+    class Keep(PipelineCallback):
+        tensor_inputs = ["image_latents"]
+        seen: list = []
+
+        def callback_fn(self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict) -> dict:
+            self.seen.append(set(callback_kwargs))
+            return callback_kwargs
+
+    pipe(**tiny.inputs(callback_on_step_end=MultiPipelineCallbacks([Keep(), Keep()])))
+    assert Keep.seen == [{"image_latents"}] * 4
+
+
+def test_interrupting_leaves_out_the_rest_once(pipe: InstructDiffusionPipeline) -> None:
+    watch = Watch()
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pipe._interrupt = step == 1
+        return watch(pipe, step, timestep, tensors)
+
+    stopped = pipe(**tiny.inputs(num_inference_steps=5, callback_on_step_end=stop, output_type="latent")).images
+    assert watch.steps == [0, 1]
+    assert torch.equal(stopped, watch.tensors[-1]["latents"])
+    whole = Watch()
+    pipe(**tiny.inputs(num_inference_steps=5, callback_on_step_end=whole))
+    assert whole.steps == [0, 1, 2, 3, 4]
+
+
+def test_clip_skip_takes_an_earlier_layer(pipe: InstructDiffusionPipeline) -> None:
+    last, _ = pipe.encode_prompt("a cat")
+    assert torch.allclose(pipe.encode_prompt("a cat", clip_skip=0)[0], last, atol=1e-6)
+    assert (pipe.encode_prompt("a cat", clip_skip=1)[0] - last).abs().max() > 1e-3
+    assert abs(pipe(**tiny.inputs(clip_skip=1)).images - pipe(**tiny.inputs()).images).max() > 1e-5
+
+
+def test_outputs_agree(pipe: InstructDiffusionPipeline) -> None:
+    array = pipe(**tiny.inputs()).images
+    tensor = pipe(**tiny.inputs(output_type="pt")).images
+    pictures = pipe(**tiny.inputs(output_type="pil")).images
+    latents = pipe(**tiny.inputs(output_type="latent")).images
+    assert 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    assert isinstance(pictures[0], PIL.Image.Image)
+    assert np.array_equal(np.asarray(pictures[0]), (array[0] * 255).astype(np.uint8))
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1), tensor, atol=1e-6)
+
+
+def test_tuple_and_dictionary_outputs_agree(pipe: InstructDiffusionPipeline) -> None:
+    output = pipe(**tiny.inputs())
+    images, nsfw = pipe(**tiny.inputs(return_dict=False))
+    assert isinstance(output, InstructDiffusionPipelineOutput)
+    assert np.array_equal(images, output.images)
+    assert nsfw is output.nsfw_content_detected is None
+
+
+@pytest.mark.parametrize("threshold", [1.0, -1.0])
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_the_safety_checker_blackens_what_it_detects(
+    pipe: InstructDiffusionPipeline, threshold: float, output_type: str
+) -> None:
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(projection_dim=8, vision_config=vision | {"image_size": 32, "patch_size": 16})
+    checker = StableDiffusionSafetyChecker(config).eval()
+    torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 1.0)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    unchecked = pipe(**tiny.inputs(output_type=output_type)).images
+    checked = InstructDiffusionPipeline(
+        **pipe.components | {"safety_checker": checker, "feature_extractor": extractor}
+    )
+    output = checked(**tiny.inputs(output_type=output_type))
+    detected = threshold == -1.0
+    assert output.nsfw_content_detected == [detected]
+    answer = np.asarray(output.images[0])
+    assert np.array_equal(answer, np.zeros_like(answer) if detected else np.asarray(unchecked[0]))
+
+
+def test_a_safety_checker_needs_a_feature_extractor(pipe: InstructDiffusionPipeline) -> None:
+    config = CLIPConfig(projection_dim=8)
+    with pytest.raises(ValueError, match="`safety_checker` needs a `feature_extractor`"):
+        InstructDiffusionPipeline(**pipe.components | {"safety_checker": StableDiffusionSafetyChecker(config)})
+
+
+def test_a_missing_safety_checker_warns_only_if_required(
+    pipe: InstructDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    InstructDiffusionPipeline(**pipe.components)
+    assert not caplog.records
+    InstructDiffusionPipeline(**pipe.components, requires_safety_checker=True)
+    assert "`requires_safety_checker` is set but there is no `safety_checker`" in caplog.text
+
+
+def test_a_call_changes_no_component(pipe: InstructDiffusionPipeline) -> None:
+    before = {name: component.state_dict() for name, component in models(pipe).items()}
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in before.items()}
+    configs = {name: dict(component.config) for name, component in pipe.components.items() if name in ("unet", "vae")}
+    pipe(**tiny.inputs(num_images_per_prompt=2, cross_attention_kwargs={"scale": 0.5}))
+    for name, component in models(pipe).items():
+        assert all(torch.equal(value, before[name][key]) for key, value in component.state_dict().items())
+    assert configs == {name: dict(component.config) for name, component in pipe.components.items() if name in configs}
+    assert isinstance(pipe.scheduler, EulerAncestralDiscreteScheduler)
+
+
+def models(pipe: InstructDiffusionPipeline) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+@pytest.mark.slow
+def test_a_generator_on_the_cpu_gives_the_same_answer_on_cuda(pipe: InstructDiffusionPipeline) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    expected = pipe(**tiny.inputs()).images
+    assert abs(pipe.to("cuda")(**tiny.inputs()).images - expected).max() < 1e-2
