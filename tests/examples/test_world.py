@@ -1,43 +1,26 @@
 import random
 
 import numpy as np
-import pytest
-from PIL import Image, ImageDraw
 from world import COLORS, SIZE, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import segmentation
 
-NAMES = [f"thing {i}" for i in range(40)]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Grey photographs and coloured discs: enough to see in the pixels what was laid where."""
-    root = tmp_path_factory.mktemp("world")
-    for part in ("photographs", "objects"):
-        (root / part).mkdir()
-    for name in NAMES:
-        Image.new("RGB", (150, 120), (90, 90, 90)).save(root / "photographs" / f"{name}.png")
-        sprite = Image.new("RGBA", (100, 100))
-        ImageDraw.Draw(sprite).ellipse((0, 0, 99, 99), fill=(240, 240, 240, 255))
-        sprite.save(root / "objects" / f"{name}.png")
-    return root
-
-
-def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(folder):
-    held_out = {name for name in NAMES if is_held_out(name)}
+def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
+    names = {path.stem for path in (world_folder / "objects").iterdir()}
+    held_out = {name for name in names if is_held_out(name)}
     assert 0 < len(held_out) < 10
-    training = World(folder)
-    assert set(training.objects) == set(NAMES) - held_out
-    assert len(training.photographs) == len(NAMES) - len(held_out)
-    unseen = World(folder, unseen_photographs=True, unseen_objects=True)
+    training = World(world_folder)
+    assert set(training.objects) == names - held_out
+    assert len(training.photographs) == len(names) - len(held_out)
+    unseen = World(world_folder, unseen_photographs=True, unseen_objects=True)
     assert set(unseen.objects) == held_out
     assert len(unseen.photographs) == len(held_out)
     assert 0.09 < np.mean([is_held_out(str(i)) for i in range(20_000)]) < 0.11
 
 
-def test_masks_cover_the_objects_and_nothing_else(folder):
-    world = World(folder)
+def test_masks_cover_the_objects_and_nothing_else(world_folder):
+    world = World(world_folder)
     for seed in range(30):
         scene = world.scene(random.Random(seed))
         union = np.zeros((SIZE, SIZE), bool)
@@ -49,8 +32,8 @@ def test_masks_cover_the_objects_and_nothing_else(folder):
         assert (bright ^ union).mean() < 0.01
 
 
-def test_segmentation_paints_the_named_object(folder):
-    world = World(folder)
+def test_segmentation_paints_the_named_object(world_folder):
+    world = World(world_folder)
     absent = 0
     for seed in range(60):
         rng = random.Random(seed)
@@ -66,8 +49,8 @@ def test_segmentation_paints_the_named_object(folder):
     assert 0 < absent < 20
 
 
-def test_the_same_seed_gives_the_same_sample(folder):
-    world = World(folder)
+def test_the_same_seed_gives_the_same_sample(world_folder):
+    world = World(world_folder)
     first, second = (world.sample(random.Random(4)) for _ in range(2))
     assert first == second
     assert first != world.sample(random.Random(5))

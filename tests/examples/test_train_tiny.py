@@ -1,0 +1,67 @@
+"""The recipe of the small model, from a made-up world to a folder that loads, in a few steps."""
+
+import dataclasses
+import sys
+
+import model
+import numpy as np
+import pytest
+import torch
+import train
+import vae
+from PIL import Image
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+
+def test_the_recipe_ends_with_a_folder_that_loads_and_answers(world_folder, tmp_path, monkeypatch):
+    for name, value in {"POOL": 40, "STEPS": 3, "SAVE_EVERY": 2}.items():
+        monkeypatch.setattr(vae, name, value)
+    monkeypatch.setattr(train, "SAMPLES", 6)
+    monkeypatch.setattr(
+        train, "CONFIG", dataclasses.replace(train.CONFIG, max_train_steps=2, batch_size=2, mixed_precision="no")
+    )
+    (tmp_path / "world").symlink_to(world_folder)
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--work_dir", str(tmp_path), "--output_dir", str(output)])
+    train.main()
+
+    assert {"README.md", "CREDITS.md", "model_index.json"} <= {path.name for path in output.iterdir()}
+    weights = list(output.glob("*/*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) < 40e6
+    pipe = InstructDiffusionPipeline.from_pretrained(output)
+    answer = pipe("mark the cat in red", Image.new("RGB", (64, 64)), num_inference_steps=1).images[0]
+    assert answer.size == (64, 64)
+
+    with pytest.raises(SystemExit):  # the folder is there already
+        train.main()
+
+
+def test_standardising_latents_leaves_the_pictures_as_they_are():
+    torch.manual_seed(0)
+    autoencoder = vae.build()
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def encode_and_decode():
+        with torch.no_grad():
+            posterior = autoencoder.encode(pixels).latent_dist
+            return posterior, autoencoder.decode(posterior.mean).sample
+
+    before, picture_before = encode_and_decode()
+    vae.standardize_latents(autoencoder, pictures)
+    after, picture_after = encode_and_decode()
+    torch.testing.assert_close(picture_after, picture_before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    # the posterior's own deviation shrinks by the same factor as its mean
+    torch.testing.assert_close(after.std, before.std / before.mean.std((0, 2, 3))[:, None, None], rtol=1e-4, atol=0)
+
+
+def test_tokenizer_applies_the_merges_and_falls_back_to_letters(world_folder):
+    tokenizer = model.build_tokenizer(world_folder / "bpe_simple_vocab_16e6.txt.gz")
+    assert tokenizer.tokenize("The cat") == ["the</w>", "cat</w>"]
+    assert tokenizer.tokenize("car") == ["ca", "r</w>"]
+    ids = tokenizer("the", padding="max_length").input_ids
+    assert len(ids) == 77
+    assert ids[0] == tokenizer.bos_token_id and set(ids[2:]) == {tokenizer.eos_token_id}
