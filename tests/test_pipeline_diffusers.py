@@ -14,7 +14,10 @@ import pytest
 import tiny
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -127,6 +130,33 @@ def test_a_single_original_file_loads_with_a_configuration_at_hand(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     loaded.set_progress_bar_config(disable=True)
     assert difference(answer(loaded), answer(golden_pipe)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE])
+def test_other_autoencoders_fit_in(pipe: InstructDiffusionPipeline, kind: type) -> None:
+    torch.manual_seed(0)
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    halves = {"down_block_out_channels": (32, 64), "up_block_out_channels": (32, 64), "down_block_types": down}
+    tiny_halves = {"encoder_block_out_channels": (32, 32), "decoder_block_out_channels": (32, 32)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    decoder = {
+        "decoder_block_out_channels": (32, 64),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "decoder_downsample_padding": 1,
+        "decoder_layers_per_block": 1,
+        "decoder_norm_num_groups": 16,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    }
+    encoder = {"encoder_block_out_channels": (32, 64), "encoder_down_block_types": down, "encoder_norm_num_groups": 16}
+    settings = {
+        AutoencoderKL: {"block_out_channels": (32, 64), "down_block_types": down, "up_block_types": up},
+        AsymmetricAutoencoderKL: {**halves, "up_block_types": up, "norm_num_groups": 16},
+        AutoencoderTiny: tiny_halves | blocks,
+        ConsistencyDecoderVAE: encoder | decoder,
+    }
+    other = InstructDiffusionPipeline(**pipe.components | {"vae": kind(**settings[kind]).eval()})
+    other.set_progress_bar_config(disable=True)
+    assert answer(other).shape == answer(pipe).shape
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -457,6 +487,13 @@ def test_moving_to_a_precision_moves_every_model(pipe: InstructDiffusionPipeline
     pipe.to(dtype=torch.bfloat16)
     assert {model.dtype for model in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
     assert pipe.dtype == torch.bfloat16
+
+
+def test_weights_may_be_stored_in_eight_bits(pipe: InstructDiffusionPipeline) -> None:
+    pipe.to(torch.bfloat16)
+    plain = answer(pipe)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert abs(answer(pipe) - plain).mean() < 0.1
 
 
 def test_the_offload_sequence_names_every_model(pipe: InstructDiffusionPipeline) -> None:

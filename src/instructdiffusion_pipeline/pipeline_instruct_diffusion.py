@@ -25,6 +25,7 @@ from diffusers.loaders import (
 )
 from diffusers.models import ImageProjection
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import USE_PEFT_BACKEND, BaseOutput, logging, scale_lora_layers, unscale_lora_layers
@@ -70,7 +71,8 @@ class Guidance(NamedTuple):
 class WorkingSize(NamedTuple):
     """The size at which the model sees a picture, and which part of the picture its answer shows.
 
-    Both are (width, height) or (left, top, right, bottom) in pixels; the box is in pixels of the input.
+    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. The box is that of an answer
+    fitted back, as PIL pictures are; what array, tensor and latent answers show is `centre_crop(input_size, size)`.
     """
 
     size: tuple[int, int]
@@ -100,8 +102,10 @@ def working_size(width: int, height: int, resolution: int | None, vae_scale_fact
     if width < 1 or height < 1:
         raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
     if resolution is None:
-        whole = (0.0, 0.0, float(width), float(height))
-        return WorkingSize((_round_down(width, vae_scale_factor), _round_down(height, vae_scale_factor)), whole)
+        rounded_width, rounded_height = (
+            max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height)
+        )
+        return WorkingSize((rounded_width, rounded_height), (0.0, 0.0, float(width), float(height)))
     if not isinstance(resolution, int) or resolution < 16:
         raise ValueError(f"`resolution` must be None or at least 16 pixels, but is {resolution!r}.")
     short_side, long_side = min(width, height), max(width, height)
@@ -118,10 +122,6 @@ def working_size(width: int, height: int, resolution: int | None, vae_scale_fact
     x, y = (right - left) / size[0], (bottom - top) / size[1]
     shown = centre_crop(size, (width, height))
     return WorkingSize(size, (left + x * shown[0], top + y * shown[1], left + x * shown[2], top + y * shown[3]))
-
-
-def _round_down(length: int, multiple: int) -> int:
-    return max(multiple, length - length % multiple)
 
 
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -422,7 +422,8 @@ class InstructDiffusionPipeline(
         latents = self.prepare_latents(image_latents, timesteps[:1] if started_late else None, generator, latents)
 
         # 6. Denoise.
-        step_kwargs = self.prepare_step_kwargs(generator, eta)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
         order, dtype = self.scheduler.order, self.unet.dtype
         with self.progress_bar(total=-(-len(timesteps) // order)) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -752,7 +753,7 @@ class InstructDiffusionPipeline(
         """Image latents (B, 4, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled. Latents stay."""
         if pixels.shape[1] == self.vae.config.latent_channels:
             return pixels.to(device, torch.float32)
-        return self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode().float()
+        return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
 
     def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
         """The timesteps to run: all of them, or the last `round(num_inference_steps * strength)` steps' worth."""
@@ -788,13 +789,6 @@ class InstructDiffusionPipeline(
         if start is None:
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(image_latents, noise, start)
-
-    def prepare_step_kwargs(
-        self, generator: torch.Generator | list[torch.Generator] | None, eta: float
-    ) -> dict[str, Any]:
-        """Of `generator` and `eta` what this scheduler's `step` takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, 4, h, w)."""
