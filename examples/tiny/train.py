@@ -23,9 +23,9 @@ from world import World
 from instructdiffusion_pipeline import export
 from instructdiffusion_pipeline.training import EncodedSamples, TrainingConfig, encode, train
 
-SAMPLES = 40_000
+SAMPLES = 30_000
 CONFIG = TrainingConfig(
-    max_train_steps=7_000,
+    max_train_steps=6_500,
     batch_size=32,
     learning_rate=5e-4,
     lr_scheduler="cosine",

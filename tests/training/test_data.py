@@ -16,6 +16,7 @@ def test_encoded_samples_hold_the_posteriors_and_the_tokens(pipe):
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess([samples[3].image, samples[3].target])
         posterior = pipe.vae.encode(pixels).latent_dist
+    assert all(tensor.is_contiguous() for tensor in dataset.tensors.values()), "safetensors stores no other"
     item = dataset[3]
     tolerance = {"atol": 1e-2, "rtol": 1e-2}  # kept in half precision
     torch.testing.assert_close(item["image_latents"].float(), posterior.mean[0], **tolerance)

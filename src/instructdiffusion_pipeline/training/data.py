@@ -55,7 +55,7 @@ def encode(
         )
     if not parts:
         raise ValueError("samples: got none, at least one is needed to train on")
-    return EncodedSamples({name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+    return EncodedSamples({name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]})
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
