@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import tiny
 import torch
@@ -15,6 +16,10 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "conversion"))
+
+# A busy machine takes longer than the 200 ms that an example may take by default.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 GOLDEN_MODEL = GOLDEN / "model"

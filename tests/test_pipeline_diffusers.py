@@ -496,6 +496,18 @@ def test_weights_may_be_stored_in_eight_bits(pipe: InstructDiffusionPipeline) ->
     assert abs(answer(pipe) - plain).mean() < 0.1
 
 
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloading_changes_nothing(pipe: InstructDiffusionPipeline, offload: str) -> None:
+    """Onto the device that it starts from, which runs the same hooks as an accelerator would."""
+    plain = answer(pipe, clip_skip=1)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert difference(answer(pipe, clip_skip=1), plain) <= 1e-6
+    assert difference(answer(pipe, clip_skip=1), plain) <= 1e-6
+
+
 def test_the_offload_sequence_names_every_model(pipe: InstructDiffusionPipeline) -> None:
     named = set(pipe.model_cpu_offload_seq.split("->")) | set(pipe._exclude_from_cpu_offload)
     annotations = inspect.signature(InstructDiffusionPipeline.__init__).parameters

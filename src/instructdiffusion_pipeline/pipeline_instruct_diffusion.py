@@ -40,7 +40,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class Guidance(NamedTuple):
-    """What each of the three predictions weighs in the guided one (arXiv 2309.03895, section 3.3).
+    """What each of the three predictions weighs in the guided one (arXiv 2309.03895).
 
         eps = 1/2 (no_text + no_image) + s_T (both - no_text) + s_I (both - no_image)
 
@@ -337,8 +337,8 @@ class InstructDiffusionPipeline(
             negative_prompt: what stands in for the empty text in the branch without instruction.
             resolution: length near which the long side is brought for the model, in pixels; see `working_size`. `None`
                 keeps the picture's own size, rounded down to the VAE's factor.
-            strength: share of the steps to run, in (0, 1]. Below 1 they start from the noised image latents, 1 starts
-                from pure noise.
+            strength: share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, starting
+                from the image latents, noised; if that is all the steps, as by default, from pure noise.
             num_images_per_prompt: answers a sample.
             eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; other schedulers do not use it.
             generator: one for the whole call, or a list of N. One on the CPU draws the same noise on any device.
