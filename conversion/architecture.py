@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ TEXT = r"cond_stage_model\.transformer\.text_model\."
 # Stable Diffusion 1.5's widths, for which its head counts are known without a file that says so.
 SD15_UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
 SD15_UNET_HEADS = 8
-SD15_TEXT = {
+SD15_TEXT: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -80,7 +80,6 @@ def unet_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str,
         "transformer_layers_per_block": len(
             _numbers(shapes, UNET + r"middle_block\.1\.transformer_blocks\.(\d+)\.norm\d\.(?:weight|bias)")
         ),
-        "use_linear_projection": _usual(shapes, UNET + r".*\.proj_in\.weight", len) == 2,
     }
     if original is not None:
         _check_against(original["unet_config"]["params"], config)
@@ -120,7 +119,7 @@ def vae_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str, 
 
 
 def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": _size(shapes, TEXT + r"encoder\.layers\.\d+\.layer_norm[12]\.(?:weight|bias)"),
         "intermediate_size": _size(shapes, TEXT + r"encoder\.layers\.\d+\.mlp\.fc1\.(?:weight|bias)"),
         "num_hidden_layers": len(_numbers(shapes, TEXT + r"encoder\.layers\.(\d+)\.layer_norm[12]\.(?:weight|bias)")),
@@ -223,12 +222,9 @@ def _numbers(shapes: Shapes, pattern: str) -> set[int]:
 
 
 def _size(shapes: Shapes, pattern: str, dimension: int = 0) -> int:
-    return _usual(shapes, pattern, lambda shape: shape[dimension] if len(shape) > dimension else None)
-
-
-def _usual(shapes: Shapes, pattern: str, measure: Callable[[torch.Size], Any]) -> Any:
     """What most of the weights so named say: one of a wrong shape must stand out, and not decide for the others."""
-    said = Counter(measure(shape) for name, shape in shapes.items() if re.fullmatch(pattern, name))
+    named = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
+    said = Counter(shape[dimension] for shape in named if len(shape) > dimension)
     if not said:
         raise ValueError(
             "--checkpoint_path: not the weights of an InstructDiffusion or Stable Diffusion 1 model: missing "

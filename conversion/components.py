@@ -9,7 +9,7 @@ from original_names import original_names, original_shape
 from transformers import CLIPTextConfig, CLIPTextModel
 
 
-def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextConfig) -> dict[str, torch.nn.Module]:
+def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextConfig) -> dict[str, Any]:
     """Models on the meta device: every name and shape, no memory."""
     with torch.device("meta"):
         return {
@@ -19,14 +19,14 @@ def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextC
         }
 
 
-def tables(models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, str]]:
+def tables(models: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """For each component, diffusers' name of every weight -> the original's."""
     return {
         component: original_names(component, model.state_dict(), model.config) for component, model in models.items()
     }
 
 
-def original_shapes(models: Mapping[str, torch.nn.Module]) -> dict[str, torch.Size]:
+def original_shapes(models: Mapping[str, Any]) -> dict[str, torch.Size]:
     """The original's name of every weight of all components -> its shape there."""
     return {
         table[name]: original_shape(table[name], tensor.shape)
@@ -39,7 +39,7 @@ def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Gives a model from `build_empty` its weights without copying them."""
     model.load_state_dict(weights, assign=True)
     for name, buffer in dict(model.named_buffers()).items():
-        # CLIP's position_ids, which no checkpoint of today carries: the one buffer there is
+        # The one buffer there is: CLIP's position_ids, which released checkpoints do not carry.
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[1])[None], persistent=False)
     model.eval()

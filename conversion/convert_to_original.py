@@ -5,6 +5,7 @@ python conversion/convert_to_original.py --model_path folder --checkpoint_path i
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def convert_back(model_path: str | Path) -> Weights:
             {name: tensor.shape for name, tensor in models[component].state_dict().items()},
             where,
         )
-        weights |= read_values(lambda folder=folder: read_component(folder), table, None, where)
+        weights |= read_values(partial(read_component, folder), table, None, where)
     return {name: tensor[:, :, None, None] if is_pointwise(name) else tensor for name, tensor in weights.items()}
 
 

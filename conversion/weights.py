@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 Weights = dict[str, torch.Tensor]
-SLICE = 64
+SLICE = 256  # opening a file touches a page of every tensor in it, so not too often
 
 # Classes that lie in checkpoints beside the weights. Each is read as an empty class of the same name, so neither
 # omegaconf nor lightning is needed and none of their code runs. (dict, list and int are spelled out by OmegaConf.)
@@ -59,7 +59,7 @@ def read_safetensors(path: Path, option: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{option}: {path} is not a file.")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
     except SafetensorError as error:
         raise ValueError(f"{option}: {path} is cut short, or not a safetensors file ({error}).") from error
 
@@ -85,10 +85,10 @@ def read_values(
 ) -> Weights:
     """The weights `names` renames, each looked at: one that is NaN or infinite is an error.
 
-    Every slice has a mapping of its own, let go as soon as nothing uses it. When the weights are cast, the pages of
-    the whole file would otherwise stay in memory beside them.
+    They are read in the order they lie in. Every slice has a mapping of its own, let go as soon as nothing uses it:
+    when the weights are cast, the pages of the whole file would otherwise stay in memory beside them.
     """
-    weights, broken, order = {}, [], list(names)
+    weights, broken, order = {}, [], [name for name in reopen() if name in names]
     with tqdm(total=len(order), desc=f"Reading {Path(where.split()[-1]).name}", unit="tensor") as bar:
         for start in range(0, len(order), SLICE):
             stored = reopen()

@@ -1,0 +1,161 @@
+"""Checkpoints of the original, in all the forms in which they are met, become the same pipeline.
+
+That this pipeline answers as the original did is in test_pipeline_golden.py, which converts its model the same way.
+"""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    FIRST_CONVOLUTION,
+    MODEL,
+    OPTIONS,
+    base_weights,
+    ema_weights,
+    released_weights,
+    write_ckpt,
+    write_training_state,
+)
+from convert_original_checkpoint import convert, main
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
+from safetensors.torch import save_file
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+Pipe = InstructDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ckpt(tmp_path_factory.mktemp("released") / "released.ckpt", released_weights())
+
+
+@pytest.fixture(scope="module")
+def reference(released: Path) -> Pipe:
+    return convert(released, **OPTIONS)
+
+
+def assert_same(ours: Pipe, theirs: Pipe, components: tuple[str, ...] = ("unet", "vae", "text_encoder")) -> None:
+    for component in components:
+        mine, other = (getattr(pipe, component).state_dict() for pipe in (ours, theirs))
+        assert mine.keys() == other.keys()
+        assert all(mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_released_layout_becomes_the_whole_pipeline(reference: Pipe):
+    counts = [len(getattr(reference, part).state_dict()) for part in ("unet", "vae", "text_encoder")]
+    assert sum(counts) == 660
+    assert reference.unet.config.in_channels == 8
+    assert reference.unet.config.attention_head_dim == 8
+    assert reference.text_encoder.config.num_attention_heads == 4
+    assert reference.vae.config.scaling_factor == 0.18215
+    assert not any(tensor.is_meta for tensor in reference.text_encoder.buffers())
+
+
+def test_scheduler_is_the_originals(reference: Pipe):
+    scheduler = reference.scheduler
+    assert isinstance(scheduler, EulerAncestralDiscreteScheduler)
+    torch.testing.assert_close(scheduler.betas, base_weights()["betas"])
+    assert scheduler.config.timestep_spacing == "linspace"
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_from_single_file_finds_the_same_weights(reference: Pipe, released: Path, tmp_path: Path):
+    """diffusers' own reader of such files is the oracle; it needs the configuration we wrote."""
+    reference.save_pretrained(tmp_path / "pipe")
+    oracle = StableDiffusionInstructPix2PixPipeline.from_single_file(
+        str(released), config=str(tmp_path / "pipe"), local_files_only=True
+    )
+    assert_same(reference, oracle)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_base_with_buffers_and_averages_riding_along(reference: Pipe, tmp_path: Path, suffix: str, capsys):
+    weights = base_weights()
+    weights |= {f"model_ema.{name.removeprefix('model')}": tensor for name, tensor in ema_weights().items()}
+    path = tmp_path / f"base{suffix}"
+    if suffix == ".ckpt":
+        write_ckpt(path, weights, global_step=470000)
+    else:
+        save_file(weights, path)
+    assert_same(convert(path, **OPTIONS), reference)
+    left_out = capsys.readouterr().out
+    assert "model_ema.* (442 entries)" in left_out
+    assert "betas" in left_out and "position_ids" in left_out
+    assert ("global_step" in left_out) == (suffix == ".ckpt")
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_training_state_is_laid_over_a_base(reference: Pipe, tmp_path: Path, channels: int, capsys):
+    """Over a base of its own, and over Stable Diffusion 1.5, whose first convolution sees no image."""
+    weights = base_weights()
+    weights[FIRST_CONVOLUTION] = weights[FIRST_CONVOLUTION][:, :channels].clone()
+    base = write_ckpt(tmp_path / "base.ckpt", weights)
+    averaged = convert(base, ema_state=write_training_state(tmp_path / "state.pth"), **OPTIONS)
+    assert_same(averaged, reference, ("vae", "text_encoder"))
+
+    undotted = {name.replace(".", ""): name for name in weights}
+    laid_over = released_weights()
+    laid_over |= {undotted[name]: tensor for name, tensor in ema_weights().items() if name in undotted}
+    assert_same(averaged, convert(write_ckpt(tmp_path / "whole.ckpt", laid_over), **OPTIONS))
+    assert "config" in capsys.readouterr().out
+
+
+def test_training_state_with_a_gradient_scaler(tmp_path: Path):
+    state = torch.load(MODEL / "tiny-ema-state-fp16.pth", weights_only=True) | {
+        "grad_scale_manager": {"scale": 8192.0}
+    }
+    torch.save(state, tmp_path / "state.pth")
+    pipe = convert(MODEL / "tiny-original.safetensors", ema_state=tmp_path / "state.pth", **OPTIONS)
+    assert pipe.unet.dtype == torch.float16
+
+
+def test_lightning_leftovers_are_read_without_lightning(reference: Pipe, tmp_path: Path):
+    """Stable Diffusion's own .ckpt names a callback class; the class is not needed and its code does not run."""
+    checkpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    parts = "pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"
+    sys.modules |= {name: types.ModuleType(name) for name in parts}
+    sys.modules[parts[-1]].ModelCheckpoint = checkpoint  # type: ignore[attr-defined]
+    path = write_ckpt(tmp_path / "lightning.ckpt", released_weights(), callbacks={checkpoint: {"best": None}})
+    for name in parts:
+        del sys.modules[name]
+    assert_same(convert(path, **OPTIONS), reference)
+
+
+def test_channels_last_weights_are_read(reference: Pipe, tmp_path: Path):
+    weights = {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in released_weights().items()
+    }
+    pipe = convert(write_ckpt(tmp_path / "strided.ckpt", weights), **OPTIONS)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert_same(Pipe.from_pretrained(tmp_path / "pipe"), reference)
+
+
+def test_command_line_writes_a_folder_that_loads(
+    reference: Pipe, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "made" / "pipe"
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+    call = ["convert", "--checkpoint_path", str(released), *options, "--dump_path", str(target)]
+    monkeypatch.setattr("sys.argv", call)
+    main()
+    assert_same(Pipe.from_pretrained(target), reference)
+    assert json.loads((target / "model_index.json").read_text())["_class_name"] == "InstructDiffusionPipeline"
+    assert [entry.name for entry in target.parent.iterdir()] == ["pipe"]
+    with pytest.raises(SystemExit, match="--dump_path: .* exists already"):
+        main()
+
+
+def test_half_writes_float16(reference: Pipe, released: Path):
+    pipe = convert(released, half=True, **OPTIONS)
+    for component in ("unet", "vae", "text_encoder"):
+        halved = getattr(pipe, component).state_dict()
+        assert all(
+            torch.equal(halved[name], tensor.half()) and halved[name].dtype == torch.float16
+            for name, tensor in getattr(reference, component).state_dict().items()
+        )

@@ -1,0 +1,168 @@
+"""There and back changes no bit, at the golden model's sizes and at others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import MODEL, OPTIONS, released_weights, write_ckpt
+from convert_original_checkpoint import convert
+from convert_to_original import convert_back, main
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import components
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("there")
+    convert(write_ckpt(path / "released.ckpt", released_weights()), **OPTIONS).save_pretrained(path / "pipe")
+    return path / "pipe"
+
+
+def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_there_and_back(folder: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / f"back{suffix}"
+    monkeypatch.setattr("sys.argv", ["back", "--model_path", str(folder), "--checkpoint_path", str(target)])
+    main()
+    back = load_file(target) if suffix == ".safetensors" else torch.load(target, weights_only=True)["state_dict"]
+    assert_identical(back, released_weights())
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    with pytest.raises(SystemExit, match="--checkpoint_path: .* exists already"):
+        main()
+
+
+def test_shards_and_half_precision(tmp_path: Path):
+    there = convert(MODEL / "tiny-original.safetensors", half=True, **OPTIONS)
+    there.save_pretrained(tmp_path / "pipe", max_shard_size="1MB")
+    assert len(list((tmp_path / "pipe" / "unet").glob("*.safetensors"))) > 1
+    assert_identical(
+        convert_back(tmp_path / "pipe"), {name: tensor.half() for name, tensor in released_weights().items()}
+    )
+
+
+def test_faults_are_named(folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="--model_path: .* has no unet/config.json"):
+        convert_back(tmp_path)
+    InstructDiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"][0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="1 weights are NaN(?s:.*)first_stage_model.decoder.conv_out.weight"):
+        convert_back(tmp_path)
+    del weights["decoder.conv_out.weight"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="1 missing:\n  decoder.conv_out.weight"):
+        convert_back(tmp_path)
+    save_file(weights, file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match="another file of .* holds too"):
+        convert_back(tmp_path)
+
+
+def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    call = ["back", "--model_path", str(folder), "--checkpoint_path", str(tmp_path / "back.bin")]
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit, match="--checkpoint_path: .*back.bin should end in one of .safetensors, .ckpt"):
+        main()
+
+
+widths = st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    unet=widths,
+    vae=widths,
+    unet_layers=st.integers(1, 2),
+    vae_layers=st.integers(1, 2),
+    text_layers=st.integers(1, 3),
+    attends=st.lists(st.booleans(), min_size=3, max_size=3),
+    heads=st.sampled_from([{"num_heads": 4}, {"num_heads": -1, "num_head_channels": 16}]),
+)
+def test_other_sizes(
+    unet: list[int],
+    vae: list[int],
+    unet_layers: int,
+    vae_layers: int,
+    text_layers: int,
+    attends: list[bool],
+    heads: dict[str, int],
+    tmp_path_factory: pytest.TempPathFactory,
+):
+    """Any model the original's code can build goes back and there again; diffusers' converters check our table."""
+    path = tmp_path_factory.mktemp("sizes")
+    attends = attends[: len(unet)]
+    channels = [32 * factor for factor in unet]
+    number = heads["num_heads"] if heads["num_heads"] > 0 else [width // 16 for width in channels]
+    torch.manual_seed(0)
+    parts = components() | {
+        "unet": UNet2DConditionModel(
+            in_channels=8,
+            block_out_channels=tuple(channels),
+            layers_per_block=unet_layers,
+            down_block_types=tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+            cross_attention_dim=48,
+            attention_head_dim=number,
+        ),
+        "vae": AutoencoderKL(
+            block_out_channels=tuple(32 * factor for factor in vae),
+            layers_per_block=vae_layers,
+            down_block_types=("DownEncoderBlock2D",) * len(vae),
+            up_block_types=("UpDecoderBlock2D",) * len(vae),
+        ),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=1000,
+                hidden_size=48,
+                intermediate_size=96,
+                num_hidden_layers=text_layers,
+                num_attention_heads=6,
+            )
+        ),
+    }
+    pipe = InstructDiffusionPipeline(**parts)
+    pipe.save_pretrained(path / "pipe")
+    save_file(convert_back(path / "pipe"), path / "back.safetensors")
+
+    described: dict[str, Any] = {
+        "unet_config": {
+            "params": heads
+            | {
+                "in_channels": 8,
+                "out_channels": 4,
+                "model_channels": 32,
+                "channel_mult": unet,
+                "num_res_blocks": unet_layers,
+                "attention_resolutions": [2**level for level, yes in enumerate(attends) if yes],
+                "context_dim": 48,
+            }
+        },
+        "first_stage_config": {
+            "params": {"ddconfig": {"ch": 32, "ch_mult": vae, "num_res_blocks": vae_layers, "z_channels": 4}}
+        },
+    }
+    (path / "model.yaml").write_text(yaml.safe_dump({"model": {"params": described}}))
+    again = convert(
+        path / "back.safetensors",
+        original_config_file=path / "model.yaml",
+        text_encoder=str(path / "pipe" / "text_encoder"),
+        tokenizer=OPTIONS["tokenizer"],
+    )
+    for component in ("unet", "vae", "text_encoder"):
+        assert_identical(getattr(again, component).state_dict(), getattr(pipe, component).state_dict())
+    given_heads, found_heads = (p.unet.config.attention_head_dim for p in (pipe, again))
+    assert found_heads == (given_heads if isinstance(given_heads, int) else tuple(given_heads))
