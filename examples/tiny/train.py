@@ -21,7 +21,7 @@ from vae import train as train_vae
 from world import World
 
 from instructdiffusion_pipeline import export
-from instructdiffusion_pipeline.training import EncodedSamples, TrainingConfig, encode, train
+from instructdiffusion_pipeline.training import EncodedSamples, TrainingConfig, encode_samples, train
 
 SAMPLES = 30_000
 CONFIG = TrainingConfig(
@@ -69,7 +69,7 @@ def cached_samples(world: World, pipeline, path: Path) -> EncodedSamples:
     if not path.exists():
         rng = random.Random(1)
         samples = (world.sample(rng) for _ in tqdm(range(SAMPLES), desc="encoding"))
-        save_file(encode(samples, pipeline.vae, pipeline.tokenizer).tensors, path.with_suffix(".partial"))
+        save_file(encode_samples(samples, pipeline.vae, pipeline.tokenizer).tensors, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
     return EncodedSamples(load_file(path))
 

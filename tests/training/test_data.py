@@ -5,13 +5,13 @@ import tiny
 import torch
 
 from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.training import encode
+from instructdiffusion_pipeline.training import encode_samples
 from instructdiffusion_pipeline.training.data import EndlessShuffle
 
 
 def test_encoded_samples_hold_the_posteriors_and_the_tokens(pipe):
     samples = [Sample(tiny.picture(seed=i), tiny.picture(seed=10 + i), f"paint the cat {i}") for i in range(5)]
-    dataset = encode(samples, pipe.vae, pipe.tokenizer, batch_size=2)
+    dataset = encode_samples(samples, pipe.vae, pipe.tokenizer, batch_size=2)
     assert len(dataset) == 5
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess([samples[3].image, samples[3].target])
@@ -28,7 +28,7 @@ def test_encoded_samples_hold_the_posteriors_and_the_tokens(pipe):
 
 def test_no_samples_is_an_error(pipe):
     with pytest.raises(ValueError, match="samples: got none"):
-        encode([], pipe.vae, pipe.tokenizer)
+        encode_samples([], pipe.vae, pipe.tokenizer)
 
 
 @pytest.mark.parametrize("start", [0, 3, 7, 20])

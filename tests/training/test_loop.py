@@ -9,7 +9,7 @@ import torch
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.training import TrainingConfig, encode, train
+from instructdiffusion_pipeline.training import TrainingConfig, encode_samples, train
 
 SCRIPT = Path(__file__).parent / "train_tiny.py"
 STEPS = 9
@@ -50,7 +50,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path):
 @pytest.fixture
 def two_samples(pipe):
     samples = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"sample {i}") for i in range(2)]
-    return encode(samples, pipe.vae, pipe.tokenizer)
+    return encode_samples(samples, pipe.vae, pipe.tokenizer)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(pipe, two_samples, tmp_path):

@@ -11,7 +11,7 @@ import tiny  # noqa: E402
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline  # noqa: E402
 from instructdiffusion_pipeline.sample import Sample  # noqa: E402
-from instructdiffusion_pipeline.training import TrainingConfig, encode, train  # noqa: E402
+from instructdiffusion_pipeline.training import TrainingConfig, encode_samples, train  # noqa: E402
 
 if __name__ == "__main__":
     output_dir, steps, *precision = sys.argv[1:]
@@ -27,7 +27,7 @@ if __name__ == "__main__":
         checkpointing_steps=2,
         mixed_precision=precision[0] if precision else "no",
     )
-    pipe = train(pipe, encode(samples, pipe.vae, pipe.tokenizer), config, Path(output_dir))
+    pipe = train(pipe, encode_samples(samples, pipe.vae, pipe.tokenizer), config, Path(output_dir))
     weights = {f"unet.{k}": v for k, v in pipe.unet.state_dict().items()}
     weights |= {f"text_encoder.{k}": v for k, v in pipe.text_encoder.state_dict().items()}
     torch.save(weights, Path(output_dir) / "weights.pt")

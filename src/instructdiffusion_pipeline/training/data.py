@@ -33,7 +33,7 @@ class EncodedSamples(Dataset):
 
 
 @torch.no_grad()
-def encode(
+def encode_samples(
     samples: Iterable[Sample], vae: AutoencoderKL, tokenizer: CLIPTokenizer, batch_size: int = 64
 ) -> EncodedSamples:
     """Run `samples`, whose pictures share one size, through the frozen VAE and the tokenizer."""

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -57,7 +58,6 @@ def train(
         raise ValueError('mixed_precision: got "fp16" on a CPU, which would train in float32; use "bf16" or "no"')
     set_seed(config.seed)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     denoiser = Denoiser(pipeline.unet, pipeline.text_encoder, config.train_text_encoder).train()
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
@@ -72,6 +72,7 @@ def train(
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(ema)
     first_step = restore(accelerator, output_dir)
+    ema.to(accelerator.device)  # a checkpoint is read to the CPU
 
     # The data order is a pure function of the seed and the step, so that resuming needs no state for it.
     world_batch = config.batch_size * accelerator.num_processes
@@ -86,10 +87,12 @@ def train(
         batch = next(batches)
         size, shape = len(batch["input_ids"]), batch["target_mean"].shape
         # 1. Draw in the original's order: posterior, dropout, timesteps, noise. All of it hangs on (seed, step, rank).
-        generator = torch.Generator().manual_seed(hash((config.seed, step, accelerator.process_index)) % 2**63)
+        entropy = np.random.SeedSequence((config.seed, step, accelerator.process_index))
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
         posterior_noise = torch.randn(shape, generator=generator).to(accelerator.device)
         draws = torch.rand(size, generator=generator).to(accelerator.device)
-        timesteps = torch.randint(0, 1000, (size,), generator=generator).to(accelerator.device)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), generator=generator)
+        timesteps = timesteps.to(accelerator.device)
         noise = torch.randn(shape, generator=generator).to(accelerator.device)
 
         # 2. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
@@ -126,6 +129,7 @@ def save(accelerator: Accelerator, output_dir: Path, step: int) -> None:
     """Write `checkpoint-<step>` aside, rename it into place, then drop older ones: a kill leaves a whole one."""
     final, partial = output_dir / f"checkpoint-{step}", output_dir / "partial"
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # each process writes a part
     if accelerator.is_main_process:
         partial.rename(final)
         for older in output_dir.glob("checkpoint-*"):
