@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import InstructDiffusionPipeline, upright_rgb
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 MARGIN, PANEL_HEIGHT, FONT_SIZE = 12, 320, 16  # pixels
@@ -29,8 +29,10 @@ def main() -> None:
     parser.add_argument("--image_guidance_scale", type=float, default=1.25, help="how much the input picture counts")
     parser.add_argument("--resolution", type=int, help="working size (default: the one the model was trained at)")
     args = parser.parse_args()
-    if args.output.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--output: no picture format has the ending {args.output.suffix!r}; try .png or .jpg")
+    if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
+        parser.error(f"--output: no picture can be written with the ending {args.output.suffix!r}; try .png or .jpg")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}")
 
     image = open_picture(args.image)
     pipeline = load(args.model)
@@ -53,7 +55,7 @@ def open_picture(path: Path) -> Image.Image:
     """The picture in `path`, upright, RGB; one large enough to be a decompression bomb is refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        return upright_rgb(Image.open(path))
 
 
 def load(model: str) -> InstructDiffusionPipeline:

@@ -61,7 +61,9 @@ def fetch(folder: Path) -> None:
         root = packages / package
         if not root.exists():
             subprocess.run(["apt-get", "download", package], cwd=packages, check=True)
-            subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), root], check=True)
+            partial = root.with_name(f"{package}.partial")
+            subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), partial], check=True)
+            partial.rename(root)
         files, licenses = read_package(root)
         for path, content in files.items():
             license, holder = licenses.get(path, ("unknown", "unknown"))

@@ -80,7 +80,8 @@ def train(world: World, folder: Path) -> AutoencoderKL:
 
     ema.copy_to(vae.parameters())
     standardize_latents(vae, pool[:2_000])
-    vae.save_pretrained(finished)
+    vae.save_pretrained(folder / "vae.partial")
+    (folder / "vae.partial").replace(finished)
     return vae
 
 

@@ -16,7 +16,7 @@ SIZE = 64
 COLORS = ["red", "blue", "green", "yellow"]
 OBJECT_SIZES = (22, 42)  # longer side, pixels
 MAX_OBJECTS = 3
-MIN_VISIBLE = 0.6  # share of an object that later ones must leave uncovered
+MIN_VISIBLE = 0.6  # of what still shows of an object, the share that each later one must leave uncovered
 MIN_COLOR_DISTANCE = 110  # from the object's mean colour, so that the paint shows
 ABSENT_SHARE = 0.1
 DENOISING_SHARE = 0.3
@@ -39,7 +39,8 @@ class Scene:
 class World:
     """Scenes from `folder` as `fetch` filled it.
 
-    Training sees neither the photographs nor the objects whose names are held out; evaluation asks for them.
+    Training sees neither the photographs nor the objects whose names are held out. With `unseen_objects` scenes hold
+    objects of both kinds, at least one of them unseen, and samples ask for unseen ones only.
     """
 
     def __init__(self, folder: Path, unseen_photographs: bool = False, unseen_objects: bool = False):
@@ -49,10 +50,11 @@ class World:
         ]
         self.objects = {}
         for path in sorted((folder / "objects").glob("*.png")):
-            if is_held_out(path.stem) == unseen_objects:
+            if unseen_objects or not is_held_out(path.stem):
                 sprite = Image.open(path).convert("RGBA")
                 sprite.thumbnail((2 * OBJECT_SIZES[1],) * 2)  # enough for the largest, and quicker to rotate
                 self.objects[path.stem] = sprite
+        self.names = {name for name in self.objects if is_held_out(name) == unseen_objects}
 
     def background(self, rng: random.Random) -> Image.Image:
         """A random square of a random photograph, mirrored half of the time."""
@@ -63,10 +65,14 @@ class World:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
     def scene(self, rng: random.Random) -> Scene:
-        """One to three different objects over a background; each stays mostly visible."""
+        """One to three different objects over a background, each mostly visible, at least one in `names`."""
         image = self.background(rng)
         masks: dict[str, np.ndarray] = {}
-        for name in rng.sample(sorted(self.objects), rng.randint(1, min(MAX_OBJECTS, len(self.objects)))):
+        names = rng.sample(sorted(self.objects), rng.randint(1, min(MAX_OBJECTS, len(self.objects))))
+        names.sort(key=lambda name: name not in self.names)  # the first is never refused its place
+        if names[0] not in self.names:
+            names[0] = rng.choice(sorted(self.names))
+        for name in names:
             layer, mask = self.place(name, rng)
             if all((old & ~mask).sum() >= MIN_VISIBLE * old.sum() for old in masks.values()):
                 image.paste(layer, (0, 0), layer)
@@ -88,8 +94,8 @@ class World:
 
     def segmentation(self, rng: random.Random, scene: Scene) -> tuple[Sample, str, str]:
         """A sample that names one object of `scene`, or an absent one; also that name and the colour asked for."""
-        absent = sorted(self.objects.keys() - scene.masks.keys())
-        name = rng.choice(absent) if rng.random() < ABSENT_SHARE else rng.choice(sorted(scene.masks))
+        present, absent = sorted(self.names & scene.masks.keys()), sorted(self.names - scene.masks.keys())
+        name = rng.choice(absent if rng.random() < ABSENT_SHARE and absent else present)
         mask = scene.masks.get(name, np.zeros((SIZE, SIZE), bool))
         color = rng.choice(visible_colors(scene.image, mask))
         sample = Sample(

@@ -8,6 +8,7 @@ from .pipeline_instruct_diffusion import (
     InstructDiffusionPipeline,
     InstructDiffusionPipelineOutput,
     WorkingSize,
+    upright_rgb,
     working_size,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "WorkingSize",
     "export",
     "push",
+    "upright_rgb",
     "working_size",
 ]
 

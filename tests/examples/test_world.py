@@ -14,7 +14,7 @@ def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
     assert set(training.objects) == names - held_out
     assert len(training.photographs) == len(names) - len(held_out)
     unseen = World(world_folder, unseen_photographs=True, unseen_objects=True)
-    assert set(unseen.objects) == held_out
+    assert unseen.names == held_out
     assert len(unseen.photographs) == len(held_out)
     assert 0.09 < np.mean([is_held_out(str(i)) for i in range(20_000)]) < 0.11
 
@@ -54,3 +54,16 @@ def test_the_same_seed_gives_the_same_sample(world_folder):
     first, second = (world.sample(random.Random(4)) for _ in range(2))
     assert first == second
     assert first != world.sample(random.Random(5))
+
+
+def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
+    world = World(world_folder, unseen_objects=True)
+    distractors = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        scene = world.scene(rng)
+        assert world.names & scene.masks.keys()
+        distractors += len(scene.masks.keys() - world.names)
+        _, name, _ = world.segmentation(rng, scene)
+        assert name in world.names
+    assert distractors > 20

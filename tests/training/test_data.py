@@ -26,6 +26,14 @@ def test_encoded_samples_hold_the_posteriors_and_the_tokens(pipe):
     assert item["input_ids"].tolist() == pipe.tokenizer("paint the cat 3", padding="max_length").input_ids
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pictures_of_several_sizes_are_refused(pipe, batch_size):
+    samples = [Sample(tiny.picture(), tiny.picture(), "same")] * 3
+    samples += [Sample(tiny.picture(), tiny.picture(48, 32), "other")]
+    with pytest.raises(ValueError, match=r"samples: number 3 .* target of \(48, 32\)"):
+        encode_samples(samples, pipe.vae, pipe.tokenizer, batch_size=batch_size)
+
+
 def test_no_samples_is_an_error(pipe):
     with pytest.raises(ValueError, match="samples: got none"):
         encode_samples([], pipe.vae, pipe.tokenizer)

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import time
@@ -58,6 +59,28 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(pipe, two_samples, tmp_pa
     with pytest.raises(FloatingPointError, match="at step 0"):
         train(pipe, two_samples, TrainingConfig(max_train_steps=2, batch_size=2), tmp_path)
     assert not checkpoints(tmp_path)
+
+
+def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
+    config = TrainingConfig(max_train_steps=1, batch_size=2)
+    train(pipe, two_samples, config, tmp_path)
+    with pytest.raises(ValueError, match="another run: learning_rate was 0.0001 and is 0.01, seed was 0 and is 3"):
+        train(pipe, two_samples, dataclasses.replace(config, learning_rate=1e-2, seed=3), tmp_path)
+
+
+def test_fp16_on_a_cpu_is_refused_and_leaves_other_precisions_open(pipe, two_samples, tmp_path):
+    config = TrainingConfig(max_train_steps=1, batch_size=2, mixed_precision="fp16")
+    with pytest.raises(ValueError, match='mixed_precision: got "fp16" on a CPU'):
+        train(pipe, two_samples, config, tmp_path)
+    train(pipe, two_samples, dataclasses.replace(config, mixed_precision="no"), tmp_path)
+
+
+def test_a_pipeline_stored_in_half_precision_is_trained_in_float32(pipe, two_samples, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path / "half")
+    loaded = train(loaded, two_samples, TrainingConfig(max_train_steps=1, batch_size=2), tmp_path)
+    assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.float32}
+    assert loaded(**tiny.inputs()).images.shape == (1, 32, 32, 3)
 
 
 def test_training_lowers_the_loss_and_leaves_the_text_encoder_alone(pipe, two_samples, tmp_path):

@@ -36,10 +36,21 @@ class EncodedSamples(Dataset):
 def encode_samples(
     samples: Iterable[Sample], vae: AutoencoderKL, tokenizer: CLIPTokenizer, batch_size: int = 64
 ) -> EncodedSamples:
-    """Run `samples`, whose pictures share one size, through the frozen VAE and the tokenizer."""
+    """Run `samples`, whose pictures must share one size, through the frozen VAE and the tokenizer.
+
+    Raises a ValueError that names the first sample with a picture of another size, or says that there are none.
+    """
     processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
-    parts = []
+    parts: list[dict[str, torch.Tensor]] = []
+    size = None
     for batch in batched(samples, batch_size):
+        for index, sample in enumerate(batch, start=batch_size * len(parts)):
+            size = size or sample.image.size
+            if not sample.image.size == sample.target.size == size:
+                raise ValueError(
+                    f"samples: number {index} has an image of {sample.image.size} and a target of"
+                    f" {sample.target.size} pixels; all pictures must be of {size}, the size of the first"
+                )
         images, targets = (
             processor.preprocess([getattr(sample, side) for sample in batch]).to(vae.device, vae.dtype)
             for side in ("image", "target")

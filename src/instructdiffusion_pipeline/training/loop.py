@@ -1,11 +1,14 @@
 """One training loop, from top to bottom; accelerate brings precision, processes and devices."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -25,8 +28,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module, train_text_encoder: bool):
         super().__init__()
-        self.unet = unet.requires_grad_(True)
-        self.text_encoder = text_encoder.requires_grad_(train_text_encoder)
+        # Trained in float32 whatever they were stored in; mixed precision casts as it goes.
+        self.unet = unet.float().requires_grad_(True).train()
+        self.text_encoder = text_encoder.float().requires_grad_(train_text_encoder).train(train_text_encoder)
 
     def forward(
         self,
@@ -51,14 +55,19 @@ def train(
     """Train `pipeline` on `dataset` and return it with the averaged weights.
 
     Checkpoints go to `output_dir`; a run that was stopped goes on from its last one and gives, on a CPU, the weights
-    of a run that was not. Raises FloatingPointError at a loss that is not finite and ValueError for fp16 on a CPU.
+    of a run that was not. accelerate fixes the precision for the whole process with the first call.
+
+    Raises:
+        ValueError: `mixed_precision` is fp16 on a CPU, or `output_dir` holds checkpoints of another run.
+        FloatingPointError: the loss is not finite.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError('mixed_precision: got "fp16" on a CPU, which would train in float32; use "bf16" or "no"')
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    settings = asdict(config) | {"processes": accelerator.num_processes, "samples": len(dataset)}
     set_seed(config.seed)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder, config.train_text_encoder).train()
+    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder, config.train_text_encoder)
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     # accelerate steps the schedule once per process, so its lengths are given in those steps
@@ -71,7 +80,7 @@ def train(
     denoiser, optimizer, lr_scheduler = accelerator.prepare(denoiser, optimizer, lr_scheduler)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(ema)
-    first_step = restore(accelerator, output_dir)
+    first_step = restore(accelerator, output_dir, settings)
     ema.to(accelerator.device)  # a checkpoint is read to the CPU
 
     # The data order is a pure function of the seed and the step, so that resuming needs no state for it.
@@ -102,10 +111,7 @@ def train(
         )
 
         # 3. One step of AdamW, and of the average that is kept in the end.
-        with accelerator.autocast():
-            loss = denoiser(
-                scheduler, latents, image_latents, input_ids, noise, timesteps, config.min_snr_gamma
-            ).mean()
+        loss = denoiser(scheduler, latents, image_latents, input_ids, noise, timesteps, config.min_snr_gamma).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is in {output_dir}")
         accelerator.backward(loss)
@@ -117,20 +123,21 @@ def train(
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
         if (step + 1) % config.checkpointing_steps == 0 or step + 1 == config.max_train_steps:
-            save(accelerator, output_dir, step + 1)
+            save(accelerator, output_dir, step + 1, settings)
 
     ema.copy_to(parameters)
-    denoiser = accelerator.unwrap_model(denoiser).eval().requires_grad_(False)
-    pipeline.unet, pipeline.text_encoder = denoiser.unet, denoiser.text_encoder
-    return pipeline
+    pipeline.unet.eval().requires_grad_(False)
+    pipeline.text_encoder.eval().requires_grad_(False)
+    return pipeline.to(accelerator.device)
 
 
-def save(accelerator: Accelerator, output_dir: Path, step: int) -> None:
+def save(accelerator: Accelerator, output_dir: Path, step: int, settings: dict[str, Any]) -> None:
     """Write `checkpoint-<step>` aside, rename it into place, then drop older ones: a kill leaves a whole one."""
     final, partial = output_dir / f"checkpoint-{step}", output_dir / "partial"
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()  # each process writes a part
     if accelerator.is_main_process:
+        (partial / "settings.json").write_text(json.dumps(settings, indent=2))
         partial.rename(final)
         for older in output_dir.glob("checkpoint-*"):
             if older != final:
@@ -138,10 +145,20 @@ def save(accelerator: Accelerator, output_dir: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def restore(accelerator: Accelerator, output_dir: Path) -> int:
-    """Load the newest checkpoint of `output_dir`, if there is one; returns the number of steps already taken."""
+def restore(accelerator: Accelerator, output_dir: Path, settings: dict[str, Any]) -> int:
+    """Load the newest checkpoint of `output_dir`, if there is one; returns the number of steps already taken.
+
+    Its optimizer, schedule and data order mean what they say under its own settings only, so others are refused.
+    """
     steps = [int(path.name.rpartition("-")[2]) for path in output_dir.glob("checkpoint-*")]
     if not steps:
         return 0
-    accelerator.load_state(str(output_dir / f"checkpoint-{max(steps)}"))
+    newest = output_dir / f"checkpoint-{max(steps)}"
+    found = json.loads((newest / "settings.json").read_text())
+    wrong = [
+        f"{name} was {found[name]!r} and is {value!r}" for name, value in settings.items() if found[name] != value
+    ]
+    if wrong:
+        raise ValueError(f"output_dir: {newest} belongs to another run: {', '.join(wrong)}. Name an empty folder.")
+    accelerator.load_state(str(newest))
     return max(steps)

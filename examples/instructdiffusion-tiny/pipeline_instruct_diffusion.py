@@ -1,0 +1,818 @@
+"""InstructDiffusion as a diffusers pipeline: one model, many vision tasks, asked for in words and answered in pixels.
+
+The method is that of "InstructDiffusion: A Generalist Modeling Interface for Vision Tasks" (Geng et al., CVPR 2024,
+arXiv 2309.03895). This file stands on its own: it is the very file that a repository on the Hub carries.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import (
+    FromSingleFileMixin,
+    IPAdapterMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
+from diffusers.models import ImageProjection
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import USE_PEFT_BACKEND, BaseOutput, logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import ImageOps
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+logger = logging.get_logger(__name__)
+
+Box = tuple[float, float, float, float]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Guidance(NamedTuple):
+    """What each of the three predictions weighs in the guided one (arXiv 2309.03895).
+
+        eps = 1/2 (no_text + no_image) + s_T (both - no_text) + s_I (both - no_image)
+
+    `both` sees the instruction and the picture, `no_text` the picture alone, `no_image` the instruction alone. Sorted
+    by prediction this is an affine combination: the weights sum to 1. Scales of (1/2, 1/2) are plain sampling.
+    """
+
+    both: float
+    no_text: float
+    no_image: float
+
+    @classmethod
+    def from_scales(cls, guidance_scale: float, image_guidance_scale: float) -> "Guidance":
+        """The weights for a text scale s_T and an image scale s_I."""
+        return cls(guidance_scale + image_guidance_scale, 0.5 - guidance_scale, 0.5 - image_guidance_scale)
+
+    @property
+    def branches(self) -> list[str]:
+        """The predictions that count. One that weighs exactly nothing need not be computed."""
+        return [name for name, weight in self._asdict().items() if weight != 0]
+
+    def combine(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The guided prediction (N, 4, h, w), from those of the K `branches` one after another (K * N, 4, h, w)."""
+        parts = predictions.chunk(len(self.branches))
+        return sum(getattr(self, name) * part for name, part in zip(self.branches, parts, strict=True))
+
+
+class WorkingSize(NamedTuple):
+    """The size at which the model sees a picture, and which part of the picture its answer shows.
+
+    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. The box is that of an answer
+    fitted back, as PIL pictures are; what array, tensor and latent answers show is `centre_crop(input_size, size)`.
+    """
+
+    size: tuple[int, int]
+    box: Box
+
+
+def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
+    """The largest centred box of `size` that has the proportions of `target`: what `ImageOps.fit` keeps."""
+    width, height = size
+    crop_width = min(width, height * target[0] / target[1])
+    crop_height = min(height, width * target[1] / target[0])
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def working_size(width: int, height: int, resolution: int | None, vae_scale_factor: int = 8) -> WorkingSize:
+    """The size the model works at for an input of `width` x `height` pixels, and the box the answer to it shows.
+
+    With a `resolution` both sides are multiples of 64 and the long one comes near `resolution`. The picture is fitted
+    to that size and the answer fitted back; each time the centre is kept and what sticks out is cropped, so the answer
+    shows the box that survives both. Without (`None`) the picture is stretched to the next smaller multiples of
+    `vae_scale_factor`, at least one, and nothing is cropped.
+
+    Raises:
+        ValueError: if a side or the resolution is too small, or the long side would exceed four times `resolution`.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
+    if resolution is None:
+        rounded_width, rounded_height = (
+            max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height)
+        )
+        return WorkingSize((rounded_width, rounded_height), (0.0, 0.0, float(width), float(height)))
+    if not isinstance(resolution, int) or resolution < 16:
+        raise ValueError(f"`resolution` must be None or at least 16 pixels, but is {resolution!r}.")
+    short_side, long_side = min(width, height), max(width, height)
+    # In integers: floating point lands just beside a multiple of 64 for one size in seventeen, and is a block off.
+    short = 64 * -(-short_side * resolution // (64 * long_side))
+    long = 64 * (long_side * short // (64 * short_side))
+    size = (short, long) if width < height else (long, short)
+    if long > 4 * resolution:
+        raise ValueError(
+            f"`image` of {width} x {height} pixels is too elongated for `resolution={resolution}`: it would become"
+            f" {size[0]} x {size[1]}, and no side may pass four times the resolution. Crop it or raise `resolution`."
+        )
+    left, top, right, bottom = centre_crop((width, height), size)
+    x, y = (right - left) / size[0], (bottom - top) / size[1]
+    shown = centre_crop(size, (width, height))
+    return WorkingSize(size, (left + x * shown[0], top + y * shown[1], left + x * shown[2], top + y * shown[3]))
+
+
+def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in 8-bit RGB, turned the way its EXIF orientation asks for. Transparency is dropped, not blended."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        # Pillow opens 16-bit files in modes that start with I, and would clip everything above 255 to white.
+        levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535
+        if not (levels.min() >= 0 and levels.max() <= white):
+            raise ValueError(
+                f"`image` of mode {picture.mode} must hold values from 0 to {white}, but holds values from"
+                f" {levels.min()} to {levels.max()}."
+            )
+        picture = PIL.Image.fromarray((levels // (white // 255)).astype(np.uint8))
+    elif picture.mode == "La":
+        picture = picture.convert("LA")
+    return picture.convert("RGB")
+
+
+def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
+    """Whatever was passed as `image`, as a flat list: PIL pictures as they are, arrays as tensors (C, H, W)."""
+    if isinstance(image, PIL.Image.Image):
+        return [image]
+    if isinstance(image, (list, tuple)) and len(image) > 0:
+        return [picture for item in image for picture in _as_pictures(item)]
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if isinstance(image, torch.Tensor) and image.ndim in (3, 4):
+        return [image] if image.ndim == 3 else list(image)
+    received = f"{type(image).__name__} of shape {tuple(image.shape)}" if hasattr(image, "shape") else repr(image)
+    raise ValueError(
+        "`image` must be a PIL picture, a tensor (3, H, W) or (B, 3, H, W), an array (H, W, 3) or (B, H, W, 3), image"
+        f" latents (B, 4, h, w), or a non-empty list of these, but holds {received}."
+    )
+
+
+def _resized(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
+    """A picture tensor (3, H, W) in [0, 1] at another (width, height), by the filter that PIL pictures get."""
+    if (picture.shape[2], picture.shape[1]) == size:
+        return picture
+    channels = [_fitted(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 1)
+
+
+def _fitted(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
+    if crop:
+        return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
+    return picture.resize(size, PIL.Image.Resampling.LANCZOS)
+
+
+def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> torch.Tensor:
+    """Repeats (1 or batch_size, ...) to (batch_size * copies, ...), the copies of one sample next to each other."""
+    if tensor.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` has {tensor.shape[0]} entries, but this call makes {batch_size} samples: prompts, negative"
+            " prompts and images must be equally many, or one for all."
+        )
+    return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
+
+
+@dataclass
+class InstructDiffusionPipelineOutput(BaseOutput):
+    """
+    Args:
+        images: the answers. A list of PIL pictures, each in the size of its input; or, at working size, an array
+            (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, 4, h, w), multiplied by the VAE's scaling
+            factor.
+        nsfw_content_detected: one `bool` an answer, or `None` without a safety checker. Flagged answers are black.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    nsfw_content_detected: list[bool] | None
+
+
+class InstructDiffusionPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
+    FromSingleFileMixin,
+):
+    """
+    Answers an instruction about a picture with a picture: edits, restored photographs, masks and keypoints.
+
+    The method is InstructDiffusion (Geng et al., CVPR 2024, arXiv 2309.03895). LoRA weights, IP-Adapters, textual
+    inversions and single-file checkpoints load the way they do in diffusers' Stable Diffusion pipelines.
+
+    Args:
+        vae: encodes the input and decodes the answer.
+        text_encoder: CLIP text model; the instruction enters as its last hidden state.
+        tokenizer: the tokenizer that belongs to `text_encoder`.
+        unet: takes 8 channels: 4 of noisy latents and 4 of image latents.
+        scheduler: the model was made for `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
+        safety_checker: blackens answers that it takes for offensive; needs `feature_extractor`.
+        feature_extractor: prepares pictures for `safety_checker` and `image_encoder`.
+        image_encoder: encodes the pictures shown to an IP-Adapter.
+        requires_safety_checker: whether to warn if `safety_checker` is missing.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        super().__init__()
+        if safety_checker is None and requires_safety_checker:
+            logger.warning(
+                "`requires_safety_checker` is set but there is no `safety_checker`: answers are returned unfiltered."
+            )
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("`safety_checker` needs a `feature_extractor` to prepare its pictures, but got None.")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        # Sizes are this pipeline's business (`working_size`); the processor only changes between value ranges.
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The settings of a folder. One that carries this file names the class in a list, [file, class]: undone here.
+
+        diffusers takes such a list as an order to run the folder's code, which it does only if trusted. Who asks for
+        this class by name has its code already. Every way to load, from a folder or from the Hub, reads through here.
+        """
+        settings = super()._dict_from_json_file(json_file)
+        name = settings.get("_class_name")
+        if isinstance(name, list) and name[-1] == "InstructDiffusionPipeline":
+            settings["_class_name"] = name[-1]
+        return settings
+
+    @property
+    def guidance_scale(self) -> float:
+        """Text scale s_T. Callbacks change it through `_guidance_scale`; every step reads it anew."""
+        return self._guidance_scale
+
+    @property
+    def image_guidance_scale(self) -> float:
+        """Image scale s_I. Callbacks change it through `_image_guidance_scale`; every step reads it anew."""
+        return self._image_guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """How often the current call runs the UNet; heun-like schedulers run it more than once a step."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked, through `_interrupt`, to leave out the remaining steps."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 5.0,
+        image_guidance_scale: float = 1.25,
+        negative_prompt: str | list[str] | None = None,
+        resolution: int | None = None,
+        strength: float = 1.0,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> InstructDiffusionPipelineOutput | tuple:
+        """
+        Answers `prompt` about `image`.
+
+        Prompts, negative prompts and images may be single or in lists; lists are equally long, and what is single
+        serves all. B is the number of samples this makes, N = B * num_images_per_prompt the number of answers.
+
+        Args:
+            prompt: the instruction. Past 77 tokens it is cut, with a warning that says what was lost.
+            image: a picture: PIL (any mode; EXIF orientation is applied, transparency dropped, 16-bit values scaled
+                down), tensor (3, H, W) or (B, 3, H, W) or array (H, W, 3) or (B, H, W, 3) in [0, 1]; or image latents
+                (B, 4, h, w): the mode of the VAE's posterior, not multiplied by its scaling factor.
+            num_inference_steps: denoising steps, at least 1.
+            guidance_scale: text scale s_T: how much the instruction counts. Any number; see `Guidance`.
+            image_guidance_scale: image scale s_I: how much the input picture counts. 1/2 for both is plain sampling.
+            negative_prompt: what stands in for the empty text in the branch without instruction.
+            resolution: length near which the long side is brought for the model, in pixels; see `working_size`. `None`
+                keeps the picture's own size, rounded down to the VAE's factor.
+            strength: share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, starting
+                from the image latents, noised; if that is all the steps, as by default, from pure noise.
+            num_images_per_prompt: answers a sample.
+            eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; other schedulers do not use it.
+            generator: one for the whole call, or a list of N. One on the CPU draws the same noise on any device.
+            latents: standard normal noise (N, 4, h, w) to start from in place of `generator`'s.
+            prompt_embeds: (1 or B, 77, D), in place of `prompt`.
+            negative_prompt_embeds: (1 or B, 77, D), in place of `negative_prompt`.
+            ip_adapter_image: what to show to the IP-Adapters: one picture each, or one list of pictures each.
+            ip_adapter_image_embeds: in its place, for each IP-Adapter (2, K, D), first the negative embeddings of K
+                pictures, then the positive ones; (2 * B, K, D) where samples differ, all the negative ones first; or
+                (1, K, D), the positive ones alone, for which the negative ones are zeros.
+            output_type: "pil" for 8-bit pictures in the size of their input, "np", "pt" or "latent" for working size.
+            return_dict: whether to return an [`InstructDiffusionPipelineOutput`] or a plain tuple of its fields.
+            cross_attention_kwargs: for the attention processors; its "scale" is the scale of LoRA layers, and reaches
+                those of the text encoder, too.
+            clip_skip: how many of the text encoder's last layers to leave out.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
+                tensors to go on with. It may also set `_guidance_scale`, `_image_guidance_scale` and `_interrupt`.
+            callback_on_step_end_tensor_inputs: which tensors to hand it, out of `_callback_tensor_inputs`: latents and
+                image_latents (N, 4, h, w) in float32, prompt_embeds and negative_prompt_embeds (N, 77, D).
+
+        Returns:
+            [`InstructDiffusionPipelineOutput`] or `tuple`: the N answers, and what the safety checker says of them.
+
+        Raises:
+            ValueError: if an argument does not fit; the message names it. Pictures of one call must share a working
+                size, and none may be so elongated that its long side passes four times `resolution`.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 0. Check inputs, before anything slow runs.
+        self.check_inputs(
+            prompt,
+            image,
+            num_inference_steps,
+            strength,
+            num_images_per_prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._image_guidance_scale = image_guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        # 1. Bring the pictures to the size they share while the model works: (1 or B, 3, H, W) in [-1, 1].
+        pixels, answer_sizes = self.preprocess_image(image, resolution)
+
+        # 2. Encode the texts with the text encoder: twice (1 or B, 77, D), with and without the instruction.
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            clip_skip=clip_skip,
+        )
+
+        # 3. Let all conditions have one entry per answer, N = B * num_images_per_prompt.
+        batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
+        prompt_embeds = _expand("prompt", prompt_embeds, batch_size, num_images_per_prompt)
+        negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, num_images_per_prompt)
+        ip_adapter_embeds = self.prepare_ip_adapter_image_embeds(
+            ip_adapter_image, ip_adapter_image_embeds, device, batch_size, num_images_per_prompt
+        )
+
+        # 4. Encode the pictures with the VAE, each only once: (N, 4, h, w).
+        image_latents = self.encode_image_latents(pixels, device)
+        image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
+
+        # 5. Lay out the steps, and the noise they start from: (N, 4, h, w).
+        timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
+        self._num_timesteps = len(timesteps)
+        started_late = len(timesteps) < len(self.scheduler.timesteps)
+        latents = self.prepare_latents(image_latents, timesteps[:1] if started_late else None, generator, latents)
+
+        # 6. Denoise.
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+        order, dtype = self.scheduler.order, self.unet.dtype
+        with self.progress_bar(total=-(-len(timesteps) // order)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                # Decided anew in every step, because callbacks may change the scales. K is 1, 2 or 3.
+                guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
+                branches = guidance.branches
+
+                # The K branches one after another: (K * N, 8, h, w), noisy latents first; no image means zeros.
+                noisy_latents = self.scheduler.scale_model_input(latents, t)
+                pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
+                texts = [negative_prompt_embeds if b == "no_text" else prompt_embeds for b in branches]
+                shown = [
+                    torch.cat([negative if b == "no_text" else positive for b in branches]).to(dtype)
+                    for negative, positive in ip_adapter_embeds
+                ]
+                inputs = torch.cat([torch.cat([noisy_latents, picture], dim=1) for picture in pictures])
+                predictions = self.unet(
+                    inputs.to(dtype),
+                    t,
+                    encoder_hidden_states=torch.cat(texts).to(dtype),
+                    added_cond_kwargs={"image_embeds": shown} if shown else None,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    return_dict=False,
+                )[0]
+
+                # One guided prediction (N, 4, h, w), and with it to the next noise level.
+                prediction = guidance.combine(predictions.to(latents.dtype))
+                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        tensors[name] = locals()[name]
+                    changed = callback_on_step_end(self, i, t, tensors)
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    image_latents = changed.pop("image_latents", image_latents)
+
+                if (i + 1) % order == 0 or i == len(timesteps) - 1:
+                    progress_bar.update()
+
+        # 7. Decode the answers with the VAE: (N, 3, H, W) in [0, 1], looked at by the safety checker.
+        nsfw_content_detected = None
+        images: Any = latents.to(dtype)
+        if output_type != "latent":
+            images = self.decode_latents(latents)
+            images, nsfw_content_detected = self.run_safety_checker(images, device)
+            images = self.postprocess_image(images, output_type, answer_sizes, crop=resolution is not None)
+
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, nsfw_content_detected
+        return InstructDiffusionPipelineOutput(images=images, nsfw_content_detected=nsfw_content_detected)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        image: PipelineImageInput | None,
+        num_inference_steps: int,
+        strength: float,
+        num_images_per_prompt: int,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        ip_adapter_image: PipelineImageInput | None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises a ValueError that names the argument, what it got and what would be right."""
+        self._check_text("prompt", prompt, prompt_embeds)
+        self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
+        if image is None:
+            raise ValueError("`image` must be given: the picture that `prompt` is about.")
+        for name, count in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, but is {count!r}.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
+        if round(num_inference_steps * strength) == 0:
+            raise ValueError(
+                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise one of the two."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has"
+                f" {unknown}."
+            )
+        if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
+                f" but takes {self.unet.config.in_channels}: it was not made for InstructDiffusion."
+            )
+
+        if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
+            raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` must not both be given.")
+        has_ip_adapter = self.unet.config.encoder_hid_dim_type == "ip_image_proj"
+        shows_image = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        if shows_image and not has_ip_adapter:
+            raise ValueError(
+                "`ip_adapter_image` and `ip_adapter_image_embeds` need an IP-Adapter, but none is loaded."
+            )
+        if has_ip_adapter and not shows_image:
+            raise ValueError("`ip_adapter_image` or `ip_adapter_image_embeds` must be given: an IP-Adapter is loaded.")
+
+    @staticmethod
+    def _check_text(name: str, text: str | list[str] | None, embeds: torch.Tensor | None) -> None:
+        if text is not None and embeds is not None:
+            raise ValueError(f"`{name}` and `{name}_embeds` must not both be given.")
+        is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(isinstance(item, str) for item in text)
+        if not (text is None or isinstance(text, str) or is_list_of_texts):
+            raise ValueError(f"`{name}` must be a text or a non-empty list of texts, but is {text!r}.")
+        if embeds is not None and embeds.ndim != 3:
+            raise ValueError(f"`{name}_embeds` must have the shape (B, 77, D), but has {tuple(embeds.shape)}.")
+
+    def preprocess_image(
+        self, image: PipelineImageInput, resolution: int | None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """
+        Brings pictures to the size the model works at.
+
+        Args:
+            image: one of the kinds `__call__` takes.
+            resolution: see `working_size`.
+
+        Returns:
+            The pictures (B, 3, H, W) in [-1, 1], or image latents as they came; and for each the (width, height) that
+            a PIL answer to it has.
+
+        Raises:
+            ValueError: if a picture is not readable as one, or if their working sizes differ.
+        """
+        pictures = _as_pictures(image)
+        channels = self.vae.config.latent_channels
+        image_latents = [p for p in pictures if isinstance(p, torch.Tensor) and p.shape[0] == channels]
+        if len(image_latents) == len(pictures):
+            if resolution is not None:
+                raise ValueError(f"`resolution` must be None for image latents, but is {resolution}.")
+            shapes = [tuple(latents.shape) for latents in image_latents]
+            if len(set(shapes)) > 1:
+                raise ValueError(f"`image` must hold image latents of one shape, but holds {shapes}.")
+            height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
+            return torch.stack(image_latents), [(width, height)] * len(shapes)
+
+        answer_sizes, sizes, tensors = [], [], []
+        for picture in pictures:
+            if isinstance(picture, PIL.Image.Image):
+                picture = upright_rgb(picture)
+                answer_sizes.append(picture.size)
+            elif picture.shape[0] != 3:
+                raise ValueError(f"`image` must have 3 channels, or be all image latents, but has {picture.shape[0]}.")
+            else:
+                answer_sizes.append((picture.shape[2], picture.shape[1]))
+            sizes.append(working_size(*answer_sizes[-1], resolution, self.vae_scale_factor).size)
+            if len(set(sizes)) > 1:
+                continue  # Only the sizes are still of interest, for the message.
+            if isinstance(picture, PIL.Image.Image):
+                fitted = _fitted(picture, sizes[0], crop=resolution is not None)
+                tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
+            else:
+                self._check_range(picture)
+                tensors.append(_resized(picture, sizes[0], crop=resolution is not None))
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                "`image` must hold pictures that share a working size, but they come in"
+                f" {', '.join(f'{w} x {h}' for w, h in answer_sizes)} pixels and would be worked on in"
+                f" {', '.join(f'{w} x {h}' for w, h in sizes)}. Pass them in separate calls."
+            )
+        return self.image_processor.preprocess(torch.stack(tensors)), answer_sizes
+
+    @staticmethod
+    def _check_range(picture: torch.Tensor) -> None:
+        if not picture.is_floating_point() or not (picture.min() >= 0 and picture.max() <= 1):
+            raise ValueError(
+                "`image` must hold floating-point values in [0, 1] if it is a tensor or an array, but holds"
+                f" {picture.dtype} values from {picture.min().item()} to {picture.max().item()}."
+            )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encodes the instruction and what stands in its place in the branch without one.
+
+        Args:
+            prompt: the instruction or a list of B; `None` if `prompt_embeds` is given.
+            device: where to encode; the pipeline's own by default.
+            num_images_per_prompt: how often to repeat each embedding.
+            negative_prompt: takes the place of the empty text; one, or a list of B.
+            prompt_embeds: (B, 77, D), to be used instead of `prompt`.
+            negative_prompt_embeds: (1 or B, 77, D), to be used instead of `negative_prompt`.
+            lora_scale: scale of the text encoder's LoRA layers while it runs.
+            clip_skip: how many of the text encoder's last layers to leave out.
+
+        Returns:
+            Two tensors (B * num_images_per_prompt, 77, D), with and without the instruction.
+
+        Raises:
+            ValueError: if the numbers or shapes of the two do not fit together.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            if prompt is None:
+                raise ValueError("`prompt` or `prompt_embeds` must be given, but both are None.")
+            prompt_embeds = self._encode_text(prompt, device, lora_scale, clip_skip)
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = self._encode_text(negative_prompt or "", device, lora_scale, clip_skip)
+
+        if prompt_embeds.shape[1:] != negative_prompt_embeds.shape[1:]:
+            raise ValueError(
+                "`prompt_embeds` and `negative_prompt_embeds` must have the same length and width, but have the shapes"
+                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+            )
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        batch_size = max(prompt_embeds.shape[0], negative_prompt_embeds.shape[0])
+        prompt_embeds = _expand("prompt", prompt_embeds.to(device, dtype), batch_size, num_images_per_prompt)
+        negative_prompt_embeds = _expand(
+            "negative_prompt", negative_prompt_embeds.to(device, dtype), batch_size, num_images_per_prompt
+        )
+        return prompt_embeds, negative_prompt_embeds
+
+    def _encode_text(
+        self, text: str | list[str], device: torch.device, lora_scale: float | None, clip_skip: int | None
+    ) -> torch.Tensor:
+        """Text encoder states (B, 77, D)."""
+        if self.text_encoder is None:
+            raise ValueError("`prompt_embeds` and `negative_prompt_embeds` must be given: there is no text encoder.")
+        texts = self.maybe_convert_prompt([text] if isinstance(text, str) else text, self.tokenizer)
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        for whole in self.tokenizer(texts).input_ids:
+            if len(whole) > limit:
+                # The end token takes the last place, so the text is lost from that place on.
+                lost = self.tokenizer.decode(whole[limit - 1 : -1])
+                logger.warning(f"CLIP reads {limit} tokens of a prompt and not the rest of this one: {lost!r}")
+        with self._lora_scaled(lora_scale):
+            states = self.text_encoder(ids.input_ids.to(device), output_hidden_states=clip_skip is not None)
+        if clip_skip is None:
+            return states.last_hidden_state
+        # Newer transformers have no `text_model` inside a CLIPTextModel any more.
+        text_model: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return text_model.final_layer_norm(states.hidden_states[-(clip_skip + 1)])
+
+    @contextmanager
+    def _lora_scaled(self, scale: float | None) -> Iterator[None]:
+        """Scales the LoRA layers of the text encoder for a while. The UNet does so itself."""
+        if scale is None or not USE_PEFT_BACKEND:
+            yield
+            return
+        self._lora_scale = scale
+        scale_lora_layers(self.text_encoder, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(self.text_encoder, scale)
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: list[torch.Tensor] | None,
+        device: torch.device,
+        batch_size: int,
+        num_images_per_prompt: int,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each IP-Adapter the negative and the positive embeddings (B * num_images_per_prompt, K, ...)."""
+        if ip_adapter_image is None and ip_adapter_image_embeds is None:
+            return []
+        adapters = self.unet.encoder_hid_proj.image_projection_layers
+        given = ip_adapter_image if ip_adapter_image_embeds is None else ip_adapter_image_embeds
+        given = given if isinstance(given, list) else [given]
+        if len(given) != len(adapters):
+            name = "ip_adapter_image" if ip_adapter_image_embeds is None else "ip_adapter_image_embeds"
+            raise ValueError(f"`{name}` must have {len(adapters)} entries, one per IP-Adapter, but has {len(given)}.")
+        if ip_adapter_image_embeds is None:
+            given = [
+                self.encode_ip_adapter_image(image, device, pooled=isinstance(adapter, ImageProjection))
+                for image, adapter in zip(given, adapters, strict=True)
+            ]
+        pairs = []
+        for embeds in given:
+            if len(embeds) == 1:
+                # The positive one alone. Pooled embeddings have zeros as their negative.
+                embeds = torch.cat([torch.zeros_like(embeds), embeds])
+            elif len(embeds) % 2 == 1:
+                raise ValueError(
+                    "`ip_adapter_image_embeds` must hold negative embeddings and as many positive ones, but has an odd"
+                    f" number of entries: its shape is {tuple(embeds.shape)}."
+                )
+            negative, positive = (
+                _expand("ip_adapter_image_embeds", half.to(device), batch_size, num_images_per_prompt)
+                for half in embeds.chunk(2)
+            )
+            pairs.append((negative, positive))
+        return pairs
+
+    def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
+        """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the states before the last layer."""
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        image = image.to(device, self.image_encoder.dtype)
+        if pooled:
+            positive = self.image_encoder(image).image_embeds
+            return torch.stack([torch.zeros_like(positive), positive])
+        both = torch.stack([torch.zeros_like(image), image])
+        return torch.stack([self.image_encoder(half, output_hidden_states=True).hidden_states[-2] for half in both])
+
+    def encode_image_latents(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Image latents (B, 4, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled. Latents stay."""
+        if pixels.shape[1] == self.vae.config.latent_channels:
+            return pixels.to(device, torch.float32)
+        return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
+
+    def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
+        """The timesteps to run: all of them, or the last `round(num_inference_steps * strength)` steps' worth."""
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        skipped = num_inference_steps - round(num_inference_steps * strength)
+        first = skipped * self.scheduler.order
+        if first > 0 and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return self.scheduler.timesteps[first:]
+
+    def prepare_latents(
+        self,
+        image_latents: torch.Tensor,
+        start: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Where denoising starts (N, 4, h, w): pure noise, or the image latents noised as at timestep `start` (1,).
+
+        Latents stay in float32 whatever the UNet computes in, so that a seed draws the same noise in every precision.
+        """
+        shape = image_latents.shape
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(
+                f"`generator` must be one or a list of {shape[0]}, one an answer, but has {len(generator)}."
+            )
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
+        elif latents.shape == shape:
+            noise = latents.to(image_latents)
+        else:
+            raise ValueError(f"`latents` must have the shape {tuple(shape)}, but has {tuple(latents.shape)}.")
+        if start is None:
+            return noise * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(image_latents, noise, start)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, 4, h, w)."""
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0].float(), "pt")
+
+    def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
+        """The pictures (N, 3, H, W) with offensive ones blackened, and which those are; without a checker as is."""
+        if self.safety_checker is None:
+            return images, None
+        pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+        features = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        return self.safety_checker(images=images, clip_input=features.to(device, self.safety_checker.dtype))
+
+    def postprocess_image(
+        self, images: torch.Tensor, output_type: str, answer_sizes: list[tuple[int, int]], crop: bool
+    ) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
+        """Pictures (N, 3, H, W) in [0, 1] as they are, as array (N, H, W, 3), or as PIL pictures sized like inputs."""
+        if output_type == "pt":
+            return images
+        arrays = VaeImageProcessor.pt_to_numpy(images)
+        if output_type == "np":
+            return arrays
+        # The original cuts the fraction off instead of rounding; a seed gives its picture only if this does, too.
+        levels = (arrays * 255).astype(np.uint8)
+        sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
+        return [_fitted(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)]
