@@ -7,6 +7,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from components import build_empty, tables
@@ -16,6 +17,20 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig
 from weights import Weights, check_names, check_new, read_safetensors, read_values, written_whole
 
+# What the original's code fixes and no name or shape of a weight shows.
+FIXED: dict[str, dict[str, Any]] = {
+    "unet": {
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "use_linear_projection": False,
+        "resnet_time_scale_shift": "default",
+        "only_cross_attention": False,
+    },
+    "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
+}
 FORMATS = (".safetensors", ".ckpt")
 
 
@@ -30,6 +45,14 @@ def convert_back(model_path: str | Path) -> Weights:
         AutoencoderKL.load_config(model_path / "vae"),
         CLIPTextConfig.from_pretrained(model_path / "text_encoder"),
     )
+    wrong = [
+        f"{component} has {key} {models[component].config[key]!r} and not {value!r}"
+        for component, settings in FIXED.items()
+        for key, value in settings.items()
+        if models[component].config[key] != value
+    ]
+    if wrong:
+        raise ValueError(f"--model_path: the original cannot run {model_path}: its {'; its '.join(wrong)}.")
     weights: Weights = {}
     for component, table in tables(models).items():
         folder = model_path / component

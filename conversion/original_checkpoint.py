@@ -124,7 +124,8 @@ def _entry(content: Any, key: str, where: str) -> tuple[Weights, list[str]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
         holds = list(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{where} has no {key!r} with weights in it; it holds {holds}.")
-    strange = [name for name, value in content[key].items() if not isinstance(value, torch.Tensor)]
+    entries = content[key].items()
+    strange = [name for name, value in entries if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
     if strange:
-        raise ValueError(f"{where}: {key!r} holds what is no tensor: {strange}.")
+        raise ValueError(f"{where}: {key!r} holds what is no named tensor: {strange}.")
     return content[key], [name for name in content if name != key]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 Weights = dict[str, torch.Tensor]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SLICE = 256  # opening a file touches a page of every tensor in it, so not too often
 
 # Classes that lie in checkpoints beside the weights. Each is read as an empty class of the same name, so neither
@@ -41,10 +42,11 @@ def read_pickle(path: Path, option: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ValueError(f"{option}: {path} cannot be read: its pickle is damaged ({error}).") from error
         raise ValueError(
-            f"{option}: {path} was refused, because loading it would run code"
-            + (f" ({asked[1]})" if asked else "")
-            + ". A checkpoint may hold tensors and plain values only."
+            f"{option}: {path} was refused, because loading it would run code ({asked[1]}). A checkpoint may hold"
+            " tensors and plain values only."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(
@@ -93,17 +95,24 @@ def read_values(
         for start in range(0, len(order), SLICE):
             stored = reopen()
             for name in order[start : start + SLICE]:
+                tensor = stored[name]
                 # contiguous() copies nothing but what was saved from a channels_last model
-                weights[names[name]] = tensor = stored[name].to(dtype or stored[name].dtype).contiguous()
-                # The extremes tell what isfinite() would, and need no memory for it.
-                if not tensor.is_floating_point() or not all(extreme.isfinite() for extreme in tensor.aminmax()):
+                weights[names[name]] = cast = tensor.to(dtype or tensor.dtype).contiguous()
+                if not is_finite(tensor):
                     broken.append(f"{names[name]} ({tensor.dtype})")
+                elif dtype is not None and not is_finite(cast):
+                    broken.append(f"{names[name]} (beyond {dtype}; convert it without --half)")
                 bar.update()
     if broken:
         raise ValueError(
             f"{where}: {len(broken)} weights are NaN or infinite, or no floats:\n  " + "\n  ".join(broken)
         )
     return weights
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite floats. The extremes tell what isfinite() would, and need no memory for it."""
+    return tensor.dtype in FLOATS and all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def check_new(target: Path, option: str) -> None:

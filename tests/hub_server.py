@@ -105,6 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    files.pop(line["value"]["path"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = hub.uploads[value["oid"]]
             commit = hub.commit_hash(repo)

@@ -72,6 +72,12 @@ def test_faults_are_named(folder: Path, tmp_path: Path):
         convert_back(tmp_path)
 
 
+def test_a_model_the_original_could_not_run_is_refused():
+    shipped = Path(__file__).parent.parent / "examples" / "instructdiffusion-tiny"
+    with pytest.raises(ValueError, match="its vae has norm_num_groups 8 and not 32; its vae has mid_block"):
+        convert_back(shipped)
+
+
 def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     call = ["back", "--model_path", str(folder), "--checkpoint_path", str(tmp_path / "back.bin")]
     monkeypatch.setattr("sys.argv", call)

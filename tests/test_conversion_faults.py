@@ -90,8 +90,13 @@ def test_weights_too_large_for_half_are_named(tmp_path: Path, weights: Weights):
     weights[UNET_WEIGHT].view(-1)[0] = 1e5
     path = write_ckpt(tmp_path / "x.ckpt", weights)
     convert(path, **OPTIONS)
-    with pytest.raises(ValueError, match=UNET_WEIGHT):
+    with pytest.raises(ValueError, match=f"{UNET_WEIGHT} .beyond torch.float16; convert it without --half"):
         convert(path, half=True, **OPTIONS)
+
+
+def test_weights_of_a_type_that_is_not_read_are_named(tmp_path: Path, weights: Weights):
+    weights[UNET_WEIGHT] = weights[UNET_WEIGHT].to(torch.float8_e4m3fn)
+    refused(tmp_path, weights, f"{UNET_WEIGHT} .torch.float8_e4m3fn")
 
 
 def test_whole_component_missing(tmp_path: Path, weights: Weights):

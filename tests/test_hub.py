@@ -14,6 +14,7 @@ import pytest
 import tiny
 from hub_server import HubServer, running_hub
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export, pipeline_instruct_diffusion, push
 
@@ -202,6 +203,7 @@ def test_pushed_and_pulled(root: Path, reference: list, fresh: Fresh, hub: HubSe
     np.testing.assert_allclose(answer, reference, atol=1e-5)
 
     hub.files["me/tiny"]["README.md"] = b"written by hand"
+    hub.files["me/tiny"]["unet/diffusion_pytorch_model.bin"] = b"of an older push"
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
     pipe = InstructDiffusionPipeline.from_pretrained("me/tiny")
@@ -217,6 +219,7 @@ def test_pushed_and_pulled(root: Path, reference: list, fresh: Fresh, hub: HubSe
     np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
     assert hub.files["me/tiny"][weights] != before
     assert hub.files["me/tiny"]["README.md"] == b"written by hand"
+    assert set(hub.files["me/tiny"]) == files(root / "exported"), "no stale weights beside the new ones"
 
 
 def test_an_export_is_a_saved_folder_with_code_and_card(root: Path):
@@ -294,6 +297,14 @@ def test_a_killed_export_leaves_no_folder_of_that_name(root: Path, tmp_path: Pat
 def test_another_pipeline_is_refused(write: Callable, tmp_path: Path):
     with pytest.raises(TypeError, match="pipeline: expected an InstructDiffusionPipeline, got str"):
         write("a string", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [export, push])
+def test_a_pipeline_with_lora_layers_is_refused(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="pipeline: its unet holds LoRA layers"):
+        write(pipe, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ arXiv 2309.03895). This file stands on its own: it is the very file that a repos
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
         return [picture for item in image for picture in _as_pictures(item)]
     if isinstance(image, np.ndarray) and image.ndim in (3, 4):
         image = torch.from_numpy(image).movedim(-1, -3)
-    if isinstance(image, torch.Tensor) and image.ndim in (3, 4):
+    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and len(image) > 0:
         return [image] if image.ndim == 3 else list(image)
     received = f"{type(image).__name__} of shape {tuple(image.shape)}" if hasattr(image, "shape") else repr(image)
     raise ValueError(
@@ -374,6 +375,8 @@ class InstructDiffusionPipeline(
             prompt,
             image,
             num_inference_steps,
+            guidance_scale,
+            image_guidance_scale,
             strength,
             num_images_per_prompt,
             negative_prompt,
@@ -382,6 +385,7 @@ class InstructDiffusionPipeline(
             ip_adapter_image,
             ip_adapter_image_embeds,
             output_type,
+            clip_skip,
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
@@ -486,6 +490,8 @@ class InstructDiffusionPipeline(
         prompt: str | list[str] | None,
         image: PipelineImageInput | None,
         num_inference_steps: int,
+        guidance_scale: float,
+        image_guidance_scale: float,
         strength: float,
         num_images_per_prompt: int,
         negative_prompt: str | list[str] | None,
@@ -494,6 +500,7 @@ class InstructDiffusionPipeline(
         ip_adapter_image: PipelineImageInput | None,
         ip_adapter_image_embeds: list[torch.Tensor] | None,
         output_type: str,
+        clip_skip: int | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raises a ValueError that names the argument, what it got and what would be right."""
@@ -507,6 +514,14 @@ class InstructDiffusionPipeline(
         ):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, but is {count!r}.")
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            if scale is None or not math.isfinite(scale):
+                raise ValueError(f"`{name}` must be a finite number, but is {scale!r}.")
+        layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
+            raise ValueError(
+                f"`clip_skip` must be at least 0 and below the text encoder's {layers} layers, but is {clip_skip}."
+            )
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
         if round(num_inference_steps * strength) == 0:

@@ -61,6 +61,7 @@ def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], li
 
     Raises:
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
+        ValueError: it holds LoRA layers or an IP-Adapter.
         FileExistsError: there is something at `path` already; it is left as it is.
     """
     _check(pipeline)
@@ -94,6 +95,7 @@ def push(
 
     Raises:
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
+        ValueError: it holds LoRA layers or an IP-Adapter.
         huggingface_hub.errors.HFValidationError: `repo_id` is not a name the Hub allows.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused; no commit was made.
     """
@@ -103,7 +105,9 @@ def push(
     kept = ["README.md"] if file_exists(repo_id, "README.md") else None
     with tempfile.TemporaryDirectory() as scratch:
         _write(pipeline, Path(scratch), repo_id, license)
-        commit = upload_folder(repo_id=repo_id, folder_path=scratch, ignore_patterns=kept)
+        # Weight files that an earlier push left under other names could be loaded in place of the new ones.
+        stale = ["*/*.safetensors", "*/*.safetensors.index.json", "*/*.bin"]
+        commit = upload_folder(repo_id=repo_id, folder_path=scratch, ignore_patterns=kept, delete_patterns=stale)
     return commit.commit_url
 
 
@@ -112,6 +116,14 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
         raise TypeError(f"pipeline: expected an {InstructDiffusionPipeline.__name__}, got {found}")
+    for component in ("unet", "text_encoder"):
+        if getattr(getattr(pipeline, component), "peft_config", None):
+            raise ValueError(
+                f"pipeline: its {component} holds LoRA layers, which a folder cannot carry; call fuse_lora() if they"
+                " are to stay, and unload_lora_weights()"
+            )
+    if pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise ValueError("pipeline: it holds an IP-Adapter, which a folder cannot carry; call unload_ip_adapter()")
 
 
 def _write(pipeline: InstructDiffusionPipeline, folder: Path, name: str, license: str | None) -> None:

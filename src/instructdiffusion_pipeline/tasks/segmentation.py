@@ -40,7 +40,8 @@ def read(image: Image.Image, answer: Image.Image, color: str) -> np.ndarray:
     """Mask (bool, height x width) of the pixels that moved from `image` toward `color` in `answer`.
 
     Each pixel's share of the colour is the least-squares solution of answer = image + share * (color - image); the
-    mask is where it passes half of what `draw` mixes in.
+    mask is where it passes half of what `draw` mixes in. Both pictures must be RGB, of one size, and show the same: an
+    answer that was cropped on its way (see `working_size`) has to be compared with the box of the input it shows.
     """
     source = np.asarray(image, dtype=np.float32)
     toward = np.array(MASK_COLORS[color], dtype=np.float32) - source
