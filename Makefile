@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One thread a worker: on a few cores this beats many threads in one worker.
+# One thread a process: small models gain little from more, and crawl when others use the cores they wait for.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow quality setup clean
@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	touch $@
 
 demo: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
 
 test: setup
 	$(PYTEST) -n 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, upright_rgb
+from instructdiffusion_pipeline import InstructDiffusionPipeline, upright_rgb, working_size
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 MARGIN, PANEL_HEIGHT, FONT_SIZE = 12, 320, 16  # pixels
@@ -34,21 +34,31 @@ def main() -> None:
     if not args.output.parent.is_dir():
         parser.error(f"--output: there is no folder {args.output.parent}")
 
-    image = open_picture(args.image)
+    try:
+        image = open_picture(args.image)
+    except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        parser.error(f"--image: {args.image} cannot be read as a picture ({error})")
     pipeline = load(args.model)
+    resolution = args.resolution or trained_size(pipeline)
+    box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
     answer = pipeline(
         args.instruction,
         image,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         image_guidance_scale=args.image_guidance_scale,
-        resolution=args.resolution or trained_size(pipeline),
+        resolution=resolution,
         generator=torch.Generator().manual_seed(args.seed),
     ).images[0]
     beside = args.output.with_stem(args.output.stem + "-side-by-side")
     save(answer, args.output)
-    save(side_by_side({"input": image, args.instruction: answer}), beside)
+    # Working sizes are multiples of 64, so what does not fit is cropped; the input is shown as the answer sees it.
+    shown = image.resize(image.size, box=box)
+    save(side_by_side({"input": shown, args.instruction: answer}), beside)
     print(f"{args.output}: the answer\n{beside}: beside the input")
+    if box != (0, 0, *image.size):
+        left, top, right, bottom = (round(edge) for edge in box)
+        print(f"It shows the part from ({left}, {top}) to ({right}, {bottom}) of the input, enlarged to its size.")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -61,7 +71,7 @@ def open_picture(path: Path) -> Image.Image:
 def load(model: str) -> InstructDiffusionPipeline:
     """The pipeline of a folder or Hub id: half precision on a GPU, float32 on a CPU."""
     cuda = torch.cuda.is_available()
-    pipeline = InstructDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16 if cuda else torch.float32)
+    pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     return pipeline.to("cuda" if cuda else "cpu")
 
 

@@ -14,8 +14,7 @@ from diffusers import DiffusionPipeline
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "conversion"))
+sys.path.insert(0, str(tiny.ROOT / "conversion"))
 
 # A busy machine takes longer than the 200 ms that an example may take by default.
 hypothesis.settings.register_profile("patient", deadline=None)

@@ -20,9 +20,9 @@ from checkpoints import (
     write_ckpt,
     write_training_state,
 )
-from conftest import ROOT
 from convert_original_checkpoint import convert, main
 from safetensors.torch import save_file
+from tiny import ROOT
 from weights import written_whole
 
 Weights = dict[str, torch.Tensor]

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import MODEL, OPTIONS
-from conftest import ROOT
 from safetensors.torch import save_file
-from tiny import picture
+from tiny import ROOT, picture
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
@@ -73,7 +72,7 @@ def test_full_size_converts_loads_and_runs(tmp_path: Path):
                     target.with_name("new").rename(target)
                 remove(target.with_name("new"))
 
-        pipe = InstructDiffusionPipeline.from_pretrained(target, torch_dtype=torch.bfloat16)
+        pipe = InstructDiffusionPipeline.from_pretrained(target, dtype=torch.bfloat16)
         started = time.perf_counter()
         answer = pipe(
             "tint the cat blue",

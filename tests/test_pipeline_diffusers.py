@@ -113,7 +113,7 @@ def test_components_can_be_replaced_while_loading(pipe: InstructDiffusionPipelin
 def test_half_precision_survives_saving(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
     pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert all(".fp16." in path.name for path in tmp_path.rglob("*.safetensors"))
-    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16, variant="fp16")
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16, variant="fp16")
     assert {model.dtype for model in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float16}
     assert difference(answer(loaded), answer(pipe)) == 0
 

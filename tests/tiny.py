@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-TOKENIZER = Path(__file__).parent / "fixtures" / "golden" / "model" / "tokenizer"
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "tests" / "fixtures" / "golden" / "model" / "tokenizer"
 
 
 def scheduler() -> EulerAncestralDiscreteScheduler:

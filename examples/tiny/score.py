@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="samples a row")
     args = parser.parse_args()
 
-    pipeline = InstructDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     seen = World(args.world, unseen_photographs=True)
     unseen = World(args.world, unseen_photographs=True, unseen_objects=True)
