@@ -14,7 +14,7 @@ from skimage import data
 
 from instructdiffusion_pipeline.tasks import restoration, segmentation
 
-OUTPUT = Path("demo.png")
+INPUT, OUTPUT = Path("demo-input.png"), Path("demo.png")
 SUNFLOWER = Path(__file__).parent / "demo" / "sunflower.png"
 COLOR = "blue"
 SIGMA = 25.0  # grey levels
@@ -29,6 +29,7 @@ def main() -> None:
     photograph = square(data.coffee())
     sunflower = Image.open(SUNFLOWER).convert("RGBA")
     photograph.paste(sunflower, PLACE, sunflower)
+    save(photograph, INPUT)
     paint = f"mark the sunflower in {COLOR}"
     painted = ask(pipeline, paint, photograph, SEGMENTATION)
     mask = Image.fromarray(segmentation.read(photograph, painted, COLOR))
