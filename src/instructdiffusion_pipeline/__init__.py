@@ -2,6 +2,7 @@
 
 import diffusers
 
+from .ask import Answer, ask, ask_batch
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
     Guidance,
@@ -13,10 +14,13 @@ from .pipeline_instruct_diffusion import (
 )
 
 __all__ = [
+    "Answer",
     "Guidance",
     "InstructDiffusionPipeline",
     "InstructDiffusionPipelineOutput",
     "WorkingSize",
+    "ask",
+    "ask_batch",
     "export",
     "push",
     "upright_rgb",

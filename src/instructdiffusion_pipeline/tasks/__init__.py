@@ -1,1 +1,32 @@
 """One file a task family: its wording, its sampling preset, how answers are drawn and how they are read."""
+
+import random
+from typing import Any, ClassVar, Protocol
+
+from PIL import Image
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.sample import Sample
+
+
+class Task(Protocol):
+    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
+
+    preset: ClassVar[dict[str, float]]  # what the original samples the family with
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """The question in words."""
+
+    def draw(self, image: Image.Image, annotation: Any) -> Image.Image:
+        """The picture that answers it, for training."""
+
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:
+        """What an answer says, in pixels of `image`; `box` is the part of it that `answer` shows."""
+
+    def overlay(self, image: Image.Image, reading: Any) -> Image.Image:
+        """A picture of a reading on its input."""
+
+
+def make_sample(task: Task, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
+    """The training pair for one question about an annotated picture."""
+    return Sample(image, task.draw(image, annotation), task.instruction(rng))

@@ -1,26 +1,85 @@
 """Restoration: the answer is the clean picture itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-# The original's watermark removal example; it publishes none for noise or blur.
-PRESET = {"num_inference_steps": 100, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.tasks.frames import paste_answer
+from instructdiffusion_pipeline.tasks.overlays import wipe
 
-DENOISE_TEMPLATES = [
-    "take the noise out of this photo",
-    "remove the noise",
-    "denoise the picture",
-    "clean up the grain in this image",
-    "make this noisy photo clean",
-    "get rid of the grain, please",
-]
+Defect = Literal["noise", "blur", "watermark"]
+TEMPLATES: dict[str, list[str]] = {
+    "noise": [
+        "remove the noise",
+        "take the noise out of this photo",
+        "denoise the picture",
+        "clean up the grain in this image",
+        "make this noisy photo clean",
+        "get rid of the grain, please",
+        "this was shot in the dark: wipe away the speckle",
+        "smooth the sensor noise, keep the details",
+        "I want this picture without its noise",
+    ],
+    "blur": [
+        "remove the blur",
+        "make this photo sharp",
+        "deblur the picture",
+        "the camera shook: bring the details back",
+        "turn this blurry image into a crisp one",
+        "sharpen what is out of focus, please",
+        "undo the motion blur",
+        "I want this picture in focus",
+    ],
+    "watermark": [
+        "remove the watermark",
+        "take the lettering off this photo",
+        "erase the text that covers the picture",
+        "clear the stamp from this image",
+        "give me the picture without its watermark",
+        "wipe away the printed mark, please",
+        "show what lies under the watermark",
+        "get rid of the logo across the photo",
+    ],
+}
 
 
-def instruction(rng: random.Random) -> str:
-    """One wording of "take the noise out"."""
-    return rng.choice(DENOISE_TEMPLATES)
+@dataclass(frozen=True)
+class Restoration:
+    """Asks to take a `defect` out of a picture. Raises a ValueError for one that is not known."""
+
+    defect: Defect
+
+    # The original's watermark removal example; it publishes none for noise or blur.
+    preset: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 100,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+    }
+
+    def __post_init__(self) -> None:
+        if self.defect not in TEMPLATES:
+            raise ValueError(f"`defect` must be one of {', '.join(get_args(Defect))}; got {self.defect!r}.")
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """One wording of the question; without `rng` always the same."""
+        templates = TEMPLATES[self.defect]
+        return rng.choice(templates) if rng else templates[0]
+
+    def draw(self, image: Image.Image, clean: Image.Image) -> Image.Image:
+        """The clean picture."""
+        return clean
+
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
+        """The restored picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
+        return paste_answer(image, answer, box)
+
+    def overlay(self, image: Image.Image, restored: Image.Image) -> Image.Image:
+        """Left half before, right half after."""
+        return wipe(image, restored)
 
 
 def add_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:

@@ -1,50 +1,177 @@
 """Segmentation: the named object is tinted, half colour and half picture (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.tasks.colors import MASK_COLORS
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
+from instructdiffusion_pipeline.sample import Masks
+from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, check_colors, moved_shares, paint, visible_colors
+from instructdiffusion_pipeline.tasks.frames import Frame
+from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
 
-PRESET = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+OPACITY = 0.5  # share of the colour in a painted pixel
+ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
 
-# Share of the colour in a painted pixel.
-OPACITY = 0.5
-
-TEMPLATES = [
-    "mark the {name} in {color}",
-    "paint the {name} {color}",
-    "color the {name} {color} and leave the rest alone",
-    "put a {color} tint on the {name}",
-    "highlight the {name} with {color}",
-    "lay {color} over every pixel of the {name}",
-    "shade the {name} in {color}, please",
-    "where is the {name}? show it in {color}",
+# {things}: "the cat in blue and the dogs in red"
+LIST_TEMPLATES = [
+    "mark {things}",
+    "paint {things}",
+    "highlight {things}",
+    "segment {things}",
+    "tint {things} and leave the rest alone",
+    "show {things}",
+    "shade {things}, please",
+    "fill {things}",
+    "make {things} stand out",
+    "lay a see-through coat of paint over {things}",
+]
+# {name}: "the cat"; {be} and {them} agree with it.
+SINGLE_TEMPLATES = [
+    "paint {name} {color}",
+    "color {name} {color}",
+    "color {name} {color} and leave the rest alone",
+    "put a {color} tint on {name}",
+    "highlight {name} with {color}",
+    "lay {color} over every pixel of {name}",
+    "where {be} {name}? show {them} in {color}",
+    "find {name} and cover {them} with {color}",
+    "give {name} a {color} coat",
+    "use {color} for the pixels that belong to {name}",
+    "turn {name} {color} wherever you can see {them}",
+    "put {name} under a {color} veil",
 ]
 
 
-def instruction(name: str, color: str, rng: random.Random) -> str:
-    """One wording of "paint the `name` in `color`"; `color` is a key of `MASK_COLORS`."""
-    return rng.choice(TEMPLATES).format(name=name, color=color)
+@dataclass(frozen=True)
+class Segmentation:
+    """Asks to paint each object in its colour: `{"cat": "blue"}`, names to keys of `MASK_COLORS`.
 
-
-def draw(image: Image.Image, mask: np.ndarray, color: str) -> Image.Image:
-    """Mix `color` into an RGB `image` where `mask` (bool, height x width) is set; other pixels stay as they are."""
-    pixels = np.array(image, dtype=np.float32)
-    pixels[mask] = (1 - OPACITY) * pixels[mask] + OPACITY * np.array(MASK_COLORS[color], dtype=np.float32)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def read(image: Image.Image, answer: Image.Image, color: str) -> np.ndarray:
-    """Mask (bool, height x width) of the pixels that moved from `image` toward `color` in `answer`.
-
-    Each pixel's share of the colour is the least-squares solution of answer = image + share * (color - image); the
-    mask is where it passes half of what `draw` mixes in. Both pictures must be RGB, of one size, and show the same: an
-    answer that was cropped on its way (see `working_size`) has to be compared with the box of the input it shows.
+    Raises a ValueError for an unknown colour, for one used twice, and for no name at all.
     """
-    source = np.asarray(image, dtype=np.float32)
-    toward = np.array(MASK_COLORS[color], dtype=np.float32) - source
-    moved = np.asarray(answer, dtype=np.float32) - source
-    share = (moved * toward).sum(-1) / np.maximum((toward**2).sum(-1), 1)
-    return share > OPACITY / 2
+
+    colors: Mapping[str, str]
+
+    preset: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 100,
+        "guidance_scale": 7.5,
+        "image_guidance_scale": 1.5,
+    }
+
+    def __post_init__(self) -> None:
+        check_colors(self.colors, MASK_COLORS)
+
+    @classmethod
+    def pick(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
+        """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a colour that shows."""
+        present = [name for name, mask in masks.items() if mask.any()]
+        absent = [name for name, mask in masks.items() if not mask.any()]
+        name = rng.choice(absent if absent and (not present or rng.random() < ABSENT_SHARE) else present)
+        return cls({name: rng.choice(visible_colors(image, masks[name], MASK_COLORS))})
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """One wording of the question; without `rng` always the same."""
+        things = listing([f"{the(name)} in {color}" for name, color in self.colors.items()])
+        if rng is None:
+            return LIST_TEMPLATES[0].format(things=things)
+        if len(self.colors) > 1 or rng.random() < len(LIST_TEMPLATES) / len(LIST_TEMPLATES + SINGLE_TEMPLATES):
+            return rng.choice(LIST_TEMPLATES).format(things=things)
+        ((name, color),) = self.colors.items()
+        be, them = ("are", "them") if is_plural(name) else ("is", "it")
+        return rng.choice(SINGLE_TEMPLATES).format(name=the(name), color=color, be=be, them=them)
+
+    def draw(self, image: Image.Image, masks: Masks) -> Image.Image:
+        """Mix each colour into an RGB `image` where its mask is set; objects without a mask leave no trace."""
+        pixels = np.array(image)
+        for name, color in self.colors.items():
+            if name in masks:
+                paint(pixels, masks[name], MASK_COLORS[color], OPACITY)
+        return Image.fromarray(pixels)
+
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
+        """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
+
+        `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
+        None. Outside the box nothing is set.
+        """
+        frame = Frame.of(image, answer, box)
+        colors = [MASK_COLORS[color] for color in self.colors.values()]
+        shares, _ = moved_shares(frame.source, frame.answer, colors, OPACITY)
+        return {
+            name: Mask.from_margin(frame.place(share - 0.5, outside=-0.5))
+            for name, share in zip(self.colors, shares, strict=True)
+        }
+
+    def overlay(self, image: Image.Image, masks: dict[str, "Mask"]) -> Image.Image:
+        """`image` with the masks in their colours, opaque enough to see on any picture, and outlined."""
+        pixels = np.array(upright_rgb(image))
+        for name, color in self.colors.items():
+            mask, (red, green, blue) = masks[name].pixels, MASK_COLORS[color]
+            inner = mask.copy()
+            inner[1:] &= mask[:-1]
+            inner[:-1] &= mask[1:]
+            inner[:, 1:] &= mask[:, :-1]
+            inner[:, :-1] &= mask[:, 1:]
+            paint(pixels, inner, MASK_COLORS[color], opacity=0.6)
+            paint(pixels, mask & ~inner, (255 - red, 255 - green, 255 - blue), opacity=1.0)
+        return Image.fromarray(pixels)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where an object is: `pixels` (bool, height x width), and how clearly the answer says so, 0 to 1.
+
+    `confidence` is the mean distance of the painted pixels from the threshold (of all pixels, if none is painted): 1
+    if every one moved all the way or not at all, 0 if every one stopped half way.
+    """
+
+    pixels: np.ndarray
+    confidence: float
+
+    @classmethod
+    def from_margin(cls, margin: np.ndarray) -> "Mask":
+        """From each pixel's share of the colour, less the threshold of one half."""
+        pixels = margin > 0
+        clear = np.clip(2 * np.abs(margin), 0, 1)
+        return cls(pixels, float(clear[pixels].mean() if pixels.any() else clear.mean()))
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """(left, top, width, height) as in COCO, or None for an empty mask."""
+        if not self.pixels.any():
+            return None
+        rows, columns = np.flatnonzero(self.pixels.any(1)), np.flatnonzero(self.pixels.any(0))
+        return (
+            int(columns[0]),
+            int(rows[0]),
+            int(columns[-1] - columns[0] + 1),
+            int(rows[-1] - rows[0] + 1),
+        )
+
+    @property
+    def rle(self) -> dict[str, Any]:
+        """COCO's compressed run lengths, {"size": [height, width], "counts": str}; needs pycocotools."""
+        from pycocotools import mask as coco
+
+        encoded = coco.encode(np.asfortranarray(self.pixels.astype(np.uint8)))
+        return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+    @property
+    def polygons(self) -> list[list[float]]:
+        """COCO's polygons [x0, y0, x1, y1, ...], one for each outer contour; needs scikit-image.
+
+        Holes are filled, as COCO's polygons have none.
+        """
+        from skimage.measure import find_contours, label
+
+        polygons = []
+        components = label(np.pad(self.pixels, 1), connectivity=1)
+        for index in range(1, components.max() + 1):
+            outer = max(find_contours(components == index, 0.5), key=len)
+            # COCO's coordinates run along pixel edges: (0, 0) is the corner of the first pixel, here padded by one.
+            polygons.append((outer[:-1, ::-1] - 0.5).ravel().tolist())
+        return polygons

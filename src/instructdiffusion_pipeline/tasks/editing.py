@@ -1,0 +1,50 @@
+"""Editing: the answer is the edited picture itself (Geng et al., CVPR 2024, section 3.1)."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from PIL import Image
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.sample import Edit
+from instructdiffusion_pipeline.tasks.frames import paste_answer
+from instructdiffusion_pipeline.tasks.overlays import wipe
+
+
+@dataclass(frozen=True)
+class Editing:
+    """Asks for an edit in the user's own words; editing data sets bring theirs. Raises a ValueError for no words."""
+
+    text: str
+
+    preset: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 100,
+        "guidance_scale": 5.0,
+        "image_guidance_scale": 1.25,
+    }
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f'`text` must say what to edit, as "make it winter" does; got {self.text!r}.')
+
+    @classmethod
+    def pick(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
+        """The question that the data set asks."""
+        return cls(edit.instruction)
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """The text itself."""
+        return self.text
+
+    def draw(self, image: Image.Image, edit: Edit) -> Image.Image:
+        """The edited picture."""
+        return edit.edited
+
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
+        """The edited picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
+        return paste_answer(image, answer, box)
+
+    def overlay(self, image: Image.Image, edited: Image.Image) -> Image.Image:
+        """Left half before, right half after."""
+        return wipe(image, edited)

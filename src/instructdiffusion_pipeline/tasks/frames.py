@@ -1,0 +1,77 @@
+"""The way from an answer's pixels to the input's: an answer shows a box of its input, at a size of its own."""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
+
+
+class Frame(NamedTuple):
+    """Input and answer brought to one size, and where they lie in the input.
+
+    `source` and `answer` are [height, width, 3] arrays, 8 bits; `box` (left, top, right, bottom) is in pixels of the
+    input, whose (width, height) is `size`.
+    """
+
+    source: np.ndarray
+    answer: np.ndarray
+    box: Box
+    size: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, image: Image.Image, answer: Image.Image, box: Box | None = None, longest: int | None = None
+    ) -> "Frame":
+        """Bring `answer` and the `box` of `image` that it shows (None: all of it) to the smaller one's size.
+
+        With `longest` the longer side is also at most that many pixels.
+        """
+        image, answer = upright_rgb(image), upright_rgb(answer)
+        box = (0.0, 0.0, *map(float, image.size)) if box is None else box
+        if not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
+            raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
+        spans = (box[2] - box[0], box[3] - box[1])
+        size = [max(1, min(round(span), side)) for span, side in zip(spans, answer.size, strict=True)]
+        if longest and max(size) > longest:
+            size = [max(1, round(side * longest / max(size))) for side in size]
+        width, height = size
+        source = image.resize((width, height), Image.Resampling.LANCZOS, box)
+        shown = answer.resize((width, height), Image.Resampling.LANCZOS)
+        return cls(np.asarray(source), np.asarray(shown), box, image.size)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the input per pixel of the frame, along x and y."""
+        height, width = self.source.shape[:2]
+        return (self.box[2] - self.box[0]) / width, (self.box[3] - self.box[1]) / height
+
+    def place(self, plane: np.ndarray, outside: float) -> np.ndarray:
+        """A plane of the frame [height, width] as float32 in the input's size, `outside` the box as given."""
+        x, y = self.scale
+        framed = Image.fromarray(plane.astype(np.float32))
+        matrix = (1 / x, 0, -self.box[0] / x, 0, 1 / y, -self.box[1] / y)
+        placed = framed.transform(
+            self.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=outside
+        )
+        return np.asarray(placed)
+
+    def point(self, x: float, y: float) -> tuple[float, float]:
+        """A place in pixels of the frame, as one in pixels of the input."""
+        return self.box[0] + (x + 0.5) * self.scale[0] - 0.5, self.box[1] + (y + 0.5) * self.scale[1] - 0.5
+
+
+def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Image.Image:
+    """`answer` laid over the `box` of `image` that it shows (None: all of it); what lies outside stays the input's.
+
+    The box is rounded inwards to whole pixels.
+    """
+    image, answer = upright_rgb(image), upright_rgb(answer)
+    left, top, right, bottom = (0.0, 0.0, *map(float, image.size)) if box is None else box
+    whole = (int(np.ceil(left)), int(np.ceil(top)), int(np.floor(right)), int(np.floor(bottom)))
+    x, y = answer.width / (right - left), answer.height / (bottom - top)
+    region = ((whole[0] - left) * x, (whole[1] - top) * y, (whole[2] - left) * x, (whole[3] - top) * y)
+    size = (whole[2] - whole[0], whole[3] - whole[1])
+    image.paste(answer.resize(size, Image.Resampling.LANCZOS, region), whole[:2])
+    return image

@@ -1,0 +1,217 @@
+"""Keypoints: each named joint gets an opaque disc of its colour (Geng et al., CVPR 2024, section 3.1)."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
+from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.tasks.colors import (
+    KEYPOINT_COLORS,
+    VISIBLE_LEVELS,
+    check_colors,
+    moved_shares,
+    paint,
+    visible_colors,
+)
+from instructdiffusion_pipeline.tasks.frames import Frame
+from instructdiffusion_pipeline.tasks.wording import listing, the
+
+RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
+MAX_JOINTS = 5  # in one instruction
+# Reading: at this many pixels along the long side a disc has its training size.
+READING_SIDE = 256
+MIN_CONFIDENCE = 0.5
+
+COCO_JOINTS = (
+    "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
+    "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee", "left ankle",
+    "right ankle",
+)  # fmt: skip
+
+# {discs}: "a red disc on the left wrist and a blue one on the nose"
+LIST_TEMPLATES = [
+    "draw {discs}",
+    "put {discs}",
+    "place {discs}",
+    "paint {discs}",
+    "set {discs}",
+    "please add {discs}",
+    "show me the joints: {discs}",
+    "mark this body with {discs}",
+    "I need {discs}",
+    "leave the picture as it is, but draw {discs}",
+]
+# {marks}: "the left wrist in red and the nose in blue"
+MARK_TEMPLATES = [
+    "mark {marks}",
+    "point out {marks}",
+    "show {marks}",
+    "where can I see {marks}? put discs there",
+    "find {marks} and mark each place with a disc",
+    "label {marks}",
+    "dot {marks}",
+    "locate {marks}",
+]
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """Asks for a disc on each joint: `{"left wrist": "red"}`, one to five names to keys of `KEYPOINT_COLORS`.
+
+    Raises a ValueError for an unknown colour, for one used twice, and for no joint or more than five.
+    """
+
+    colors: Mapping[str, str]
+
+    preset: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 100,
+        "guidance_scale": 6.0,
+        "image_guidance_scale": 0.5,
+    }
+
+    def __post_init__(self) -> None:
+        check_colors(self.colors, KEYPOINT_COLORS)
+        if len(self.colors) > MAX_JOINTS:
+            raise ValueError(f"`colors` may ask for at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
+
+    @classmethod
+    def pick(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
+        """One to five joints at random, in distinct colours that show where the joints are.
+
+        A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not.
+        """
+        radius = disc_radius(image.size)
+        inside = [
+            name
+            for name, joint in joints.items()
+            if joint is None
+            or (-radius <= joint.x < image.width + radius and -radius <= joint.y < image.height + radius)
+        ]
+        names = rng.sample(inside, min(len(inside), rng.randint(1, MAX_JOINTS)))
+        colors: dict[str, str] = {}
+        for name in names:
+            joint = joints[name]
+            spot = disc(image.size, joint) if joint else np.zeros((image.height, image.width), bool)
+            free = {color: rgb for color, rgb in KEYPOINT_COLORS.items() if color not in colors.values()}
+            colors[name] = rng.choice(visible_colors(image, spot, free))
+        return cls(colors)
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """One wording of the question; without `rng` always the same."""
+        discs = listing(
+            [
+                f"a {color} {'disc' if index == 0 else 'one'} on {the(name)}"
+                for index, (name, color) in enumerate(self.colors.items())
+            ]
+        )
+        marks = listing([f"{the(name)} in {color}" for name, color in self.colors.items()])
+        template = rng.choice(LIST_TEMPLATES + MARK_TEMPLATES) if rng else LIST_TEMPLATES[0]
+        return template.format(discs=discs, marks=marks)
+
+    def draw(self, image: Image.Image, joints: Joints) -> Image.Image:
+        """Draw a disc on each joint of an RGB `image`; a joint that is None or not named leaves no trace."""
+        pixels = np.array(image)
+        for name, color in self.colors.items():
+            joint = joints.get(name)
+            if joint is not None:
+                paint(pixels, disc(image.size, joint), KEYPOINT_COLORS[color], opacity=1.0)
+        return Image.fromarray(pixels)
+
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, Joint | None]:
+        """The place of each joint in pixels of `image`, or None where no disc was drawn.
+
+        `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
+        None. A joint's confidence is half the step from the ring around its disc to the disc, 1 for a disc as drawn.
+        """
+        frame = Frame.of(image, answer, box, longest=READING_SIDE)
+        colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
+        shares, evidence = moved_shares(frame.source, frame.answer, colors, 1.0)
+        radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))
+        joints: dict[str, Joint | None] = {}
+        for index, name in enumerate(self.colors):
+            others = np.delete(shares, index, 0).max(0, initial=0) > 0.5
+            known = (evidence[index] >= VISIBLE_LEVELS / 2) & ~others
+            x, y, confidence = find_disc(shares[index], known, radius)
+            joints[name] = Joint(*frame.point(x, y), confidence) if confidence >= MIN_CONFIDENCE else None
+        return joints
+
+    def overlay(self, image: Image.Image, joints: Joints) -> Image.Image:
+        """`image` with a cross, a name and a confidence at each joint that was found."""
+        sheet = upright_rgb(image)
+        pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
+        for name, color in self.colors.items():
+            joint = joints[name]
+            if joint is not None:
+                for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), KEYPOINT_COLORS[color])):
+                    pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
+                    pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
+                text = f"{name} {joint.confidence:.2f}"
+                pen.text((joint.x + arm, joint.y), text, "white", stroke_width=1, stroke_fill="black")
+        return sheet
+
+
+def disc_radius(size: tuple[int, int]) -> float:
+    """Radius in pixels of the discs in a picture of (width, height)."""
+    return RADIUS * min(size)
+
+
+def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
+    """The pixels (bool, height x width) within dx^2 + dy^2 <= r^2 + 1 of the joint, its place rounded half up.
+
+    Left of and above the frame the original rounds toward it (-9.6 becomes -9), and so does this.
+    """
+    width, height = size
+    dx = np.arange(width) - int(joint.x + 0.5)
+    dy = np.arange(height) - int(joint.y + 0.5)
+    return dx[None, :] ** 2 + dy[:, None] ** 2 <= disc_radius(size) ** 2 + 1
+
+
+def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[float, float, float]:
+    """Where a disc of `radius` pixels fits the shares [height, width] best: x, y and confidence.
+
+    The fit at a place is the mean of the shares inside the disc, less the mean in a ring around it, over `known`
+    pixels only; so a disc that another covers or the frame cuts is found by what is left of it. Places up to a radius
+    outside the frame are tried as well.
+    """
+    reach = math.ceil(1.6 * radius) + 1
+    offsets = torch.arange(-reach, reach + 1).float()
+    distance = (offsets[:, None] ** 2 + offsets[None, :] ** 2).sqrt()
+    inside, ring = distance**2 <= radius**2 + 1, (distance > math.sqrt(radius**2 + 1) + 1) & (distance <= reach)
+    kernels = torch.stack([inside, ring])[:, None].float()
+    weight = torch.from_numpy(known).float()
+    planes = torch.stack([weight, weight * torch.from_numpy(share).clamp(0, 1)])[:, None]
+    margin = math.ceil(radius)
+    sums = F.conv2d(planes, kernels, padding=reach + margin)  # [weight or share, inside or ring, H, W]
+    means = sums[1] / sums[0].clamp(min=1e-3)
+    enough = sums[0, 0] >= 0.1 * inside.sum()
+    fit = (means[0] - means[1]).where(enough, -1.0)
+    y, x = divmod(int(fit.argmax()), fit.shape[1])
+    return _peak(fit[y], x) - margin, _peak(fit[:, x], y) - margin, float(fit[y, x].clamp(0, 1))
+
+
+def _peak(line: torch.Tensor, index: int) -> float:
+    """The maximum of the parabola through the highest value of a line and its two neighbours."""
+    if not 0 < index < len(line) - 1:
+        return float(index)
+    before, top, after = line[index - 1 : index + 2].tolist()
+    bend = before - 2 * top + after
+    return index if bend == 0 else index + 0.5 * (before - after) / bend
+
+
+def coco_keypoints(joints: Joints, image_id: int, names: tuple[str, ...] = COCO_JOINTS) -> dict[str, Any]:
+    """A keypoint result as COCO's evaluation takes it; joints not found are (0, 0, 0), the score is the mean."""
+    found = [joints.get(name) for name in names]
+    return {
+        "image_id": image_id,
+        "category_id": 1,
+        "keypoints": [value for joint in found for value in (joint or (0.0, 0.0, 0.0))],
+        "score": sum(joint.confidence for joint in found if joint) / len(names),
+    }
