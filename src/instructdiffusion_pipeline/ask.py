@@ -18,8 +18,8 @@ from instructdiffusion_pipeline.tasks import Task
 class Answer:
     """What a model answered: `picture` as it came, in the input's size; `data` as the task reads it.
 
-    `picture` shows the `box` (left, top, right, bottom) of the input. `data` is in pixels of the input: a dictionary of
-    `Mask` or of `Joint` (None: not there), or the restored or edited picture.
+    `picture` shows the `box` (left, top, right, bottom) of the input. `data` is in pixels of the input: a dictionary
+    of `Mask` or of `Joint` (None: not there), or the restored or edited picture.
     """
 
     task: Task
@@ -59,13 +59,12 @@ def ask_batch(
     resolution: int | None = None,
     **settings: Any,
 ) -> list[Answer]:
-    """`ask` for several pictures in one call of the pipeline: they share a working size, and the first task's preset."""
+    """`ask` for several pictures in one call: they must share a working size, and share the first task's preset."""
     images = [upright_rgb(image) for image in images]
     resolution = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    settings = tasks[0].preset | settings
-    pictures = pipeline(instructions, images, resolution=resolution, **settings).images
+    output = pipeline(instructions, images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False)
     answers = []
-    for image, task, picture in zip(images, tasks, pictures, strict=True):
+    for image, task, picture in zip(images, tasks, output[0], strict=True):
         box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
         answers.append(Answer(task, image, picture, box, task.read(image, picture, box)))
     return answers

@@ -1,4 +1,4 @@
-"""Colour names that instructions use, and how far a picture moved toward them (Geng et al., CVPR 2024, section 3.1)."""
+"""The colours that instructions name (Geng et al., CVPR 2024, section 3.1), painting them, and seeing them again."""
 
 from collections.abc import Iterable, Mapping
 

@@ -29,7 +29,7 @@ class Frame(NamedTuple):
         With `longest` the longer side is also at most that many pixels.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
-        box = (0.0, 0.0, *map(float, image.size)) if box is None else box
+        box = box or (0.0, 0.0, float(image.width), float(image.height))
         if not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
             raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
         spans = (box[2] - box[0], box[3] - box[1])
@@ -68,7 +68,7 @@ def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Im
     The box is rounded inwards to whole pixels.
     """
     image, answer = upright_rgb(image), upright_rgb(answer)
-    left, top, right, bottom = (0.0, 0.0, *map(float, image.size)) if box is None else box
+    left, top, right, bottom = box or (0.0, 0.0, float(image.width), float(image.height))
     whole = (int(np.ceil(left)), int(np.ceil(top)), int(np.floor(right)), int(np.floor(bottom)))
     x, y = answer.width / (right - left), answer.height / (bottom - top)
     region = ((whole[0] - left) * x, (whole[1] - top) * y, (whole[2] - left) * x, (whole[3] - top) * y)
