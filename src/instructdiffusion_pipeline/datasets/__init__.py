@@ -1,0 +1,75 @@
+"""One file an on-disk format: it reads `(image, annotation)` as the source publishes it, and knows nothing else.
+
+`geometry` crops, turns and flips what was read; `mixture` turns it into training samples; `recipes` has the mixture of
+the original.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from PIL import ExifTags, Image
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+
+A_co = TypeVar("A_co", covariant=True)
+Skipped = list[tuple[str, str]]
+
+
+class UnreadableSample(Exception):
+    """A sample that cannot be read now: `what` it is (file and annotation) and the `cause`."""
+
+    def __init__(self, what: str | PathLike[str], cause: object):
+        super().__init__(str(what), str(cause))
+        self.what, self.cause = str(what), str(cause)
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.cause}"
+
+
+class AnnotatedImages(Protocol[A_co]):
+    """A data set as read from disk. `sample` says what an annotation is in each family.
+
+    Attributes:
+        skipped: (what, why) of each entry that cannot be used, filled on construction.
+    """
+
+    skipped: Skipped
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, A_co]:
+        """An RGB picture and its annotation. Raises `UnreadableSample` where a file is broken."""
+
+    def name(self, index: int) -> str:
+        """The file, and the annotation if a file has several; for reports."""
+
+
+def read_image(source: str | PathLike[str] | IO[bytes], name: str | None = None, turn: bool = True) -> Image.Image:
+    """Read a picture in 8-bit RGB, or raise an `UnreadableSample` that calls it `name` (default: its path).
+
+    By default it is turned the way its EXIF orientation asks for. `turn=False` leaves the pixels as they are stored:
+    annotations in pixels count those, because the tools they were made with ignore the orientation.
+    """
+    try:
+        with Image.open(source) as picture:
+            if not turn:
+                picture.getexif().pop(ExifTags.Base.Orientation, None)
+            return upright_rgb(picture)
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
+
+
+def require_samples(folder: str | PathLike[str], samples: Sequence[Any], skipped: Skipped) -> None:
+    """Raise a ValueError that counts `skipped` by reason if a data set has no `samples` left."""
+    if not samples:
+        reasons = Counter(why for _, why in skipped)
+        counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())
+        raise ValueError(f"{folder}: no sample is left to use; skipped {counts or 'none, for none was found'}.")
+
+
+def files_below(folder: Path) -> set[str]:
+    """Every file below `folder`, as its path from there with forward slashes; none if there is no such folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,108 @@
+"""Training samples out of several data sets: one seed fixes what comes at which position, and every random choice."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import AnnotatedImages, UnreadableSample
+from instructdiffusion_pipeline.sample import Sample
+from instructdiffusion_pipeline.tasks import Task, make_sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set and what to ask of it.
+
+    `geometry` crops and turns what was read (see `geometry`); `pick` chooses the question about the outcome, as
+    `Segmentation.pick` does.
+    """
+
+    name: str
+    dataset: AnnotatedImages[Any]
+    pick: Callable[[Image.Image, Any, random.Random], Task]
+    geometry: Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]] | None = None
+
+
+class Mixture:
+    """Samples of several sources, each as often as its weight says, in an order that `seed` fixes.
+
+    A weight multiplies the length of its source: an epoch takes a fresh fifth of a source of weight 0.2 (five epochs
+    show all of it, once) and shows one of weight 20 twenty times. `len(mixture)` is one epoch, but positions do not
+    end: `mixture[position]` is a sample for any position from 0 on. It depends on the seed and the position alone, so
+    ranks and workers may share positions out as they like.
+
+    Attributes:
+        skipped: how often each item could not be read, by source and name; of this process alone.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int = 0):
+        if not sources:
+            raise ValueError("`sources` must hold at least one (source, weight); got none.")
+        for source, weight in sources:
+            if not weight > 0:
+                raise ValueError(f"`sources`: the weight of {source.name} must be above 0; got {weight}.")
+        self.sources = [source for source, _ in sources]
+        self.seed = seed
+        self.skipped: Counter[str] = Counter()
+        self._lengths = [len(source.dataset) for source in self.sources]
+        self._counts = [max(1, round(weight * len(source.dataset))) for source, weight in sources]
+        self._ends = np.cumsum(self._lengths)
+        self._plan: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __getitem__(self, position: int) -> Sample:
+        source, start = self._locate(position)
+        for step in range(len(source.dataset)):
+            index = (start + step) % len(source.dataset)
+            rng = random.Random(f"{self.seed}/{position}")
+            try:
+                image, annotation = source.dataset[index]
+                if source.geometry:
+                    image, annotation = source.geometry(image, annotation, rng)
+                return make_sample(source.pick(image, annotation, rng), image, annotation, rng)
+            except UnreadableSample as error:
+                self._skip(f"{source.name}: {source.dataset.name(index)}", error)
+        raise ValueError(f"{source.name}: none of the {len(source.dataset)} samples can be read.")
+
+    def source_of(self, position: int) -> Source:
+        """The source that `mixture[position]` is drawn from."""
+        return self._locate(position)[0]
+
+    def _locate(self, position: int) -> tuple[Source, int]:
+        if position < 0:
+            raise IndexError(f"`position` must be 0 or more; got {position}.")
+        epoch, offset = divmod(position, len(self))
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, self._order(epoch)
+        place = int(self._plan[1][offset])
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        return self.sources[number], place - int(self._ends[number]) + self._lengths[number]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """What an epoch shows, [len(self)]: places in all sources laid end to end."""
+        parts = []
+        for number, (length, count) in enumerate(zip(self._lengths, self._counts, strict=True)):
+            # Each source runs through permutation after permutation of itself; an epoch takes the next `count` of it.
+            first, last = epoch * count, (epoch + 1) * count
+            rounds = range(first // length, -(-last // length))
+            stream = np.concatenate([self._permutation(length, number + 1, turn) for turn in rounds])
+            parts.append(stream[first % length :][:count] + int(self._ends[number]) - length)
+        return np.concatenate(parts)[self._permutation(len(self), 0, epoch)]
+
+    def _permutation(self, length: int, *key: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, *key)).permutation(length)
+
+    def _skip(self, name: str, error: UnreadableSample) -> None:
+        if name not in self.skipped:
+            logger.warning("%s cannot be read and is replaced by the next readable one: %s", name, error)
+        self.skipped[name] += 1
