@@ -1,0 +1,74 @@
+"""What an evaluation asks: cases, opened one at a time, so that a data set need not fit in memory."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.sample import Joints
+from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, visible_colors
+from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS, Keypoints
+
+
+class Exam(NamedTuple):
+    """An RGB picture, the questions about it, and its annotation, which answers them all.
+
+    Several questions are read into one reading: a person's 17 joints take four, and are scored together.
+    """
+
+    image: Image.Image
+    tasks: Sequence[Task]
+    truth: Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample of the table's `row`. `name` is its own and stays the same from run to run; `open` may raise."""
+
+    name: str
+    row: str
+    open: Callable[[], Exam]
+
+
+Ask = Callable[[Image.Image, Any, random.Random], Sequence[Task]]
+
+
+def cases_from(source: Source, count: int, seed: int = 0, ask: Ask | None = None) -> list[Case]:
+    """`count` cases out of a data set (all, if it has fewer), the same ones for a seed; their row is `source.name`.
+
+    `ask` chooses the questions about a picture; by default the one that `source.pick` does.
+    """
+    length = len(source.dataset)
+    chosen = sorted(random.Random(f"{seed}/{source.name}").sample(range(length), min(count, length)))
+    return [
+        Case(
+            f"{source.name} {index}: {source.dataset.name(index)}",
+            source.name,
+            partial(_open, source, index, seed, ask),
+        )
+        for index in chosen
+    ]
+
+
+def _open(source: Source, index: int, seed: int, ask: Ask | None) -> Exam:
+    rng = random.Random(f"{seed}/{source.name}/{index}")
+    image, truth = source.dataset[index]
+    if source.geometry:
+        image, truth = source.geometry(image, truth, rng)
+    tasks = ask(image, truth, rng) if ask else [source.pick(image, truth, rng)]
+    return Exam(image, tasks, truth)
+
+
+def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
+    """Questions for all joints of a person, at most `MAX_JOINTS` each, in colours that show on most of the picture."""
+    everywhere = np.ones((image.height, image.width), bool)
+    visible = visible_colors(image, everywhere, KEYPOINT_COLORS)
+    colors = sorted(KEYPOINT_COLORS, key=lambda color: color not in visible)
+    groups = np.array_split(list(joints), -(-len(joints) // MAX_JOINTS))
+    return [Keypoints({str(name): color for name, color in zip(group, colors, strict=False)}) for group in groups]

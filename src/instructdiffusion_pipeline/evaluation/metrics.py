@@ -1,0 +1,220 @@
+"""Scores of joints, masks and pictures, by the definitions the field uses."""
+
+import contextlib
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval, Params
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, coco_keypoints
+
+# How far annotators differ in placing a joint, as a share of the root of a person's area: what OKS counts in. COCO's
+# come with pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
+# the sources of crowdposetools and of AI_Challenger_2017's keypoint_eval.py, which writes twice the sigma).
+COCO_SIGMAS: dict[str, float] = dict(zip(COCO_JOINTS, Params("keypoints").kpt_oks_sigmas.tolist(), strict=True))
+CROWDPOSE_SIGMAS: dict[str, float] = {
+    "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
+    "right wrist": 0.062, "left hip": 0.107, "right hip": 0.107, "left knee": 0.087, "right knee": 0.087,
+    "left ankle": 0.089, "right ankle": 0.089, "top of the head": 0.079, "neck": 0.079,
+}  # fmt: skip
+AIC_SIGMAS: dict[str, float] = {
+    "right shoulder": 0.01388152, "right elbow": 0.01515228, "right wrist": 0.01057665, "left shoulder": 0.01417709,
+    "left elbow": 0.01497891, "left wrist": 0.01402144, "right hip": 0.03909642, "right knee": 0.03686941,
+    "right ankle": 0.01981803, "left hip": 0.03843971, "left knee": 0.03412318, "left ankle": 0.02415081,
+    "top of the head": 0.01291456, "neck": 0.01236173,
+}  # fmt: skip
+
+NOWHERE = Joint(-1e4, -1e4, 0.0)  # COCO writes (0, 0) for a joint not found; in a small picture that may be close
+IDENTICAL = 100.0  # dB of two equal pictures, whose PSNR is infinite, so that means stay finite
+
+STRAY = 0.001  # of a picture's pixels: what a VAE alone makes of a picture reads as a few painted ones
+
+
+@dataclass(frozen=True)
+class Person(Mapping[str, Joint | None]):
+    """The true `joints` of a person, in pixels, and what scores measure them by.
+
+    `area` in square pixels and `sigmas` (joint -> share) are what OKS counts in: the area of the person's mask in
+    COCO, 0.53 of the box in CrowdPose, the box in AI Challenger. `head` is the head size in pixels, for PCKh.
+    """
+
+    joints: Joints
+    area: float | None = None
+    sigmas: Mapping[str, float] | None = None
+    head: float | None = None
+
+    def __getitem__(self, name: str) -> Joint | None:
+        return self.joints[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.joints)
+
+    def __len__(self) -> int:
+        return len(self.joints)
+
+
+def keypoint_ap(people: Sequence[Person], found: Sequence[Joints]) -> dict[str, float] | None:
+    """COCO's keypoint AP, AP50 and AP75 (0 to 1), each person being a picture of its own, as with ground-truth boxes.
+
+    All `people` need an area and share their sigmas; `found` holds one reading for each. People none of whose joints
+    is labelled do not count; None if there are no others.
+    """
+    pairs = [(person, joints) for person, joints in zip(people, found, strict=True) if any(person.values())]
+    if not pairs:
+        return None
+    sigmas = pairs[0][0].sigmas or {}
+    names = tuple(sigmas)
+    if not sigmas or any(person.area is None or person.sigmas != sigmas for person, _ in pairs):
+        raise ValueError("`people` must all have an area, and the sigmas of one set of joints.")
+    truths, results = [], []
+    for number, (person, joints) in enumerate(pairs, start=1):  # pycocotools takes the id 0 for "no match"
+        labelled = [person.get(name) for name in names]
+        truths.append(
+            {
+                "id": number,
+                "image_id": number,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": person.area,
+                "bbox": [0, 0, 0, 0],  # read for people without a labelled joint only
+                "num_keypoints": sum(map(bool, labelled)),
+                "keypoints": [value for joint in labelled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
+            }
+        )
+        results.append(coco_keypoints({name: joints.get(name) or NOWHERE for name in names}, number, names))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": truth["id"]} for truth in truths],
+            "annotations": truths,
+            "categories": [{"id": 1, "name": "person"}],
+        }
+        coco.createIndex()
+        run = COCOeval(coco, coco.loadRes(results), "keypoints")
+        run.params.kpt_oks_sigmas = np.array(list(sigmas.values()))
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats[:3]), strict=True))
+
+
+def distances(truth: Joints, found: Joints, reference: float) -> list[float]:
+    """From each labelled joint of `truth` to where it was found, in shares of `reference`; infinite if it was not.
+
+    Divide by `reference` what PCK divides by: the picture's long side, the head (PCKh), or the `torso`; in pixels.
+    """
+    steps = []
+    for name, joint in truth.items():
+        if joint is not None:
+            other = found.get(name)
+            steps.append(float(np.hypot(joint.x - other.x, joint.y - other.y)) / reference if other else float("inf"))
+    return steps
+
+
+def torso(truth: Joints) -> float | None:
+    """From the left shoulder to the right hip in pixels, as in FLIC; None if one of them is not labelled."""
+    shoulder, hip = truth.get("left shoulder"), truth.get("right hip")
+    return float(np.hypot(shoulder.x - hip.x, shoulder.y - hip.y)) if shoulder and hip else None
+
+
+def pck(steps: Sequence[float], share: float) -> float | None:
+    """Percentage of correct keypoints (0 to 1): the part of `distances` up to `share`; None if there are none."""
+    return sum(step <= share for step in steps) / len(steps) if steps else None
+
+
+class Overlap(NamedTuple):
+    """How a mask meets the true one of the object `name`, in pixels."""
+
+    name: str
+    intersection: int
+    union: int
+    truth: int
+
+    @classmethod
+    def of(cls, name: str, truth: np.ndarray, found: np.ndarray) -> "Overlap":
+        """From two bool arrays [height, width]. Where nothing is true, up to `STRAY` of the pixels count as none."""
+        if truth.shape != found.shape:
+            raise ValueError(f"the true mask of {name!r} must be {found.shape} like its picture; it is {truth.shape}.")
+        if not truth.any() and found.mean() <= STRAY:
+            return cls(name, 0, 0, 0)
+        return cls(name, int((truth & found).sum()), int((truth | found).sum()), int(truth.sum()))
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union; 1 if there is nothing and nothing was painted."""
+        return self.intersection / self.union if self.union else 1.0
+
+
+def mean_iou(overlaps: Sequence[Overlap]) -> float | None:
+    """mIoU: the mean over samples. An empty truth counts 1 if nothing is painted, else 0, as in gRefCOCO's gIoU."""
+    return sum(overlap.iou for overlap in overlaps) / len(overlaps) if overlaps else None
+
+
+def cumulated_iou(overlaps: Sequence[Overlap]) -> float | None:
+    """cIoU of referring segmentation: all intersections over all unions; None if all unions are empty."""
+    union = sum(overlap.union for overlap in overlaps)
+    return sum(overlap.intersection for overlap in overlaps) / union if union else None
+
+
+def mean_class_iou(overlaps: Iterable[Overlap]) -> float | None:
+    """mcIoU of COCO-Stuff: the mean over names of the cumulated IoU; names with empty unions do not count."""
+    classes = defaultdict(list)
+    for overlap in overlaps:
+        classes[overlap.name].append(overlap)
+    scores = [score for group in classes.values() if (score := cumulated_iou(group)) is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def no_target_accuracy(overlaps: Iterable[Overlap]) -> float | None:
+    """N-acc of gRefCOCO: the share of the empty truths where nothing is painted; None if no truth is empty."""
+    unions = [overlap.union for overlap in overlaps if overlap.truth == 0]
+    return unions.count(0) / len(unions) if unions else None
+
+
+def psnr(truth: Image.Image, picture: Image.Image) -> float:
+    """Peak signal to noise ratio in dB of two RGB pictures of one size, at most `IDENTICAL`."""
+    with np.errstate(divide="ignore"):
+        return min(IDENTICAL, float(peak_signal_noise_ratio(np.asarray(truth), np.asarray(picture))))
+
+
+def ssim(truth: Image.Image, picture: Image.Image) -> float:
+    """Structural similarity (Wang et al. 2004, Gaussian window), mean over channels; sides from 11 pixels."""
+    return float(
+        structural_similarity(
+            np.asarray(truth),
+            np.asarray(picture),
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+class ClipSimilarity:
+    """Cosine of the CLIP embeddings of two pictures, -1 to 1 (CLIP-I of MagicBrush and others).
+
+    `model` is a CLIP model's folder, or its Hub id, which is fetched if it is not there yet.
+    """
+
+    def __init__(self, model: str | Path):
+        self.name = Path(model).name
+        self.processor = CLIPImageProcessor.from_pretrained(model)
+        self.encoder = CLIPVisionModelWithProjection.from_pretrained(model).eval()
+
+    @torch.no_grad()
+    def __call__(self, truth: Image.Image, picture: Image.Image) -> float:
+        pixels = self.processor([truth, picture], return_tensors="pt").pixel_values  # [2, 3, side, side]
+        first, second = self.encoder(pixel_values=pixels).image_embeds
+        return float(torch.cosine_similarity(first, second, dim=0))

@@ -1,0 +1,151 @@
+"""What an evaluation leaves to look at: a table, JSON, and a contact sheet for each row."""
+
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from instructdiffusion_pipeline.evaluation.cases import Case
+from instructdiffusion_pipeline.evaluation.scoring import Scores, summarize, truth_picture
+
+PANEL, MARGIN, FONT_SIZE = 256, 12, 15  # pixels
+IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
+NOTES = """\
+In brackets: the ceiling, which is the score of the true answer passed through the VAE alone. AP, PCK, IoU and N-acc
+in percent, PSNR in dB. mIoU is the mean over samples, where an empty truth counts 1 if nothing is painted (at most one
+pixel in 1,000), else 0; N-acc is the share of the empty truths where nothing is. Scores are in pixels of the input:
+masks and joints on all of it (what lies outside the part that answers show is missed), pictures on that part alone.
+"""
+
+
+def write(folder: Path, run: Mapping[str, Any], cases: Sequence[Case], records: Sequence[dict[str, Any]]) -> dict:
+    """Write results.json, table.md and ROW.png into `folder`; return the results."""
+    rows = [
+        summary(name, [record for record in records if record["row"] == name])
+        for name in dict.fromkeys(case.row for case in cases)
+    ]
+    results = {"run": run, "rows": rows}
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "table.md", table(rows))
+    for row in rows:
+        if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
+            write_picture(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
+    if not any(row["samples"] for row in rows):
+        raise ValueError(
+            f"`cases` must hold one that can be scored; all {len(records)} failed, see {folder}/table.md."
+        )
+    return results
+
+
+def summary(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of the results: how many were scored and which were not, and each score of model, ceiling and input."""
+    scored = [record for record in records if "measures" in record]
+    failed = [{"name": record["name"], "error": record["error"]} for record in records if "error" in record]
+    scores: dict[str, Scores] = {}
+    for of in scored[0]["measures"] if scored else ():
+        for metric, value in summarize([record["measures"][of] for record in scored]).items():
+            scores.setdefault(metric, {})[of] = value
+    return {"row": name, "samples": len(scored), "scores": scores, "failed": failed}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, and below them what could not be scored."""
+    lines = ["| | metric | score (ceiling) | input | input through the VAE | samples | failed |"]
+    lines += ["| --- | --- | --: | --: | --: | --: | --: |"]
+    for row in rows:
+        counts = f"{row['samples']} | {len(row['failed'])}"
+        if not row["scores"]:
+            lines.append(f"| {row['row']} | - | - | - | - | {counts} |")
+        for metric, values in row["scores"].items():
+            model, ceiling, *inputs = (
+                number(metric, values.get(of)) for of in ("model", "ceiling", "input", "input through the VAE")
+            )
+            lines.append(f"| {row['row']} | {metric} | {model} ({ceiling}) | {' | '.join(inputs)} | {counts} |")
+    failed = [f"- {failure['name']}: {failure['error']}" for row in rows for failure in row["failed"]]
+    return "\n".join([*lines, "", NOTES, *(["Not scored:", "", *failed, ""] if failed else [])])
+
+
+def number(metric: str, value: float | None) -> str:
+    """A score as the table shows it."""
+    if value is None:
+        return "-"
+    return f"{value:.{IN_THEIR_UNIT[metric]}f}" if metric in IN_THEIR_UNIT else f"{100 * value:.1f}"
+
+
+def contact_sheet(answers: Path, cases: Sequence[Case], records: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Best, median and worst of `records`: input, each question's answer, the reading, and the truth."""
+    ranked = sorted(records, key=lambda record: -record["merit"])
+    picks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    strips = []
+    for rank, record in picks.items():
+        exam = cases[record["index"]].open()
+        panels, overlay = [("input", exam.image)], exam.image
+        for index, task in enumerate(exam.tasks):
+            answer = Image.open(answers / answer_name(record["index"], index))
+            panels.append((f'"{task.instruction()}"', answer))
+            overlay = task.overlay(overlay, task.read(exam.image, answer, tuple(record["box"])))
+        panels += [("reading", overlay), ("truth", truth_picture(exam))]
+        metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
+        strips.append(strip(f"{rank}: {metric} {number(metric, value)}, {record['name']}", panels))
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for part in strips:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet
+
+
+def strip(title: str, panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Captioned pictures side by side under a title, each fitted into a square."""
+    font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + 5
+    captions = [textwrap.fill(caption, 2 * PANEL // FONT_SIZE) for caption, _ in panels]
+    header = MARGIN + line * (1 + max(caption.count("\n") + 1 for caption in captions))
+    sheet = Image.new("RGB", (MARGIN + len(panels) * (PANEL + MARGIN), header + PANEL + 2 * MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN // 2), title, "black", font)
+    for index, (caption, (_, picture)) in enumerate(zip(captions, panels, strict=True)):
+        left = MARGIN + index * (PANEL + MARGIN)
+        pen.multiline_text((left, MARGIN // 2 + line), caption, "#444444", font)
+        sheet.paste(ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL)), (left, header + MARGIN // 2))
+    return sheet
+
+
+def check_names(cases: Sequence[Case]) -> None:
+    """Raise a ValueError unless there are cases, all names are unique, and no two rows would share a contact sheet."""
+    if not cases:
+        raise ValueError("`cases` must hold at least one case; got none.")
+    for what, names in (
+        ("names", [case.name for case in cases]),
+        ("rows' file names", [file_name(row) for row in dict.fromkeys(case.row for case in cases)]),
+    ):
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+            raise ValueError(f"`cases` must have unique {what}; these come more than once: {', '.join(twice[:5])}.")
+
+
+def file_name(row: str) -> str:
+    """What a row's contact sheet is called, without the ending."""
+    return re.sub(r"\W+", "-", row.lower()).strip("-")
+
+
+def answer_name(index: int, number: int) -> str:
+    """The file of the answer to question `number` of the case at `index`."""
+    return f"{index:06d}-{number}.png"
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write aside and rename, so that a half-written picture never has its name."""
+    partial = path.with_suffix(".partial.png")
+    picture.save(partial)
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside and rename."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

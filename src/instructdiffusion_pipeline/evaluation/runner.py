@@ -1,0 +1,233 @@
+"""A pipeline over cases: every answer is scored, beside what the VAE alone would allow, and written down at once."""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from instructdiffusion_pipeline.ask import Answer, ask_batch
+from instructdiffusion_pipeline.evaluation import report
+from instructdiffusion_pipeline.evaluation.cases import Case, Exam
+from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
+from instructdiffusion_pipeline.evaluation.scoring import measure, merit
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+@torch.no_grad()
+def evaluate(
+    pipeline: InstructDiffusionPipeline,
+    cases: Sequence[Case],
+    folder: str | os.PathLike[str],
+    settings_by_family: Settings | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    resolution: int | None = None,
+    clip: ClipSimilarity | None = None,
+) -> dict[str, Any]:
+    """Score a pipeline on `cases` and leave table.md, results.json and a contact sheet for each row in `folder`.
+
+    A run may be killed at any instant and called again with the same arguments: it goes on after the last
+    `batch_size` cases that are complete in records.jsonl, and ends with the same files. A case that cannot be opened,
+    drawn or scored is counted and named in the table; what the pipeline itself raises ends the run.
+
+    Args:
+        folder: made if need be. Records that another run left there are refused.
+        settings_by_family: what goes to the pipeline, by the name of the task's module ("segmentation": {...}); comes
+            before the task's preset.
+        batch_size: cases that are answered and written down together, and questions in a call of the pipeline.
+        seed: with the place of the case in `cases` and of the question in the case, it fixes the noise.
+        resolution: working size in pixels (default: what the model's UNet was made for).
+        clip: adds a CLIP similarity to scores of pictures.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: if names of cases are not unique, the folder holds another run, or no case at all can be scored.
+    """
+    resolution = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    settings = settings_by_family or {}
+    report.check_names(cases)
+    run = {
+        "model": fingerprint(pipeline),
+        "settings": {family: dict(values) for family, values in settings.items()},
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "seed": seed,
+        "clip": clip and clip.name,
+        "cases": hashlib.sha256(json.dumps([(case.name, case.row) for case in cases]).encode()).hexdigest()[:16],
+    }
+    folder = Path(folder)
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    records = resume(folder, run, len(cases), batch_size)
+    asker = Asker(pipeline, settings, batch_size, seed, resolution, clip, folder / "answers")
+    with (
+        tqdm(total=len(cases), initial=len(records), desc="cases") as bar,
+        open(folder / "records.jsonl", "a") as file,
+    ):
+        for start in range(len(records), len(cases), batch_size):
+            chunk = asker.run({index: cases[index] for index in range(start, min(start + batch_size, len(cases)))})
+            file.writelines(json.dumps(record) + "\n" for record in chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            records += chunk
+            bar.update(len(chunk))
+    return report.write(folder, run, cases, records)
+
+
+def fingerprint(pipeline: InstructDiffusionPipeline) -> str:
+    """Tells models apart: a hash of a thousand values or so of each weight, the scheduler, precision and device."""
+    digest = hashlib.sha256(f"{pipeline.dtype} {pipeline.device.type} {pipeline.scheduler.to_json_string()}".encode())
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for name, weight in part.named_parameters():
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:
+    """The records that `folder` holds of this `run`, whole batches only; what a kill left of another is cut off."""
+    written, path = folder / "run.json", folder / "records.jsonl"
+    if not written.exists():
+        if path.exists():
+            raise ValueError(
+                f"`folder` holds {path} without the run.json that says what it is of. Choose another one."
+            )
+        report.write_text(written, json.dumps(run, indent=2) + "\n")
+        return []
+    before = json.loads(written.read_text())
+    if other := [
+        f"{key} {before.get(key)!r}, now {value!r}" for key, value in run.items() if before.get(key) != value
+    ]:
+        raise ValueError(
+            f"`folder` must be new or hold records of the same run; {folder} was written with {'; '.join(other)}."
+            " Choose another folder, or delete this one."
+        )
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    if len(lines) < count:
+        lines = lines[: len(lines) // batch_size * batch_size]
+    if path.exists():
+        os.truncate(path, sum(map(len, lines)))
+    return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Question `number` of the case at `index`, and what would answer it."""
+
+    index: int
+    number: int
+    exam: Exam
+    task: Task
+    drawn: Image.Image
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Answers and scores of a few cases at a time; see `evaluate`."""
+
+    pipeline: InstructDiffusionPipeline
+    settings: Settings
+    batch_size: int
+    seed: int
+    resolution: int
+    clip: ClipSimilarity | None
+    folder: Path
+
+    def run(self, cases: Mapping[int, Case]) -> list[dict[str, Any]]:
+        """The records of `cases`, by their index. Depends on nothing else, so a resumed run repeats it bit by bit."""
+        exams: dict[int, Exam] = {}
+        records = {index: {"index": index, "name": case.name, "row": case.row} for index, case in cases.items()}
+        groups: dict[tuple, list[Question]] = defaultdict(list)
+        for index, case in cases.items():
+            try:
+                exam = case.open()
+                size = working_size(*exam.image.size, self.resolution, self.pipeline.vae_scale_factor).size
+                drawn = [task.draw(exam.image, exam.truth) for task in exam.tasks]
+                if odd := [picture.size for picture in drawn if picture.size != exam.image.size]:
+                    raise ValueError(f"the truth must be of the picture's size {exam.image.size}; it is {odd[0]}.")
+            except Exception as error:  # whatever is wrong with one case
+                records[index]["error"] = f"{type(error).__name__}: {error}"
+                continue
+            exams[index] = exam
+            for number, (task, picture) in enumerate(zip(exam.tasks, drawn, strict=True)):
+                groups[family(task), size].append(Question(index, number, exam, task, picture))
+
+        answers: dict[int, list[Answer]] = defaultdict(list)
+        ceilings: dict[int, list[Image.Image]] = defaultdict(list)
+        for (name, _), group in groups.items():
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                passed = self.through_vae([question.drawn for question in batch])
+                for question, answer, picture in zip(batch, self.ask(name, batch), passed, strict=True):
+                    report.write_picture(
+                        self.folder / report.answer_name(question.index, question.number), answer.picture
+                    )
+                    answers[question.index].append(answer)
+                    ceilings[question.index].append(picture)
+
+        for index, exam in exams.items():
+            try:
+                records[index] |= self.score(exam, answers[index], ceilings[index])
+            except Exception as error:
+                records[index]["error"] = f"{type(error).__name__}: {error}"
+        return list(records.values())
+
+    def ask(self, family: str, batch: Sequence[Question]) -> list[Answer]:
+        """Answers to questions of one family and one working size, each from noise of its own."""
+        keys = [np.random.SeedSequence((self.seed, question.index, question.number)) for question in batch]
+        return ask_batch(
+            self.pipeline,
+            [question.exam.image for question in batch],
+            [question.task for question in batch],
+            [question.task.instruction() for question in batch],
+            self.resolution,
+            generator=[torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys],
+            **self.settings.get(family, {}),
+        )
+
+    def through_vae(self, pictures: list[Image.Image]) -> list[Image.Image]:
+        """Pictures of one working size through the autoencoder alone, on the way that inputs and answers take."""
+        pipeline = self.pipeline
+        pixels, sizes = pipeline.preprocess_image(pictures, self.resolution)
+        latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
+        decoded = pipeline.decode_latents(latents * pipeline.vae.config.scaling_factor)
+        return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=True))
+
+    def score(self, exam: Exam, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
+        """Measures of the answer, of the autoencoder's copy of the truth and, for pictures, of the input both ways."""
+        box, task = answers[0].box, exam.tasks[0]
+        read = [t.read(exam.image, picture, box) for t, picture in zip(exam.tasks, ceilings, strict=True)]
+        readings = {"model": merge([answer.data for answer in answers]), "ceiling": merge(read)}
+        if not isinstance(task, Keypoints | Segmentation):
+            # An autoencoder smooths noise all by itself: without these two a model may seem to denoise that does not.
+            readings["input"] = exam.image
+            readings["input through the VAE"] = task.read(exam.image, self.through_vae([exam.image])[0], box)
+        measures = {of: measure(exam, reading, box, self.clip) for of, reading in readings.items()}
+        return {"box": box, "merit": merit(measures["model"]), "measures": measures}
+
+
+def family(task: Task) -> str:
+    """The name of the file that a task comes from."""
+    return type(task).__module__.rpartition(".")[2]
+
+
+def merge(readings: Sequence[Any]) -> Any:
+    """One reading out of those of a case's questions."""
+    return readings[0] if len(readings) == 1 else {name: value for part in readings for name, value in part.items()}

@@ -1,0 +1,115 @@
+"""From a reading to what is written down of it, and from what is written down to the numbers of the table.
+
+Scores are in pixels of the input. Masks and joints are scored on all of it: what lies outside the part that the answer
+shows counts as missed, for the ceiling as well. Pictures are scored on that part alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.evaluation import metrics
+from instructdiffusion_pipeline.evaluation.cases import Exam
+from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap, Person
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+PCK_SHARE = 0.05  # of the picture's long side
+PCKH_SHARE = 0.5  # of the head
+
+Scores = dict[str, float | None]
+
+
+def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
+    """What scores need to know of a `reading`, as JSON holds it: joints, overlaps of masks, or scores of a picture.
+
+    Families other than keypoints and segmentation answer with a picture, and the truth is what `draw` gives. `clip`
+    scores edited pictures only.
+    """
+    task = exam.tasks[0]
+    if isinstance(task, Keypoints):
+        truth = exam.truth if isinstance(exam.truth, Person) else Person(exam.truth)
+        return {
+            "joints": {name: joint and list(map(float, joint)) for name, joint in reading.items()},
+            "truth": {name: joint and list(map(float, joint)) for name in reading for joint in [truth.get(name)]},
+            "side": max(exam.image.size),
+            "area": truth.area,
+            "head": truth.head,
+            "sigmas": truth.sigmas and dict(truth.sigmas),
+        }
+    if isinstance(task, Segmentation):
+        nothing = np.zeros((exam.image.height, exam.image.width), bool)
+        return {
+            "masks": [Overlap.of(name, exam.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]
+        }
+    whole = (math.ceil(box[0]), math.ceil(box[1]), math.floor(box[2]), math.floor(box[3]))
+    right, shown = task.draw(exam.image, exam.truth).crop(whole), reading.crop(whole)
+    scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
+    if clip and isinstance(task, Editing):
+        scores["CLIP similarity"] = clip(right, shown)
+    return {"picture": scores}
+
+
+def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
+    """The scores of one row; None where one cannot be computed. All `measures` are of one kind."""
+    if "joints" in measures[0]:
+        return _joint_scores(measures)
+    if "masks" in measures[0]:
+        overlaps = [Overlap(*overlap) for measure in measures for overlap in measure["masks"]]
+        return {
+            "mIoU": metrics.mean_iou(overlaps),
+            "cIoU": metrics.cumulated_iou(overlaps),
+            "mcIoU": metrics.mean_class_iou(overlaps),
+            "N-acc": metrics.no_target_accuracy(overlaps),
+        }
+    names = measures[0]["picture"]
+    return {name: sum(measure["picture"][name] for measure in measures) / len(measures) for name in names}
+
+
+def merit(measure: Mapping[str, Any]) -> float:
+    """A number to sort answers of one row by, from worst to best."""
+    if "joints" in measure:
+        found, truth = _joints(measure["joints"]), _joints(measure["truth"])
+        steps = metrics.distances(truth, found, measure["side"])
+        return -sum(min(step, 1.0) for step in steps) / max(1, len(steps))
+    if "masks" in measure:
+        return summarize([measure])["mIoU"] or 0.0
+    return measure["picture"]["PSNR"]
+
+
+def _joint_scores(measures: Sequence[Mapping[str, Any]]) -> Scores:
+    people = [
+        Person(_joints(measure["truth"]), measure["area"], measure["sigmas"], measure["head"]) for measure in measures
+    ]
+    found = [_joints(measure["joints"]) for measure in measures]
+    scores: Scores = {}
+    if all(person.area and person.sigmas and person.sigmas.keys() == person.keys() for person in people):
+        scores.update(metrics.keypoint_ap(people, found) or {})
+    sides = [measure["side"] for measure in measures]
+    scores[f"PCK@{PCK_SHARE}"] = _pck(people, found, sides, PCK_SHARE)
+    if all(person.head for person in people):
+        scores[f"PCKh@{PCKH_SHARE}"] = _pck(people, found, [person.head or 0 for person in people], PCKH_SHARE)
+    return scores
+
+
+def _pck(people: Sequence[Joints], found: Sequence[Joints], references: Sequence[float], share: float) -> float | None:
+    rows = zip(people, found, references, strict=True)
+    return metrics.pck([step for row in rows for step in metrics.distances(*row)], share)
+
+
+def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]:
+    return {name: Joint(*value) if value else None for name, value in values.items()}
+
+
+def truth_picture(exam: Exam) -> Image.Image:
+    """The truth as it would be drawn for training, all questions in one picture."""
+    picture = exam.image
+    for task in exam.tasks:
+        picture = task.draw(picture, exam.truth)
+    return picture
