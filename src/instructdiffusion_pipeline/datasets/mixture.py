@@ -16,6 +16,9 @@ from instructdiffusion_pipeline.tasks import Task, make_sample
 
 logger = logging.getLogger(__name__)
 
+Pick = Callable[[Image.Image, Any, random.Random], Task]
+Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -27,8 +30,8 @@ class Source:
 
     name: str
     dataset: AnnotatedImages[Any]
-    pick: Callable[[Image.Image, Any, random.Random], Task]
-    geometry: Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]] | None = None
+    pick: Pick
+    geometry: Geometry | None = None
 
 
 class Mixture:

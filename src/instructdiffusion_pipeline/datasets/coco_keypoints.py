@@ -1,0 +1,205 @@
+"""People and their joints: COCO's keypoint JSON (COCO, CrowdPose, AI Challenger) and MPII's own JSON.
+
+Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import Skipped, read_image, require_samples
+from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+
+CROWDPOSE_JOINTS = (
+    "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist", "left hip",
+    "right hip", "left knee", "right knee", "left ankle", "right ankle", "head top", "neck",
+)  # fmt: skip
+AIC_JOINTS = (
+    "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist", "right hip",
+    "right knee", "right ankle", "left hip", "left knee", "left ankle", "head top", "neck",
+)  # fmt: skip
+MPII_JOINTS = (
+    "right ankle", "right knee", "right hip", "left hip", "left knee", "left ankle", "pelvis", "thorax", "upper neck",
+    "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
+)  # fmt: skip
+
+UNIT = 200  # pixels, of a scale
+PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
+CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person in a picture; all in pixels of it, (0, 0) the middle of the top left one.
+
+    The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
+    `area` is that of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the JSON
+    (of MPII, the place in it).
+    """
+
+    joints: Joints
+    center: tuple[float, float]
+    scale: tuple[float, float]
+    area: float | None
+    image_id: int
+    id: int
+
+
+def center_and_scale(box: Sequence[float]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The square region, padded, around a box (left, top, width, height): what `Person` calls center and scale."""
+    left, top, width, height = box
+    side = max(width, height) / UNIT * PADDING
+    return (left + width / 2, top + height / 2), (side, side)
+
+
+class CocoKeypoints:
+    """People of a COCO keypoint JSON, one item a person.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder that its file names start from.
+        joints: names of the joints, in the order of the JSON's `keypoints`.
+
+    A joint of visibility 0 is None; one that is hidden but labelled (1) has its place.
+    """
+
+    def __init__(
+        self,
+        annotations: str | PathLike[str],
+        images: str | PathLike[str],
+        joints: tuple[str, ...] = COCO_JOINTS,
+    ):
+        content = json.loads(Path(annotations).read_text())
+        self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
+        people = {category["id"] for category in content["categories"] if category["name"] == "person"}
+        pictures = {picture["id"]: picture for picture in content["images"]}
+        missing = {id for id, picture in pictures.items() if not (self.folder / picture["file_name"]).is_file()}
+        kept = []
+        for item in content["annotations"]:
+            why = (
+                (item["category_id"] not in people and "another category than person")
+                or (item.get("iscrowd") and "a crowd")
+                or (not any(item.get("keypoints", ())[2::3]) and "no labelled joint")
+                or (item["image_id"] in missing and "a missing file")
+                or (clean_box(item, pictures[item["image_id"]]) is None and "an empty box")
+            )
+            if why:
+                name = pictures.get(item["image_id"], {}).get("file_name", f"image {item['image_id']}")
+                self.skipped.append((f"{name}, annotation {item['id']}", why))
+                continue
+            if len(item["keypoints"]) != 3 * len(joints):
+                raise ValueError(
+                    f"`joints` must name as many joints as {annotations} holds; got {len(joints)}, and annotation"
+                    f" {item['id']} holds {len(item['keypoints']) / 3:g}."
+                )
+            kept.append(item)
+        require_samples(annotations, kept, self.skipped)
+        # Arrays, because AI Challenger has 380,000 people.
+        self._files = [pictures[item["image_id"]]["file_name"] for item in kept]
+        self._ids = np.array([(item["image_id"], item["id"]) for item in kept])
+        self._keypoints = np.array([item["keypoints"] for item in kept], np.float32).reshape(len(kept), -1, 3)
+        self._boxes = np.array([clean_box(item, pictures[item["image_id"]]) for item in kept], np.float32)
+        self._areas = np.array([area(item) for item in kept], np.float32)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Person]:
+        image = read_image(self.folder / self._files[index], turn=False)
+        center, scale = center_and_scale(self._boxes[index].tolist())
+        joints = named_joints(self.joints, self._keypoints[index].tolist())
+        return image, Person(joints, center, scale, float(self._areas[index]), *map(int, self._ids[index]))
+
+    def name(self, index: int) -> str:
+        return f"{self._files[index]}, annotation {self._ids[index][1]}"
+
+
+def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """The annotation's box (left, top, width, height), cut to the picture as the original does; None if empty."""
+    left, top, width, height = item["bbox"]
+    left, top = max(0, left), max(0, top)
+    right = min(picture["width"] - 1, left + max(0, width - 1))
+    bottom = min(picture["height"] - 1, top + max(0, height - 1))
+    empty = item.get("area", 1) <= 0 or right < left or bottom < top or (right, bottom) == (left, top)
+    return None if empty else (left, top, right - left, bottom - top)
+
+
+def area(item: dict[str, Any]) -> float:
+    """The person's area in pixels."""
+    return item["area"] if "area" in item else CROWDPOSE_FILL * item["bbox"][2] * item["bbox"][3]
+
+
+def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[str, Joint | None]:
+    """Joints by name from rows of (x, y, visibility)."""
+    return {name: Joint(x, y) if seen > 0 else None for name, (x, y, seen) in zip(names, keypoints, strict=True)}
+
+
+class MpiiKeypoints:
+    """People of an MPII JSON as HRNet and Simple Baselines use it: train.json, valid.json; one item a person.
+
+    `annotations` is a list of {image, center, scale, joints [16][2], joints_vis [16]}, counted from 1 as in Matlab.
+    The region is moved down by 15 pixels per unit of scale and enlarged by 1.25, so that no limb is cut.
+    """
+
+    def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
+        self.folder, self.skipped = Path(images), Skipped()
+        self._items: list[tuple[int, dict[str, Any]]] = []
+        for place, item in enumerate(json.loads(Path(annotations).read_text())):
+            why = (
+                (item["center"][0] < 0 and "no centre")
+                or (not any(item["joints_vis"]) and "no labelled joint")
+                or (not (self.folder / item["image"]).is_file() and "a missing file")
+            )
+            if why:
+                self.skipped.append((f"{item['image']}, annotation {place}", why))
+            else:
+                self._items.append((place, item))
+        require_samples(annotations, self._items, self.skipped)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Person]:
+        place, item = self._items[index]
+        image = read_image(self.folder / item["image"], turn=False)
+        x, y = item["center"]
+        center = (x - 1, y + 15 * item["scale"] - 1)
+        scale = (item["scale"] * PADDING,) * 2
+        rows = [[x - 1, y - 1, seen] for (x, y), seen in zip(item["joints"], item["joints_vis"], strict=True)]
+        return image, Person(named_joints(MPII_JOINTS, rows), center, scale, None, place, place)
+
+    def name(self, index: int) -> str:
+        place, item = self._items[index]
+        return f"{item['image']}, annotation {place}"
+
+
+def coco(root: Path, split: str = "train2017") -> CocoKeypoints:
+    """COCO: annotations/person_keypoints_{split}.json, and pictures in {split}/ or images/{split}/."""
+    folder = root / split if (root / split).is_dir() else root / "images" / split
+    return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", folder)
+
+
+def crowdpose(root: Path, split: str = "train") -> CocoKeypoints:
+    """CrowdPose: json/crowdpose_{split}.json and images/; splits train, val, trainval, test."""
+    return CocoKeypoints(root / "json" / f"crowdpose_{split}.json", root / "images", CROWDPOSE_JOINTS)
+
+
+def aic(root: Path, split: str = "train") -> CocoKeypoints:
+    """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
+    folder = {
+        "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
+        "val": "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911",
+    }[split]
+    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folder, AIC_JOINTS)
+
+
+def mpii(root: Path, split: str = "train") -> MpiiKeypoints:
+    """MPII: annot/{split}.json and images/; splits train, valid, trainval."""
+    return MpiiKeypoints(root / "annot" / f"{split}.json", root / "images")

@@ -1,0 +1,100 @@
+"""The mixture that the original trains on, with the weights of its published configuration.
+
+Of its sixteen sources IEIW was never released; RefCOCO+ and RefCOCOg are not among them, but read like RefCOCO.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import AnnotatedImages
+from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
+from instructdiffusion_pipeline.datasets.geometry import PersonCrop, SquareCrop, Squash
+from instructdiffusion_pipeline.datasets.label_png import CocoStuff
+from instructdiffusion_pipeline.datasets.mixture import Geometry, Mixture, Pick, Source
+from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
+from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
+from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.restoration import Restoration
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+
+@dataclass(frozen=True)
+class Always:
+    """A `pick` that asks the same of every picture."""
+
+    task: Task
+
+    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Task:
+        return self.task
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """How one source is read, from its folder, and what is asked of it how often."""
+
+    folder: str
+    read: Callable[[Path], AnnotatedImages[Any]]
+    pick: Pick
+    geometry: Geometry
+    weight: float = 1.0
+
+
+def refer(name: str) -> Callable[[Path], ReferringExpressions]:
+    """A reader of references in a folder coco_2014: {name} there, and pictures in images/train2014."""
+    return lambda root: ReferringExpressions(root / name, root / "images" / "train2014")
+
+
+DEBLUR, DENOISE, UNMARK = (Always(Restoration(defect)) for defect in ("blur", "noise", "watermark"))
+FLIPPED = SquareCrop(flip=0.5)
+
+ORIGINAL = {
+    "mpii": Ingredient("mpii", mpii, Keypoints.pick, PersonCrop()),
+    "coco": Ingredient("coco", coco, Keypoints.pick, PersonCrop(half_body=0.3)),
+    "crowdpose": Ingredient("crowdpose", crowdpose, Keypoints.pick, PersonCrop()),
+    "aic": Ingredient("aic", aic, Keypoints.pick, PersonCrop(), 0.1),
+    "coco-stuff": Ingredient("coco-stuff", CocoStuff, Segmentation.pick, FLIPPED),
+    # A referring expression says where things are: no flips.
+    "grefcoco": Ingredient("coco_2014", refer("grefcoco/grefs(unc).json"), Segmentation.pick, SquareCrop()),
+    "refcoco": Ingredient("coco_2014", refer("refcoco/refs(unc).p"), Segmentation.pick, SquareCrop()),
+    "refcoco+": Ingredient("coco_2014", refer("refcoco+/refs(unc).p"), Segmentation.pick, SquareCrop()),
+    "refcocog": Ingredient("coco_2014", refer("refcocog/refs(umd).p"), Segmentation.pick, SquareCrop()),
+    "gopro": Ingredient("GoPro", gopro, DEBLUR, FLIPPED, 2),
+    "reds": Ingredient("REDS", reds, DEBLUR, FLIPPED, 0.2),
+    # Noise is of single pixels: resizing would take it out.
+    "sidd": Ingredient("SIDD", sidd, DENOISE, SquareCrop(flip=0.5, resize=False), 20),
+    "clwd": Ingredient("CLWD", clwd, UNMARK, FLIPPED, 0.2),
+    "instructpix2pix": Ingredient("clip-filtered-dataset", InstructPix2Pix, Editing.pick, Squash(flip=0.5), 0.2),
+    "gier": Ingredient("GIER_editing_data", gier, Editing.pick, Squash(), 2),
+    "gqa-inpaint": Ingredient("gqa-inpaint", gqa_inpaint, Editing.pick, Squash()),
+    "magicbrush": Ingredient("MagicBrush", magicbrush, Editing.pick, Squash(flip=0.5)),
+}
+
+
+def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
+    """Those sources of the original's training data that `names`, keys of `ORIGINAL`, pick.
+
+    Each source lies in a folder of `root`, in the layout that its reader describes: mpii, coco, crowdpose, aic,
+    coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog, grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD,
+    clip-filtered-dataset, GIER_editing_data, gqa-inpaint, MagicBrush.
+    """
+    names = list(names)
+    unknown = sorted(set(names) - ORIGINAL.keys())
+    if unknown:
+        raise ValueError(f"`names` must be out of {', '.join(ORIGINAL)}; got {', '.join(unknown)}.")
+    sources = []
+    for name in names:
+        ingredient = ORIGINAL[name]
+        dataset = ingredient.read(Path(root) / ingredient.folder)
+        # The original draws one of a pair's instructions at random: a pair with five must not count five times.
+        repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
+        sources.append((Source(name, dataset, ingredient.pick, ingredient.geometry), ingredient.weight / repeats))
+    return Mixture(sources, seed)
