@@ -1,0 +1,129 @@
+import pytest
+import tiny
+from folders import reasons, same, write_broken, write_json, write_picture
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.coco_keypoints import (
+    AIC_JOINTS,
+    CROWDPOSE_JOINTS,
+    MPII_JOINTS,
+    CocoKeypoints,
+    aic,
+    coco,
+    crowdpose,
+    mpii,
+)
+from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+
+BOX = [4, 2, 20, 24]
+
+
+def annotation(id, image_id=1, joints=17, **changes):
+    keypoints = [5, 6, 2, 7, 8, 1, 0, 0, 0] + [0] * 3 * (joints - 3)
+    item = {"id": id, "image_id": image_id, "category_id": 1, "iscrowd": 0, "bbox": BOX, "keypoints": keypoints}
+    return item | changes
+
+
+def people(*annotations):
+    images = [{"id": id, "file_name": f"{id:012}.jpg", "width": 40, "height": 30} for id in (1, 2, 3)]
+    categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "dog"}]
+    return {"images": images, "categories": categories, "annotations": list(annotations)}
+
+
+@pytest.mark.parametrize("folder", ["val2017", "images/val2017"])
+def test_coco(folder, tmp_path):
+    content = people(annotation(7, area=300.5))
+    write_json(tmp_path / "annotations" / "person_keypoints_val2017.json", content)
+    picture = tiny.picture(40, 30)
+    write_picture(tmp_path / folder / "000000000001.jpg", picture)
+    dataset = coco(tmp_path, "val2017")
+    image, person = dataset[0]
+    assert len(dataset) == 1 and same(image, picture)
+    assert dataset.name(0) == "000000000001.jpg, annotation 7"
+    assert tuple(person.joints) == COCO_JOINTS
+    assert person.joints["nose"] == Joint(5, 6) and person.joints["left eye"] == Joint(7, 8)
+    assert person.joints["right eye"] is None
+    # the original's rule: a box of 20 x 24 pixels spans 19 x 23, and the square around it is padded by a quarter
+    assert person.center == (13.5, 13.5) and person.scale == pytest.approx((23 * 1.25 / 200,) * 2)
+    assert (person.area, person.image_id, person.id) == (300.5, 1, 7)
+
+
+def test_crowdpose_and_ai_challenger(tmp_path):
+    content = people(annotation(7, joints=14))
+    write_json(tmp_path / "json" / "crowdpose_train.json", content)
+    write_picture(tmp_path / "images" / "000000000001.jpg")
+    _, person = crowdpose(tmp_path)[0]
+    assert tuple(person.joints) == CROWDPOSE_JOINTS and person.area == pytest.approx(0.53 * 20 * 24)
+
+    write_json(tmp_path / "annotations" / "aic_val.json", content)
+    folder = "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911"
+    write_picture(tmp_path / folder / "000000000001.jpg")
+    _, person = aic(tmp_path, "val")[0]
+    assert tuple(person.joints) == AIC_JOINTS and person.joints["right shoulder"] == Joint(5, 6)
+
+
+def test_what_cannot_be_used_is_named(tmp_path):
+    write_picture(tmp_path / "000000000001.jpg")
+    write_broken(tmp_path / "000000000002.jpg")
+    content = people(
+        annotation(1),
+        annotation(2, image_id=2),
+        annotation(3, image_id=3),
+        annotation(4, keypoints=[0] * 51),
+        annotation(5, iscrowd=1),
+        annotation(6, category_id=2),
+        annotation(7, bbox=[3, 3, 0, 0]),
+    )
+    dataset = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
+    assert len(dataset) == 2 and ("000000000003.jpg, annotation 3", "a missing file") in dataset.skipped
+    assert reasons(dataset) == [
+        "a crowd",
+        "a missing file",
+        "an empty box",
+        "another category than person",
+        "no labelled joint",
+    ]
+    dataset[0]
+    with pytest.raises(UnreadableSample, match=r"000000000002.jpg: .*(truncated|Truncated|broken)"):
+        dataset[1]
+
+    content = people(annotation(3, image_id=3), annotation(4, keypoints=[0] * 51), annotation(5, keypoints=[0] * 51))
+    with pytest.raises(ValueError, match="people.json.*2 with no labelled joint, 1 with a missing file"):
+        CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
+    with pytest.raises(ValueError, match="`joints`.*got 17.*holds 14"):
+        CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1, joints=14))), tmp_path)
+
+
+def test_an_exif_orientation_does_not_turn_annotated_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = write_picture(tmp_path / "000000000001.jpg", tiny.picture(40, 30), exif=exif)
+    assert Image.open(picture).getexif()[0x0112] == 6
+    image, _ = CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1))), tmp_path)[0]
+    assert same(image, tiny.picture(40, 30))
+
+
+def test_mpii(tmp_path):
+    person = {"image": "a.jpg", "center": [21.0, 11.0], "scale": 0.1, "joints": [[1.0, 1.0]] * 15 + [[9.0, 4.0]]}
+    person["joints_vis"] = [0] + [1] * 15
+    others = [
+        person | {"image": "missing.jpg"},
+        person | {"center": [-1, -1]},
+        person | {"joints_vis": [0] * 16},
+        person | {"image": "broken.jpg"},
+    ]
+    write_json(tmp_path / "annot" / "valid.json", [person, *others])
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_broken(tmp_path / "images" / "broken.jpg")
+    dataset = mpii(tmp_path, "valid")
+    assert reasons(dataset) == ["a missing file", "no centre", "no labelled joint"]
+    image, found = dataset[0]
+    assert tuple(found.joints) == MPII_JOINTS
+    assert found.joints["right ankle"] is None and found.joints["left wrist"] == Joint(8, 3)
+    # counted from 1, and moved down by 15 pixels per unit of scale
+    assert found.center == pytest.approx((20, 11.5)) and found.scale == pytest.approx((0.125, 0.125))
+    assert dataset.name(1) == "broken.jpg, annotation 4"
+    with pytest.raises(UnreadableSample, match="broken.jpg"):
+        dataset[1]
