@@ -4,7 +4,7 @@ Needs the extra `eval` (pycocotools, scikit-image). `cases` says what is asked, 
 scores, `scoring` applies them to readings, and `report` writes the table.
 """
 
-from .cases import Case, Exam, cases_from, whole_person
+from .cases import Case, Exam, ScoredCrop, cases_from, whole_person
 from .runner import evaluate
 
-__all__ = ["Case", "Exam", "cases_from", "evaluate", "whole_person"]
+__all__ = ["Case", "Exam", "ScoredCrop", "cases_from", "evaluate", "whole_person"]

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPModel
 
 from instructdiffusion_pipeline.sample import Joint, Joints
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, coco_keypoints
@@ -26,13 +26,13 @@ COCO_SIGMAS: dict[str, float] = dict(zip(COCO_JOINTS, Params("keypoints").kpt_ok
 CROWDPOSE_SIGMAS: dict[str, float] = {
     "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
     "right wrist": 0.062, "left hip": 0.107, "right hip": 0.107, "left knee": 0.087, "right knee": 0.087,
-    "left ankle": 0.089, "right ankle": 0.089, "top of the head": 0.079, "neck": 0.079,
+    "left ankle": 0.089, "right ankle": 0.089, "head top": 0.079, "neck": 0.079,
 }  # fmt: skip
 AIC_SIGMAS: dict[str, float] = {
     "right shoulder": 0.01388152, "right elbow": 0.01515228, "right wrist": 0.01057665, "left shoulder": 0.01417709,
     "left elbow": 0.01497891, "left wrist": 0.01402144, "right hip": 0.03909642, "right knee": 0.03686941,
     "right ankle": 0.01981803, "left hip": 0.03843971, "left knee": 0.03412318, "left ankle": 0.02415081,
-    "top of the head": 0.01291456, "neck": 0.01236173,
+    "head top": 0.01291456, "neck": 0.01236173,
 }  # fmt: skip
 
 NOWHERE = Joint(-1e4, -1e4, 0.0)  # COCO writes (0, 0) for a joint not found; in a small picture that may be close
@@ -42,17 +42,16 @@ STRAY = 0.001  # of a picture's pixels: what a VAE alone makes of a picture read
 
 
 @dataclass(frozen=True)
-class Person(Mapping[str, Joint | None]):
-    """The true `joints` of a person, in pixels, and what scores measure them by.
+class Pose(Mapping[str, Joint | None]):
+    """The true `joints` of a person, in pixels, and what OKS measures them by.
 
-    `area` in square pixels and `sigmas` (joint -> share) are what OKS counts in: the area of the person's mask in
-    COCO, 0.53 of the box in CrowdPose, the box in AI Challenger. `head` is the head size in pixels, for PCKh.
+    `area`, in square pixels, is that of the person's mask in COCO, 0.53 of the box in CrowdPose, the box in AI
+    Challenger; `sigmas` has a share for each joint. Without the two there is a PCK, but no AP.
     """
 
     joints: Joints
     area: float | None = None
     sigmas: Mapping[str, float] | None = None
-    head: float | None = None
 
     def __getitem__(self, name: str) -> Joint | None:
         return self.joints[name]
@@ -64,29 +63,29 @@ class Person(Mapping[str, Joint | None]):
         return len(self.joints)
 
 
-def keypoint_ap(people: Sequence[Person], found: Sequence[Joints]) -> dict[str, float] | None:
+def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, float] | None:
     """COCO's keypoint AP, AP50 and AP75 (0 to 1), each person being a picture of its own, as with ground-truth boxes.
 
-    All `people` need an area and share their sigmas; `found` holds one reading for each. People none of whose joints
-    is labelled do not count; None if there are no others.
+    All `poses` need an area and share their sigmas; `found` holds one reading for each. People without a labelled
+    joint do not count; None if there are no others.
     """
-    pairs = [(person, joints) for person, joints in zip(people, found, strict=True) if any(person.values())]
+    pairs = [(pose, joints) for pose, joints in zip(poses, found, strict=True) if any(pose.values())]
     if not pairs:
         return None
     sigmas = pairs[0][0].sigmas or {}
     names = tuple(sigmas)
-    if not sigmas or any(person.area is None or person.sigmas != sigmas for person, _ in pairs):
-        raise ValueError("`people` must all have an area, and the sigmas of one set of joints.")
+    if not sigmas or any(pose.area is None or pose.sigmas != sigmas for pose, _ in pairs):
+        raise ValueError("`poses` must all have an area, and the sigmas of one set of joints.")
     truths, results = [], []
-    for number, (person, joints) in enumerate(pairs, start=1):  # pycocotools takes the id 0 for "no match"
-        labelled = [person.get(name) for name in names]
+    for number, (pose, joints) in enumerate(pairs, start=1):  # pycocotools takes the id 0 for "no match"
+        labelled = [pose.get(name) for name in names]
         truths.append(
             {
                 "id": number,
                 "image_id": number,
                 "category_id": 1,
                 "iscrowd": 0,
-                "area": person.area,
+                "area": pose.area,
                 "bbox": [0, 0, 0, 0],  # read for people without a labelled joint only
                 "num_keypoints": sum(map(bool, labelled)),
                 "keypoints": [value for joint in labelled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
@@ -109,23 +108,27 @@ def keypoint_ap(people: Sequence[Person], found: Sequence[Joints]) -> dict[str, 
     return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats[:3]), strict=True))
 
 
-def distances(truth: Joints, found: Joints, reference: float) -> list[float]:
-    """From each labelled joint of `truth` to where it was found, in shares of `reference`; infinite if it was not.
+HEAD = ("upper neck", "head top")  # PCKh: MPII's head segment
+TORSO = ("left shoulder", "right hip")  # PCK of FLIC
 
-    Divide by `reference` what PCK divides by: the picture's long side, the head (PCKh), or the `torso`; in pixels.
+
+def length(pose: Joints, ends: tuple[str, str]) -> float | None:
+    """From one joint to another in pixels, as `HEAD` or `TORSO`; None if one of them is not labelled."""
+    first, second = (pose.get(name) for name in ends)
+    return float(np.hypot(first.x - second.x, first.y - second.y)) if first and second else None
+
+
+def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
+    """From each labelled joint of `pose` to where it was found, in shares of `reference`; infinite if it was not.
+
+    The `reference` of PCK, in pixels, is the picture's side, or the `length` of the head or the torso.
     """
     steps = []
-    for name, joint in truth.items():
+    for name, joint in pose.items():
         if joint is not None:
             other = found.get(name)
             steps.append(float(np.hypot(joint.x - other.x, joint.y - other.y)) / reference if other else float("inf"))
     return steps
-
-
-def torso(truth: Joints) -> float | None:
-    """From the left shoulder to the right hip in pixels, as in FLIC; None if one of them is not labelled."""
-    shoulder, hip = truth.get("left shoulder"), truth.get("right hip")
-    return float(np.hypot(shoulder.x - hip.x, shoulder.y - hip.y)) if shoulder and hip else None
 
 
 def pck(steps: Sequence[float], share: float) -> float | None:
@@ -211,10 +214,10 @@ class ClipSimilarity:
     def __init__(self, model: str | Path):
         self.name = Path(model).name
         self.processor = CLIPImageProcessor.from_pretrained(model)
-        self.encoder = CLIPVisionModelWithProjection.from_pretrained(model).eval()
+        self.model = CLIPModel.from_pretrained(model).eval()
 
     @torch.no_grad()
     def __call__(self, truth: Image.Image, picture: Image.Image) -> float:
         pixels = self.processor([truth, picture], return_tensors="pt").pixel_values  # [2, 3, side, side]
-        first, second = self.encoder(pixel_values=pixels).image_embeds
+        first, second = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return float(torch.cosine_similarity(first, second, dim=0))

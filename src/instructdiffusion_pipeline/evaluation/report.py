@@ -129,7 +129,7 @@ def check_names(cases: Sequence[Case]) -> None:
 
 def file_name(row: str) -> str:
     """What a row's contact sheet is called, without the ending."""
-    return re.sub(r"\W+", "-", row.lower()).strip("-")
+    return re.sub(r"[^\w+]+", "-", row.lower()).strip("-")
 
 
 def answer_name(index: int, number: int) -> str:

@@ -13,15 +13,12 @@ from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import metrics
 from instructdiffusion_pipeline.evaluation.cases import Exam
-from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap, Person
+from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap, Pose
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
-
-PCK_SHARE = 0.05  # of the picture's long side
-PCKH_SHARE = 0.5  # of the head
 
 Scores = dict[str, float | None]
 
@@ -34,13 +31,12 @@ def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = No
     """
     task = exam.tasks[0]
     if isinstance(task, Keypoints):
-        truth = exam.truth if isinstance(exam.truth, Person) else Person(exam.truth)
+        truth = exam.truth if isinstance(exam.truth, Pose) else Pose(exam.truth)
         return {
             "joints": {name: joint and list(map(float, joint)) for name, joint in reading.items()},
             "truth": {name: joint and list(map(float, joint)) for name in reading for joint in [truth.get(name)]},
             "side": max(exam.image.size),
             "area": truth.area,
-            "head": truth.head,
             "sigmas": truth.sigmas and dict(truth.sigmas),
         }
     if isinstance(task, Segmentation):
@@ -84,23 +80,21 @@ def merit(measure: Mapping[str, Any]) -> float:
 
 
 def _joint_scores(measures: Sequence[Mapping[str, Any]]) -> Scores:
-    people = [
-        Person(_joints(measure["truth"]), measure["area"], measure["sigmas"], measure["head"]) for measure in measures
-    ]
+    poses = [Pose(_joints(measure["truth"]), measure["area"], measure["sigmas"]) for measure in measures]
     found = [_joints(measure["joints"]) for measure in measures]
     scores: Scores = {}
-    if all(person.area and person.sigmas and person.sigmas.keys() == person.keys() for person in people):
-        scores.update(metrics.keypoint_ap(people, found) or {})
-    sides = [measure["side"] for measure in measures]
-    scores[f"PCK@{PCK_SHARE}"] = _pck(people, found, sides, PCK_SHARE)
-    if all(person.head for person in people):
-        scores[f"PCKh@{PCKH_SHARE}"] = _pck(people, found, [person.head or 0 for person in people], PCKH_SHARE)
+    if all(pose.area and pose.sigmas and pose.sigmas.keys() == pose.keys() for pose in poses):
+        scores.update(metrics.keypoint_ap(poses, found) or {})
+    references = {
+        ("PCK@0.05 of the side", 0.05): [measure["side"] for measure in measures],
+        ("PCK@0.2 of the torso", 0.2): [metrics.length(pose, metrics.TORSO) for pose in poses],
+        ("PCKh@0.5", 0.5): [metrics.length(pose, metrics.HEAD) for pose in poses],
+    }
+    for (name, share), lengths in references.items():
+        people = [person for person in zip(poses, found, lengths, strict=True) if person[2]]
+        if people:
+            scores[name] = metrics.pck([step for person in people for step in metrics.distances(*person)], share)
     return scores
-
-
-def _pck(people: Sequence[Joints], found: Sequence[Joints], references: Sequence[float], share: float) -> float | None:
-    rows = zip(people, found, references, strict=True)
-    return metrics.pck([step for row in rows for step in metrics.distances(*row)], share)
 
 
 def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]:

@@ -1,0 +1,134 @@
+"""Score a model on data sets as they are published, and write a table, JSON and contact sheets.
+
+python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
+
+Killed, it goes on where it was when started again. Layouts of the folders: see instructdiffusion_pipeline.datasets.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edit import TINY_MODEL, load, trained_size
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
+from instructdiffusion_pipeline.datasets.geometry import SquareCrop, Squash
+from instructdiffusion_pipeline.datasets.label_png import CocoStuff
+from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
+from instructdiffusion_pipeline.datasets.recipes import ORIGINAL
+from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
+from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, evaluate, whole_person
+from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+
+FAMILIES = ("keypoints", "segmentation", "restoration", "editing")
+
+
+def refer(references: str) -> Callable[[Path, str], ReferringExpressions]:
+    """A reader of references in COCO's folder of 2014."""
+    return lambda root, split: ReferringExpressions(root / references, root / "images" / "train2014", split)
+
+
+# Reader, the split that is not for training, and what is cut out of a picture for a working size (None: all is asked).
+DATA: dict[str, tuple[Callable[..., Any], str, Callable[[int], Any] | None]] = {
+    "coco": (coco, "val2017", partial(ScoredCrop, sigmas=COCO_SIGMAS)),
+    "crowdpose": (crowdpose, "test", partial(ScoredCrop, sigmas=CROWDPOSE_SIGMAS)),
+    "aic": (aic, "val", partial(ScoredCrop, sigmas=AIC_SIGMAS)),
+    "mpii": (mpii, "valid", ScoredCrop),
+    "coco-stuff": (CocoStuff, "val2017", None),
+    "refcoco": (refer("refcoco/refs(unc).p"), "val", None),
+    "refcoco+": (refer("refcoco+/refs(unc).p"), "val", None),
+    "refcocog": (refer("refcocog/refs(umd).p"), "val", None),
+    "grefcoco": (refer("grefcoco/grefs(unc).json"), "val", None),
+    "gopro": (gopro, "test", SquareCrop),
+    "reds": (reds, "val", SquareCrop),
+    "sidd": (sidd, "val", partial(SquareCrop, resize=False)),
+    "clwd": (clwd, "test", SquareCrop),
+    "instructpix2pix": (InstructPix2Pix, "test", Squash),
+    "gier": (gier, "test", Squash),
+    "gqa-inpaint": (gqa_inpaint, "test", Squash),
+    "magicbrush": (magicbrush, "dev", Squash),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="NAME=FOLDER", help=f"repeatable; {', '.join(DATA)}"
+    )
+    parser.add_argument("--split", help="of every --data (default: the one for validation or tests)")
+    parser.add_argument("--samples", type=int, default=500, help="of each data set")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's or the task's preset)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resolution", type=int, help="working size (default: the one the model was trained at)")
+    parser.add_argument("--clip", help="folder or Hub id of a CLIP model, to compare edited pictures")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"))
+    args = parser.parse_args()
+
+    pipeline = load(args.model)
+    resolution = args.resolution or trained_size(pipeline)
+    cases: list[Case] = []
+    try:
+        for entry in args.data:
+            name, _, folder = entry.partition("=")
+            cases += cases_of(name, Path(folder), args.split, args.samples, args.seed, resolution)
+        presets = load_presets(args.model)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    clip = ClipSimilarity(args.clip) if args.clip else None
+    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, clip)
+
+
+def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, resolution: int) -> list[Case]:
+    """`count` cases of one data set; people are asked for all their joints, other pictures as in training."""
+    if name not in DATA:
+        raise ValueError(f"--data: NAME must be one of {', '.join(DATA)}; got {name!r}.")
+    read, usual, geometry = DATA[name]
+    split, pick = split or usual, ORIGINAL[name].pick
+    source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
+    return cases_from(source, count, seed, whole_person if pick == Keypoints.pick else None)
+
+
+def load_presets(model: str) -> dict[str, dict[str, Any]]:
+    """The model's own settings: presets.json of its folder or Hub repository, by family; {} if it has none."""
+    try:
+        path = Path(model) / "presets.json" if Path(model).is_dir() else Path(hf_hub_download(model, "presets.json"))
+        presets = json.loads(path.read_text())
+    except (FileNotFoundError, EntryNotFoundError):
+        return {}
+    if unknown := sorted(presets.keys() - set(FAMILIES)):
+        raise ValueError(f"{path} must have settings for {', '.join(FAMILIES)}; it has some for {', '.join(unknown)}.")
+    return presets
+
+
+def run(
+    pipeline: InstructDiffusionPipeline,
+    cases: Sequence[Case],
+    output: Path,
+    presets: Mapping[str, Mapping[str, Any]],
+    steps: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    resolution: int | None = None,
+    clip: ClipSimilarity | None = None,
+) -> None:
+    """Evaluate with a model's `presets`, or with other `steps`, and show the table."""
+    own = {"num_inference_steps": steps} if steps else {}
+    settings = {family: {**presets.get(family, {}), **own} for family in FAMILIES}
+    pipeline.set_progress_bar_config(disable=True)
+    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, clip)
+    print((output / "table.md").read_text(), f"\nContact sheets: {output}/*.png")
+
+
+if __name__ == "__main__":
+    main()

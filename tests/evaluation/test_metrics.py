@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage import data
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from instructdiffusion_pipeline.evaluation import metrics
+from instructdiffusion_pipeline.evaluation.metrics import (
+    AIC_SIGMAS,
+    COCO_SIGMAS,
+    CROWDPOSE_SIGMAS,
+    Overlap,
+    Pose,
+    keypoint_ap,
+)
+from instructdiffusion_pipeline.sample import Joint
+
+AREA = 3000.0
+
+
+def pose(shift=0.0, sigmas=COCO_SIGMAS, **changes):
+    """A person with joints on a grid, all moved to the right by `shift`; `changes` name single joints."""
+    joints = {name: Joint(20 + 7 * (i % 5) + shift, 20 + 9 * (i // 5), 0.9) for i, name in enumerate(sigmas)}
+    return Pose(joints | {name.replace("_", " "): joint for name, joint in changes.items()}, AREA, sigmas)
+
+
+def oks(person, found):
+    """Object keypoint similarity, as COCO's page on keypoint evaluation defines it: k = 2 sigma."""
+    parts = [
+        np.exp(-((joint.x - found[name].x) ** 2 + (joint.y - found[name].y) ** 2) / (2 * AREA * (2 * sigma) ** 2))
+        for name, sigma in person.sigmas.items()
+        if (joint := person[name])
+    ]
+    return np.mean(parts)
+
+
+@pytest.mark.parametrize("sigmas", [COCO_SIGMAS, CROWDPOSE_SIGMAS, AIC_SIGMAS])
+@pytest.mark.parametrize("shift", [0.0, 1.5, 3.0, 6.0, 12.0])
+def test_ap_of_one_person_is_the_share_of_thresholds_that_oks_reaches(shift, sigmas):
+    person, found = pose(sigmas=sigmas), pose(shift, sigmas)
+    expected = np.mean([oks(person, found) >= threshold for threshold in np.arange(50, 100, 5) / 100])
+    scores = keypoint_ap([person], [found])
+    assert scores["AP"] == pytest.approx(expected)
+    for name, threshold in ("AP50", 0.5), ("AP75", 0.75):
+        assert scores[name] == pytest.approx(float(oks(person, found) >= threshold))
+
+
+def test_ap_of_a_hit_and_a_miss_depends_on_which_was_surer():
+    miss = {name: Joint(500, 500, 0.5) for name in COCO_SIGMAS}
+    surer_miss = {name: Joint(500, 500, 1.0) for name in COCO_SIGMAS}
+    # 101 recall levels from 0 to 1; a recall of one half is reached at a precision of 1, or of 1/2.
+    assert keypoint_ap([pose(), pose()], [pose(), miss])["AP"] == pytest.approx(51 / 101)
+    assert keypoint_ap([pose(), pose()], [pose(), surer_miss])["AP"] == pytest.approx(51 / 101 / 2)
+
+
+def test_ap_counts_labelled_joints_only_and_people_who_have_one():
+    nobody = Pose(dict.fromkeys(COCO_SIGMAS), AREA, COCO_SIGMAS)
+    assert keypoint_ap([nobody], [pose()]) is None
+    assert keypoint_ap([nobody, pose(nose=None)], [pose(), pose(nose=Joint(900, 900, 1.0))])["AP"] > 0.999
+
+
+def test_a_joint_that_was_not_found_gets_no_credit_even_in_the_corner():
+    corner = Pose({name: Joint(1, 1) for name in COCO_SIGMAS}, AREA, COCO_SIGMAS)
+    assert keypoint_ap([corner], [dict.fromkeys(COCO_SIGMAS)])["AP"] == 0
+
+
+def test_ap_needs_areas_and_one_set_of_joints():
+    with pytest.raises(ValueError, match="`poses` must all have an area"):
+        keypoint_ap([Pose(pose().joints, None, COCO_SIGMAS)], [pose()])
+    with pytest.raises(ValueError, match="the sigmas of one set"):
+        keypoint_ap([pose(), pose(sigmas=AIC_SIGMAS)], [pose(), pose()])
+
+
+def test_sigmas_are_the_published_ones():
+    assert list(COCO_SIGMAS.values())[:5] == pytest.approx([0.026, 0.025, 0.025, 0.035, 0.035])
+    assert COCO_SIGMAS["left hip"] == pytest.approx(0.107) and CROWDPOSE_SIGMAS["neck"] == pytest.approx(0.079)
+    assert CROWDPOSE_SIGMAS.keys() == AIC_SIGMAS.keys() and len(AIC_SIGMAS) == 14
+
+
+def test_pck_is_the_share_of_labelled_joints_within_the_threshold():
+    truth = {"nose": Joint(10, 10), "left hip": Joint(20, 20), "right hip": None, "neck": Joint(0, 0)}
+    found = {"nose": Joint(13, 14), "left hip": None, "right hip": Joint(1, 1), "neck": Joint(6, 8)}
+    steps = metrics.distances(truth, found, reference=100)
+    assert steps == [0.05, float("inf"), 0.1]
+    assert metrics.pck(steps, 0.05) == pytest.approx(1 / 3) and metrics.pck(steps, 0.1) == pytest.approx(2 / 3)
+    assert metrics.pck([], 0.1) is None
+
+
+def test_length_of_head_and_torso():
+    joints = {"upper neck": Joint(0, 0), "head top": Joint(3, 4), "left shoulder": Joint(0, 0), "right hip": None}
+    assert metrics.length(joints, metrics.HEAD) == 5
+    assert metrics.length(joints, metrics.TORSO) is None
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_ious_against_plain_counting(seed):
+    rng = np.random.default_rng(seed)
+    names = rng.choice(["cat", "dog", "sky"], 6)
+    truths, founds = rng.random((2, 6, 8, 9)) < rng.random((2, 6, 1, 1))
+    truths[0] = False
+    overlaps = [Overlap.of(str(name), truth, found) for name, truth, found in zip(names, truths, founds, strict=True)]
+
+    def cumulated(chosen):
+        return (truths & founds)[chosen].sum() / max(1, (truths | founds)[chosen].sum())
+
+    single = [1.0 if not (t | f).any() else (t & f).sum() / (t | f).sum() for t, f in zip(truths, founds, strict=True)]
+    assert metrics.mean_iou(overlaps) == pytest.approx(np.mean(single))
+    assert metrics.cumulated_iou(overlaps) == pytest.approx(cumulated(slice(None)))
+    there = [name for name in set(names) if (truths | founds)[names == name].any()]
+    assert metrics.mean_class_iou(overlaps) == pytest.approx(np.mean([cumulated(names == name) for name in there]))
+
+
+def test_empty_truths():
+    nothing, one, spot = np.zeros((3, 100, 100), bool)
+    one[0, 0] = True
+    spot[:4, :4] = True
+    left_alone, stray, painted = (Overlap.of("cat", nothing, found) for found in (nothing, one, spot))
+    assert [overlap.iou for overlap in (left_alone, stray, painted)] == [1, 1, 0]
+    assert metrics.no_target_accuracy([left_alone, stray, painted]) == pytest.approx(2 / 3)
+    assert metrics.no_target_accuracy([Overlap.of("cat", spot, nothing)]) is None
+    assert Overlap.of("cat", one, one).iou == 1, "a true object may be as small as it is"
+    assert metrics.cumulated_iou([left_alone, stray]) is None and metrics.mean_class_iou([left_alone]) is None
+
+
+def test_masks_of_other_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"'cat' must be \(4, 5\) .* it is \(5, 4\)"):
+        Overlap.of("cat", np.zeros((5, 4), bool), np.zeros((4, 5), bool))
+
+
+def test_psnr_and_ssim_against_their_formulas():
+    truth = data.astronaut()[:90, :120]
+    noisy = np.clip(truth + np.random.default_rng(0).normal(0, 20, truth.shape), 0, 255).astype(np.uint8)
+    pictures = Image.fromarray(truth), Image.fromarray(noisy)
+    x, y = truth.astype(float), noisy.astype(float)
+    assert metrics.psnr(*pictures) == pytest.approx(10 * np.log10(255**2 / ((x - y) ** 2).mean()))
+
+    def local(plane):
+        return gaussian_filter(plane, 1.5, axes=(0, 1), truncate=3.5)
+
+    mx, my = local(x), local(y)
+    vx, vy, cov = local(x * x) - mx**2, local(y * y) - my**2, local(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ssim = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert metrics.ssim(*pictures) == pytest.approx(ssim[5:-5, 5:-5].mean())
+
+
+def test_equal_pictures_have_a_finite_psnr():
+    picture = Image.fromarray(data.coffee())
+    assert metrics.psnr(picture, picture) == 100 and metrics.ssim(picture, picture) == 1
+
+
+def test_clip_similarity_is_the_cosine_of_clips_own_embeddings(tmp_path):
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        vision_config=small | {"image_size": 32, "patch_size": 8}, text_config=small, projection_dim=16
+    )
+    model = CLIPModel(config).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    pictures = [Image.fromarray(data.astronaut()), Image.fromarray(data.coffee())]
+    with torch.no_grad():
+        pixels = processor(pictures, return_tensors="pt").pixel_values
+        # `image_embeds` of a whole forward pass are what CLIP itself compares with texts.
+        first, second = model(input_ids=torch.tensor([[0, 1]]), pixel_values=pixels).image_embeds
+    similarity = metrics.ClipSimilarity(tmp_path)
+    assert similarity(*pictures) == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-5)
+    assert similarity(pictures[0], pictures[0]) == pytest.approx(1, abs=1e-5)
