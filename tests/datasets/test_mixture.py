@@ -1,0 +1,119 @@
+import logging
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.datasets.recipes import Always
+from instructdiffusion_pipeline.tasks.restoration import Restoration
+
+BLUR = Always(Restoration("blur"))
+
+
+class Numbered:
+    """Pictures of one colour that says their number; those in `broken` cannot be read."""
+
+    def __init__(self, length, broken=()):
+        self.length, self.broken, self.skipped = length, set(broken), []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableSample(self.name(index), "cut off")
+        picture = Image.new("RGB", (2, 2), (index % 256, index // 256, 0))
+        return picture, picture
+
+    def name(self, index):
+        return f"{index}.png"
+
+
+def shift(image, clean, rng):
+    """Geometry that shows a random choice in the blue channel."""
+    image = Image.new("RGB", (2, 2), (*image.getpixel((0, 0))[:2], rng.randrange(256)))
+    return image, image
+
+
+def number(sample):
+    red, green, _ = sample.image.getpixel((0, 0))
+    return red + 256 * green
+
+
+def mixture(seed=0):
+    sources = [("a", 40, 0.2), ("b", 3, 4), ("c", 10, 1), ("d", 10, 1.5)]
+    return Mixture([(Source(name, Numbered(length), BLUR, shift), weight) for name, length, weight in sources], seed)
+
+
+def test_weights_multiply_lengths_and_epochs_are_fresh():
+    mixed = mixture()
+    assert len(mixed) == 8 + 12 + 10 + 15
+    epochs = []
+    for epoch in range(10):
+        positions = range(epoch * 45, epoch * 45 + 45)
+        epochs.append(Counter((mixed.source_of(p).name, number(mixed[p])) for p in positions))
+        assert Counter(mixed.source_of(p).name for p in positions) == {"a": 8, "b": 12, "c": 10, "d": 15}
+    assert all(epoch["b", n] == 4 for epoch in epochs for n in range(3))
+    assert all(epoch["c", n] == 1 for epoch in epochs for n in range(10))
+    # five epochs show each item of a source of weight 0.2 once, two each of one of weight 1.5 three times
+    for start in (0, 5):
+        assert {sum(epoch["a", n] for epoch in epochs[start : start + 5]) for n in range(40)} == {1}
+    assert {epochs[0]["d", n] + epochs[1]["d", n] for n in range(10)} == {3}
+
+
+def test_a_position_is_a_pure_function_of_the_seed():
+    first, second, other = mixture(), mixture(), mixture(seed=1)
+    content = [(second[p].instruction, np.asarray(second[p].image).tolist()) for p in reversed(range(100))][::-1]
+    assert content == [(first[p].instruction, np.asarray(first[p].image).tolist()) for p in range(100)]
+    assert content != [(other[p].instruction, np.asarray(other[p].image).tolist()) for p in range(100)]
+    # an epoch is in another order, and asks otherwise, than the one before
+    assert [number(first[p]) for p in range(45)] != [number(first[p + 45]) for p in range(45)]
+
+
+def as_row(samples):
+    return [(sample.instruction, sample.image.getpixel((0, 0))) for sample in samples]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_do_not_change_samples(start_method):
+    alone = [row for batch in DataLoader(mixture(), 7, collate_fn=as_row) for row in batch]
+    loader = DataLoader(mixture(), 7, collate_fn=as_row, num_workers=2, multiprocessing_context=start_method)
+    assert [row for batch in loader for row in batch] == alone
+    ranks = [[as_row([mixture()[p]])[0] for p in range(rank, 45, 3)] for rank in range(3)]
+    assert [ranks[p % 3][p // 3] for p in range(45)] == alone
+
+
+def test_unreadable_samples_are_counted_logged_once_and_replaced(caplog):
+    mixed = Mixture([(Source("a", Numbered(5, broken={1, 2}), BLUR), 2), (Source("b", Numbered(5), BLUR), 1)])
+    with caplog.at_level(logging.WARNING):
+        shown = Counter(number(mixed[p]) for p in range(30) if mixed.source_of(p).name == "a")
+    # 1 and 2 are replaced by the next readable, 3, which so comes three times as often
+    assert shown == {0: 4, 3: 12, 4: 4}
+    assert mixed.skipped == {"a: 1.png": 4, "a: 2.png": 8}
+    assert len(caplog.records) == 2 and "a: 1.png cannot be read" in caplog.text and "cut off" in caplog.text
+
+
+def test_a_source_with_nothing_left_is_fatal():
+    mixed = Mixture([(Source("a", Numbered(3, broken={0, 1, 2}), BLUR), 1)])
+    with pytest.raises(ValueError, match="a: none of the 3 samples can be read"):
+        mixed[0]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`sources` must hold at least one"):
+        Mixture([])
+    with pytest.raises(ValueError, match="the weight of a must be above 0; got -1"):
+        Mixture([(Source("a", Numbered(3), BLUR), -1)])
+    with pytest.raises(IndexError, match="`position` must be 0 or more; got -1"):
+        mixture()[-1]
+
+
+def test_a_mixture_of_millions_is_cheap():
+    mixed = Mixture([(Source("a", Numbered(3_000_000), BLUR), 1), (Source("b", Numbered(400_000), BLUR), 0.1)])
+    assert mixed.source_of(0).name in "ab" and len(mixed) == 3_040_000
+    assert len(pickle.dumps(mixed)) < 30_000_000  # one plan of eight bytes a sample
