@@ -1,6 +1,5 @@
 """The small model's autoencoder: factor 4, four latent channels, mean squared error and a faint KL term."""
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from families import mixture
 from torch import nn
 from tqdm import tqdm
 from world import SIZE, World
 
 POOL = 24_000  # pictures drawn once and trained on many times
 BATCH = 16
-STEPS = 4_500
-LEARNING_RATE = 2e-3
+STEPS = {"fresh": 6_000, "tuned": 1_800}  # from nothing, and from an earlier model's weights
+LEARNING_RATE = {"fresh": 2e-3, "tuned": 1e-3}
 KL_WEIGHT = 1e-4
 SAVE_EVERY = 500
 
@@ -36,16 +36,20 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(world: World, folder: Path) -> AutoencoderKL:
-    """Train, or go on training, in `folder`; returns the averaged model with standardised latents."""
+def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL:
+    """Train, or go on training, in `folder`; returns the averaged model with standardised latents.
+
+    It starts from nothing, or from the autoencoder of the model in `init`.
+    """
     finished, state_path = folder / "vae", folder / "vae-state.pt"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)
     torch.manual_seed(0)
-    vae = build()
+    vae = AutoencoderKL.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32) if init else build()
+    steps, learning_rate = (setting["tuned" if init else "fresh"] for setting in (STEPS, LEARNING_RATE))
     ema = EMAModel(vae.parameters(), decay=0.999)
-    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     first = 0
     if state_path.exists():
         state = torch.load(state_path)
@@ -56,7 +60,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
         first = state["step"]
 
     pool = draw_pool(world)
-    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc="autoencoder")
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder", mininterval=5)
     for step in bar:
         picks = np.random.default_rng(step).integers(len(pool), size=BATCH)
         pictures = torch.from_numpy(pool[picks]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -86,13 +90,16 @@ def train(world: World, folder: Path) -> AutoencoderKL:
 
 
 def draw_pool(world: World) -> np.ndarray:
-    """Pictures without and with paint, uint8, [POOL, SIZE, SIZE, 3]; latents this small could not carry noise."""
-    rng = random.Random(0)
+    """Questions and answers of every family, uint8, [POOL, SIZE, SIZE, 3]; latents this small cannot carry noise."""
+    samples = mixture(world, POOL)
     pictures: list[np.ndarray] = []
-    for _ in tqdm(range(POOL // 2), desc="drawing"):
-        sample, _, _ = world.segmentation(rng, world.scene(rng))
-        pictures += [np.asarray(sample.image), np.asarray(sample.target)]
-    return np.stack(pictures)
+    for position in tqdm(range(POOL), desc="drawing"):
+        sample = samples[position]
+        noisy = samples.source_of(position).name == "noise"
+        pictures += [np.asarray(picture) for picture in (sample.target, sample.image)[: 1 if noisy else 2]]
+        if len(pictures) >= POOL:
+            break
+    return np.stack(pictures[:POOL])
 
 
 @torch.no_grad()

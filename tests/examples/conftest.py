@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -7,6 +8,15 @@ from PIL import Image, ImageDraw
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    """The recipe's train.py, which shares its name with the script beside it."""
+    spec = importlib.util.spec_from_file_location("tiny_train", EXAMPLES / "tiny" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,14 @@
 import random
+from collections import Counter
+from functools import partial
 
 import numpy as np
-from world import COLORS, SIZE, World, is_held_out
+import pytest
+from families import FAMILIES, Drawn, mixture, segmentation
+from world import SIZE, World, is_held_out
 
-from instructdiffusion_pipeline.tasks import segmentation
+from instructdiffusion_pipeline.tasks import make_sample
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 
 def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
@@ -21,39 +26,77 @@ def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
 
 def test_masks_cover_the_objects_and_nothing_else(world_folder):
     world = World(world_folder)
-    for seed in range(30):
+    counts = Counter()
+    for seed in range(40):
         scene = world.scene(random.Random(seed))
+        counts[len(scene.masks)] += 1
         union = np.zeros((SIZE, SIZE), bool)
         for mask in scene.masks.values():
             assert mask.any()
             assert not (union & mask).any(), "visible parts do not overlap"
             union |= mask
         bright = np.asarray(scene.image)[..., 0] > 135  # half covered
-        assert (bright ^ union).mean() < 0.01
+        assert (bright ^ union).mean() < 0.02
+    assert counts[1] < counts[2] + counts[3], "mostly several"
+
+
+def test_an_object_that_is_gone_leaves_no_trace(world_folder):
+    world = World(world_folder)
+    for seed in range(20):
+        scene = world.scene(random.Random(seed))
+        name = next(iter(scene.layers))
+        without = scene.minus(name)
+        changed = np.abs(np.asarray(scene.image).astype(int) - np.asarray(without.image)).max(-1)
+        assert changed[scene.masks[name]].min() > 0, "all of it is gone"
+        faint = np.asarray(scene.layers[name].getchannel("A")) == 0
+        assert not changed[faint].any(), "and nothing else"
+        for other in scene.layers.keys() - {name}:
+            scene = scene.minus(other)
+        assert scene.minus(name).image == scene.background
 
 
 def test_segmentation_paints_the_named_object(world_folder):
     world = World(world_folder)
+    dataset = Drawn(partial(segmentation, world), length=60)
     absent = 0
-    for seed in range(60):
-        rng = random.Random(seed)
-        scene = world.scene(rng)
-        sample, name, color = world.segmentation(rng, scene)
-        assert name in sample.instruction and color in sample.instruction and color in COLORS
-        found = segmentation.read(sample.image, sample.target, color)
-        if name in scene.masks:
-            assert (found == scene.masks[name]).all()
-        else:
+    for index in range(len(dataset)):
+        image, masks = dataset[index]
+        assert masks.keys() == world.names
+        rng = random.Random(index)
+        task = Segmentation.pick(image, masks, rng)
+        sample = make_sample(task, image, masks, rng)
+        ((name, color),) = task.colors.items()
+        assert name in sample.instruction and color in sample.instruction
+        assert (task.read(sample.image, sample.target)[name].pixels == masks[name]).mean() > 0.99
+        if not masks[name].any():
             absent += 1
             assert sample.image == sample.target
-    assert 0 < absent < 20
+    assert 3 < absent < 24
 
 
-def test_the_same_seed_gives_the_same_sample(world_folder):
+def test_examples_depend_on_seed_and_index_alone(world_folder):
     world = World(world_folder)
-    first, second = (world.sample(random.Random(4)) for _ in range(2))
-    assert first == second
-    assert first != world.sample(random.Random(5))
+    for _, example, _ in FAMILIES.values():
+        first, second, other = (Drawn(partial(example, world), 9, seed) for seed in (1, 1, 2))
+        pictures = [first[index][0] for index in range(9)]
+        assert second[7][0] == pictures[7]
+        assert [other[index][0] for index in range(9)] != pictures
+        with pytest.raises(IndexError, match="9 examples"):
+            first[9]
+
+
+def test_the_mixture_holds_every_family_by_its_share(world_folder):
+    world = World(world_folder)
+    samples = mixture(world, 100)
+    assert len(samples) == 100
+    assert sum(share for share, _, _ in FAMILIES.values()) == pytest.approx(1)
+    found = Counter(samples.source_of(position).name for position in range(100))
+    assert found == {name: round(100 * share) for name, (share, _, _) in FAMILIES.items()}
+    for position in range(100):
+        sample = samples[position]
+        assert sample.image.size == sample.target.size == (SIZE, SIZE)
+        assert sample.image.mode == sample.target.mode == "RGB"
+    assert samples[5] == mixture(world, 100)[5]
 
 
 def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
@@ -64,6 +107,6 @@ def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
         scene = world.scene(rng)
         assert world.names & scene.masks.keys()
         distractors += len(scene.masks.keys() - world.names)
-        _, name, _ = world.segmentation(rng, scene)
-        assert name in world.names
+        _, masks = segmentation(world, rng)
+        assert masks.keys() == world.names
     assert distractors > 20

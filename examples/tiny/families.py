@@ -1,0 +1,118 @@
+"""The world's examples of each task family, as data sets: (image, annotation) by index."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from defects import add_blur, add_watermark
+from edits import edit_objects
+from figures import draw_figure
+from grades import grade
+from PIL import Image
+from world import SIZE, World
+
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.sample import Edit, Joints, Masks
+from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+SIGMAS = (8.0, 45.0)  # of noise, in grey levels
+FACING_SHARE = 0.6  # of the figures; the others show their back
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`length` examples, each made when it is asked for, out of random numbers that `seed` and its index fix."""
+
+    example: Callable[[random.Random], tuple[Image.Image, Any]]
+    length: int
+    seed: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # none ever is
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"example {index} of seed {self.seed}"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: got {index}, there are {self.length} examples")
+        return self.example(random.Random(f"{self.seed} {index}"))
+
+
+def segmentation(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """A scene, and the mask of every name of the world."""
+    scene = world.scene(rng)
+    nothing = np.zeros((SIZE, SIZE), bool)
+    return scene.image, {name: scene.masks.get(name, nothing) for name in sorted(world.names)}
+
+
+def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:
+    """A figure over a photograph, mostly facing the viewer."""
+    layer, joints = draw_figure(rng, faces_viewer=rng.random() < facing_share)
+    image = world.background(rng)
+    image.paste(layer, (0, 0), layer)
+    return image, joints
+
+
+def picture(world: World, rng: random.Random) -> Image.Image:
+    """A photograph, alone or with something in it."""
+    example = rng.choice([None, None, segmentation, keypoints])
+    return example(world, rng)[0] if example else world.background(rng)
+
+
+def noisy(world: World, rng: random.Random, sigmas: tuple[float, float] = SIGMAS) -> tuple[Image.Image, Image.Image]:
+    """A picture with white noise, and without."""
+    clean = picture(world, rng)
+    return add_noise(clean, rng.uniform(*sigmas), np.random.default_rng(rng.getrandbits(32))), clean
+
+
+def blurred(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """A blurred picture, and a sharp one."""
+    clean = picture(world, rng)
+    return add_blur(clean, rng), clean
+
+
+def watermarked(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """A picture with lettering across it, and without."""
+    clean = picture(world, rng)
+    return add_watermark(clean, rng), clean
+
+
+def graded(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
+    """A picture and another look of it."""
+    image = picture(world, rng)
+    return image, grade(image, rng)
+
+
+def pick_defect(defect: str) -> Callable[..., Task]:
+    """The one question there is to a picture with a known defect."""
+    return lambda image, clean, rng: Restoration(defect)
+
+
+# name -> share of the training samples, examples, and which question to ask of one
+FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
+    "segmentation": (0.26, segmentation, Segmentation.pick),
+    "keypoints": (0.38, keypoints, Keypoints.pick),
+    "noise": (0.05, noisy, pick_defect("noise")),
+    "blur": (0.05, blurred, pick_defect("blur")),
+    "watermark": (0.07, watermarked, pick_defect("watermark")),
+    "objects": (0.12, edit_objects, Editing.pick),
+    "grades": (0.07, graded, Editing.pick),
+}
+
+
+def mixture(world: World, count: int, seed: int = 0) -> Mixture:
+    """About `count` different training samples of all families, by their shares."""
+    sources = (
+        Source(name, Drawn(partial(example, world), round(share * count), seed), pick)
+        for name, (share, example, pick) in FAMILIES.items()
+    )
+    return Mixture([(source, 1.0) for source in sources], seed)
