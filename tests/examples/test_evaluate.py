@@ -1,0 +1,132 @@
+"""The command line of the evaluation on data sets as they lie on disk, with a model of random weights."""
+
+import importlib.util
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+
+# By its path: examples/tiny has a script of the same name.
+spec = importlib.util.spec_from_file_location("evaluate_data_sets", tiny.ROOT / "examples" / "evaluate.py")
+evaluate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evaluate)
+
+PRESETS = {"restoration": {"num_inference_steps": 9, "guidance_scale": 0.75, "image_guidance_scale": 0.75}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    InstructDiffusionPipeline(**tiny.components()).save_pretrained(folder)
+    (folder / "presets.json").write_text(json.dumps(PRESETS))
+    return folder
+
+
+@pytest.fixture
+def coco(tmp_path):
+    root = tmp_path / "coco"
+    (root / "val2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    tiny.picture(80, 60).save(root / "val2017" / "1.png")
+    keypoints = [value for i in range(len(COCO_JOINTS)) for value in (20 + 2 * i, 15 + 2 * i, 2)]
+    person = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [15, 10, 45, 45], "area": 900, "keypoints": keypoints}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
+        "annotations": [person | {"iscrowd": 0}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def coco_stuff(tmp_path):
+    root = tmp_path / "stuff"
+    for part in ("images", "annotations"):
+        (root / part / "val2017").mkdir(parents=True)
+    (root / "labels.txt").write_text("0: unlabeled\n1: person\n2: bicycle\n")
+    for index in range(3):
+        tiny.picture(64, 48, index).save(root / "images" / "val2017" / f"{index}.jpg")
+        label = np.full((48, 64), 255, np.uint8)
+        label[10:30, 10:40] = 1
+        Image.fromarray(label).save(root / "annotations" / "val2017" / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def gopro(tmp_path):
+    root = tmp_path / "gopro"
+    for part in ("blur", "sharp"):
+        (root / "test" / "clip" / part).mkdir(parents=True)
+        for index in range(4):
+            tiny.picture(80, 64, index).save(root / "test" / "clip" / part / f"{index}.png")
+    (root / "test" / "clip" / "blur" / "2.png").write_bytes(b"not a picture")
+    return root
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_data_sets_become_rows_of_one_table(monkeypatch, capsys, tmp_path, model, coco, coco_stuff, gopro):
+    data = [f"--data={name}={root}" for name, root in [("coco", coco), ("coco-stuff", coco_stuff), ("gopro", gopro)]]
+    output = tmp_path / "output"
+    call(monkeypatch, "--model", model, *data, "--steps", 1, "--output", output, "--samples", 4)
+    rows = {row["row"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+    assert {name: row["samples"] for name, row in rows.items()} == {
+        "coco val2017": 1,
+        "coco-stuff val2017": 3,
+        "gopro test": 3,
+    }
+    assert "AP" in rows["coco val2017"]["scores"] and "mcIoU" in rows["coco-stuff val2017"]["scores"]
+    assert rows["gopro test"]["scores"]["PSNR"]["input"] == 100, "blurred and sharp pictures are the same here"
+    (failure,) = rows["gopro test"]["failed"]
+    assert failure["name"] == "gopro test 2: clip/blur/2.png" and "UnreadableSample" in failure["error"]
+    assert (output / "table.md").read_text() in capsys.readouterr().out
+    assert {path.name for path in output.glob("*.png")} == {
+        "coco-val2017.png",
+        "coco-stuff-val2017.png",
+        "gopro-test.png",
+    }
+
+
+def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatch, tmp_path, model, gopro):
+    def settings(folder, *arguments):
+        call(monkeypatch, "--model", model, f"--data=gopro={gopro}", "--samples", 1, "--output", folder, *arguments)
+        return json.loads((folder / "run.json").read_text())["settings"]
+
+    assert settings(tmp_path / "own")["restoration"] == PRESETS["restoration"]
+    fewer = settings(tmp_path / "fewer", "--steps", 2)
+    assert fewer["restoration"] == PRESETS["restoration"] | {"num_inference_steps": 2}
+    assert fewer["editing"] == {"num_inference_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("gopr=/x", "NAME must be one of coco, .*; got 'gopr'"),
+        ("gopro=/nowhere", "/nowhere/test: no sample is left"),
+        ("coco=/nowhere", "person_keypoints_val2017.json"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_words(monkeypatch, capsys, tmp_path, model, data, message):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--model", model, "--data", data, "--output", tmp_path / "output")
+    captured = capsys.readouterr().err
+    assert re.search(message, captured), captured
+    assert not (tmp_path / "output").exists()
+
+
+def test_presets_of_unknown_families_are_refused(tmp_path):
+    assert evaluate.load_presets(str(tmp_path)) == {}
+    (tmp_path / "presets.json").write_text('{"segmentatoin": {}}')
+    with pytest.raises(ValueError, match="it has some for segmentatoin"):
+        evaluate.load_presets(str(tmp_path))
