@@ -32,7 +32,10 @@ class Exam(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One sample of the table's `row`. `name` is its own and stays the same from run to run; `open` may raise."""
+    """One sample of the table's `row`, all of which are of one family.
+
+    `name` is the case's own and stays the same from run to run. `open` may raise: such a case is counted as failed.
+    """
 
     name: str
     row: str

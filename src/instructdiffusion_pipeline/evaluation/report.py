@@ -17,9 +17,10 @@ PANEL, MARGIN, FONT_SIZE = 256, 12, 15  # pixels
 IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
 NOTES = """\
 In brackets: the ceiling, which is the score of the true answer passed through the VAE alone. AP, PCK, IoU and N-acc
-in percent, PSNR in dB. mIoU is the mean over samples, where an empty truth counts 1 if nothing is painted (at most one
-pixel in 1,000), else 0; N-acc is the share of the empty truths where nothing is. Scores are in pixels of the input:
-masks and joints on all of it (what lies outside the part that answers show is missed), pictures on that part alone.
+in percent, PSNR in dB. PCK is of labelled joints; the side is the picture's long one. mIoU is the mean over samples,
+where an empty truth counts 1 if nothing is painted (at most one pixel in 1,000), else 0; N-acc is the share of the
+empty truths where nothing is. Scores are in pixels of the input: masks and joints on all of it (what lies outside the
+part that answers show is missed), pictures on that part alone.
 """
 
 

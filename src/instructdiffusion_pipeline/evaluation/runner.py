@@ -61,6 +61,8 @@ def evaluate(
     """
     resolution = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     settings = settings_by_family or {}
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
     report.check_names(cases)
     run = {
         "model": fingerprint(pipeline),
@@ -163,7 +165,7 @@ class Asker:
                 if odd := [picture.size for picture in drawn if picture.size != exam.image.size]:
                     raise ValueError(f"the truth must be of the picture's size {exam.image.size}; it is {odd[0]}.")
             except Exception as error:  # whatever is wrong with one case
-                records[index]["error"] = f"{type(error).__name__}: {error}"
+                records[index]["error"] = in_words(error)
                 continue
             exams[index] = exam
             for number, (task, picture) in enumerate(zip(exam.tasks, drawn, strict=True)):
@@ -186,7 +188,7 @@ class Asker:
             try:
                 records[index] |= self.score(exam, answers[index], ceilings[index])
             except Exception as error:
-                records[index]["error"] = f"{type(error).__name__}: {error}"
+                records[index]["error"] = in_words(error)
         return list(records.values())
 
     def ask(self, family: str, batch: Sequence[Question]) -> list[Answer]:
@@ -226,6 +228,11 @@ class Asker:
 def family(task: Task) -> str:
     """The name of the file that a task comes from."""
     return type(task).__module__.rpartition(".")[2]
+
+
+def in_words(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def merge(readings: Sequence[Any]) -> Any:
