@@ -50,6 +50,14 @@ def test_coco(folder, tmp_path):
     assert (person.area, person.image_id, person.id) == (300.5, 1, 7)
 
 
+def test_a_box_is_cut_to_its_picture(tmp_path):
+    write_picture(tmp_path / "000000000001.jpg")
+    content = people(annotation(1, bbox=[-4, 20, 100, 100]))
+    _, person = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)[0]
+    # what is left spans pixels 0 to 39 and 20 to 29
+    assert person.center == (19.5, 24.5) and person.scale == pytest.approx((39 * 1.25 / 200,) * 2)
+
+
 def test_crowdpose_and_ai_challenger(tmp_path):
     content = people(annotation(7, joints=14))
     write_json(tmp_path / "json" / "crowdpose_train.json", content)
