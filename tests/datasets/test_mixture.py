@@ -71,6 +71,7 @@ def test_a_position_is_a_pure_function_of_the_seed():
     content = [(second[p].instruction, np.asarray(second[p].image).tolist()) for p in reversed(range(100))][::-1]
     assert content == [(first[p].instruction, np.asarray(first[p].image).tolist()) for p in range(100)]
     assert content != [(other[p].instruction, np.asarray(other[p].image).tolist()) for p in range(100)]
+    assert [number(other[p]) for p in range(45)] != [number(first[p]) for p in range(45)]
     # each position makes its own random choices
     assert len({first[p].image.getpixel((0, 0))[2] for p in range(45)}) > 20
     assert len({first[p].instruction for p in range(45)}) > 5
