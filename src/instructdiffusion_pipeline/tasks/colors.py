@@ -30,19 +30,19 @@ KEYPOINT_COLORS: dict[str, RGB] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
-VISIBLE_LEVELS = 32  # in one channel at least: what a pixel must be away from a colour for the colour to show on it
+VISIBLE_DISTANCE = 96  # Euclidean, in levels: what a pixel must be away from a colour for its paint to show
 
 
 def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RGB]) -> list[str]:
     """Names of the colours that would show on the RGB `image` under `mask` (bool, height x width).
 
-    A colour shows if nine tenths of the pixels are `VISIBLE_LEVELS` away from it in one channel. If none does, the
-    one that shows on most pixels; all of them for an empty mask.
+    A colour shows if nine tenths of the pixels are `VISIBLE_DISTANCE` away from it. If none does, the one that shows
+    on most pixels; all of them for an empty mask.
     """
     if not mask.any():
         return list(colors)
-    pixels = np.asarray(image)[mask].astype(np.int16)
-    shown = {name: (np.abs(pixels - rgb).max(-1) >= VISIBLE_LEVELS).mean() for name, rgb in colors.items()}
+    pixels = np.asarray(image)[mask].astype(np.float32)
+    shown = {name: (np.linalg.norm(pixels - rgb, axis=-1) >= VISIBLE_DISTANCE).mean() for name, rgb in colors.items()}
     return [name for name, share in shown.items() if share >= 0.9] or [max(shown, key=lambda name: shown[name])]
 
 
@@ -68,13 +68,16 @@ def moved_shares(
     """How far each pixel moved from `image` toward each of `colors` in `answer`, as a share of `opacity`.
 
     A painted pixel is answer = image + opacity * (color - image). The share is the least-squares solution of that for
-    opacity, over `opacity`: 0 where nothing moved, 1 where it was painted. Of several colours a pixel keeps the one
-    that explains most of its movement; its shares of the others are 0.
+    opacity, over `opacity`: 0 where nothing moved, 1 where it was painted.
 
-    A pixel near the asked colour can hardly move, and noise hides what it did. So each pixel is solved together with
-    its neighbours in the smallest square window that holds enough evidence: sigma(share) = noise / |color - image|
-    must be at most `MAX_SHARE_ERROR`. In a clean answer that is the pixel alone. The noise is measured: the median
-    length of what no colour explains.
+    A pixel near the asked colour can hardly move, and noise hides what it did. So windows are solved from the largest
+    to the single pixel, and each solution corrects the one before it as far as its own evidence goes (a Kalman update:
+    the precision of a window's share is the sum of |color - image|^2 / noise). In a clean answer the pixel decides
+    alone; where it cannot, its surroundings do. The noise is measured around each pixel: the squared length of what no
+    colour explains.
+
+    Of several colours a pixel keeps the one that explains its movement best as a full coat; its shares of the others
+    are at most 0.
 
     Args:
         image, answer: [height, width, 3], levels of 0 to 255.
@@ -89,32 +92,42 @@ def moved_shares(
     dot, norm = (moved * toward).sum(-1), (toward**2).sum(-1)  # [N, H, W]
 
     fitted = (dot / norm.clamp(min=1)).clamp(0, 1)
-    unexplained = ((moved - fitted[..., None] * toward) ** 2).sum(-1).amin(0).sqrt()
-    noise = max(1.0, unexplained.median().item())
-    needed = (noise / (MAX_SHARE_ERROR * opacity)) ** 2
+    unexplained = ((moved - fitted[..., None] * toward) ** 2).sum(-1).amin(0, keepdim=True)
+    beyond_rounding = (window_mean(unexplained, NOISE_REACH) - 1).clamp(min=0)
+    noise = ROUNDING_NOISE + NEIGHBOURS_ALIKE * beyond_rounding
 
     shares = torch.zeros_like(dot)
-    open_ = torch.ones_like(dot, dtype=torch.bool)
-    for reach in (0, 1, 2, 4, 8, 16, max(source.shape[:2])):
-        pooled_dot, pooled_norm = (window_sum(plane, reach) for plane in (dot, norm))
-        ready = open_ & ((pooled_norm >= needed) | (reach >= max(source.shape[:2])))
-        shares[ready] = (pooled_dot / pooled_norm.clamp(min=1))[ready]
-        open_ &= ~ready
-        if not open_.any():
-            break
-    gain = shares.clamp(0, 1) * (2 * dot - shares.clamp(0, 1) * norm)
+    trust = 1 / (SHARE_STEP * opacity) ** 2
+    for reach in REACHES:
+        pixels = (2 * reach + 1) ** 2
+        evidence, precision = (pixels * window_mean(plane, reach) / noise for plane in (dot, norm))
+        shares = (evidence + trust * shares) / (precision + trust)
+
     if len(shares) > 1:
+        coat = shares.clamp(0.7 * opacity, 1.3 * opacity)
+        gain = coat * (2 * dot - coat * norm)
         best = torch.zeros_like(shares, dtype=torch.bool).scatter_(0, gain.argmax(0, keepdim=True), True)
         shares = shares.where(best, shares.clamp(max=0))
     return (shares / opacity).numpy(), norm.sqrt().numpy()
 
 
-MAX_SHARE_ERROR = 0.125  # standard deviation, of a share whose threshold is one half
+REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
+SHARE_STEP = 0.15  # how much a share changes between one window and the next, of the opacity
+NOISE_REACH = 4
+ROUNDING_NOISE = 0.3  # squared levels: three channels cut to integers, a variance of 1/12 each
+NEIGHBOURS_ALIKE = (
+    4  # what JPEG or a VAE does to a pixel it does to about this many neighbours, which then count as one
+)
 
 
-def window_sum(planes: torch.Tensor, reach: int) -> torch.Tensor:
-    """Sum of [N, H, W] over squares of 2 * reach + 1 pixels, as far as they lie inside."""
+def window_mean(planes: torch.Tensor, reach: int) -> torch.Tensor:
+    """Mean of [N, H, W] over squares of 2 * reach + 1 pixels, as far as they lie inside, through an integral image."""
     if reach == 0:
         return planes
-    side = 2 * reach + 1
-    return F.avg_pool2d(planes[None].double(), side, 1, reach, divisor_override=1)[0].float()
+    for dim in (1, 2):
+        size = planes.shape[dim]
+        totals = F.pad(planes.double().movedim(dim, -1).cumsum(-1), (1, 0))
+        first = (torch.arange(size) - reach).clamp(min=0)
+        last = (torch.arange(size) + reach + 1).clamp(max=size)
+        planes = ((totals[..., last] - totals[..., first]) / (last - first)).movedim(-1, dim)
+    return planes.float()

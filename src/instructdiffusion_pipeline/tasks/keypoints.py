@@ -15,7 +15,6 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 from instructdiffusion_pipeline.sample import Joint, Joints
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
-    VISIBLE_LEVELS,
     check_colors,
     moved_shares,
     paint,
@@ -28,7 +27,8 @@ RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
 # Reading: at this many pixels along the long side a disc has its training size.
 READING_SIDE = 256
-MIN_CONFIDENCE = 0.5
+MIN_CONFIDENCE = 0.4
+MIN_EVIDENCE = 16  # levels between a pixel and the asked colour, below which it is left out
 
 COCO_JOINTS = (
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
@@ -137,9 +137,12 @@ class Keypoints:
         radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))
         joints: dict[str, Joint | None] = {}
         for index, name in enumerate(self.colors):
-            others = np.delete(shares, index, 0).max(0, initial=0) > 0.5
-            known = (evidence[index] >= VISIBLE_LEVELS / 2) & ~others
-            x, y, confidence = find_disc(shares[index], known, radius)
+            # An opaque disc has the colour itself: what moved toward it and past it, or beside it, is another's.
+            gap = np.linalg.norm(frame.answer - np.array(colors[index], np.float32), axis=-1)
+            share = np.minimum(shares[index], 1 - gap / evidence[index].clip(min=1))
+            others = np.delete(shares, index, 0).max(0, initial=0) > 0.25
+            known = (evidence[index] >= MIN_EVIDENCE) & ~others
+            x, y, confidence = find_disc(share, known, radius)
             joints[name] = Joint(*frame.point(x, y), confidence) if confidence >= MIN_CONFIDENCE else None
         return joints
 

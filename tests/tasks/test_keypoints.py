@@ -1,0 +1,179 @@
+import contextlib
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from scenes import jpeg, photograph, through_vae
+
+from instructdiffusion_pipeline import working_size
+from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, paint
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, RADIUS, Keypoints, coco_keypoints, disc
+
+SEEDS = st.integers(0, 2**32).map(random.Random)
+RECORDED = ["AICDataset_0", "COCODataset_0", "COCODataset_1", "COCODataset_2", "CrowdPoseDataset_0", "MPIIDataset_0"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_discs_are_drawn_as_the_original_draws_them(golden, name):
+    folder = golden / "data" / "pose" / f"target_{name}"
+    case = json.loads((folder / "case.json").read_text())
+    source, target = (Image.open(folder / f"{picture}.png").convert("RGB") for picture in ("source", "target"))
+    ids, colors = (
+        next(choice["result"] for choice in case["choices"] if choice["fn"] == fn)
+        for fn in ("np.random.choice", "random.sample")
+    )
+    places = {
+        case["keypoints_type"][str(i)]: Joint(*case["joints"][i][:2]) if case["joints_vis_after"][i][0] else None
+        for i in ids
+    }
+    if case["transparency"] == 0:
+        drawn = np.asarray(Keypoints(dict(zip(places, colors, strict=True))).draw(source, places))
+    else:  # the original can also mix its discs with the picture, which no published setting does
+        drawn = np.array(source)
+        for joint, color in zip(places.values(), colors, strict=True):
+            if joint:
+                paint(drawn, disc(source.size, joint), KEYPOINT_COLORS[color], 1 - case["transparency"])
+    assert (drawn == np.asarray(target)).all()
+
+
+def question(rng, size=256):
+    """A photograph, joints of which some are not there, and a question for up to five of them."""
+    image = photograph(rng, size, size)
+    radius = RADIUS * size
+    joints = {}
+    for name in COCO_JOINTS:
+        place = Joint(rng.uniform(0, size - 1), rng.uniform(0, size - 1))
+        apart = all(np.hypot(place.x - other.x, place.y - other.y) >= 2 * radius for other in joints.values() if other)
+        joints[name] = place if apart and rng.random() < 0.8 else None
+    return image, joints, Keypoints.pick(image, joints, rng)
+
+
+def errors(task, joints, found):
+    """Distances in pixels of the joints that are there and were found; fails for one that is only one of both."""
+    assert found.keys() == task.colors.keys()
+    wrong = [name for name in task.colors if (found[name] is None) != (joints[name] is None)]
+    assert not wrong, {name: (task.colors[name], joints[name], found[name]) for name in wrong}
+    return [np.hypot(f.x - joints[n].x, f.y - joints[n].y) for n, f in found.items() if f]
+
+
+@settings(max_examples=40)
+@given(rng=SEEDS)
+def test_reading_gives_the_joints_that_were_drawn(rng):
+    image, joints, task = question(rng)
+    assert max(errors(task, joints, task.read(image, task.draw(image, joints))), default=0) <= 1
+
+
+@settings(max_examples=25)
+@given(rng=SEEDS)
+def test_reading_survives_jpeg(rng):
+    image, joints, task = question(rng)
+    assert max(errors(task, joints, task.read(image, jpeg(task.draw(image, joints)))), default=0) <= 2
+
+
+def test_reading_survives_the_autoencoder_that_ships(shipped):
+    distances = []
+    for seed in range(20):
+        image, joints, task = question(random.Random(seed))
+        distances += errors(task, joints, task.read(image, through_vae(shipped, task.draw(image, joints))))
+    print("pixels off after the autoencoder", np.quantile(distances, [0.5, 0.9, 1]).round(2))
+    assert len(distances) > 40 and max(distances) <= 2
+
+
+def test_an_answer_like_the_input_has_no_joints():
+    for seed in range(10):
+        image, _, _ = question(random.Random(seed))
+        for colors in (
+            {"nose": "red", "left ear": "black", "right hip": "gray"},
+            {"nose": "white", "left eye": "blue"},
+        ):
+            assert set(Keypoints(colors).read(image, image).values()) == {None}
+
+
+def test_a_disc_half_covered_by_another_is_found_by_the_rest_of_it():
+    image = Image.new("RGB", (256, 256), (90, 120, 60))
+    joints = {"nose": Joint(100, 100), "left eye": Joint(110, 100)}
+    task = Keypoints({"nose": "red", "left eye": "yellow"})
+    assert max(errors(task, joints, task.read(image, task.draw(image, joints)))) <= 1
+
+
+def test_a_disc_cut_by_the_frame_is_found_outside_it():
+    image = Image.new("RGB", (256, 256), (90, 120, 60))
+    task = Keypoints({"nose": "magenta"})
+    found = task.read(image, task.draw(image, {"nose": Joint(-3, 128)}))["nose"]
+    assert np.hypot(found.x + 3, found.y - 128) <= 1
+
+
+@pytest.mark.parametrize("answer_size", [(512, 512), (128, 128), (320, 300)])
+def test_answers_of_other_sizes_are_read_in_pixels_of_the_input(answer_size):
+    image, joints, task = question(random.Random(5))
+    answer = task.draw(image, joints).resize(answer_size, Image.Resampling.LANCZOS)
+    pixel = 256 / min(256, *answer_size)  # of the answer, in those of the input
+    assert max(errors(task, joints, task.read(image, answer))) <= 1.25 * pixel
+
+
+def test_answers_land_on_the_right_pixels_of_a_large_picture():
+    image = photograph(random.Random(0), 480, 270).resize((1920, 1080), Image.Resampling.LANCZOS)
+    joints = {"nose": Joint(300, 200), "left knee": Joint(1500, 900), "right ear": None}
+    task = Keypoints({"nose": "cyan", "left knee": "yellow", "right ear": "red"})
+    size, box = working_size(*image.size, 512)
+    target = task.draw(image, joints)
+    answer = ImageOps.fit(ImageOps.fit(target, size, Image.Resampling.LANCZOS), image.size, Image.Resampling.LANCZOS)
+    # read at 256 pixels along the long side, so one pixel there is seven of the input
+    assert max(errors(task, joints, task.read(image, answer, box))) <= 3.5
+
+
+def test_pick_leaves_out_what_lies_outside_and_asks_for_what_cannot_be_seen():
+    image = Image.new("RGB", (256, 256), (0, 0, 0))
+    joints = {"nose": Joint(100, 100), "left eye": Joint(-12, 50), "right eye": Joint(-8, 50), "left ear": None}
+    picks = [Keypoints.pick(image, joints, random.Random(seed)) for seed in range(300)]
+    assert set().union(*(pick.colors for pick in picks)) == {"nose", "right eye", "left ear"}
+    assert {len(pick.colors) for pick in picks} == {1, 2, 3}
+    assert "black" not in {pick.colors.get("nose") for pick in picks}
+    everything = {name: Joint(9 * index, 100) for index, name in enumerate(COCO_JOINTS)}
+    counts = [len(Keypoints.pick(image, everything, random.Random(seed)).colors) for seed in range(500)]
+    assert set(counts) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("colors", [{}, {"nose": "purple"}, {"nose": "red", "left eye": "red"}])
+def test_questions_that_cannot_be_read_are_refused(colors):
+    with pytest.raises(ValueError, match="`colors` must map .* got"):
+        Keypoints(colors)
+
+
+def test_six_joints_at_once_are_refused():
+    with pytest.raises(ValueError, match="at most 5 joints at once; got 6"):
+        Keypoints(dict(zip(COCO_JOINTS[:6], KEYPOINT_COLORS, strict=False)))
+
+
+def test_every_wording_names_joints_and_colours():
+    task = Keypoints({"left wrist": "red", "nose": "cyan"})
+    wordings = {task.instruction(random.Random(seed)) for seed in range(500)}
+    assert len(wordings) == 18
+    assert all(all(word in text for word in ("left wrist", "red", "nose", "cyan")) for text in wordings)
+    assert task.instruction() == "draw a red disc on the left wrist and a cyan one on the nose"
+
+
+def test_results_are_what_coco_loads():
+    result = coco_keypoints({"nose": Joint(3.5, 4, 0.8), "left eye": None}, image_id=7)
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 7}], "annotations": [], "categories": [{"id": 1, "keypoints": COCO_JOINTS}]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        loaded = truth.loadRes([result])
+    annotation = loaded.loadAnns(loaded.getAnnIds(imgIds=7))[0]
+    assert annotation["keypoints"][:6] == [3.5, 4, 0.8, 0, 0, 0] and len(annotation["keypoints"]) == 51
+    assert annotation["score"] == pytest.approx(0.8 / 17)
+
+
+def test_overlay_marks_what_was_found():
+    image = Image.new("RGB", (200, 200), (90, 120, 60))
+    shown = Keypoints({"nose": "red", "left eye": "cyan"}).overlay(image, {"nose": Joint(50, 60), "left eye": None})
+    assert shown.getpixel((50, 60)) == (255, 0, 0)
+    assert (0, 255, 255) not in set(shown.get_flattened_data())

@@ -1,0 +1,75 @@
+"""Restoration and editing, whose answers are pictures."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from scenes import photograph
+
+from instructdiffusion_pipeline import working_size
+from instructdiffusion_pipeline.sample import Edit
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.restoration import TEMPLATES, Restoration, add_noise
+
+PLAIN, NOISY = photograph(random.Random(1), 120, 90), photograph(random.Random(2), 120, 90)
+
+
+@pytest.mark.parametrize(
+    "task, annotation", [(Restoration("noise"), PLAIN), (Editing("make it winter"), Edit("make it winter", PLAIN))]
+)
+def test_reading_gives_the_picture_that_was_drawn(task, annotation):
+    assert np.array_equal(task.read(NOISY, task.draw(NOISY, annotation)), PLAIN)
+
+
+@pytest.mark.parametrize("task", [Restoration("blur"), Editing("make it winter")])
+def test_answers_land_on_the_right_pixels_of_a_large_picture(task):
+    clean = photograph(random.Random(3), 480, 270).resize((1920, 1080), Image.Resampling.LANCZOS)
+    image = ImageOps.invert(clean)
+    size, box = working_size(*image.size, 512)
+    answer = ImageOps.fit(ImageOps.fit(clean, size, Image.Resampling.LANCZOS), image.size, Image.Resampling.LANCZOS)
+    restored = task.read(image, answer, box)
+    left, top, right, bottom = map(round, box)
+    inside = np.s_[top + 4 : bottom - 4, left + 4 : right - 4]
+    error = np.asarray(restored, float)[inside] - np.asarray(clean, float)[inside]
+    assert np.sqrt((error**2).mean()) < 3  # the working size costs detail; one pixel beside it costs far more
+    outside = np.ones((1080, 1920), bool)
+    outside[top:bottom, left:right] = False
+    assert np.array_equal(np.asarray(restored)[outside], np.asarray(image)[outside])
+
+
+def test_answers_of_other_sizes_come_back_in_the_size_of_the_input():
+    assert Restoration("blur").read(NOISY, PLAIN.resize((64, 48))).size == NOISY.size
+
+
+def test_overlay_is_half_before_and_half_after():
+    shown = np.asarray(Restoration("noise").overlay(NOISY, PLAIN))
+    assert np.array_equal(shown[:, :58], np.asarray(NOISY)[:, :58])
+    assert np.array_equal(shown[:, 62:], np.asarray(PLAIN)[:, 62:])
+
+
+@pytest.mark.parametrize("defect", TEMPLATES)
+def test_wordings_of_a_defect(defect):
+    wordings = {Restoration(defect).instruction(random.Random(seed)) for seed in range(300)}
+    assert wordings == set(TEMPLATES[defect]) and Restoration(defect).instruction() == f"remove the {defect}"
+
+
+def test_questions_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="`defect` must be one of noise, blur, watermark; got 'rain'"):
+        Restoration("rain")
+    with pytest.raises(ValueError, match="`text` must say what to edit"):
+        Editing("  ")
+
+
+@pytest.mark.parametrize("sigma", [5.0, 25.0])
+def test_noise_has_the_deviation_asked_for(sigma):
+    gray = Image.new("RGB", (200, 200), (128, 128, 128))
+    residue = np.asarray(add_noise(gray, sigma, np.random.default_rng(0))).astype(float) - 128
+    assert abs(residue.mean()) < 0.2
+    # rounding to whole levels adds a variance of 1/12
+    assert residue.std() == pytest.approx((sigma**2 + 1 / 12) ** 0.5, rel=0.01)
+
+
+def test_noise_is_clipped_and_not_wrapped():
+    white = Image.new("RGB", (50, 50), (255, 255, 255))
+    assert np.asarray(add_noise(white, 40.0, np.random.default_rng(0))).min() > 60
