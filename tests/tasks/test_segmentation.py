@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**32).map(random.Random)
 
 
 def far_from(image, color):
-    """Pixels at least 32 levels from a colour in one channel: only on these can half a coat of it be told from none."""
+    """Pixels at least 32 levels from a colour in one channel: on these its paint must be told from none."""
     return np.abs(np.asarray(image).astype(int) - MASK_COLORS[color]).max(-1) >= 32
 
 

@@ -21,8 +21,6 @@ from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -217,7 +215,7 @@ class Asker:
         box, task = answers[0].box, exam.tasks[0]
         read = [t.read(exam.image, picture, box) for t, picture in zip(exam.tasks, ceilings, strict=True)]
         readings = {"model": merge([answer.data for answer in answers]), "ceiling": merge(read)}
-        if not isinstance(task, Keypoints | Segmentation):
+        if isinstance(readings["model"], Image.Image):
             # An autoencoder smooths noise all by itself: without these two a model may seem to denoise that does not.
             readings["input"] = exam.image
             readings["input through the VAE"] = task.read(exam.image, self.through_vae([exam.image])[0], box)

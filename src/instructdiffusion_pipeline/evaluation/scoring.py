@@ -17,8 +17,7 @@ from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overla
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Mask
 
 Scores = dict[str, float | None]
 
@@ -26,11 +25,17 @@ Scores = dict[str, float | None]
 def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
     """What scores need to know of a `reading`, as JSON holds it: joints, overlaps of masks, or scores of a picture.
 
-    Families other than keypoints and segmentation answer with a picture, and the truth is what `draw` gives. `clip`
-    scores edited pictures only.
+    What a reading is tells how to score it, whatever the task: a picture, or a dictionary of masks or of joints. The
+    true picture is what `draw` gives. `clip` scores edited pictures only.
     """
-    task = exam.tasks[0]
-    if isinstance(task, Keypoints):
+    if isinstance(reading, Image.Image):
+        whole = (math.ceil(box[0]), math.ceil(box[1]), math.floor(box[2]), math.floor(box[3]))
+        right, shown = truth_picture(exam).crop(whole), reading.crop(whole)
+        scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
+        if clip and isinstance(exam.tasks[0], Editing):
+            scores["CLIP similarity"] = clip(right, shown)
+        return {"picture": scores}
+    if not all(isinstance(part, Mask) for part in reading.values()):
         truth = exam.truth if isinstance(exam.truth, Pose) else Pose(exam.truth)
         return {
             "joints": {name: joint and list(map(float, joint)) for name, joint in reading.items()},
@@ -39,17 +44,8 @@ def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = No
             "area": truth.area,
             "sigmas": truth.sigmas and dict(truth.sigmas),
         }
-    if isinstance(task, Segmentation):
-        nothing = np.zeros((exam.image.height, exam.image.width), bool)
-        return {
-            "masks": [Overlap.of(name, exam.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]
-        }
-    whole = (math.ceil(box[0]), math.ceil(box[1]), math.floor(box[2]), math.floor(box[3]))
-    right, shown = task.draw(exam.image, exam.truth).crop(whole), reading.crop(whole)
-    scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
-    if clip and isinstance(task, Editing):
-        scores["CLIP similarity"] = clip(right, shown)
-    return {"picture": scores}
+    nothing = np.zeros((exam.image.height, exam.image.width), bool)
+    return {"masks": [Overlap.of(name, exam.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]}
 
 
 def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
