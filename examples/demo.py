@@ -1,9 +1,10 @@
-"""What `make demo` shows: the model that ships paints a named object in a photograph, and takes noise out of another.
+"""What `make demo` shows: the model that ships answers one question of each family, and its answers are read as data.
 
 Photographs come from the scikit-image package and were never trained on. The model's world is photographs with emoji
-laid over them, so a sunflower is laid over the first one here.
+and drawn figures laid over them, so a sunflower and a figure are laid over two of them here.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,49 +13,45 @@ from edit import TINY_MODEL, load, save, side_by_side, trained_size
 from PIL import Image
 from skimage import data
 
-from instructdiffusion_pipeline.tasks import restoration, segmentation
+from instructdiffusion_pipeline import ask
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 INPUT, OUTPUT = Path("demo-input.png"), Path("demo.png")
-SUNFLOWER = Path(__file__).parent / "demo" / "sunflower.png"
-COLOR = "blue"
+OVERLAYS = Path(__file__).parent / "demo"
+SIDE = 256  # pixels
 SIGMA = 25.0  # grey levels
-# What examples/tiny/score.py scores the model with.
-SEGMENTATION = {"num_inference_steps": 20, "guidance_scale": 1.5, "image_guidance_scale": 1.0}
-DENOISING = {"num_inference_steps": 20, "guidance_scale": 0.75, "image_guidance_scale": 0.75}
-SIDE, PLACE = 256, (90, 20)  # pixels: the width of the pictures, and where the sunflower goes
 
 
 def main() -> None:
     pipeline = load(str(TINY_MODEL))
-    photograph = square(data.coffee())
-    sunflower = Image.open(SUNFLOWER).convert("RGBA")
-    photograph.paste(sunflower, PLACE, sunflower)
-    save(photograph, INPUT)
-    paint = f"mark the sunflower in {COLOR}"
-    painted = ask(pipeline, paint, photograph, SEGMENTATION)
-    mask = Image.fromarray(segmentation.read(photograph, painted, COLOR))
-
-    # The noise is as coarse as the model's pixels: it works at 64 x 64.
+    presets = json.loads((TINY_MODEL / "presets.json").read_text())
+    sunflower, figure = overlaid(data.coffee(), "sunflower", (90, 20)), overlaid(data.rocket(), "figure", (0, 0))
+    # The noise is as coarse as the model's pixels.
     small = square(data.astronaut()).resize((trained_size(pipeline),) * 2, Image.Resampling.LANCZOS)
-    noisy = restoration.add_noise(small, SIGMA, np.random.default_rng(0))
-    clean = ask(pipeline, "remove the noise", noisy, DENOISING)
-
-    rows = [
-        {"a photograph, and an emoji laid over it": photograph, f'"{paint}"': painted, "the mask read from it": mask},
-        {
-            f"a photograph with noise of sigma {SIGMA:g}": noisy,
-            '"remove the noise"': clean,
-            "without the noise": small,
-        },
-    ]
-    save(stack([side_by_side({caption: enlarged(image) for caption, image in row.items()}) for row in rows]), OUTPUT)
+    questions = {
+        "keypoints": (figure, Keypoints({"left wrist": "red", "right ankle": "blue"})),
+        "segmentation": (sunflower, Segmentation({"sunflower": "blue"})),
+        "restoration": (add_noise(small, SIGMA, np.random.default_rng(0)), Restoration("noise")),
+        "editing": (sunflower, Editing("remove the sunflower")),
+    }
+    rows = []
+    for family, (image, task) in questions.items():
+        answer = ask(pipeline, image, task, generator=torch.Generator().manual_seed(0), **presets[family])
+        panels = {f"{family}: the input": image, f'"{task.instruction()}"': answer.picture, "read": answer.overlay}
+        rows.append(side_by_side({caption: enlarged(picture) for caption, picture in panels.items()}))
+    save(sunflower, INPUT)
+    save(stack(rows), OUTPUT)
     print(f"look at {OUTPUT.resolve()}")
 
 
-def ask(pipeline, instruction: str, image: Image.Image, settings: dict[str, float]) -> Image.Image:
-    """The answer to one instruction, from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(instruction, image, resolution=trained_size(pipeline), generator=generator, **settings).images[0]
+def overlaid(photograph: np.ndarray, name: str, place: tuple[int, int]) -> Image.Image:
+    """The middle of a photograph with one of the overlays on it."""
+    image, overlay = square(photograph), Image.open(OVERLAYS / f"{name}.png").convert("RGBA")
+    image.paste(overlay, place, overlay)
+    return image
 
 
 def square(pixels: np.ndarray) -> Image.Image:

@@ -93,15 +93,14 @@ def moved_shares(
 
     fitted = (dot / norm.clamp(min=1)).clamp(0, 1)
     unexplained = ((moved - fitted[..., None] * toward) ** 2).sum(-1).amin(0, keepdim=True)
-    beyond_rounding = (window_mean(unexplained, NOISE_REACH) - 1).clamp(min=0)
-    noise = ROUNDING_NOISE + NEIGHBOURS_ALIKE * beyond_rounding
+    around = F.avg_pool2d(unexplained, 2 * NOISE_REACH + 1, 1, NOISE_REACH, count_include_pad=False)
+    noise = ROUNDING_NOISE + NEIGHBOURS_ALIKE * (around - 1).clamp(min=0)
 
     shares = torch.zeros_like(dot)
     trust = 1 / (SHARE_STEP * opacity) ** 2
+    dots, norms = (Integral(plane, REACHES[0]) for plane in (dot, norm))
     for reach in REACHES:
-        pixels = (2 * reach + 1) ** 2
-        evidence, precision = (pixels * window_mean(plane, reach) / noise for plane in (dot, norm))
-        shares = (evidence + trust * shares) / (precision + trust)
+        shares = (dots.sum(reach) / noise + trust * shares) / (norms.sum(reach) / noise + trust)
 
     if len(shares) > 1:
         coat = shares.clamp(0.7 * opacity, 1.3 * opacity)
@@ -115,19 +114,23 @@ REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
 SHARE_STEP = 0.15  # how much a share changes between one window and the next, of the opacity
 NOISE_REACH = 4
 ROUNDING_NOISE = 0.3  # squared levels: three channels cut to integers, a variance of 1/12 each
-NEIGHBOURS_ALIKE = (
-    4  # what JPEG or a VAE does to a pixel it does to about this many neighbours, which then count as one
-)
+NEIGHBOURS_ALIKE = 4  # what JPEG or a VAE does to a pixel it does to so many: they count as one
 
 
-def window_mean(planes: torch.Tensor, reach: int) -> torch.Tensor:
-    """Mean of [N, H, W] over squares of 2 * reach + 1 pixels, as far as they lie inside, through an integral image."""
-    if reach == 0:
-        return planes
-    for dim in (1, 2):
-        size = planes.shape[dim]
-        totals = F.pad(planes.double().movedim(dim, -1).cumsum(-1), (1, 0))
-        first = (torch.arange(size) - reach).clamp(min=0)
-        last = (torch.arange(size) + reach + 1).clamp(max=size)
-        planes = ((totals[..., last] - totals[..., first]) / (last - first)).movedim(-1, dim)
-    return planes.float()
+class Integral:
+    """Sums of [N, H, W] over any square window at the price of one: the integral image of Viola and Jones (2001)."""
+
+    def __init__(self, planes: torch.Tensor, furthest: int):
+        self.furthest = furthest  # no window may reach further, in pixels
+        rim = (furthest + 1, furthest)  # the first row and column of an integral image are empty
+        # In double precision, since a window is the difference of sums over most of the picture.
+        self.totals = F.pad(planes, rim + rim).double().cumsum(1).cumsum(2)
+
+    def sum(self, reach: int) -> torch.Tensor:
+        """Sums over squares of 2 * reach + 1 pixels around each pixel, as far as they lie inside; [N, H, W]."""
+        sums = self.totals
+        for dim in (1, 2):
+            length = self.totals.shape[dim] - 2 * self.furthest - 1
+            after, before = self.furthest + reach + 1, self.furthest - reach
+            sums = sums.narrow(dim, after, length) - sums.narrow(dim, before, length)
+        return sums.float()

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
@@ -188,11 +187,15 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
     offsets = torch.arange(-reach, reach + 1).float()
     distance = (offsets[:, None] ** 2 + offsets[None, :] ** 2).sqrt()
     inside, ring = distance**2 <= radius**2 + 1, (distance > math.sqrt(radius**2 + 1) + 1) & (distance <= reach)
-    kernels = torch.stack([inside, ring])[:, None].float()
+    kernels = torch.stack([inside, ring]).float()
     weight = torch.from_numpy(known).float()
     planes = torch.stack([weight, weight * torch.from_numpy(share).clamp(0, 1)])[:, None]
+    # Correlation with kernels this large is quicker in the frequency domain.
+    full = [side + 2 * reach for side in share.shape]
+    sums = torch.fft.irfft2(torch.fft.rfft2(planes, s=full) * torch.fft.rfft2(kernels, s=full), s=full)
     margin = math.ceil(radius)
-    sums = F.conv2d(planes, kernels, padding=reach + margin)  # [weight or share, inside or ring, H, W]
+    tried = slice(reach - margin, margin - reach)
+    sums = sums[..., tried, tried]  # [weight or share, disc or ring, H + 2 margins, W + 2 margins]
     means = sums[1] / sums[0].clamp(min=1e-3)
     enough = sums[0, 0] >= 0.1 * inside.sum()
     fit = (means[0] - means[1]).where(enough, -1.0)
