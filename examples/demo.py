@@ -13,11 +13,8 @@ from edit import TINY_MODEL, load, save, side_by_side, trained_size
 from PIL import Image
 from skimage import data
 
-from instructdiffusion_pipeline import ask
-from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask
+from instructdiffusion_pipeline.tasks.restoration import add_noise
 
 INPUT, OUTPUT = Path("demo-input.png"), Path("demo.png")
 OVERLAYS = Path(__file__).parent / "demo"

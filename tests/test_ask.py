@@ -6,11 +6,16 @@ import tiny
 import torch
 from PIL import Image
 
-from instructdiffusion_pipeline import ask, ask_batch, working_size
-from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.restoration import Restoration
-from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline import (
+    Editing,
+    Keypoints,
+    Mask,
+    Restoration,
+    Segmentation,
+    ask,
+    ask_batch,
+    working_size,
+)
 
 FAST = {"num_inference_steps": 2}
 TASKS = [Segmentation({"cat": "red"}), Keypoints({"nose": "blue"}), Restoration("noise"), Editing("make it winter")]

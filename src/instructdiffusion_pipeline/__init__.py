@@ -12,12 +12,23 @@ from .pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
+from .sample import Joint
+from .tasks.editing import Editing
+from .tasks.keypoints import Keypoints
+from .tasks.restoration import Restoration
+from .tasks.segmentation import Mask, Segmentation
 
 __all__ = [
     "Answer",
+    "Editing",
     "Guidance",
     "InstructDiffusionPipeline",
     "InstructDiffusionPipelineOutput",
+    "Joint",
+    "Keypoints",
+    "Mask",
+    "Restoration",
+    "Segmentation",
     "WorkingSize",
     "ask",
     "ask_batch",
