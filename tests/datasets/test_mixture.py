@@ -8,8 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
-from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.datasets.recipes import Always
+from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Source
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
 BLUR = Always(Restoration("blur"))

@@ -180,19 +180,22 @@ class MpiiKeypoints:
         return f"{item['image']}, annotation {place}"
 
 
-def coco(root: Path, split: str = "train2017") -> CocoKeypoints:
+def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
     """COCO: annotations/person_keypoints_{split}.json, and pictures in {split}/ or images/{split}/."""
+    root = Path(root)
     folder = root / split if (root / split).is_dir() else root / "images" / split
     return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", folder)
 
 
-def crowdpose(root: Path, split: str = "train") -> CocoKeypoints:
+def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
     """CrowdPose: json/crowdpose_{split}.json and images/; splits train, val, trainval, test."""
+    root = Path(root)
     return CocoKeypoints(root / "json" / f"crowdpose_{split}.json", root / "images", CROWDPOSE_JOINTS)
 
 
-def aic(root: Path, split: str = "train") -> CocoKeypoints:
+def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
     """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
+    root = Path(root)
     folder = {
         "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
         "val": "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911",
@@ -200,6 +203,7 @@ def aic(root: Path, split: str = "train") -> CocoKeypoints:
     return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folder, AIC_JOINTS)
 
 
-def mpii(root: Path, split: str = "train") -> MpiiKeypoints:
+def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:
     """MPII: annot/{split}.json and images/; splits train, valid, trainval."""
+    root = Path(root)
     return MpiiKeypoints(root / "annot" / f"{split}.json", root / "images")

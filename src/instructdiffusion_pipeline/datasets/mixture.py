@@ -34,6 +34,16 @@ class Source:
     geometry: Geometry | None = None
 
 
+@dataclass(frozen=True)
+class Always:
+    """A `pick` that asks the same of every picture."""
+
+    task: Task
+
+    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Task:
+        return self.task
+
+
 class Mixture:
     """Samples of several sources, each as often as its weight says, in an order that `seed` fixes.
 

@@ -47,25 +47,29 @@ class PairedImages:
         return self._pairs[index][0]
 
 
-def gopro(root: Path, split: str = "train", gamma: bool = False) -> PairedImages:
+def gopro(root: str | PathLike[str], split: str = "train", gamma: bool = False) -> PairedImages:
     """GoPro: {split}/{clip}/blur/*.png and sharp/, or with `gamma` blur_gamma/; also {split}/input/ and target/."""
+    root = Path(root)
     if (root / split / "input").is_dir():
         return PairedImages(root / split, r"input/(.+)", r"target/\1")
     return PairedImages(root / split, rf"(.+)/{'blur_gamma' if gamma else 'blur'}/(.+)", r"\1/sharp/\2")
 
 
-def reds(root: Path, split: str = "train") -> PairedImages:
+def reds(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """REDS: {split}/{split}_blur/{clip}/*.png and {split}_sharp/; also {split}/blur/ and sharp/."""
+    root = Path(root)
     return PairedImages(root / split, rf"((?:{split}_)?)blur/(.+)", r"\1sharp/\2")
 
 
-def sidd(root: Path, split: str = "train") -> PairedImages:
+def sidd(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """SIDD, sRGB: Data/{scene}/*NOISY*.PNG and *GT*.PNG as published, without splits; also {split}/input/ and gt/."""
+    root = Path(root)
     if (root / "Data").is_dir():
         return PairedImages(root / "Data", r"(.*)NOISY(.*)", r"\1GT\2")
     return PairedImages(root / split, r"input/(.+)", r"gt/\1")
 
 
-def clwd(root: Path, split: str = "train") -> PairedImages:
+def clwd(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """CLWD: {split}/Watermarked_image/*.jpg and Watermark_free_image/; splits train, test."""
+    root = Path(root)
     return PairedImages(root / split, r"Watermarked_image/(.+)", r"Watermark_free_image/\1")

@@ -3,38 +3,24 @@
 Of its sixteen sources IEIW was never released; RefCOCO+ and RefCOCOg are not among them, but read like RefCOCO.
 """
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
 from instructdiffusion_pipeline.datasets.geometry import PersonCrop, SquareCrop, Squash
 from instructdiffusion_pipeline.datasets.label_png import CocoStuff
-from instructdiffusion_pipeline.datasets.mixture import Geometry, Mixture, Pick, Source
+from instructdiffusion_pipeline.datasets.mixture import Always, Geometry, Mixture, Pick, Source
 from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
 from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
 from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
-
-
-@dataclass(frozen=True)
-class Always:
-    """A `pick` that asks the same of every picture."""
-
-    task: Task
-
-    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Task:
-        return self.task
 
 
 @dataclass(frozen=True)

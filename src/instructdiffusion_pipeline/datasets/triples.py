@@ -64,8 +64,9 @@ class EditTriples:
         return f"{before} to {after}: {instruction}"
 
 
-def gier(root: Path, split: str = "train") -> EditTriples:
+def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own."""
+    root = Path(root)
     items = part_of(json.loads((root / "GIER.json").read_text()), split)
     return EditTriples(
         root / "images",
@@ -77,8 +78,9 @@ def gier(root: Path, split: str = "train") -> EditTriples:
     )
 
 
-def magicbrush(root: Path, split: str = "train") -> EditTriples:
+def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """MagicBrush: {split}/edit_turns.json (or edit_sessions.json) and {split}/images/; splits train, dev, test."""
+    root = Path(root)
     turns_file = root / split / "edit_turns.json"
     if turns_file.is_file():
         turns = json.loads(turns_file.read_text())
@@ -95,13 +97,14 @@ def magicbrush(root: Path, split: str = "train") -> EditTriples:
     )
 
 
-def gqa_inpaint(root: Path, split: str = "train") -> EditTriples:
+def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GQA-Inpaint: objects taken out of GQA's images/{picture}.jpg in images_inpainted/{picture}/{object}.jpg.
 
     The words come from {split}_instructions.json where there is one (test), else from {split}_scenes.json: the name
     of the object, and its relation to another where there are several of the name. One that this does not tell apart
     is skipped.
     """
+    root = Path(root)
     scenes = json.loads((root / f"{split}_scenes.json").read_text())
     fixed_file = root / f"{split}_instructions.json"
     fixed = json.loads(fixed_file.read_text()) if fixed_file.is_file() else None
