@@ -4,10 +4,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from families import FAMILIES, Drawn, mixture, segmentation
+from families import FAMILIES, POSE, Drawn, keypoints, mixture, pick_few, pose, segmentation
 from world import SIZE, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
+from instructdiffusion_pipeline.tasks.keypoints import KEYPOINT_COLORS, disc
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 
@@ -110,3 +111,31 @@ def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
         _, masks = segmentation(world, rng)
         assert masks.keys() == world.names
     assert distractors > 20
+
+
+def test_a_pose_has_a_disc_of_its_own_colour_on_each_joint(world_folder):
+    world = World(world_folder)
+    assert len(set(POSE.values())) == len(POSE)
+    for seed in range(20):
+        image, joints = keypoints(world, random.Random(seed))
+        before, edit = pose(world, random.Random(seed))
+        assert before == image
+        pixels = np.asarray(edit.edited)
+        last = next(joints[name] for name in reversed(POSE) if joints[name])
+        color = next(POSE[name] for name in reversed(POSE) if joints[name])
+        assert (pixels[disc(image.size, last)] == KEYPOINT_COLORS[color]).all(), "nothing covers the last"
+        changed = (np.asarray(image) != pixels).any(-1)
+        discs = [disc(image.size, joints[name]) for name in POSE if joints[name]]
+        assert not (changed & ~np.logical_or.reduce(discs)).any()
+
+
+def test_few_joints_are_one_or_two(world_folder):
+    world = World(world_folder)
+    counts = Counter()
+    for seed in range(60):
+        rng = random.Random(seed)
+        image, joints = keypoints(world, rng)
+        task = pick_few(image, joints, rng)
+        counts[len(task.colors)] += 1
+        assert task.colors.keys() <= joints.keys()
+    assert counts.keys() == {1, 2} and counts[1] > counts[2]
