@@ -10,8 +10,13 @@ from instructdiffusion_pipeline.sample import Sample
 
 
 class Task(Protocol):
-    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
+    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation.
 
+    Classes also have a `pick(image, annotation, rng)`, which chooses a question about an annotated picture or raises
+    `NothingToAsk`.
+    """
+
+    family: ClassVar[str]  # what settings and presets call it
     preset: ClassVar[dict[str, float]]  # what the original samples the family with
 
     def instruction(self, rng: random.Random | None = None) -> str:
@@ -27,6 +32,13 @@ class Task(Protocol):
         """A picture of a reading on its input."""
 
 
+class NothingToAsk(ValueError):
+    """An annotation holds nothing that a task could ask for: no object, or no joint in the frame."""
+
+
 def make_sample(task: Task, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
-    """The training pair for one question about an annotated picture."""
-    return Sample(image, task.draw(image, annotation), task.instruction(rng))
+    """The training pair for one question about an annotated picture. Raises a ValueError if its two sizes differ."""
+    target = task.draw(image, annotation)
+    if target.size != image.size:
+        raise ValueError(f"`annotation` must be of the picture's size {image.size}; its picture is {target.size}.")
+    return Sample(image, target, task.instruction(rng))
