@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -54,19 +55,56 @@ def test_what_coco_stuff_lacks_is_named(tmp_path):
     write_stuff(tmp_path, "3")
     write_broken(tmp_path / "images" / "train2017" / "3.jpg")
     write_stuff(tmp_path, "4")
-    write_picture(tmp_path / "annotations" / "train2017" / "4.png", tiny.picture(20, 30))
+    write_picture(tmp_path / "annotations" / "train2017" / "4.png", tiny.picture(20, 30).convert("L"))
     write_stuff(tmp_path, "5")
     (tmp_path / "annotations" / "train2017" / "5.png").unlink()
     write_stuff(tmp_path, "6")
     (tmp_path / "images" / "train2017" / "6.jpg").unlink()
+    write_stuff(tmp_path, "7")
+    write_broken(tmp_path / "annotations" / "train2017" / "7.png")
     dataset = CocoStuff(tmp_path)
     assert dataset.skipped == [("5.jpg", "no label PNG"), ("6.png", "a missing file")]
     dataset[0]
-    for index, cause in [(1, "2.png: no pixel is labelled"), (2, "3.jpg"), (3, r"4.png: is of \(20, 30\) pixels")]:
+    for index, cause in [
+        (1, "2.png: no pixel is labelled"),
+        (2, "3.jpg"),
+        (3, r"4.png: is of \(20, 30\) pixels"),
+        (4, "7.png"),
+    ]:
         with pytest.raises(UnreadableSample, match=cause):
             dataset[index]
     with pytest.raises(ValueError, match="val2017: no sample is left"):
         CocoStuff(tmp_path, "val2017")
+
+
+def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
+    write_stuff(tmp_path)
+    path = tmp_path / "annotations" / "train2017" / "1.png"
+    label = Image.open(path)
+    _, expected = CocoStuff(tmp_path)[0]
+    label.putpalette([(7 * value + 3) % 256 for value in range(768)])
+    write_picture(path, label)
+    assert Image.open(path).mode == "P"
+    _, masks = CocoStuff(tmp_path)[0]
+    assert all((masks[name] == mask).all() for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "I;16", "RGB", "RGBA"])
+def test_a_label_of_colors_is_unreadable(mode, tmp_path):
+    write_stuff(tmp_path)
+    write_picture(tmp_path / "annotations" / "train2017" / "1.png", Image.new(mode, (40, 30)))
+    with pytest.raises(UnreadableSample, match=rf"1.png: .*grey \(mode L\) or have a palette \(P\); got mode {mode}"):
+        CocoStuff(tmp_path)[0]
+
+
+def test_class_names_that_cannot_be_read_are_named(tmp_path):
+    write_stuff(tmp_path)
+    (tmp_path / "labels.txt").write_text("person: 1\n")
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError.*person'):
+        CocoStuff(tmp_path)
+    (tmp_path / "labels.txt").unlink()
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got FileNotFoundError'):
+        CocoStuff(tmp_path)
 
 
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
@@ -151,6 +189,26 @@ def test_what_references_lack_is_named(tmp_path):
         dataset[0]
     with pytest.raises(ValueError, match=r"refs\(unc\).p, split 'val': no sample is left to use; skipped none"):
         ReferringExpressions(*write_references(tmp_path, items), split="val")
+
+
+def test_a_picture_of_another_size_than_its_outlines_is_unreadable(tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")])
+    write_picture(images / "5.jpg", tiny.picture(80, 60))
+    with pytest.raises(
+        UnreadableSample, match=r"5.jpg: is of \(80, 60\) pixels, but of \(40, 30\) in its annotations"
+    ):
+        ReferringExpressions(path, images)[0]
+
+
+@pytest.mark.parametrize("name, what", [("instances.json", "COCO instances"), ("grefs(unc).json", "references")])
+def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
+    (tmp_path / name).write_text("[")
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got JSONDecodeError")):
+        ReferringExpressions(path, images)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got FileNotFoundError")):
+        ReferringExpressions(path, images)
 
 
 class Malicious:

@@ -1,4 +1,6 @@
+import itertools
 import logging
+import math
 import pickle
 from collections import Counter
 
@@ -9,7 +11,10 @@ from torch.utils.data import DataLoader
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Source
+from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 BLUR = Always(Restoration("blur"))
 
@@ -97,20 +102,58 @@ def test_unreadable_samples_are_counted_logged_once_and_replaced(caplog):
     # 1 and 2 are replaced by the next readable, 3, which so comes three times as often
     assert shown == {0: 4, 3: 12, 4: 4}
     assert mixed.skipped == {"a: 1.png": 4, "a: 2.png": 8}
-    assert len(caplog.records) == 2 and "a: 1.png cannot be read" in caplog.text and "cut off" in caplog.text
+    assert len(caplog.records) == 2 and "a: 1.png cannot be used" in caplog.text and "cut off" in caplog.text
+
+
+class Annotated(Numbered):
+    """The same pictures, each with the annotation of its number."""
+
+    def __init__(self, *annotations):
+        super().__init__(len(annotations))
+        self.annotations = annotations
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], self.annotations[index]
+
+
+@pytest.mark.parametrize(
+    "pick, nothing, something",
+    [
+        (Segmentation.pick, {}, {"cat": np.ones((2, 2), bool)}),
+        (Keypoints.pick, {"nose": Joint(900, 900)}, {"nose": Joint(1, 1)}),
+    ],
+)
+def test_samples_with_nothing_to_ask_are_replaced_too(pick, nothing, something, caplog):
+    mixed = Mixture([(Source("a", Annotated(nothing, something), pick), 2)])
+    assert {number(sample) for sample in mixed} == {1}
+    assert mixed.skipped == {"a: 0.png": 2} and "a: 0.png cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "pick, annotation", [(BLUR, Image.new("RGB", (3, 2))), (Segmentation.pick, {"cat": np.ones((2, 3), bool)})]
+)
+def test_annotations_of_another_size_are_named(pick, annotation):
+    with pytest.raises(ValueError, match=r"^a: 0.png: "):
+        Mixture([(Source("a", Annotated(annotation), pick), 1)])[0]
+
+
+def test_iterating_shows_one_epoch():
+    mixed = mixture()
+    assert as_row(itertools.islice(mixed, 100)) == as_row(mixed[position] for position in range(45))
 
 
 def test_a_source_with_nothing_left_is_fatal():
     mixed = Mixture([(Source("a", Numbered(3, broken={0, 1, 2}), BLUR), 1)])
-    with pytest.raises(ValueError, match="a: none of the 3 samples can be read"):
+    with pytest.raises(ValueError, match="a: none of the 3 samples can be used"):
         mixed[0]
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`sources` must hold at least one"):
         Mixture([])
-    with pytest.raises(ValueError, match="the weight of a must be above 0; got -1"):
-        Mixture([(Source("a", Numbered(3), BLUR), -1)])
+    for weight in (-1, 0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"the weight of a must be finite and above 0; got {weight}"):
+            Mixture([(Source("a", Numbered(3), BLUR), weight)])
     with pytest.raises(IndexError, match="`position` must be 0 or more; got -1"):
         mixture()[-1]
 

@@ -35,6 +35,17 @@ def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):
         assert same(image, tiny.picture(40, 30, seed=int(gamma))) and same(clean, tiny.picture(40, 30, seed=2))
 
 
+def test_what_sidd_publishes_for_training_is_no_validation(tmp_path):
+    for side in ("NOISY", "GT"):
+        write_picture(tmp_path / "Data" / "0001_001_S6" / f"0001_{side}_SRGB_010.PNG")
+    for split in ("val", "tset"):
+        with pytest.raises(ValueError, match=f"`split` must be train.*Data.*{split}/input and gt; got '{split}'"):
+            sidd(tmp_path, split)
+    for side in ("input", "gt"):
+        write_picture(tmp_path / "val" / side / "1.png")
+    assert sidd(tmp_path, "val").name(0) == "input/1.png" and "NOISY" in sidd(tmp_path).name(0)
+
+
 def test_what_lacks_or_breaks_is_named(tmp_path):
     marked, clean = tmp_path / "train" / "Watermarked_image", tmp_path / "train" / "Watermark_free_image"
     write_picture(marked / "1.jpg")

@@ -9,6 +9,7 @@ from instructdiffusion_pipeline.datasets.coco_keypoints import (
     CROWDPOSE_JOINTS,
     MPII_JOINTS,
     CocoKeypoints,
+    MpiiKeypoints,
     aic,
     coco,
     crowdpose,
@@ -83,15 +84,25 @@ def test_what_cannot_be_used_is_named(tmp_path):
         annotation(5, iscrowd=1),
         annotation(6, category_id=2),
         annotation(7, bbox=[3, 3, 0, 0]),
+        annotation(8, image_id=99),
+        annotation(9, bbox=[]),
+        annotation(10, image_id=4),
     )
+    content["annotations"].append({key: value for key, value in annotation(11).items() if key != "bbox"})
+    content["images"].append({"id": 4, "file_name": "000000000001.jpg"})
     dataset = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
     assert len(dataset) == 2 and ("000000000003.jpg, annotation 3", "a missing file") in dataset.skipped
+    assert ("image 99, annotation 8", "a picture that the JSON lacks") in dataset.skipped
     assert reasons(dataset) == [
         "a crowd",
         "a missing file",
+        "a picture that the JSON lacks",
         "an empty box",
         "another category than person",
+        "no box",
+        "no box",
         "no labelled joint",
+        "no size of its picture",
     ]
     dataset[0]
     with pytest.raises(UnreadableSample, match=r"000000000002.jpg: .*(truncated|Truncated|broken)"):
@@ -102,6 +113,25 @@ def test_what_cannot_be_used_is_named(tmp_path):
         CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
     with pytest.raises(ValueError, match="`joints`.*got 17.*holds 14"):
         CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1, joints=14))), tmp_path)
+
+
+def test_a_picture_of_another_size_than_its_joints_were_placed_in_is_unreadable(tmp_path):
+    write_picture(tmp_path / "000000000001.jpg", tiny.picture(80, 60))
+    dataset = CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1))), tmp_path)
+    with pytest.raises(UnreadableSample, match=r"01.jpg: is of \(80, 60\) pixels, but of \(40, 30\) in its annot"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    "read, file", [(CocoKeypoints, "a JSON file of COCO"), (MpiiKeypoints, "a JSON file of MPII")]
+)
+def test_annotations_that_cannot_be_read_are_named(read, file, tmp_path):
+    path = tmp_path / "people.json"
+    with pytest.raises(ValueError, match=f"people.json must be {file}.*; got FileNotFoundError"):
+        read(path, tmp_path)
+    path.write_text('{"images": [')
+    with pytest.raises(ValueError, match=f"people.json must be {file}.*; got JSONDecodeError"):
+        read(path, tmp_path)
 
 
 def test_an_exif_orientation_does_not_turn_annotated_pixels(tmp_path):

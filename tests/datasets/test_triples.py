@@ -66,6 +66,23 @@ def test_what_triples_lack_is_named(tmp_path):
         gier(tmp_path, "test")
 
 
+@pytest.mark.parametrize(
+    "read, name",
+    [
+        (gier, "GIER.json"),
+        (magicbrush, "train/edit_turns.json"),
+        (magicbrush, "train/edit_sessions.json"),
+        (gqa_inpaint, "train_scenes.json"),
+        (gqa_inpaint, "train_instructions.json"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_named(read, name, tmp_path):
+    write_json(tmp_path / "train_scenes.json", {})
+    write_json(tmp_path / name, {}).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} must be a JSON file of .*; got JSONDecodeError"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["edit_turns.json", "edit_sessions.json"])
 def test_magicbrush(name, tmp_path):
     turns = [

@@ -114,7 +114,7 @@ def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatc
     [
         ("gopr=/x", "NAME must be one of coco, .*; got 'gopr'"),
         ("gopro=/nowhere", "/nowhere/test: no sample is left"),
-        ("coco=/nowhere", "person_keypoints_val2017.json"),
+        ("coco=/nowhere", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_words(monkeypatch, capsys, tmp_path, model, data, message):
@@ -123,6 +123,13 @@ def test_what_cannot_be_read_is_said_in_words(monkeypatch, capsys, tmp_path, mod
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
     assert not (tmp_path / "output").exists()
+
+
+def test_sidd_is_not_scored_on_its_training_data(monkeypatch, capsys, tmp_path, model):
+    (tmp_path / "Data").mkdir()
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--model", model, f"--data=sidd={tmp_path}", "--output", tmp_path / "output")
+    assert "`split` must be train" in capsys.readouterr().err
 
 
 def test_presets_of_unknown_families_are_refused(tmp_path):

@@ -4,8 +4,9 @@
 the original.
 """
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -47,19 +48,36 @@ class AnnotatedImages(Protocol[A_co]):
         """The file, and the annotation if a file has several; for reports."""
 
 
-def read_image(source: str | PathLike[str] | IO[bytes], name: str | None = None, turn: bool = True) -> Image.Image:
+def read_image(
+    source: str | PathLike[str] | IO[bytes],
+    name: str | None = None,
+    turn: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
     """Read a picture in 8-bit RGB, or raise an `UnreadableSample` that calls it `name` (default: its path).
 
     By default it is turned the way its EXIF orientation asks for. `turn=False` leaves the pixels as they are stored:
-    annotations in pixels count those, because the tools they were made with ignore the orientation.
+    annotations in pixels count those, because the tools they were made with ignore the orientation. A picture of
+    another `size` than the one its annotations state is unreadable too.
     """
     try:
         with Image.open(source) as picture:
             if not turn:
                 picture.getexif().pop(ExifTags.Base.Orientation, None)
-            return upright_rgb(picture)
+            image = upright_rgb(picture)
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
+    if size and image.size != size:
+        raise UnreadableSample(name or str(source), f"is of {image.size} pixels, but of {size} in its annotations")
+    return image
+
+
+def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = json.loads) -> Any:
+    """What a text file holds, JSON by default; a ValueError that says what was `expected` where it cannot be read."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 
 
 def require_samples(folder: str | PathLike[str], samples: Sequence[Any], skipped: Skipped) -> None:

@@ -3,7 +3,6 @@
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, read_image, require_samples
+from instructdiffusion_pipeline.datasets import Skipped, read_annotations, read_image, require_samples
 from instructdiffusion_pipeline.sample import Joint, Joints
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 
@@ -76,7 +75,7 @@ class CocoKeypoints:
         images: str | PathLike[str],
         joints: tuple[str, ...] = COCO_JOINTS,
     ):
-        content = json.loads(Path(annotations).read_text())
+        content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
         people = {category["id"] for category in content["categories"] if category["name"] == "person"}
         pictures = {picture["id"]: picture for picture in content["images"]}
@@ -87,7 +86,10 @@ class CocoKeypoints:
                 (item["category_id"] not in people and "another category than person")
                 or (item.get("iscrowd") and "a crowd")
                 or (not any(item.get("keypoints", ())[2::3]) and "no labelled joint")
+                or (item["image_id"] not in pictures and "a picture that the JSON lacks")
                 or (item["image_id"] in missing and "a missing file")
+                or (not all(map(pictures[item["image_id"]].get, ("width", "height"))) and "no size of its picture")
+                or (len(item.get("bbox") or ()) != 4 and "no box")
                 or (clean_box(item, pictures[item["image_id"]]) is None and "an empty box")
             )
             if why:
@@ -103,6 +105,7 @@ class CocoKeypoints:
         require_samples(annotations, kept, self.skipped)
         # Arrays, because AI Challenger has 380,000 people.
         self._files = [pictures[item["image_id"]]["file_name"] for item in kept]
+        self._sizes = np.array([[pictures[item["image_id"]][side] for side in ("width", "height")] for item in kept])
         self._ids = np.array([(item["image_id"], item["id"]) for item in kept])
         self._keypoints = np.array([item["keypoints"] for item in kept], np.float32).reshape(len(kept), -1, 3)
         self._boxes = np.array([clean_box(item, pictures[item["image_id"]]) for item in kept], np.float32)
@@ -112,7 +115,8 @@ class CocoKeypoints:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Person]:
-        image = read_image(self.folder / self._files[index], turn=False)
+        width, height = self._sizes[index].tolist()
+        image = read_image(self.folder / self._files[index], turn=False, size=(width, height))
         center, scale = center_and_scale(self._boxes[index].tolist())
         joints = named_joints(self.joints, self._keypoints[index].tolist())
         return image, Person(joints, center, scale, float(self._areas[index]), *map(int, self._ids[index]))
@@ -151,7 +155,7 @@ class MpiiKeypoints:
     def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
         self.folder, self.skipped = Path(images), Skipped()
         self._items: list[tuple[int, dict[str, Any]]] = []
-        for place, item in enumerate(json.loads(Path(annotations).read_text())):
+        for place, item in enumerate(read_annotations(Path(annotations), "a JSON file of MPII people")):
             why = (
                 (item["center"][0] < 0 and "no centre")
                 or (not any(item["joints_vis"]) and "no labelled joint")

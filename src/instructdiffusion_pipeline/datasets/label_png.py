@@ -1,4 +1,4 @@
-"""Every pixel's class as a grey PNG beside each picture: COCO-Stuff."""
+"""Every pixel's class as a PNG beside each picture: COCO-Stuff."""
 
 from os import PathLike
 from pathlib import Path
@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, UnreadableSample, read_image, require_samples
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    UnreadableSample,
+    read_annotations,
+    read_image,
+    require_samples,
+)
 from instructdiffusion_pipeline.sample import Masks
 
 UNLABELED = 255
@@ -39,7 +45,7 @@ class CocoStuff:
     def __init__(self, root: str | PathLike[str], split: str = "train2017"):
         self.folder, self.skipped = Path(root) / "images" / split, Skipped()
         self.labels = Path(root) / "annotations" / split
-        self._values = read_labels(Path(root) / "labels.txt")
+        self._values = read_annotations(Path(root) / "labels.txt", 'lines like "171: wall-brick"', pixel_values)
         self._stems = []
         for picture in sorted(self.folder.glob("*.jpg")):
             if (self.labels / f"{picture.stem}.png").is_file():
@@ -58,7 +64,7 @@ class CocoStuff:
     def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
         path = self.labels / f"{self._stems[index]}.png"
         image = read_image(self.folder / f"{self._stems[index]}.jpg", turn=False)
-        label = np.asarray(read_image(path, turn=False).getchannel(0))
+        label = read_label(path)
         if label.shape != (image.height, image.width):
             raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its picture of {image.size}")
         present = set(np.unique(label).tolist()) - {UNLABELED}
@@ -73,10 +79,21 @@ class CocoStuff:
         return f"{self._stems[index]}.jpg"
 
 
-def read_labels(path: Path) -> dict[str, set[int]]:
+def read_label(path: Path) -> np.ndarray:
+    """The values of a grey PNG, or of one with a palette the indices: its colours only serve the eye."""
+    try:
+        with Image.open(path) as label:
+            if label.mode not in ("L", "P"):
+                raise ValueError(f"a label PNG must be grey (mode L) or have a palette (P); got mode {label.mode}")
+            return np.asarray(label)
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableSample(path, f"{type(error).__name__}: {error}") from error
+
+
+def pixel_values(labels: str) -> dict[str, set[int]]:
     """The pixel values of each class by its spoken name, from lines "171: wall-brick"."""
     numbers: dict[str, int] = {}
-    for line in path.read_text().splitlines():
+    for line in labels.splitlines():
         key, _, label = line.partition(": ")
         if label and int(key) not in NEVER_LABELED | {0}:
             numbers[label.strip()] = int(key)

@@ -1,9 +1,10 @@
 """Training samples out of several data sets: one seed fixes what comes at which position, and every random choice."""
 
 import logging
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline.datasets import AnnotatedImages, UnreadableSample
 from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.tasks import Task, make_sample
+from instructdiffusion_pipeline.tasks import NothingToAsk, Task, make_sample
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +49,21 @@ class Mixture:
     """Samples of several sources, each as often as its weight says, in an order that `seed` fixes.
 
     A weight multiplies the length of its source: an epoch takes a fresh fifth of a source of weight 0.2 (five epochs
-    show all of it, once) and shows one of weight 20 twenty times. `len(mixture)` is one epoch, but positions do not
-    end: `mixture[position]` is a sample for any position from 0 on. It depends on the seed and the position alone, so
-    ranks and workers may share positions out as they like.
+    show all of it, once) and shows one of weight 20 twenty times. `len(mixture)` is one epoch, and iterating shows the
+    first, but positions do not end: `mixture[position]` is a sample for any position from 0 on. It depends on the seed
+    and the position alone, so ranks and workers may share positions out as they like.
 
     Attributes:
-        skipped: how often each item could not be read, by source and name; of this process alone.
+        skipped: how often each item could not be read or left nothing to ask, by source and name; of this process
+            alone.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]], seed: int = 0):
         if not sources:
             raise ValueError("`sources` must hold at least one (source, weight); got none.")
         for source, weight in sources:
-            if not weight > 0:
-                raise ValueError(f"`sources`: the weight of {source.name} must be above 0; got {weight}.")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"`sources`: the weight of {source.name} must be finite and above 0; got {weight}.")
         self.sources = [source for source, _ in sources]
         self.seed = seed
         self.skipped: Counter[str] = Counter()
@@ -73,19 +75,25 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self._counts)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, position: int) -> Sample:
         source, start = self._locate(position)
         for step in range(len(source.dataset)):
             index = (start + step) % len(source.dataset)
+            name = f"{source.name}: {source.dataset.name(index)}"
             rng = random.Random(f"{self.seed}/{position}")
             try:
                 image, annotation = source.dataset[index]
                 if source.geometry:
                     image, annotation = source.geometry(image, annotation, rng)
                 return make_sample(source.pick(image, annotation, rng), image, annotation, rng)
-            except UnreadableSample as error:
-                self._skip(f"{source.name}: {source.dataset.name(index)}", error)
-        raise ValueError(f"{source.name}: none of the {len(source.dataset)} samples can be read.")
+            except (UnreadableSample, NothingToAsk) as error:
+                self._skip(name, error)
+            except (ValueError, IndexError) as error:  # an array of another size is an IndexError
+                raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{source.name}: none of the {len(source.dataset)} samples can be used.")
 
     def source_of(self, position: int) -> Source:
         """The source that `mixture[position]` is drawn from."""
@@ -115,7 +123,7 @@ class Mixture:
     def _permutation(self, length: int, *key: int) -> np.ndarray:
         return np.random.default_rng((self.seed, *key)).permutation(length)
 
-    def _skip(self, name: str, error: UnreadableSample) -> None:
+    def _skip(self, name: str, error: Exception) -> None:
         if name not in self.skipped:
-            logger.warning("%s cannot be read and is replaced by the next readable one: %s", name, error)
+            logger.warning("%s cannot be used and is replaced by the next usable one: %s", name, error)
         self.skipped[name] += 1

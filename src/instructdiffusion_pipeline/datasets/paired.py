@@ -62,10 +62,19 @@ def reds(root: str | PathLike[str], split: str = "train") -> PairedImages:
 
 
 def sidd(root: str | PathLike[str], split: str = "train") -> PairedImages:
-    """SIDD, sRGB: Data/{scene}/*NOISY*.PNG and *GT*.PNG as published, without splits; also {split}/input/ and gt/."""
+    """SIDD, sRGB: Data/{scene}/*NOISY*.PNG and *GT*.PNG as published, for train; also {split}/input/ and gt/.
+
+    Nothing of Data/ is held out, because SIDD publishes all of it for training, and models are trained on all of it.
+    For validation it publishes blocks in .mat files; as PNGs they go to val/input/ and val/gt/, beside Data/ or not.
+    """
     root = Path(root)
-    if (root / "Data").is_dir():
+    if (root / "Data").is_dir() and split == "train":
         return PairedImages(root / "Data", r"(.*)NOISY(.*)", r"\1GT\2")
+    if (root / "Data").is_dir() and not (root / split / "input").is_dir():
+        raise ValueError(
+            f"`split` must be train, which {root / 'Data'} is published for, or have pictures in"
+            f" {root / split / 'input'} and gt; got {split!r}."
+        )
     return PairedImages(root / split, r"input/(.+)", r"gt/\1")
 
 

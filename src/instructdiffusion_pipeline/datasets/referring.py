@@ -3,7 +3,6 @@
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
 
-import json
 import pickle
 from os import PathLike
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, UnreadableSample, read_image, require_samples
+from instructdiffusion_pipeline.datasets import Skipped, read_annotations, read_image, require_samples
 from instructdiffusion_pipeline.sample import Masks
 
 NO_TARGET = -1
@@ -32,13 +31,14 @@ class ReferringExpressions:
 
     def __init__(self, references: str | PathLike[str], images: str | PathLike[str], split: str = "train"):
         path = Path(references)
-        instances = json.loads((path.parent / "instances.json").read_text())
+        instances = read_annotations(path.parent / "instances.json", "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
         self._pictures = {picture["id"]: picture for picture in instances["images"]}
         objects = {item["id"]: item["segmentation"] for item in instances["annotations"]}
         self._references: list[dict[str, Any]] = []
         self._objects: dict[int, Any] = {}
-        found = json.loads(path.read_text()) if path.suffix == ".json" else load_plain_pickle(path)
+        is_json = path.suffix == ".json"
+        found = read_annotations(path, "a JSON file of references") if is_json else load_plain_pickle(path)
         missing = {id for id, item in self._pictures.items() if not (self.folder / item["file_name"]).is_file()}
         for reference in found:
             if reference["split"] != split:
@@ -63,10 +63,8 @@ class ReferringExpressions:
     def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
         reference = self._references[index]
         picture = self._pictures[reference["image_id"]]
-        image = read_image(self.folder / picture["file_name"], turn=False)
-        if image.size != (picture["width"], picture["height"]):
-            expected = f"{(picture['width'], picture['height'])} pixels in instances.json"
-            raise UnreadableSample(self.name(index), f"the picture is of {image.size}, but of {expected}")
+        size = picture["width"], picture["height"]
+        image = read_image(self.folder / picture["file_name"], turn=False, size=size)
         mask = np.zeros((image.height, image.width), bool)
         for id in object_ids(reference):
             mask |= outline_mask(self._objects[id], image.size)

@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, UnreadableSample, read_image, require_samples
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    UnreadableSample,
+    read_annotations,
+    read_image,
+    require_samples,
+)
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
 from instructdiffusion_pipeline.sample import Edit
 
@@ -67,7 +73,7 @@ class EditTriples:
 def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own."""
     root = Path(root)
-    items = part_of(json.loads((root / "GIER.json").read_text()), split)
+    items = part_of(read_annotations(root / "GIER.json", "a JSON file of edits"), split)
     return EditTriples(
         root / "images",
         (
@@ -83,9 +89,9 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
     root = Path(root)
     turns_file = root / split / "edit_turns.json"
     if turns_file.is_file():
-        turns = json.loads(turns_file.read_text())
+        turns = read_annotations(turns_file, "a JSON file of turns")
     else:
-        sessions = json.loads((root / split / "edit_sessions.json").read_text())
+        sessions = read_annotations(root / split / "edit_sessions.json", "a JSON file of sessions")
         turns = [turn for session in sessions.values() for turn in session]
 
     def path(file: str) -> str:
@@ -105,9 +111,9 @@ def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
     is skipped.
     """
     root = Path(root)
-    scenes = json.loads((root / f"{split}_scenes.json").read_text())
+    scenes = read_annotations(root / f"{split}_scenes.json", "a JSON file of scenes")
     fixed_file = root / f"{split}_instructions.json"
-    fixed = json.loads(fixed_file.read_text()) if fixed_file.is_file() else None
+    fixed = read_annotations(fixed_file, "a JSON file of instructions") if fixed_file.is_file() else None
     return EditTriples(
         root,
         (
