@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edit import TINY_MODEL, load, save, side_by_side, trained_size
+from edit import TINY_MODEL, load, save, side_by_side
 from PIL import Image
 from skimage import data
 
-from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask
+from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask, trained_size
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 
 INPUT, OUTPUT = Path("demo-input.png"), Path("demo.png")

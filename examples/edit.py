@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, upright_rgb, working_size
+from instructdiffusion_pipeline import InstructDiffusionPipeline, trained_size, upright_rgb, working_size
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 MARGIN, PANEL_HEIGHT, FONT_SIZE = 12, 320, 16  # pixels
@@ -73,11 +73,6 @@ def load(model: str) -> InstructDiffusionPipeline:
     cuda = torch.cuda.is_available()
     pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
     return pipeline.to("cuda" if cuda else "cpu")
-
-
-def trained_size(pipeline: InstructDiffusionPipeline) -> int:
-    """The side in pixels of the pictures a pipeline's UNet was made for: 512 for Stable Diffusion 1.5."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:

@@ -78,3 +78,31 @@ def test_a_batch_answers_each_question(pipe):
     alone = ask(pipe, images[1], tasks[1], instruction=words[1], generator=torch.Generator().manual_seed(1), **FAST)
     difference = np.asarray(alone.picture, int) - np.asarray(answers[1].picture, int)
     assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"output_type": "np"}, "`settings` may not have output_type"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt"),
+        ({"return_dict": True}, "return_dict"),
+    ],
+)
+def test_settings_that_change_the_form_of_the_answer_are_refused(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ask(pipe, tiny.picture(), TASKS[0], **settings)
+
+
+def test_batches_that_do_not_fit_together_are_refused(pipe):
+    image = tiny.picture()
+    with pytest.raises(ValueError, match="must be equally many, at least one; got 1, 1 and 0"):
+        ask_batch(pipe, [image], [TASKS[0]], [])
+    with pytest.raises(ValueError, match="`tasks` must share a preset; got Segmentation, Keypoints"):
+        ask_batch(pipe, [image, image], TASKS[:2], ["a", "b"])
+
+
+def test_without_a_resolution_the_picture_keeps_its_own_size(pipe):
+    answer = ask(
+        pipe, tiny.picture(width=50, height=34), TASKS[2], resolution=None, generator=tiny.generator(), **FAST
+    )
+    assert answer.box == (0, 0, 50, 34)

@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .ask import Answer, ask, ask_batch
+from .ask import Answer, ask, ask_batch, trained_size
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
     Guidance,
@@ -34,6 +34,7 @@ __all__ = [
     "ask_batch",
     "export",
     "push",
+    "trained_size",
     "upright_rgb",
     "working_size",
 ]

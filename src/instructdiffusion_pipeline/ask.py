@@ -1,7 +1,8 @@
 """Ask a model one question about a picture, and get data back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -14,12 +15,13 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 from instructdiffusion_pipeline.tasks import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """What a model answered: `picture` as it came, in the input's size; `data` as the task reads it.
 
     `picture` shows the `box` (left, top, right, bottom) of the input. `data` is in pixels of the input: a dictionary
-    of `Mask` or of `Joint` (None: not there), or the restored or edited picture.
+    of `Mask` or of `Joint` (None: not there), or the restored or edited picture. If the safety checker of a pipeline
+    that has one blackened the picture, `nsfw_content_detected` is true and `data` means nothing.
     """
 
     task: Task
@@ -27,6 +29,7 @@ class Answer:
     picture: Image.Image
     box: Box
     data: Any
+    nsfw_content_detected: bool = False
 
     @property
     def overlay(self) -> Image.Image:
@@ -38,14 +41,18 @@ def ask(
     pipeline: InstructDiffusionPipeline,
     image: Image.Image,
     task: Task,
-    resolution: int | None = None,
+    resolution: int | None | Literal["trained"] = "trained",
     instruction: str | None = None,
     **settings: Any,
 ) -> Answer:
     """Ask `task` about `image` (PIL, any mode and size) and read the answer.
 
-    Works at `resolution` (default: what the model's UNet was made for, 512 for Stable Diffusion 1.5), in the task's
-    own words unless `instruction` brings others. `settings` go to the pipeline and come before the task's preset.
+    `resolution` is the pipeline's, by default the one that the model's UNet was made for (512 for Stable Diffusion
+    1.5). The words are the task's own unless `instruction` brings others. `settings` go to the pipeline and come
+    before the task's preset.
+
+    Raises:
+        ValueError: what `ask_batch` raises.
     """
     words = task.instruction() if instruction is None else instruction
     return ask_batch(pipeline, [image], [task], [words], resolution, **settings)[0]
@@ -53,18 +60,42 @@ def ask(
 
 def ask_batch(
     pipeline: InstructDiffusionPipeline,
-    images: list[Image.Image],
-    tasks: list[Task],
-    instructions: list[str],
-    resolution: int | None = None,
+    images: Sequence[Image.Image],
+    tasks: Sequence[Task],
+    instructions: Sequence[str],
+    resolution: int | None | Literal["trained"] = "trained",
     **settings: Any,
 ) -> list[Answer]:
-    """`ask` for several pictures in one call: they must share a working size, and share the first task's preset."""
+    """`ask` for several pictures of one working size in one call, by tasks that share a preset.
+
+    Raises:
+        ValueError: there are no pictures, or not as many tasks and instructions; presets differ; or `settings` would
+            change how many pictures come back or in which form.
+    """
+    if not len(images) == len(tasks) == len(instructions) > 0:
+        raise ValueError(
+            "`images`, `tasks` and `instructions` must be equally many, at least one; got"
+            f" {len(images)}, {len(tasks)} and {len(instructions)}."
+        )
+    if any(task.preset != tasks[0].preset for task in tasks):
+        raise ValueError(f"`tasks` must share a preset; got {', '.join(type(task).__name__ for task in tasks)}.")
+    if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
+        raise ValueError(
+            f"`settings` may not have {', '.join(sorted(fixed))}: a question has one picture as its answer."
+        )
     images = [upright_rgb(image) for image in images]
-    resolution = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    output = pipeline(instructions, images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False)
+    if resolution == "trained":
+        resolution = trained_size(pipeline)
+    pictures, flags = pipeline(
+        list(instructions), images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False
+    )
     answers = []
-    for image, task, picture in zip(images, tasks, output[0], strict=True):
+    for image, task, picture, flag in zip(images, tasks, pictures, flags or [False] * len(images), strict=True):
         box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
-        answers.append(Answer(task, image, picture, box, task.read(image, picture, box)))
+        answers.append(Answer(task, image, picture, box, task.read(image, picture, box), flag))
     return answers
+
+
+def trained_size(pipeline: InstructDiffusionPipeline) -> int:
+    """The side in pixels of the pictures a pipeline's UNet was made for: 512 for Stable Diffusion 1.5."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor

@@ -42,6 +42,12 @@ def test_answers_of_other_sizes_come_back_in_the_size_of_the_input():
     assert Restoration("blur").read(NOISY, PLAIN.resize((64, 48))).size == NOISY.size
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 2), (2, 3), (7, 2)])
+def test_tiny_pictures_are_read(size):
+    image = Image.new("RGB", size, (10, 20, 30))
+    assert Editing("make it winter").read(image, image, working_size(*size, 512).box).size == size
+
+
 def test_overlay_is_half_before_and_half_after():
     shown = np.asarray(Restoration("noise").overlay(NOISY, PLAIN))
     assert np.array_equal(shown[:, :58], np.asarray(NOISY)[:, :58])

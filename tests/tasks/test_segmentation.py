@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from scenes import PHOTOGRAPHS, blob, iou, jpeg, photograph, through_vae
+from scipy.ndimage import binary_fill_holes
 
-from instructdiffusion_pipeline import upright_rgb, working_size
+from instructdiffusion_pipeline import working_size
+from instructdiffusion_pipeline.tasks import NothingToAsk
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
@@ -28,13 +30,15 @@ def iou_where_it_shows(image, task, found, masks):
     return min(iou(found[name].pixels & shows[name], masks[name] & shows[name]) for name in masks)
 
 
-def question(rng, size=256, count=1):
+def question(rng, size=256, count=1, narrowest=8):
     """A photograph, `count` masks that do not overlap, and a question whose colours show on them."""
     while True:
         image = photograph(rng, size, size)
         masks, colors = {}, {}
         for name in ["cat", "two dogs", "ball"][:count]:
-            mask = blob(rng, size, size) & ~np.logical_or.reduce([*masks.values(), np.zeros((size, size), bool)])
+            mask = blob(rng, size, size, narrowest) & ~np.logical_or.reduce(
+                [*masks.values(), np.zeros((size, size), bool)]
+            )
             color = Segmentation.pick(image, {name: mask}, rng).colors[name] if mask.any() else "red"
             masks[name], colors[name] = mask, color
         if len(set(colors.values())) == count and all(mask.sum() >= 64 for mask in masks.values()):
@@ -68,12 +72,14 @@ def test_reading_tells_several_colours_apart(rng):
     assert iou_where_it_shows(image, task, found, masks) >= 0.99
 
 
-@settings(max_examples=25)
+# JPEG halves the resolution of colour: of the rim of a blob of 8 pixels a pixel here and there is lost.
+@pytest.mark.parametrize("narrowest, bar", [(16, 0.95), (8, 0.9)])
+@settings(max_examples=20)
 @given(rng=SEEDS)
-def test_reading_survives_jpeg(rng):
-    image, masks, task = question(rng)
+def test_reading_survives_jpeg(narrowest, bar, rng):
+    image, masks, task = question(rng, narrowest=narrowest)
     found = task.read(image, jpeg(task.draw(image, masks)))
-    assert iou_where_it_shows(image, task, found, masks) >= 0.95
+    assert iou_where_it_shows(image, task, found, masks) >= bar
 
 
 def test_reading_survives_the_autoencoder_that_ships(shipped):
@@ -138,7 +144,7 @@ def test_inputs_of_every_mode_are_read(mode):
     mask = np.zeros((64, 64), bool)
     mask[10:40, 20:50] = True
     task = Segmentation({"ball": "red"})
-    answer = task.draw(upright_rgb(image), {"ball": mask})
+    answer = task.draw(image, {"ball": mask})
     assert iou(task.read(image, answer)["ball"].pixels, mask) >= 0.99
 
 
@@ -160,8 +166,37 @@ def test_box_run_lengths_and_polygons_agree_with_coco(rng):
     assert (coco.decode(mask.rle).astype(bool) == mask.pixels).all()
     assert mask.box == tuple(coco.toBbox(mask.rle))
     drawn = coco.decode(coco.merge(coco.frPyObjects(mask.polygons, 60, 80))).astype(bool)
-    assert iou(drawn, mask.pixels) >= 0.99 or (drawn & ~mask.pixels).any()  # holes between blobs are filled
-    assert (drawn | ~mask.pixels).all() or iou(drawn, mask.pixels) >= 0.99
+    assert iou(drawn, binary_fill_holes(mask.pixels)) >= 0.99
+
+
+def test_a_single_pixel_has_a_polygon():
+    pixels = np.zeros((20, 30), bool)
+    pixels[4, 7] = pixels[10:12, 3:6] = True
+    polygons = Mask(pixels, 1.0).polygons
+    assert len(polygons) == 2
+    assert (coco.decode(coco.merge(coco.frPyObjects(polygons, 20, 30))).astype(bool) == pixels).all()
+
+
+def test_a_mask_of_numbers_or_of_another_size_is_refused():
+    image, task = Image.new("RGB", (30, 20)), Segmentation({"cat": "red"})
+    with pytest.raises(ValueError, match="`mask` must be of type bool and shape .20, 30.; it is of uint8"):
+        task.draw(image, {"cat": np.ones((20, 30), np.uint8)})
+    with pytest.raises(ValueError, match="it is of bool and .30, 20."):
+        task.draw(image, {"cat": np.ones((30, 20), bool)})
+
+
+def test_where_masks_overlap_the_last_is_painted():
+    image = Image.new("RGB", (4, 4), (100, 100, 100))
+    masks = {"person": np.ones((4, 4), bool), "shirt": np.eye(4, dtype=bool)}
+    task = Segmentation({"person": "red", "shirt": "blue"})
+    drawn = task.draw(image, masks)
+    assert {drawn.getpixel((x, x)) for x in range(4)} == {(50, 50, 177)}
+    assert (task.read(image, drawn)["person"].pixels == ~np.eye(4, dtype=bool)).all()
+
+
+def test_nothing_to_ask():
+    with pytest.raises(NothingToAsk, match="`masks`"):
+        Segmentation.pick(Image.new("RGB", (8, 8)), {}, random.Random(0))
 
 
 def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_that_show():
@@ -174,7 +209,7 @@ def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_tha
     assert colors == set(MASK_COLORS) - {"red"}
 
 
-@pytest.mark.parametrize("colors", [{}, {"cat": "pink"}, {"cat": "red", "dog": "red"}])
+@pytest.mark.parametrize("colors", [{}, {"cat": "pink"}, {"cat": "red", "dog": "red"}, {"": "red"}, "cat"])
 def test_questions_that_cannot_be_read_are_refused(colors):
     with pytest.raises(ValueError, match="`colors` must map .* got"):
         Segmentation(colors)

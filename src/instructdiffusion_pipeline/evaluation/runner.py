@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch
+from instructdiffusion_pipeline.ask import Answer, ask_batch, trained_size
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         folder: made if need be. Records that another run left there are refused.
-        settings_by_family: what goes to the pipeline, by the name of the task's module ("segmentation": {...}); comes
+        settings_by_family: what goes to the pipeline, by the task's family ("segmentation": {...}); comes
             before the task's preset.
         batch_size: cases that are answered and written down together, and questions in a call of the pipeline.
         seed: with the place of the case in `cases` and of the question in the case, it fixes the noise.
@@ -57,7 +57,7 @@ def evaluate(
     Raises:
         ValueError: if names of cases are not unique, the folder holds another run, or no case at all can be scored.
     """
-    resolution = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = resolution or trained_size(pipeline)
     settings = settings_by_family or {}
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
@@ -167,7 +167,7 @@ class Asker:
                 continue
             exams[index] = exam
             for number, (task, picture) in enumerate(zip(exam.tasks, drawn, strict=True)):
-                groups[family(task), size].append(Question(index, number, exam, task, picture))
+                groups[task.family, size].append(Question(index, number, exam, task, picture))
 
         answers: dict[int, list[Answer]] = defaultdict(list)
         ceilings: dict[int, list[Image.Image]] = defaultdict(list)
@@ -221,11 +221,6 @@ class Asker:
             readings["input through the VAE"] = task.read(exam.image, self.through_vae([exam.image])[0], box)
         measures = {of: measure(exam, reading, box, self.clip) for of, reading in readings.items()}
         return {"box": box, "merit": merit(measures["model"]), "measures": measures}
-
-
-def family(task: Task) -> str:
-    """The name of the file that a task comes from."""
-    return type(task).__module__.rpartition(".")[2]
 
 
 def in_words(error: Exception) -> str:

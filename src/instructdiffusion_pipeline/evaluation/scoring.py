@@ -4,7 +4,6 @@ Scores are in pixels of the input. Masks and joints are scored on all of it: wha
 shows counts as missed, for the ceiling as well. Pictures are scored on that part alone.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overla
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.frames import inner_box
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 
 Scores = dict[str, float | None]
@@ -29,7 +29,7 @@ def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = No
     true picture is what `draw` gives. `clip` scores edited pictures only.
     """
     if isinstance(reading, Image.Image):
-        whole = (math.ceil(box[0]), math.ceil(box[1]), math.floor(box[2]), math.floor(box[3]))
+        whole = inner_box(box)
         right, shown = truth_picture(exam).crop(whole), reading.crop(whole)
         scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
         if clip and isinstance(exam.tasks[0], Editing):

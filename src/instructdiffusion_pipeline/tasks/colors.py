@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+
 RGB = tuple[int, int, int]
 
 MASK_COLORS: dict[str, RGB] = {
@@ -33,6 +35,13 @@ KEYPOINT_COLORS: dict[str, RGB] = {
 VISIBLE_DISTANCE = 96  # Euclidean, in levels: what a pixel must be away from a colour for its paint to show
 
 
+REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
+SHARE_STEP = 0.15  # how much a share changes between one window and the next, of the opacity
+NOISE_REACH = 4
+ROUNDING_NOISE = 0.3  # squared levels: three channels cut to integers, a variance of 1/12 each
+NEIGHBOURS_ALIKE = 4  # what JPEG or a VAE does to a pixel it does to so many: they count as one
+
+
 def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RGB]) -> list[str]:
     """Names of the colours that would show on the RGB `image` under `mask` (bool, height x width).
 
@@ -41,23 +50,30 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
     """
     if not mask.any():
         return list(colors)
-    pixels = np.asarray(image)[mask].astype(np.float32)
+    pixels = np.asarray(upright_rgb(image))[mask].astype(np.float32)
     shown = {name: (np.linalg.norm(pixels - rgb, axis=-1) >= VISIBLE_DISTANCE).mean() for name, rgb in colors.items()}
     return [name for name, share in shown.items() if share >= 0.9] or [max(shown, key=lambda name: shown[name])]
 
 
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:
     """Raise a ValueError unless `asked` maps one or more names to distinct `known` colours."""
-    unknown = sorted(set(asked.values()) - known.keys())
-    if not asked or unknown or len(set(asked.values())) < len(asked):
+    used = list(asked.values()) if isinstance(asked, Mapping) else []
+    if not used or not all(asked) or not known.keys() >= set(used) or len(set(used)) < len(used):
         raise ValueError(
             f"`{argument}` must map at least one name to a colour, each colour once, out of {', '.join(known)};"
-            f" got {dict(asked)!r}."
+            f" got {asked!r}."
         )
 
 
 def paint(pixels: np.ndarray, mask: np.ndarray, color: RGB, opacity: float) -> None:
-    """Mix `color` into 8-bit `pixels` [height, width, 3] in place where `mask` is set; results are cut to integers."""
+    """Mix `color` into 8-bit `pixels` [height, width, 3] in place where `mask` is set; results are cut to integers.
+
+    Raises a ValueError unless `mask` is boolean and of the pixels' height and width.
+    """
+    if mask.dtype != bool or mask.shape != pixels.shape[:2]:  # numbers would be taken for rows
+        raise ValueError(
+            f"`mask` must be of type bool and shape {pixels.shape[:2]}; it is of {mask.dtype} and {mask.shape}."
+        )
     mixed = (1 - opacity) * pixels[mask].astype(np.float32) + opacity * np.array(color, np.float32)
     pixels[mask] = mixed.astype(np.uint8)
 
@@ -108,13 +124,6 @@ def moved_shares(
         best = torch.zeros_like(shares, dtype=torch.bool).scatter_(0, gain.argmax(0, keepdim=True), True)
         shares = shares.where(best, shares.clamp(max=0))
     return (shares / opacity).numpy(), norm.sqrt().numpy()
-
-
-REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
-SHARE_STEP = 0.15  # how much a share changes between one window and the next, of the opacity
-NOISE_REACH = 4
-ROUNDING_NOISE = 0.3  # squared levels: three channels cut to integers, a variance of 1/12 each
-NEIGHBOURS_ALIKE = 4  # what JPEG or a VAE does to a pixel it does to so many: they count as one
 
 
 class Integral:

@@ -8,8 +8,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.sample import Edit
-from instructdiffusion_pipeline.tasks.frames import paste_answer
-from instructdiffusion_pipeline.tasks.overlays import wipe
+from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,7 @@ class Editing:
 
     text: str
 
+    family: ClassVar[str] = "editing"
     preset: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 5.0,

@@ -1,9 +1,10 @@
 """The way from an answer's pixels to the input's: an answer shows a box of its input, at a size of its own."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 
@@ -22,11 +23,11 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(
-        cls, image: Image.Image, answer: Image.Image, box: Box | None = None, longest: int | None = None
+        cls, image: Image.Image, answer: Image.Image, box: Box | None = None, shortest: int | None = None
     ) -> "Frame":
         """Bring `answer` and the `box` of `image` that it shows (None: all of it) to the smaller one's size.
 
-        With `longest` the longer side is also at most that many pixels.
+        With `shortest` the shorter side is also at most that many pixels.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
         box = box or (0.0, 0.0, float(image.width), float(image.height))
@@ -34,8 +35,8 @@ class Frame(NamedTuple):
             raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
         spans = (box[2] - box[0], box[3] - box[1])
         size = [max(1, min(round(span), side)) for span, side in zip(spans, answer.size, strict=True)]
-        if longest and max(size) > longest:
-            size = [max(1, round(side * longest / max(size))) for side in size]
+        if shortest and min(size) > shortest:
+            size = [round(side * shortest / min(size)) for side in size]
         width, height = size
         source = image.resize((width, height), Image.Resampling.LANCZOS, box)
         shown = answer.resize((width, height), Image.Resampling.LANCZOS)
@@ -62,16 +63,32 @@ class Frame(NamedTuple):
         return self.box[0] + (x + 0.5) * self.scale[0] - 0.5, self.box[1] + (y + 0.5) * self.scale[1] - 0.5
 
 
-def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Image.Image:
-    """`answer` laid over the `box` of `image` that it shows (None: all of it); what lies outside stays the input's.
+def inner_box(box: Box) -> tuple[int, int, int, int]:
+    """The whole pixels inside a box."""
+    left, top, right, bottom = box
+    return math.ceil(left), math.ceil(top), math.floor(right), math.floor(bottom)
 
-    The box is rounded inwards to whole pixels.
+
+def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Image.Image:
+    """`answer` laid over the whole pixels in the `box` of `image` that it shows (None: all of it).
+
+    What lies outside stays the input's; so does everything if the box is too narrow for a whole pixel.
     """
     image, answer = upright_rgb(image), upright_rgb(answer)
     left, top, right, bottom = box or (0.0, 0.0, float(image.width), float(image.height))
-    whole = (int(np.ceil(left)), int(np.ceil(top)), int(np.floor(right)), int(np.floor(bottom)))
-    x, y = answer.width / (right - left), answer.height / (bottom - top)
-    region = ((whole[0] - left) * x, (whole[1] - top) * y, (whole[2] - left) * x, (whole[3] - top) * y)
+    whole = inner_box((left, top, right, bottom))
     size = (whole[2] - whole[0], whole[3] - whole[1])
-    image.paste(answer.resize(size, Image.Resampling.LANCZOS, region), whole[:2])
+    if min(size) > 0:
+        x, y = answer.width / (right - left), answer.height / (bottom - top)
+        region = ((whole[0] - left) * x, (whole[1] - top) * y, (whole[2] - left) * x, (whole[3] - top) * y)
+        image.paste(answer.resize(size, Image.Resampling.LANCZOS, region), whole[:2])
     return image
+
+
+def wipe(image: Image.Image, answer: Image.Image) -> Image.Image:
+    """The left half of `image`, the right half of `answer` (of the same size), and a line between them."""
+    sheet = upright_rgb(image)
+    middle = sheet.width // 2
+    sheet.paste(answer.crop((middle, 0, *answer.size)), (middle, 0))
+    ImageDraw.Draw(sheet).line([(middle, 0), (middle, sheet.height)], "white", max(1, sheet.width // 200))
+    return sheet

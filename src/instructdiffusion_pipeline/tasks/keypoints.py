@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.sample import Joint, Joints
+from instructdiffusion_pipeline.tasks import NothingToAsk
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
     check_colors,
@@ -20,12 +21,11 @@ from instructdiffusion_pipeline.tasks.colors import (
     visible_colors,
 )
 from instructdiffusion_pipeline.tasks.frames import Frame
-from instructdiffusion_pipeline.tasks.wording import listing, the
+from instructdiffusion_pipeline.tasks.wording import a, listing, the
 
 RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
-# Reading: at this many pixels along the long side a disc has its training size.
-READING_SIDE = 256
+READING_SIDE = 256  # pixels along the short side, where a disc has its training size
 MIN_CONFIDENCE = 0.4
 MIN_EVIDENCE = 16  # levels between a pixel and the asked colour, below which it is left out
 
@@ -53,8 +53,8 @@ MARK_TEMPLATES = [
     "mark {marks}",
     "point out {marks}",
     "show {marks}",
-    "where can I see {marks}? put discs there",
-    "find {marks} and mark each place with a disc",
+    "where is this body's skeleton? show {marks}",
+    "find the joints and mark {marks}",
     "label {marks}",
     "dot {marks}",
     "locate {marks}",
@@ -70,6 +70,7 @@ class Keypoints:
 
     colors: Mapping[str, str]
 
+    family: ClassVar[str] = "keypoints"
     preset: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 6.0,
@@ -85,7 +86,8 @@ class Keypoints:
     def pick(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
         """One to five joints at random, in distinct colours that show where the joints are.
 
-        A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not.
+        A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not. Raises
+        `NothingToAsk` if that leaves none.
         """
         radius = disc_radius(image.size)
         inside = [
@@ -94,6 +96,8 @@ class Keypoints:
             if joint is None
             or (-radius <= joint.x < image.width + radius and -radius <= joint.y < image.height + radius)
         ]
+        if not inside:
+            raise NothingToAsk(f"`joints` must hold one inside the {image.width} x {image.height} pixels; none is.")
         names = rng.sample(inside, min(len(inside), rng.randint(1, MAX_JOINTS)))
         colors: dict[str, str] = {}
         for name in names:
@@ -107,7 +111,7 @@ class Keypoints:
         """One wording of the question; without `rng` always the same."""
         discs = listing(
             [
-                f"a {color} {'disc' if index == 0 else 'one'} on {the(name)}"
+                f"{a(color)} {'disc' if index == 0 else 'one'} on {the(name)}"
                 for index, (name, color) in enumerate(self.colors.items())
             ]
         )
@@ -116,8 +120,8 @@ class Keypoints:
         return template.format(discs=discs, marks=marks)
 
     def draw(self, image: Image.Image, joints: Joints) -> Image.Image:
-        """Draw a disc on each joint of an RGB `image`; a joint that is None or not named leaves no trace."""
-        pixels = np.array(image)
+        """Draw a disc on each joint of `image`; a joint that is None or not named leaves no trace."""
+        pixels = np.array(upright_rgb(image))
         for name, color in self.colors.items():
             joint = joints.get(name)
             if joint is not None:
@@ -128,9 +132,10 @@ class Keypoints:
         """The place of each joint in pixels of `image`, or None where no disc was drawn.
 
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
-        None. A joint's confidence is half the step from the ring around its disc to the disc, 1 for a disc as drawn.
+        None. A joint's confidence is the step of the share from the ring around its disc to the disc, 1 for a disc as
+        drawn. A disc that the frame or other discs leave less than a tenth of is not found.
         """
-        frame = Frame.of(image, answer, box, longest=READING_SIDE)
+        frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
         shares, evidence = moved_shares(frame.source, frame.answer, colors, 1.0)
         radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))
@@ -150,7 +155,7 @@ class Keypoints:
         sheet = upright_rgb(image)
         pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
         for name, color in self.colors.items():
-            joint = joints[name]
+            joint = joints.get(name)
             if joint is not None:
                 for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), KEYPOINT_COLORS[color])):
                     pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)

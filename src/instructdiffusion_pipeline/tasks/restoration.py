@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.tasks.frames import paste_answer
-from instructdiffusion_pipeline.tasks.overlays import wipe
+from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
 
 Defect = Literal["noise", "blur", "watermark"]
 TEMPLATES: dict[str, list[str]] = {
@@ -53,6 +52,7 @@ class Restoration:
 
     defect: Defect
 
+    family: ClassVar[str] = "restoration"
     # The original's watermark removal example; it publishes none for noise or blur.
     preset: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,

@@ -10,11 +10,13 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.sample import Masks
+from instructdiffusion_pipeline.tasks import NothingToAsk
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, check_colors, moved_shares, paint, visible_colors
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
 
 OPACITY = 0.5  # share of the colour in a painted pixel
+READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
 ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
 
 # {things}: "the cat in blue and the dogs in red"
@@ -27,7 +29,7 @@ LIST_TEMPLATES = [
     "show {things}",
     "shade {things}, please",
     "fill {things}",
-    "make {things} stand out",
+    "cover {things}",
     "lay a see-through coat of paint over {things}",
 ]
 # {name}: "the cat"; {be} and {them} agree with it.
@@ -56,6 +58,7 @@ class Segmentation:
 
     colors: Mapping[str, str]
 
+    family: ClassVar[str] = "segmentation"
     preset: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 7.5,
@@ -70,6 +73,8 @@ class Segmentation:
         """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a colour that shows."""
         present = [name for name, mask in masks.items() if mask.any()]
         absent = [name for name, mask in masks.items() if not mask.any()]
+        if not masks:
+            raise NothingToAsk("`masks` must name at least one object; it is empty.")
         name = rng.choice(absent if absent and (not present or rng.random() < ABSENT_SHARE) else present)
         return cls({name: rng.choice(visible_colors(image, masks[name], MASK_COLORS))})
 
@@ -85,11 +90,17 @@ class Segmentation:
         return rng.choice(SINGLE_TEMPLATES).format(name=the(name), color=color, be=be, them=them)
 
     def draw(self, image: Image.Image, masks: Masks) -> Image.Image:
-        """Mix each colour into an RGB `image` where its mask is set; objects without a mask leave no trace."""
-        pixels = np.array(image)
+        """Mix each colour into `image` where its mask is set; objects without a mask leave no trace.
+
+        Where masks overlap the last one is painted, as one pixel can answer for one object only.
+        """
+        source = np.array(upright_rgb(image))
+        pixels = source.copy()
         for name, color in self.colors.items():
             if name in masks:
-                paint(pixels, masks[name], MASK_COLORS[color], OPACITY)
+                painted = source.copy()
+                paint(painted, masks[name], MASK_COLORS[color], OPACITY)
+                pixels[masks[name]] = painted[masks[name]]
         return Image.fromarray(pixels)
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
@@ -98,7 +109,7 @@ class Segmentation:
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. Outside the box nothing is set.
         """
-        frame = Frame.of(image, answer, box)
+        frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [MASK_COLORS[color] for color in self.colors.values()]
         shares, _ = moved_shares(frame.source, frame.answer, colors, OPACITY)
         return {
@@ -121,7 +132,7 @@ class Segmentation:
         return Image.fromarray(pixels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Where an object is: `pixels` (bool, height x width), and how clearly the answer says so, 0 to 1.
 
@@ -162,16 +173,17 @@ class Mask:
 
     @property
     def polygons(self) -> list[list[float]]:
-        """COCO's polygons [x0, y0, x1, y1, ...], one for each outer contour; needs scikit-image.
+        """COCO's polygons [x0, y0, x1, y1, ...] along pixel edges, one for each connected part; needs scikit-image.
 
         Holes are filled, as COCO's polygons have none.
         """
-        from skimage.measure import find_contours, label
+        from skimage.measure import find_contours, label, regionprops
 
         polygons = []
-        components = label(np.pad(self.pixels, 1), connectivity=1)
-        for index in range(1, components.max() + 1):
-            outer = max(find_contours(components == index, 0.5), key=len)
-            # COCO's coordinates run along pixel edges: (0, 0) is the corner of the first pixel, here padded by one.
-            polygons.append((outer[:-1, ::-1] - 0.5).ravel().tolist())
+        for part in regionprops(label(self.pixels, connectivity=1)):
+            # Twice as large, so that the corners that contours cut off are half a pixel at most.
+            enlarged = np.pad(part.image.repeat(2, 0).repeat(2, 1), 1)
+            rows, columns = max(find_contours(enlarged, 0.5), key=len)[:-1].T
+            top, left = part.bbox[:2]
+            polygons.append(np.stack([left + (columns - 0.5) / 2, top + (rows - 0.5) / 2], 1).ravel().tolist())
         return polygons

@@ -3,46 +3,34 @@
 import re
 from collections.abc import Sequence
 
-DETERMINERS = {"the", "a", "an", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our"}
-DETERMINERS |= {"both", "all", "every", "each", "one", "two", "three", "four", "someone", "anyone", "everyone"}
-# The head noun of "two men on the left" ends where one of these begins.
+DETERMINERS = {
+    "the", "a", "an", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our", "both",
+    "all", "every", "each", "one", "two", "three", "four", "five", "six", "several", "many", "some", "any", "no",
+    "another", "either", "neither", "half", "most", "what", "whatever", "whichever",
+}  # fmt: skip
+PRONOUNS = {
+    "he", "she", "it", "they", "him", "them", "i", "we", "us", "you", "who", "whoever", "someone", "anyone",
+    "everyone", "something", "anything", "everything", "nothing", "nobody",
+}  # fmt: skip
+# The head noun of "two men on the left" ends where one of these begins, or a participle.
 LINKS = {
-    "on",
-    "in",
-    "at",
-    "of",
-    "with",
-    "to",
-    "from",
-    "by",
-    "near",
-    "under",
-    "behind",
-    "over",
-    "above",
-    "below",
-    "who",
-}
-LINKS |= {
-    "that",
-    "which",
-    "wearing",
-    "holding",
-    "sitting",
-    "standing",
-    "next",
-    "closest",
-    "facing",
-    "between",
-    "beside",
-}
-PLURALS = {"people", "men", "women", "children", "feet", "teeth", "mice", "geese", "sheep", "scissors", "pants"}
-SINGULARS = {"bus", "glass", "grass", "dress", "gas", "lens", "tennis", "mattress", "platypus", "cactus", "octopus"}
+    "on", "in", "at", "of", "with", "without", "w", "wo", "to", "from", "by", "near", "under", "behind", "over",
+    "above", "below", "against", "inside", "outside", "for", "who", "that", "which", "whose", "next", "closest",
+    "nearest", "between", "beside", "has", "is", "are", "was",
+}  # fmt: skip
+PLURALS = {
+    "people", "men", "women", "children", "feet", "teeth", "mice", "geese", "sheep", "scissors", "pants", "skis",
+    "they", "them", "these", "those",
+}  # fmt: skip
+SINGULARS = {
+    "bus", "glass", "grass", "dress", "gas", "lens", "tennis", "mattress", "canvas", "james",
+}  # fmt: skip
+MANY = {"both", "all", "these", "those", "two", "three", "four", "five", "six", "several", "many"}
 
 
 def the(name: str) -> str:
-    """`name` with "the" before it, unless it brings a determiner of its own."""
-    return name if name.split(maxsplit=1)[0].lower() in DETERMINERS else f"the {name}"
+    """`name` with "the" before it, unless it is a pronoun or brings a determiner of its own."""
+    return name if name.split(maxsplit=1)[0].lower() in DETERMINERS | PRONOUNS else f"the {name}"
 
 
 def a(phrase: str) -> str:
@@ -51,12 +39,14 @@ def a(phrase: str) -> str:
 
 
 def is_plural(name: str) -> bool:
-    """Whether `name` stands for several things, by the ending of its head noun."""
-    words = re.findall(r"\w+", name.lower())
-    head = next((index for index, word in enumerate(words) if index and word in LINKS), len(words))
-    if " and " in " ".join(words[:head]) or words[0] in {"both", "all", "these", "those", "two", "three", "four"}:
+    """Whether `name` stands for several things: by its first word, by two heads, or by the ending of its head noun."""
+    words = re.findall(r"\w+", name.lower()) or [name]
+    words = words[: next((i for i, word in enumerate(words) if i and (word in LINKS or word.endswith("ing"))), None)]
+    second = words[words.index("and") + 1 :] if "and" in words else []
+    # "cat and dog" and "the man and his dog", but not "black and white cat"
+    if words[0] in MANY or len(second) == 1 or (second and second[0] in DETERMINERS):
         return True
-    noun = words[head - 1]
+    noun = words[-1]
     return noun in PLURALS or (noun.endswith("s") and noun not in SINGULARS and not noun.endswith(("ss", "us", "is")))
 
 
