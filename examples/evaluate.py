@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edit import TINY_MODEL, load, trained_size
+from edit import TINY_MODEL, load
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import InstructDiffusionPipeline, trained_size
 from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
 from instructdiffusion_pipeline.datasets.geometry import SquareCrop, Squash
 from instructdiffusion_pipeline.datasets.label_png import CocoStuff
