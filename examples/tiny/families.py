@@ -12,9 +12,10 @@ from edits import edit_objects
 from figures import draw_figure
 from grades import grade
 from PIL import Image
+from pose import WholePose
 from world import SIZE, World
 
-from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Source
 from instructdiffusion_pipeline.sample import Edit, Joints, Masks
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.editing import Editing
@@ -23,24 +24,6 @@ from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 SIGMAS = (8.0, 45.0)  # of noise, in grey levels
-POSE = {
-    "nose": "white",
-    "left elbow": "magenta",
-    "right elbow": "cyan",
-    "left wrist": "red",
-    "right wrist": "blue",
-    "left knee": "yellow",
-    "right knee": "green",
-    "left ankle": "gray",
-    "right ankle": "black",
-}
-POSE_WORDINGS = [
-    "show the pose",
-    "draw the whole pose",
-    "where are all the joints?",
-    "mark every joint in its own color",
-    "show how this person stands",
-]
 FACING_SHARE = 0.6  # of the figures; the others show their back
 
 
@@ -80,19 +63,6 @@ def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHA
     return image, joints
 
 
-def pose(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """A figure, and the same with a disc on each joint of `POSE`, whose colours never change.
-
-    One sample shows where nine joints are and which side is which; the questions of `keypoints` have a few each, and
-    what they ask for must be understood first. Without this a small model hardly learns them.
-    """
-    image, joints = keypoints(world, rng)
-    posed = image
-    for name, color in POSE.items():
-        posed = Keypoints({name: color}).draw(posed, joints)
-    return image, Edit(rng.choice(POSE_WORDINGS), posed)
-
-
 def picture(world: World, rng: random.Random) -> Image.Image:
     """A photograph, alone or with something in it."""
     example = rng.choice([None, None, segmentation, keypoints])
@@ -123,11 +93,6 @@ def graded(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
     return image, grade(image, rng)
 
 
-def pick_defect(defect: str) -> Callable[..., Task]:
-    """The one question there is to a picture with a known defect."""
-    return lambda image, clean, rng: Restoration(defect)
-
-
 def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoints:
     """One joint or two, mostly one: asked for five, a small model is slow to learn which disc goes where."""
     names = rng.sample(sorted(joints), rng.choice([1, 1, 2]))
@@ -136,15 +101,15 @@ def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoint
 
 # name -> share of the training samples, examples, and which question to ask of one
 FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
-    "segmentation": (0.11, segmentation, Segmentation.pick),
-    "pose": (0.27, pose, Editing.pick),
-    "keypoints": (0.26, keypoints, Keypoints.pick),
+    "segmentation": (0.16, segmentation, Segmentation.pick),
+    "pose": (0.12, keypoints, Always(WholePose())),
+    "keypoints": (0.25, keypoints, Keypoints.pick),
     "few keypoints": (0.21, keypoints, pick_few),
-    "noise": (0.02, noisy, pick_defect("noise")),
-    "blur": (0.02, blurred, pick_defect("blur")),
-    "watermark": (0.03, watermarked, pick_defect("watermark")),
-    "objects": (0.05, edit_objects, Editing.pick),
-    "grades": (0.03, graded, Editing.pick),
+    "noise": (0.03, noisy, Always(Restoration("noise"))),
+    "blur": (0.04, blurred, Always(Restoration("blur"))),
+    "watermark": (0.05, watermarked, Always(Restoration("watermark"))),
+    "objects": (0.08, edit_objects, Editing.pick),
+    "grades": (0.06, graded, Editing.pick),
 }
 
 

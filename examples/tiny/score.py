@@ -18,17 +18,19 @@ import edits
 import families
 import numpy as np
 import torch
-from families import Drawn, pick_defect
+from families import Drawn
 from PIL import Image
+from pose import WholePose
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.datasets.mixture import Always, Source
 from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
@@ -76,9 +78,11 @@ def rows(folder: Path, count: int, unseen_photographs: bool = True) -> list[Sour
         source("segmentation, unseen names", families.segmentation, unseen, Segmentation.pick),
         source("keypoints, facing", families.keypoints, seen, Keypoints.pick, facing_share=1),
         source("keypoints, from behind", families.keypoints, seen, Keypoints.pick, facing_share=0),
-        source("noise", families.noisy, seen, pick_defect("noise"), sigmas=(SIGMA, SIGMA)),
-        source("blur", families.blurred, seen, pick_defect("blur")),
-        source("watermark", families.watermarked, seen, pick_defect("watermark")),
+        source("pose, facing", families.keypoints, seen, Always(WholePose()), facing_share=1),
+        source("pose, from behind", families.keypoints, seen, Always(WholePose()), facing_share=0),
+        source("noise", families.noisy, seen, Always(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
+        source("blur", families.blurred, seen, Always(Restoration("blur"))),
+        source("watermark", families.watermarked, seen, Always(Restoration("watermark"))),
         source("objects removed", edits.remove, seen, Editing.pick),
         source("objects replaced", edits.replace, seen, Editing.pick),
         source("objects added", edits.add, seen, Editing.pick),
@@ -93,7 +97,7 @@ def beyond(cases: Sequence[Case], folder: Path) -> dict[str, dict[str, float]]:
         exam = case.open()
         answer = Image.open(folder / "answers" / answer_name(index, 0))
         (task,) = exam.tasks
-        measure = {Segmentation: in_masks, Keypoints: in_joints}.get(type(task), in_pictures)
+        measure = {"segmentation": in_masks, "keypoints": in_joints}.get(task.family, in_pictures)
         for name, value in measure(exam, answer).items():
             values[case.row][name] += value
     return {

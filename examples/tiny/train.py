@@ -26,7 +26,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.training import EncodedSamples, TrainingConfig, encode_samples, train
 
 SAMPLES = 52_000
-STEPS = {"fresh": 14_000, "tuned": 2_000}  # from nothing, and from an earlier model's weights
+STEPS = {"fresh": 14_000, "tuned": 6_000}  # from nothing, and from an earlier model's weights
 CONFIG = TrainingConfig(
     max_train_steps=STEPS["fresh"],
     batch_size=32,

@@ -1,0 +1,66 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import score
+import vae
+from model import build_pipeline
+from PIL import Image
+
+from instructdiffusion_pipeline.evaluation import Exam
+from instructdiffusion_pipeline.sample import Edit, Joint
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
+
+
+def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
+    build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(tmp_path / "model")
+    few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
+    families = ("segmentation", "keypoints", "restoration", "editing")
+    (tmp_path / "model" / "presets.json").write_text(json.dumps(dict.fromkeys(families, few)))
+    arguments = ["--world", world_folder, "--folder", tmp_path / "out", "--model", tmp_path / "model", "--samples", 1]
+    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, arguments)])
+    score.main()
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == [source.name for source in score.rows(world_folder, 1)]
+    assert all(row["samples"] == 1 and not row["failed"] for row in rows)
+    assert len(json.loads((tmp_path / "out" / "beyond.json").read_text())) == len(rows)
+
+
+def test_a_name_blind_painter_is_told_apart():
+    cat, dog = np.zeros((2, 64, 64), bool)
+    cat[:20, :20], dog[40:, 40:] = True, True
+    task = Segmentation({"cat": "red"})
+    exam = Exam(GRAY, [task], {"cat": cat, "dog": dog, "car": np.zeros_like(cat)})
+    found = score.in_masks(exam, task.draw(GRAY, {"cat": cat}))
+    assert found["mIoU among several"] == [1]
+    assert found["mIoU among several, all objects painted"] == [pytest.approx(400 / 976)]
+    absent = Segmentation({"car": "red"})
+    assert score.in_masks(exam._replace(tasks=[absent]), GRAY) == {"painted though absent": [False]}
+    painted = absent.draw(GRAY, {"car": cat})
+    assert score.in_masks(exam._replace(tasks=[absent]), painted) == {"painted though absent": [True]}
+
+
+def test_left_taken_for_right_is_counted():
+    truth = {"left wrist": Joint(10, 10), "right wrist": Joint(50, 50), "nose": None}
+    task = Keypoints({"left wrist": "red", "nose": "blue"})
+    exam = Exam(GRAY, [task], truth)
+    right = score.in_joints(exam, task.draw(GRAY, truth))
+    assert right == {"left and right confused": [False], "no disc": [False], "disc on what is outside": [False]}
+    swapped = score.in_joints(exam, task.draw(GRAY, {"left wrist": Joint(50, 50), "nose": Joint(30, 10)}))
+    assert swapped == {"left and right confused": [True], "no disc": [False], "disc on what is outside": [True]}
+
+
+def test_pictures_are_scored_inside_and_outside_the_change():
+    edited = GRAY.copy()
+    edited.paste((220, 120, 120), (0, 0, 32, 64))
+    exam = Exam(GRAY, [Editing("paint the left half")], Edit("paint the left half", edited))
+    values = score.in_pictures(exam, GRAY)
+    assert values["PSNR outside the change"] == [100]
+    # 100 levels in one channel of three
+    assert values["PSNR inside the change"] == values["PSNR inside the change, input"]
+    assert values["PSNR inside the change"] == [pytest.approx(10 * np.log10(3 * 255**2 / 100**2))]
