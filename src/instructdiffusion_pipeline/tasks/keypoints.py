@@ -160,8 +160,17 @@ class Keypoints:
                 for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), KEYPOINT_COLORS[color])):
                     pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
                     pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
-                text = f"{name} {joint.confidence:.2f}"
-                pen.text((joint.x + arm, joint.y), text, "white", stroke_width=1, stroke_fill="black")
+                # beside the cross, on the side where there is more room
+                side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
+                pen.text(
+                    (joint.x + side * 1.5 * arm, joint.y),
+                    f"{name} {joint.confidence:.2f}",
+                    "white",
+                    anchor=anchor,
+                    font_size=max(10, min(sheet.size) // 20),
+                    stroke_width=1,
+                    stroke_fill="black",
+                )
         return sheet
 
 
