@@ -26,7 +26,7 @@ SIGMA = 25.0  # grey levels
 def main() -> None:
     pipeline = load(str(TINY_MODEL))
     presets = json.loads((TINY_MODEL / "presets.json").read_text())
-    sunflower, figure = overlaid(data.coffee(), "sunflower", (90, 20)), overlaid(data.rocket(), "figure", (0, 0))
+    sunflower, figure = overlaid(data.chelsea(), "sunflower", (10, 10)), overlaid(data.rocket(), "figure", (0, 0))
     # The noise is as coarse as the model's pixels.
     small = square(data.astronaut()).resize((trained_size(pipeline),) * 2, Image.Resampling.LANCZOS)
     questions: list[tuple[Image.Image, Task, str | None]] = [
@@ -34,7 +34,7 @@ def main() -> None:
         (figure, Keypoints({"nose": "white", "left wrist": "red", "right wrist": "blue"}), "show the pose"),
         (sunflower, Segmentation({"sunflower": "blue"}), None),
         (add_noise(small, SIGMA, np.random.default_rng(0)), Restoration("noise"), None),
-        (sunflower, Editing("make it black and white"), None),
+        (square(data.coffee()), Editing("make it night"), None),
     ]
     rows = []
     for image, task, words in questions:
@@ -48,7 +48,7 @@ def main() -> None:
         rows.append(side_by_side({caption: enlarged(picture) for caption, picture in panels.items()}))
     save(sunflower, INPUT)
     save(stack(rows), OUTPUT)
-    print(f"look at {OUTPUT.resolve()}")
+    print(f"look at {OUTPUT.resolve()}\n{INPUT} is a picture to try edit.py on")
 
 
 def overlaid(photograph: np.ndarray, name: str, place: tuple[int, int]) -> Image.Image:

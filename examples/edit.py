@@ -1,6 +1,8 @@
 """Edit one picture: ask a model in words, get its answer and a side-by-side picture.
 
-python examples/edit.py --image photo.jpg --instruction "mark the sunflower in blue"
+python examples/edit.py --model path/to/model --image photo.jpg --instruction "make it winter"
+
+The defaults are the full-size model's. The small model that ships wants other scales, see its presets.json.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
 
-Killed, it goes on where it was when started again. Layouts of the folders: see instructdiffusion_pipeline.datasets.
+Killed, it goes on where it was when started again. Layouts of the folders: see docs/datasets.md.
 """
 
 import argparse

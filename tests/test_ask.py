@@ -101,6 +101,14 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
         ask_batch(pipe, [image, image], TASKS[:2], ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    "image, task", [("photo.jpg", TASKS[0]), (tiny.picture(), "make it winter"), (TASKS[0], tiny.picture())]
+)
+def test_what_is_no_picture_or_no_question_is_refused(pipe, image, task):
+    with pytest.raises(TypeError, match="`image` must be a PIL picture and `task` a question"):
+        ask(pipe, image, task)
+
+
 def test_without_a_resolution_the_picture_keeps_its_own_size(pipe):
     answer = ask(
         pipe, tiny.picture(width=50, height=34), TASKS[2], resolution=None, generator=tiny.generator(), **FAST

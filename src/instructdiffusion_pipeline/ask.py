@@ -51,24 +51,23 @@ def ask(
     1.5). The words are the task's own unless `instruction` brings others. `settings` go to the pipeline and come
     before the task's preset.
 
-    Raises:
-        ValueError: what `ask_batch` raises.
+    Raises: what `ask_batch` raises.
     """
-    words = task.instruction() if instruction is None else instruction
-    return ask_batch(pipeline, [image], [task], [words], resolution, **settings)[0]
+    return ask_batch(pipeline, [image], [task], [instruction], resolution, **settings)[0]
 
 
 def ask_batch(
     pipeline: InstructDiffusionPipeline,
     images: Sequence[Image.Image],
     tasks: Sequence[Task],
-    instructions: Sequence[str],
+    instructions: Sequence[str | None],
     resolution: int | None | Literal["trained"] = "trained",
     **settings: Any,
 ) -> list[Answer]:
     """`ask` for several pictures of one working size in one call, by tasks that share a preset.
 
     Raises:
+        TypeError: an image is no PIL picture, or a task no task.
         ValueError: there are no pictures, or not as many tasks and instructions; presets differ; or `settings` would
             change how many pictures come back or in which form.
     """
@@ -77,6 +76,12 @@ def ask_batch(
             "`images`, `tasks` and `instructions` must be equally many, at least one; got"
             f" {len(images)}, {len(tasks)} and {len(instructions)}."
         )
+    for image, task in zip(images, tasks, strict=True):
+        if not isinstance(image, Image.Image) or not hasattr(task, "read"):
+            raise TypeError(
+                "`image` must be a PIL picture and `task` a question such as Segmentation({'cat': 'red'}); got"
+                f" {type(image).__name__} and {type(task).__name__}."
+            )
     if any(task.preset != tasks[0].preset for task in tasks):
         raise ValueError(f"`tasks` must share a preset; got {', '.join(type(task).__name__ for task in tasks)}.")
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
@@ -86,9 +91,8 @@ def ask_batch(
     images = [upright_rgb(image) for image in images]
     if resolution == "trained":
         resolution = trained_size(pipeline)
-    pictures, flags = pipeline(
-        list(instructions), images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False
-    )
+    words = [task.instruction() if own is None else own for task, own in zip(tasks, instructions, strict=True)]
+    pictures, flags = pipeline(words, images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False)
     answers = []
     for image, task, picture, flag in zip(images, tasks, pictures, flags or [False] * len(images), strict=True):
         box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
