@@ -17,13 +17,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from families import mixture
 from fetch import fetch
 from model import build_pipeline
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from vae import train as train_vae
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
-from instructdiffusion_pipeline.training import EncodedSamples, TrainingConfig, encode_samples, train
+from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, cache_samples, train
 
 SAMPLES = 52_000
 STEPS = {"fresh": 14_000, "tuned": 6_000}  # from nothing, and from an earlier model's weights
@@ -61,28 +59,19 @@ def main() -> None:
         pipeline = InstructDiffusionPipeline.from_pretrained(args.init, vae=vae, dtype=torch.float32)
     else:
         pipeline = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
-    dataset = cached_samples(world, pipeline, args.work_dir / "samples.safetensors")
+    samples = PictureSamples(mixture(world, SAMPLES, seed=1), pipeline.tokenizer)
+    dataset = cache_samples(samples, SAMPLES, pipeline, args.work_dir / "samples", embeddings=False)
 
     # Plain attention trains this UNet a quarter faster than the fused kernel does on a CPU in bfloat16.
     pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.text_encoder.set_attn_implementation("eager")
     config = dataclasses.replace(CONFIG, max_train_steps=STEPS["tuned"]) if args.init else CONFIG
-    pipeline = train(pipeline, dataset, config, args.work_dir / "checkpoints")
+    pipeline = train(pipeline, dataset, config, args.work_dir / "checkpoints", resume="latest")
     export(pipeline.to(dtype=torch.float16), args.output_dir)
     here = Path(__file__).parent
     shutil.copy(here / "MODEL_CARD.md", args.output_dir / "README.md")
     shutil.copy(here / "presets.json", args.output_dir)
     shutil.copy(args.work_dir / "world" / "CREDITS.md", args.output_dir)
-
-
-def cached_samples(world: World, pipeline: InstructDiffusionPipeline, path: Path) -> EncodedSamples:
-    """`SAMPLES` encoded training samples, drawn and encoded on the first call."""
-    if not path.exists():
-        drawn = mixture(world, SAMPLES, seed=1)
-        samples = (drawn[position] for position in tqdm(range(SAMPLES), desc="encoding", mininterval=5))
-        save_file(encode_samples(samples, pipeline.vae, pipeline.tokenizer).tensors, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
-    return EncodedSamples(load_file(path))
 
 
 if __name__ == "__main__":

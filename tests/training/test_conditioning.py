@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
+from instructdiffusion_pipeline.training.draws import draw
 
 
 def dropped(draws):
@@ -16,7 +17,7 @@ def dropped(draws):
 
 
 def test_shares_on_a_hundred_thousand_draws():
-    no_text, no_image = dropped(torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    no_text, no_image = dropped(draw(0, range(100_000), torch.Size([1, 1, 1]), 1000).dropout)
     # five standard deviations of a binomial share of 0.075 are 0.0042
     assert abs(no_text.float().mean() - 0.075) < 0.0042
     assert abs(no_image.float().mean() - 0.075) < 0.0042
@@ -36,3 +37,9 @@ def test_the_originals_draws_give_the_originals_modes(golden):
         no_text, no_image = dropped(draws)
         assert no_text.tolist() == [mode == "null_text" for mode in modes]
         assert no_image.tolist() == [mode == "zero_image" for mode in modes]
+
+
+def test_embeddings_are_emptied_as_ids_are():
+    text, empty = torch.ones(3, 2, 5), torch.full((2, 5), 7.0)
+    emptied, _ = drop_conditioning(text, torch.ones(3, 4, 1, 1), empty, torch.tensor([0.01, 0.1, 0.5]))
+    assert torch.equal(emptied[0], empty) and torch.equal(emptied[1:], text[1:])

@@ -1,47 +1,143 @@
-from itertools import islice
-
 import pytest
-import tiny
 import torch
+from pairs import Pairs, mixture
 
-from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.training import encode_samples
-from instructdiffusion_pipeline.training.data import EndlessShuffle
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.tasks import NothingToAsk
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.training import CachedSamples, PictureSamples, cache, cache_samples
+from instructdiffusion_pipeline.training.data import pixels, tokenize
+from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+
+SHAPE = torch.Size([4, 16, 16])
 
 
-def test_encoded_samples_hold_the_posteriors_and_the_tokens(pipe):
-    samples = [Sample(tiny.picture(seed=i), tiny.picture(seed=10 + i), f"paint the cat {i}") for i in range(5)]
-    dataset = encode_samples(samples, pipe.vae, pipe.tokenizer, batch_size=2)
-    assert len(dataset) == 5
+@pytest.fixture
+def samples(pipe):
+    return PictureSamples(mixture(), pipe.tokenizer)
+
+
+def test_items_are_the_samples_of_the_mixture(pipe, samples):
+    for position in range(2 * len(samples)):
+        sample, item = samples.mixture[position], samples[position]
+        assert torch.equal(item["image"], pixels(sample.image)) and item["image"].shape == (3, 32, 32)
+        assert torch.equal(item["target"], pixels(sample.target))
+        assert item["input_ids"].tolist() == pipe.tokenizer(sample.instruction, padding="max_length").input_ids
+        assert samples.sources[item["source"]] == ("two" if "number 10" in sample.instruction else "many")
+        assert item["position"] == position and item["skipped"] == 0
+
+
+def test_pictures_of_several_sizes_are_refused(pipe):
+    sources = [Source(name, Pairs(2, side=side), Editing.pick) for name, side in (("small", 32), ("large", 64))]
+    samples = PictureSamples(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
+    with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) of \((32|64)"):
+        [samples[position] for position in range(4)]
+
+
+def test_what_is_skipped_is_counted(pipe):
+    def picky(image, edit, rng):
+        if "number 1" in edit.instruction:
+            raise NothingToAsk("odd one")
+        return Editing.pick(image, edit, rng)
+
+    samples = PictureSamples(Mixture([(Source("picky", Pairs(3), picky), 1)]), pipe.tokenizer)
+    samples.mixture.skipped.clear()
+    assert sum(int(samples[position]["skipped"]) for position in range(3)) == 1
+
+
+def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, caplog):
+    text = "the cat " * 60
+    expected = pipe.tokenizer(text, truncation=True, max_length=77).input_ids
+    assert tokenize(pipe.tokenizer, text).tolist() == expected
+    assert "77 tokens" in caplog.text
+
+
+def test_draws_hang_on_seed_and_position_alone():
+    together = draw(3, [0, 1, 2, 3], SHAPE, 1000)
+    apart = [draw(3, [position], SHAPE, 1000) for position in range(4)]
+    for number, column in enumerate(together):
+        assert torch.equal(column, torch.cat([one[number] for one in apart]))
+    other = draw(4, [0], SHAPE, 1000)
+    assert not torch.equal(other.noise, apart[0].noise) and not torch.equal(apart[0].noise, apart[1].noise)
+
+
+def test_draws_have_their_distributions():
+    draws = draw(0, range(2000), torch.Size([1, 4, 4]), 1000)
+    for noise in (draws.noise, draws.posterior_noise):
+        assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert abs((draws.noise * draws.posterior_noise).mean()) < 0.03, "independent"
+    for uniform in (draws.dropout, draws.timesteps / 1000):
+        assert torch.allclose(
+            uniform.quantile(torch.tensor([0.1, 0.5, 0.9])), torch.tensor([0.1, 0.5, 0.9]), atol=0.04
+        )
+    assert draws.timesteps.min() >= 0 and draws.timesteps.max() <= 999
+
+
+def test_encoding_is_the_pipelines(pipe, samples):
+    batch = torch.utils.data.default_collate([samples[0], samples[1]])
+    encoded = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
+    sample = samples.mixture[1]
     with torch.no_grad():
-        pixels = pipe.image_processor.preprocess([samples[3].image, samples[3].target])
-        posterior = pipe.vae.encode(pixels).latent_dist
-    assert all(tensor.is_contiguous() for tensor in dataset.tensors.values()), "safetensors stores no other"
-    item = dataset[3]
-    tolerance = {"atol": 1e-2, "rtol": 1e-2}  # kept in half precision
-    torch.testing.assert_close(item["image_latents"].float(), posterior.mean[0], **tolerance)
-    torch.testing.assert_close(item["target_mean"].float(), posterior.mean[1], **tolerance)
-    torch.testing.assert_close(item["target_std"].float(), posterior.std[1], **tolerance)
-    assert item["input_ids"].shape == (77,)
-    assert item["input_ids"].tolist() == pipe.tokenizer("paint the cat 3", padding="max_length").input_ids
+        posterior = pipe.vae.encode(pipe.image_processor.preprocess([sample.image, sample.target])).latent_dist
+    torch.testing.assert_close(encoded["image_latents"][1], posterior.mode()[0])
+    torch.testing.assert_close(encoded["target_mean"][1], posterior.mean[1])
+    torch.testing.assert_close(encoded["target_std"][1], posterior.std[1])
+    torch.testing.assert_close(encoded["prompt_embeds"][1:], pipe.encode_prompt(sample.instruction)[0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_pictures_of_several_sizes_are_refused(pipe, batch_size):
-    samples = [Sample(tiny.picture(), tiny.picture(), "same")] * 3
-    samples += [Sample(tiny.picture(), tiny.picture(48, 32), "other")]
-    with pytest.raises(ValueError, match=r"samples: number 3 .* target of \(48, 32\)"):
-        encode_samples(samples, pipe.vae, pipe.tokenizer, batch_size=batch_size)
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_a_cache_holds_what_encoding_gives(pipe, samples, tmp_path, embeddings, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 4)
+    cached = cache_samples(samples, 10, pipe, tmp_path, embeddings=embeddings, batch_size=3)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and len(cached) == 10 and cached.sources == samples.sources
+    encoders = FrozenEncoders(pipe.vae, pipe.text_encoder if embeddings else None)
+    order = cached[0] and cached._order[1]
+    for position in range(10):
+        expected = encoders.encode(torch.utils.data.default_collate([samples[int(order[position])]]))
+        item = cached[position]
+        assert item.keys() == expected.keys() and item["position"] == position
+        for name in expected.keys() - {"position"}:
+            torch.testing.assert_close(item[name].float(), expected[name][0].float(), atol=1e-2, rtol=1e-2)
 
 
-def test_no_samples_is_an_error(pipe):
-    with pytest.raises(ValueError, match="samples: got none"):
-        encode_samples([], pipe.vae, pipe.tokenizer)
+def test_each_epoch_of_a_cache_shows_all_in_another_order(pipe, samples, tmp_path):
+    cached = cache_samples(samples, 6, pipe, tmp_path)
+    again = CachedSamples(tmp_path)
+
+    def epoch(data, number):
+        return [data[position]["target_mean"].sum().item() for position in range(6 * number, 6 * number + 6)]
+
+    assert sorted(epoch(cached, 0)) == sorted(epoch(cached, 1)) and len(set(epoch(cached, 0))) == 6
+    assert epoch(cached, 0) != epoch(cached, 1)
+    assert epoch(again, 1) == epoch(cached, 1), "without the epoch before it"
 
 
-@pytest.mark.parametrize("start", [0, 3, 7, 20])
-def test_endless_shuffle_goes_on_where_it_was(start):
-    whole = list(islice(EndlessShuffle(7, seed=1), 30))
-    assert list(islice(EndlessShuffle(7, seed=1, start=start), 30 - start)) == whole[start:]
-    assert all(sorted(whole[i : i + 7]) == list(range(7)) for i in (0, 7, 14, 21))
-    assert whole[:7] != whole[7:14]
+def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 2)
+    cache_samples(samples, 5, pipe, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    whole = [file.read_bytes() for file in files]
+    files[1].unlink()
+    files[2].rename(files[2].with_suffix(".partial"))
+    before = files[0].stat().st_mtime_ns
+    cache_samples(samples, 5, pipe, tmp_path)
+    assert [file.read_bytes() for file in files] == whole and files[0].stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="samples was 5 and is 6"):
+        cache_samples(samples, 6, pipe, tmp_path)
+    pipe.vae.quant_conv.bias.data += 1
+    with pytest.raises(ValueError, match="encoders was"):
+        cache_samples(samples, 5, pipe, tmp_path)
+    with pytest.raises(ValueError, match="`count` must be 1 or more"):
+        cache_samples(samples, 0, pipe, tmp_path / "other")
+
+
+def test_a_text_is_stored_once(pipe, tmp_path):
+    samples = PictureSamples(
+        Mixture([(Source("same", Pairs(6), lambda *_: Editing("same words")), 1)]), pipe.tokenizer
+    )
+    cached = cache_samples(samples, 6, pipe, tmp_path)
+    assert cached._shards[0]["prompt_embeds"].shape == (1, 77, 32)
+    torch.testing.assert_close(
+        cached[3]["prompt_embeds"].float()[None], pipe.encode_prompt("same words")[0], atol=1e-2, rtol=1e-2
+    )

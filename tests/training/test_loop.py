@@ -1,111 +1,318 @@
 import dataclasses
+import json
+import os
+import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DDPMScheduler
+from pairs import Pairs, mixture
+from PIL import Image
+from safetensors.torch import load_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.training import TrainingConfig, encode_samples, train
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.training import (
+    PictureSamples,
+    TrainingConfig,
+    ValidationQuestion,
+    cache_samples,
+    save_lora,
+    train,
+)
+from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.validation import validation_sheet
 
+TWO_PROCESSES = tiny.ROOT / "examples" / "accelerate" / "two_processes_cpu.yaml"
 SCRIPT = Path(__file__).parent / "train_tiny.py"
-STEPS = 9
+FEW = TrainingConfig(max_train_steps=2, batch_size=2)
 
 
-def run(folder, *options):
-    return subprocess.run(
-        [sys.executable, SCRIPT, folder, str(STEPS), *options], check=True, capture_output=True, text=True
-    )
+def command(folder, cache=None, **settings):
+    return [sys.executable, SCRIPT, folder, json.dumps(settings), *filter(None, [cache])]
+
+
+def weights_of(folder):
+    return torch.load(folder / "weights.pt")
 
 
 def checkpoints(folder):
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
-
-
-def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(whole)
-
-    process = subprocess.Popen([sys.executable, SCRIPT, broken, str(STEPS)], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not checkpoints(broken) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert checkpoints(broken), "killed before the first checkpoint"
-    assert not (broken / "weights.pt").exists(), "killed after the end"
-    run(broken)
-
-    expected, resumed = (torch.load(folder / "weights.pt") for folder in (whole, broken))
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    assert checkpoints(whole) == [f"checkpoint-{STEPS}"], "older checkpoints are dropped"
-    fresh = InstructDiffusionPipeline(**tiny.components())
-    assert not torch.equal(expected["unet.conv_in.weight"], fresh.unet.conv_in.weight), "training moved nothing"
+    return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
 
 
 @pytest.fixture
 def two_samples(pipe):
-    samples = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"sample {i}") for i in range(2)]
-    return encode_samples(samples, pipe.vae, pipe.tokenizer)
+    return PictureSamples(Mixture([(Source("two", Pairs(2), Editing.pick), 1)]), pipe.tokenizer)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(pipe, two_samples, tmp_path):
-    two_samples.tensors["target_mean"][:] = float("nan")
-    with pytest.raises(FloatingPointError, match="at step 0"):
-        train(pipe, two_samples, TrainingConfig(max_train_steps=2, batch_size=2), tmp_path)
-    assert not checkpoints(tmp_path)
+@pytest.mark.parametrize("cached", [False, True])
+def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, cached):
+    """All of a run is in its checkpoints: weights, average, optimizer, schedule, place in the data."""
+    settings = {
+        "max_train_steps": 9,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "train_text_encoder": not cached,
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    cache = tmp_path / "cache" if cached else None
+    subprocess.run(command(whole, cache, **settings), check=True, capture_output=True)
+
+    process = subprocess.Popen(command(broken, cache, **settings), stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not checkpoints(broken) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.001)
+    time.sleep(random.Random().uniform(0, 0.2))  # anywhere in the updates and checkpoints that follow
+    process.kill()
+    process.wait()
+    assert checkpoints(broken), "killed before the first checkpoint"
+    assert not (broken / "weights.pt").exists(), "killed after the end"
+    # The pictures are read by two other processes now: that must not matter.
+    subprocess.run(command(broken, cache, **settings, num_workers=2), check=True, capture_output=True)
+
+    expected, resumed = weights_of(whole), weights_of(broken)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert checkpoints(whole) == ["checkpoint-9"], "older checkpoints are dropped"
+    fresh = InstructDiffusionPipeline(**tiny.components())
+    assert not torch.equal(expected["unet.conv_in.weight"], fresh.unet.conv_in.weight), "training moved nothing"
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path):
+    settings = {
+        "max_train_steps": 4,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.5,
+        "lr_scheduler": "cosine",
+    }
+    subprocess.run(command(tmp_path / "one", gradient_accumulation_steps=2, **settings), check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
+    run = launch + command(tmp_path / "two", **settings)[1:]
+    alone = subprocess.run(run, capture_output=True, text=True)
+    assert "2 processes were launched, but each would train alone" in alone.stderr
+    subprocess.run(run, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    fresh = InstructDiffusionPipeline(**tiny.components()).unet.state_dict()
+    moved = max((one[f"unet.{name}"] - tensor).abs().max() for name, tensor in fresh.items())
+    assert moved > 1e-3, "training moved nothing"
+    assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-5
+
+
+def losses(pipe, dataset, positions=64):
+    """Mean loss of `pipe` on many draws, for comparison before and after."""
+    batch = torch.utils.data.default_collate([dataset[position] for position in range(positions)])
+    batch = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    draws = draw(99, range(positions), batch["target_mean"].shape[1:], 1000)
+    with torch.no_grad():
+        return epsilon_loss(
+            pipe.unet,
+            scheduler,
+            pipe.vae.config.scaling_factor * batch["target_mean"].float(),
+            batch["image_latents"].float(),
+            batch["prompt_embeds"].float(),
+            draws.noise,
+            draws.timesteps,
+        ).mean()
+
+
+WAYS = {
+    "float32": {},
+    "bf16": {"mixed_precision": "bf16"},
+    "LoRA": {"lora_rank": 8, "learning_rate": 1e-2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "cached": {},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_lowers_the_loss_on_two_samples(way, pipe, two_samples, tmp_path):
+    others = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
+    embeds = pipe.encode_prompt("make it number 0")[0]
+    dataset = cache_samples(two_samples, 2, pipe, tmp_path / "cache") if way == "cached" else two_samples
+    before = losses(pipe, dataset)
+    config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
+    train(pipe, dataset, dataclasses.replace(config, **WAYS[way]), tmp_path)
+    # Low-rank additions to the attention of random weights cannot do as much.
+    assert losses(pipe, dataset) < (0.95 if way == "LoRA" else 0.85) * before
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
+    assert torch.equal(embeds, pipe.encode_prompt("make it number 0")[0])
+    assert all(torch.equal(tensor, others[name]) for name, tensor in pipe.vae.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("settings", [{"mixed_precision": "fp16"}, {"optimizer": "adamw8bit"}])
+def test_on_cuda_half_precision_and_eight_bit_adam_lower_the_loss(settings, pipe, two_samples, tmp_path):
+    before = losses(pipe, two_samples)
+    config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5, **settings)
+    train(pipe, two_samples, config, tmp_path)
+    assert losses(pipe.to("cpu"), two_samples) < 0.85 * before
+
+
+def test_lora_weights_load_in_a_pipeline_and_change_its_output(pipe, two_samples, tmp_path):
+    plain = pipe(**tiny.inputs()).images
+    config = TrainingConfig(max_train_steps=5, batch_size=2, learning_rate=1e-2, lora_rank=4, ema_decay=0.5)
+    trained = train(pipe, two_samples, config, tmp_path)
+    answer = trained(**tiny.inputs()).images
+    save_lora(trained, tmp_path / "lora")
+    fresh = InstructDiffusionPipeline(**tiny.components())
+    fresh.set_progress_bar_config(disable=True)
+    fresh.load_lora_weights(tmp_path / "lora")
+    loaded = fresh(**tiny.inputs()).images
+    assert np.abs(loaded - plain).max() > 0.01
+    np.testing.assert_allclose(loaded, answer, atol=1e-5)
+
+
+def test_text_to_image_never_sees_the_input(pipe, two_samples, tmp_path):
+    config = dataclasses.replace(FEW, text_to_image=True, max_train_steps=4, learning_rate=1e-2, weight_decay=0)
+    before = pipe.unet.conv_in.weight.clone()
+    train(pipe, two_samples, config, tmp_path)
+    moved = (pipe.unet.conv_in.weight - before).abs()
+    assert moved[:, :4].max() > 0 and moved[:, 4:].max() == 0, "zero latents give no gradient"
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_sources_and_checkpoint(pipe, samples, tmp_path):
+    class Poisoned(torch.utils.data.Dataset):
+        sources = samples.sources
+
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, position):
+            item = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(
+                torch.utils.data.default_collate([samples[position]])
+            )
+            item = {name: column[0] for name, column in item.items()}
+            if position == 9:
+                item["target_mean"] = item["target_mean"] * float("nan")
+            return item
+
+    config = dataclasses.replace(FEW, max_train_steps=9, checkpointing_steps=3)
+    source = samples.sources[samples[9]["source"]]
+    with pytest.raises(FloatingPointError) as stop:
+        train(pipe, Poisoned(), config, tmp_path)
+    message = str(stop.value)
+    assert message.startswith(f"update 4: the loss is not finite for {source} at position 9. Its samples are from ")
+    assert message.endswith(f"The last good checkpoint is {tmp_path / 'checkpoint-3'}.")
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
+    stored = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+def test_gradients_that_are_not_finite_stop_too(pipe, two_samples, tmp_path):
+    pipe.unet.conv_out.register_full_backward_hook(lambda module, into, out: (into[0] * float("inf"),))
+    with pytest.raises(FloatingPointError, match="update 0: the norm of the gradients is (nan|inf).* from two"):
+        train(pipe, two_samples, FEW, tmp_path)
+
+
+@pytest.fixture
+def samples(pipe):
+    return PictureSamples(mixture(), pipe.tokenizer)
 
 
 def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
-    config = TrainingConfig(max_train_steps=1, batch_size=2)
-    train(pipe, two_samples, config, tmp_path)
+    train(pipe, two_samples, FEW, tmp_path)
+    other = dataclasses.replace(FEW, learning_rate=1e-2, seed=3)
     with pytest.raises(ValueError, match="another run: learning_rate was 0.0001 and is 0.01, seed was 0 and is 3"):
-        train(pipe, two_samples, dataclasses.replace(config, learning_rate=1e-2, seed=3), tmp_path)
+        train(pipe, two_samples, other, tmp_path, resume="latest")
+    with pytest.raises(ValueError, match='`output_dir` has .*checkpoint-2 of an earlier run; resume="latest"'):
+        train(pipe, two_samples, FEW, tmp_path)
+    with pytest.raises(ValueError, match='`resume` must be "latest" or the folder of a checkpoint; .*checkpoint-7'):
+        train(pipe, two_samples, FEW, tmp_path, resume=tmp_path / "checkpoint-7")
 
 
-def test_fp16_on_a_cpu_is_refused_and_leaves_other_precisions_open(pipe, two_samples, tmp_path):
-    config = TrainingConfig(max_train_steps=1, batch_size=2, mixed_precision="fp16")
-    with pytest.raises(ValueError, match='mixed_precision: got "fp16" on a CPU'):
-        train(pipe, two_samples, config, tmp_path)
-    train(pipe, two_samples, dataclasses.replace(config, mixed_precision="no"), tmp_path)
+def test_a_run_can_be_made_longer_and_its_batches_cut_otherwise(pipe, two_samples, tmp_path):
+    train(pipe, two_samples, dataclasses.replace(FEW, checkpoints_total_limit=2), tmp_path)
+    assert json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())["samples_per_step"] == 2
+    longer = dataclasses.replace(
+        FEW, max_train_steps=3, batch_size=1, gradient_accumulation_steps=2, checkpoints_total_limit=2
+    )
+    train(pipe, two_samples, longer, tmp_path, resume="latest")
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_a_pipeline_stored_in_half_precision_is_trained_in_float32(pipe, two_samples, tmp_path):
-    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
-    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path / "half")
-    loaded = train(loaded, two_samples, TrainingConfig(max_train_steps=1, batch_size=2), tmp_path)
-    assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.float32}
-    assert loaded(**tiny.inputs()).images.shape == (1, 32, 32, 3)
+def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, two_samples, tmp_path):
+    for settings, words in (
+        ({"mixed_precision": "fp16"}, '`mixed_precision` is "fp16" on a CPU'),
+        ({"optimizer": "adamw8bit"}, '`optimizer` is "adamw8bit", which needs CUDA'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(pipe, two_samples, dataclasses.replace(FEW, **settings), tmp_path / "out")
+    cached = cache_samples(two_samples, 2, pipe, tmp_path / "cache")
+    with pytest.raises(ValueError, match="embeddings=False"):
+        train(pipe, cached, dataclasses.replace(FEW, train_text_encoder=True), tmp_path / "out")
+    odd = PictureSamples(Mixture([(Source("odd", Pairs(2, side=34), Editing.pick), 1)]), pipe.tokenizer)
+    with pytest.raises(ValueError, match="34 x 34 pixels; both must be multiples of 4"):
+        train(pipe, odd, FEW, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    train(pipe, two_samples, FEW, tmp_path / "out")  # a refusal leaves other precisions open
 
 
-def test_training_lowers_the_loss_and_leaves_the_text_encoder_alone(pipe, two_samples, tmp_path):
-    embeds = pipe.encode_prompt("sample 0")[0]
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be 1 or more; got 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be from 0 to below 1"),
+        ({"lora_rank": 0}, "`lora_rank` must be 1 or more"),
+        ({"lora_rank": 4, "train_text_encoder": True}, "`train_text_encoder` must be False"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no, bf16, fp16; got 'fp8'"),
+        ({"optimizer": "sgd"}, "`optimizer` must be one of"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(FEW, **settings)
 
-    def mean_loss():
-        from diffusers import DDPMScheduler
 
-        from instructdiffusion_pipeline.training.loss import epsilon_loss
+def test_validation_pictures_have_fixed_noise_and_do_not_disturb_training(pipe, samples, tmp_path):
+    sample = samples.mixture[0]
+    question = ValidationQuestion("editing", sample, {"num_inference_steps": 2})
+    config = dataclasses.replace(FEW, max_train_steps=4, learning_rate=1e-3, validation_steps=2, ema_decay=0.5)
+    train(pipe, samples, config, tmp_path / "shown", validation=[question, question])
+    sheets = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "shown" / "validation").iterdir())]
+    assert len(sheets) == 2 and (sheets[0] != sheets[1]).any()
+    for sheet in sheets:
+        upper, lower = np.split(sheet, 2)
+        assert (upper == lower).all(), "the same question with the same noise"
 
-        generator = torch.Generator().manual_seed(5)
-        batch = {name: tensor.repeat_interleave(32, 0).float() for name, tensor in two_samples.tensors.items()}
-        with torch.no_grad():
-            return epsilon_loss(
-                pipe.unet,
-                DDPMScheduler.from_config(pipe.scheduler.config),
-                pipe.vae.config.scaling_factor * batch["target_mean"],
-                batch["image_latents"],
-                pipe.text_encoder(batch["input_ids"].long()).last_hidden_state,
-                torch.randn(batch["target_mean"].shape, generator=generator),
-                torch.randint(0, 1000, (64,), generator=generator),
-            ).mean()
+    still = InstructDiffusionPipeline(**tiny.components())
+    train(still, samples, config, tmp_path / "hidden")
+    shown, hidden = pipe.unet.state_dict(), still.unet.state_dict()
+    assert all(torch.equal(shown[name], hidden[name]) for name in hidden)
+    # The last sheet is of the weights that the run hands over: the average.
+    assert (np.asarray(validation_sheet(pipe, [question, question])) == sheets[-1]).all()
 
-    before = mean_loss()
-    config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
-    train(pipe, two_samples, config, tmp_path)
-    assert mean_loss() < 0.8 * before
-    assert torch.equal(embeds, pipe.encode_prompt("sample 0")[0])
+
+def test_trackers_get_loss_of_each_source_rate_memory_and_pictures(pipe, samples, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(FEW, max_train_steps=4, logging_steps=2, report_to="tensorboard")
+    question = ValidationQuestion("editing", samples.mixture[0], {"num_inference_steps": 1})
+    train(pipe, samples, config, tmp_path, validation=[question])
+    events = EventAccumulator(str(tmp_path / "instructdiffusion"))
+    events.Reload()
+    values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    shown = [samples.sources[samples[position]["source"]] for position in range(8)]
+    for line in range(2):
+        counts = Counter(shown[4 * line : 4 * line + 4])
+        each = {name: values[f"loss/{name}"].pop(0) * count for name, count in counts.items()}
+        assert values["loss"][line] == pytest.approx(sum(each.values()) / 4, rel=1e-5)
+    assert values["learning rate"] == pytest.approx([1e-4, 1e-4])
+    assert values["peak memory, GB"][0] > 0.05 and min(values["samples per second"]) > 0
+    assert events.Tags()["images"] == ["validation"]

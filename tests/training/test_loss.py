@@ -38,9 +38,9 @@ def golden_losses(pipe, tensors, about, **options):
         target_mean + torch.exp(0.5 * target_logvar) * tensors["posterior_noise"]
     )
     input_ids, image_latents = drop_conditioning(
-        tokenize(tokenizer, about["prompts"]),
+        torch.stack([tokenize(tokenizer, prompt) for prompt in about["prompts"]]),
         tensors["source_posterior_parameters"].chunk(2, dim=1)[0],
-        tokenize(tokenizer, [""])[0],
+        tokenize(tokenizer, ""),
         tensors["dropout_random"],
     )
     prompt_embeds = pipe.text_encoder(input_ids).last_hidden_state

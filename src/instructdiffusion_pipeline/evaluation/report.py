@@ -2,18 +2,17 @@
 
 import json
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from instructdiffusion_pipeline.evaluation.cases import Case
 from instructdiffusion_pipeline.evaluation.scoring import Scores, summarize, truth_picture
+from instructdiffusion_pipeline.sheets import stack, strip, write_picture, write_text
 
-PANEL, MARGIN, FONT_SIZE = 256, 12, 15  # pixels
 IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
 NOTES = """\
 In brackets: the ceiling, which is the score of the true answer passed through the VAE alone. AP, PCK, IoU and N-acc
@@ -93,27 +92,7 @@ def contact_sheet(answers: Path, cases: Sequence[Case], records: Sequence[Mappin
         panels += [("reading", overlay), ("truth", truth_picture(exam))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         strips.append(strip(f"{rank}: {metric} {number(metric, value)}, {record['name']}", panels))
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for part in strips:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet
-
-
-def strip(title: str, panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Captioned pictures side by side under a title, each fitted into a square."""
-    font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + 5
-    captions = [textwrap.fill(caption, 2 * PANEL // FONT_SIZE) for caption, _ in panels]
-    header = MARGIN + line * (1 + max(caption.count("\n") + 1 for caption in captions))
-    sheet = Image.new("RGB", (MARGIN + len(panels) * (PANEL + MARGIN), header + PANEL + 2 * MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN // 2), title, "black", font)
-    for index, (caption, (_, picture)) in enumerate(zip(captions, panels, strict=True)):
-        left = MARGIN + index * (PANEL + MARGIN)
-        pen.multiline_text((left, MARGIN // 2 + line), caption, "#444444", font)
-        sheet.paste(ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL)), (left, header + MARGIN // 2))
-    return sheet
+    return stack(strips)
 
 
 def check_names(cases: Sequence[Case]) -> None:
@@ -136,17 +115,3 @@ def file_name(row: str) -> str:
 def answer_name(index: int, number: int) -> str:
     """The file of the answer to question `number` of the case at `index`."""
     return f"{index:06d}-{number}.png"
-
-
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write aside and rename, so that a half-written picture never has its name."""
-    partial = path.with_suffix(".partial.png")
-    picture.save(partial)
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside and rename."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

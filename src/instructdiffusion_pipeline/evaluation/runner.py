@@ -19,7 +19,9 @@ from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
+from instructdiffusion_pipeline.identity import differences, fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.sheets import write_picture, write_text
 from instructdiffusion_pipeline.tasks import Task
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -63,7 +65,7 @@ def evaluate(
         raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
     report.check_names(cases)
     run = {
-        "model": fingerprint(pipeline),
+        "model": model_identity(pipeline),
         "settings": {family: dict(values) for family, values in settings.items()},
         "resolution": resolution,
         "batch_size": batch_size,
@@ -89,14 +91,11 @@ def evaluate(
     return report.write(folder, run, cases, records)
 
 
-def fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """Tells models apart: a hash of a thousand values or so of each weight, the scheduler, precision and device."""
-    digest = hashlib.sha256(f"{pipeline.dtype} {pipeline.device.type} {pipeline.scheduler.to_json_string()}".encode())
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        for name, weight in part.named_parameters():
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
-            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def model_identity(pipeline: InstructDiffusionPipeline) -> str:
+    """Tells models apart: weights, scheduler, precision and device."""
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    scheduler = pipeline.scheduler.to_json_string()
+    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler}")
 
 
 def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:
@@ -107,15 +106,13 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
             raise ValueError(
                 f"`folder` holds {path} without the run.json that says what it is of. Choose another one."
             )
-        report.write_text(written, json.dumps(run, indent=2) + "\n")
+        write_text(written, json.dumps(run, indent=2) + "\n")
         return []
     before = json.loads(written.read_text())
-    if other := [
-        f"{key} {before.get(key)!r}, now {value!r}" for key, value in run.items() if before.get(key) != value
-    ]:
+    if other := differences(before, run):
         raise ValueError(
-            f"`folder` must be new or hold records of the same run; {folder} was written with {'; '.join(other)}."
-            " Choose another folder, or delete this one."
+            f"`folder` must be new or hold records of the same run; of {folder}, {other}. Choose another folder, or"
+            " delete this one."
         )
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
@@ -176,9 +173,7 @@ class Asker:
                 batch = group[start : start + self.batch_size]
                 passed = self.through_vae([question.drawn for question in batch])
                 for question, answer, picture in zip(batch, self.ask(name, batch), passed, strict=True):
-                    report.write_picture(
-                        self.folder / report.answer_name(question.index, question.number), answer.picture
-                    )
+                    write_picture(self.folder / report.answer_name(question.index, question.number), answer.picture)
                     answers[question.index].append(answer)
                     ceilings[question.index].append(picture)
 

@@ -1,75 +1,73 @@
 """One training loop, from top to bottom; accelerate brings precision, processes and devices."""
 
-import json
-import shutil
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, DiffusionPipeline
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
+from instructdiffusion_pipeline.sheets import write_picture
+from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.config import TrainingConfig
-from instructdiffusion_pipeline.training.data import EncodedSamples, EndlessShuffle, tokenize
-from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.data import TrainingSamples, tokenize
+from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+from instructdiffusion_pipeline.training.model import Denoiser
+from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
+from instructdiffusion_pipeline.training.watch import Watch
 
-
-class Denoiser(nn.Module):
-    """What is trained, as one module: the UNet, and the text encoder where the configuration says so."""
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, train_text_encoder: bool):
-        super().__init__()
-        # Trained in float32 whatever they were stored in; mixed precision casts as it goes.
-        self.unet = unet.float().requires_grad_(True).train()
-        self.text_encoder = text_encoder.float().requires_grad_(train_text_encoder).train(train_text_encoder)
-
-    def forward(
-        self,
-        scheduler: DDPMScheduler,
-        latents: torch.Tensor,
-        image_latents: torch.Tensor,
-        input_ids: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        min_snr_gamma: float | None,
-    ) -> torch.Tensor:
-        """Loss of each sample, [B]; shapes as in `epsilon_loss`."""
-        prompt_embeds = self.text_encoder(input_ids).last_hidden_state
-        return epsilon_loss(
-            self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma
-        )
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IMAGES = {"tensorboard": {"dataformats": "NHWC"}}  # what a tracker must be told about an array of pictures
 
 
 def train(
-    pipeline: DiffusionPipeline, dataset: EncodedSamples, config: TrainingConfig, output_dir: Path
-) -> DiffusionPipeline:
-    """Train `pipeline` on `dataset` and return it with the averaged weights.
+    pipeline: InstructDiffusionPipeline,
+    dataset: TrainingSamples,
+    config: TrainingConfig,
+    output_dir: str | PathLike[str],
+    resume: str | Path | None = None,
+    validation: Sequence[ValidationQuestion] = (),
+) -> InstructDiffusionPipeline:
+    """Train `pipeline` on `dataset` and return it with the averaged weights, or with low-rank additions.
 
-    Checkpoints go to `output_dir`; a run that was stopped goes on from its last one and gives, on a CPU, the weights
-    of a run that was not. accelerate fixes the precision for the whole process with the first call.
+    Checkpoints, validation pictures and logs go to `output_dir`. With `resume` ("latest", or the folder of a
+    checkpoint) a run that was killed goes on, and gives, on a CPU, the weights of one that was not. accelerate fixes
+    the precision for the whole process with the first call.
 
     Raises:
-        ValueError: `mixed_precision` is fp16 on a CPU, or `output_dir` holds checkpoints of another run.
-        FloatingPointError: the loss is not finite.
+        ValueError: settings cannot be had on this machine or with this data, or `output_dir` or `resume` hold
+            checkpoints of another run.
+        FloatingPointError: the loss, or without loss scaling a gradient, is not finite; no checkpoint is of after it.
     """
-    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
-        raise ValueError('mixed_precision: got "fp16" on a CPU, which would train in float32; use "bf16" or "no"')
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    settings = asdict(config) | {"processes": accelerator.num_processes, "samples": len(dataset)}
+    # 1. The machine, and what is trained on it.
+    check_possible(config, pipeline, dataset)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_dir=output_dir,
+    )
     set_seed(config.seed)
+    folder, device = Path(output_dir), accelerator.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder, config.train_text_encoder)
-    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    encoders = FrozenEncoders.of(
+        pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
+    )
+    denoiser = Denoiser(pipeline, config)
+    optimizer = make_optimizer(denoiser.trained(), config)
     # accelerate steps the schedule once per process, so its lengths are given in those steps
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -77,88 +75,183 @@ def train(
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
-    denoiser, optimizer, lr_scheduler = accelerator.prepare(denoiser, optimizer, lr_scheduler)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    accelerator.register_for_checkpointing(ema)
-    first_step = restore(accelerator, output_dir, settings)
-    ema.to(accelerator.device)  # a checkpoint is read to the CPU
 
-    # The data order is a pure function of the seed and the step, so that resuming needs no state for it.
-    world_batch = config.batch_size * accelerator.num_processes
-    order = EndlessShuffle(len(dataset), config.seed, start=first_step * world_batch)
-    batches = iter(accelerator.prepare(DataLoader(dataset, config.batch_size, sampler=order)))
-    empty_ids = tokenize(pipeline.tokenizer, [""])[0].to(accelerator.device)
-    scaling_factor = pipeline.vae.config.scaling_factor
+    # 2. Where it goes on. The order of the data is a function of the step, so resuming needs no state for it.
+    samples_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    settings = asdict(config) | {
+        "samples_per_step": samples_per_step,
+        "samples": len(dataset),
+        "sources": list(dataset.sources),
+    }
+    checkpoint = checkpoints.find(folder, resume, settings)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    loader: DataLoader = DataLoader(
+        dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
+        config.batch_size,
+        sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    ema = make_ema(accelerator, parameters, config.ema_decay)
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        if ema:
+            ema.to(device)  # a checkpoint is read to the CPU
 
-    steps = range(first_step, config.max_train_steps)
-    bar = tqdm(steps, initial=first_step, total=config.max_train_steps, disable=not accelerator.is_main_process)
-    for step in bar:
-        batch = next(batches)
-        size, shape = len(batch["input_ids"]), batch["target_mean"].shape
-        # 1. Draw in the original's order: posterior, dropout, timesteps, noise. All of it hangs on (seed, step, rank).
-        entropy = np.random.SeedSequence((config.seed, step, accelerator.process_index))
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
-        posterior_noise = torch.randn(shape, generator=generator).to(accelerator.device)
-        draws = torch.rand(size, generator=generator).to(accelerator.device)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), generator=generator)
-        timesteps = timesteps.to(accelerator.device)
-        noise = torch.randn(shape, generator=generator).to(accelerator.device)
+    # 3. Train.
+    if config.report_to:
+        accelerator.init_trackers("instructdiffusion", {k: v for k, v in settings.items() if k != "sources"})
+    if validation:
+        pipeline.to(device)
+    empty_ids = tokenize(pipeline.tokenizer, "").to(device)
+    empty_text = empty_ids if config.train_text_encoder else encoders.embed(empty_ids[None])[0]
+    watch, seen = Watch(dataset.sources, device), []
+    bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
+    for batch in loader:
+        # a. What each sample draws: posterior, dropout, timestep, noise.
+        batch = encoders.encode(batch)
+        shape = batch["target_mean"].shape[1:]
+        draws = draw(config.seed, batch["position"].tolist(), shape, scheduler.config.num_train_timesteps)
+        posterior_noise, dropout, timesteps, noise = (column.to(device) for column in draws)
 
-        # 2. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
-        latents = scaling_factor * (batch["target_mean"].float() + batch["target_std"].float() * posterior_noise)
-        input_ids, image_latents = drop_conditioning(
-            batch["input_ids"], batch["image_latents"].float(), empty_ids, draws
+        # b. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
+        latents = pipeline.vae.config.scaling_factor * (batch["target_mean"] + batch["target_std"] * posterior_noise)
+        text, image_latents = drop_conditioning(
+            batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
+            torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),
+            empty_text,
+            dropout,
         )
 
-        # 3. One step of AdamW, and of the average that is kept in the end.
-        loss = denoiser(scheduler, latents, image_latents, input_ids, noise, timesteps, config.min_snr_gamma).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is in {output_dir}")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        # c. Gradients; after the last batch of an update one step of the optimizer, and of the average.
+        with accelerator.accumulate(denoiser):
+            losses = denoiser(scheduler, latents, image_latents, text, noise, timesteps, config.min_snr_gamma)
+            accelerator.backward(losses.mean())
+            seen.append({"loss": losses.detach()} | {name: batch[name] for name in ("position", "source", "skipped")})
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                update = accelerator.gather({name: torch.cat([part[name] for part in seen]) for name in seen[0]})
+                seen.clear()
+                check_finite(update, None if accelerator.scaler else norm, step, folder, dataset.sources)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        if ema:
+            ema.step(parameters)
 
-        if (step + 1) % config.checkpointing_steps == 0 or step + 1 == config.max_train_steps:
-            save(accelerator, output_dir, step + 1, settings)
+        # d. What people watch, and what survives a kill.
+        watch.add(update["loss"], update["source"], update["skipped"])
+        bar.update()
+        bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=watch.skipped, refresh=False)
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            accelerator.log(watch.line() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
+        if validation and (step % config.validation_steps == 0 or last):
+            with averaged(ema, parameters), accelerator.autocast():
+                sheet = validation_sheet(pipeline, validation)
+            if accelerator.is_main_process:
+                (folder / "validation").mkdir(parents=True, exist_ok=True)
+                write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
+                for tracker in accelerator.trackers:
+                    tracker.log_images(
+                        {"validation": np.asarray(sheet)[None]}, step=step, **IMAGES.get(tracker.name, {})
+                    )
+        if step % config.checkpointing_steps == 0 or last:
+            checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
 
-    ema.copy_to(parameters)
+    # 4. Hand over the average.
+    bar.close()
+    if ema:
+        ema.copy_to(parameters)
+    accelerator.end_training()
     pipeline.unet.eval().requires_grad_(False)
     pipeline.text_encoder.eval().requires_grad_(False)
-    return pipeline.to(accelerator.device)
+    return pipeline.to(device)
 
 
-def save(accelerator: Accelerator, output_dir: Path, step: int, settings: dict[str, Any]) -> None:
-    """Write `checkpoint-<step>` aside, rename it into place, then drop older ones: a kill leaves a whole one."""
-    final, partial = output_dir / f"checkpoint-{step}", output_dir / "partial"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # each process writes a part
-    if accelerator.is_main_process:
-        (partial / "settings.json").write_text(json.dumps(settings, indent=2))
-        partial.rename(final)
-        for older in output_dir.glob("checkpoint-*"):
-            if older != final:
-                shutil.rmtree(older)
-    accelerator.wait_for_everyone()
+def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, dataset: TrainingSamples) -> None:
+    """Raise a ValueError for what would fail late, or quietly do something else."""
+    # As accelerate itself decides; its own Accelerator would fix the precision for the whole process.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    device = state.device.type
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) != state.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train alone; on CPUs set ACCELERATE_USE_CPU=true."
+        )
+    if config.mixed_precision == "fp16" and device == "cpu":
+        raise ValueError('`mixed_precision` is "fp16" on a CPU, where it would train in float32; use "bf16" or "no".')
+    if config.optimizer == "adamw8bit" and device != "cuda":
+        raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
+    if (channels := pipeline.unet.config.in_channels) != 8:
+        raise ValueError(f"`pipeline` must have a UNet of 8 input channels; got {channels}. See `load_start`.")
+    first = dataset[0]
+    if config.train_text_encoder and "prompt_embeds" in first:
+        raise ValueError(
+            "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."
+        )
+    if "target" in first:
+        height, width = first["target"].shape[1:]
+        # The UNet halves at each level but the last, and its way up must meet its way down.
+        factor = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"`dataset` has pictures of {width} x {height} pixels; both must be multiples of {factor}."
+            )
 
 
-def restore(accelerator: Accelerator, output_dir: Path, settings: dict[str, Any]) -> int:
-    """Load the newest checkpoint of `output_dir`, if there is one; returns the number of steps already taken.
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or the one of bitsandbytes, which keeps its moments in 8 bits."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError('`optimizer` is "adamw8bit", which needs `pip install bitsandbytes`.') from error
+    return AdamW8bit(parameters, config.learning_rate, weight_decay=config.weight_decay)
 
-    Its optimizer, schedule and data order mean what they say under its own settings only, so others are refused.
-    """
-    steps = [int(path.name.rpartition("-")[2]) for path in output_dir.glob("checkpoint-*")]
-    if not steps:
-        return 0
-    newest = output_dir / f"checkpoint-{max(steps)}"
-    found = json.loads((newest / "settings.json").read_text())
-    wrong = [
-        f"{name} was {found[name]!r} and is {value!r}" for name, value in settings.items() if found[name] != value
+
+def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], decay: float | None) -> EMAModel | None:
+    """The running average of `parameters`, saved with every checkpoint."""
+    if decay is None:
+        return None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("`ema_decay` must be None with FSDP: accelerate would save the average of one shard only.")
+    ema = EMAModel(parameters, decay=decay, foreach=True)
+    accelerator.register_for_checkpointing(ema)
+    return ema
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """The average in place of the weights."""
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    yield
+    if ema:
+        ema.restore(parameters)
+
+
+def check_finite(
+    update: dict[str, torch.Tensor], norm: torch.Tensor | None, step: int, folder: Path, sources: Sequence[str]
+) -> None:
+    """Stop before an update whose losses or gradients are not finite, and say where to look."""
+    bad = ~torch.isfinite(update["loss"])
+    if not bad.any() and (norm is None or torch.isfinite(norm)):
+        return
+    culprits = [
+        f"{sources[source]} at position {position}"
+        for source, position in zip(update["source"][bad].tolist(), update["position"][bad].tolist(), strict=True)
     ]
-    if wrong:
-        raise ValueError(f"output_dir: {newest} belongs to another run: {', '.join(wrong)}. Name an empty folder.")
-    accelerator.load_state(str(newest))
-    return max(steps)
+    what = f"the loss is not finite for {', '.join(culprits)}" if culprits else f"the norm of the gradients is {norm}"
+    seen = sorted({sources[source] for source in update["source"].tolist()})
+    saved = checkpoints.list_checkpoints(folder)
+    raise FloatingPointError(
+        f"update {step}: {what}. Its samples are from {', '.join(seen)}. The last good checkpoint is"
+        f" {saved[-1] if saved else 'none: none was written yet'}."
+    )

@@ -1,0 +1,24 @@
+"""Tells models and runs apart, so that a folder of one is not gone on with by another."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def fingerprint(*models: nn.Module, also: str = "") -> str:
+    """A hash of a thousand values or so of each weight, with its name, and of other words."""
+    digest = hashlib.sha256(also.encode())
+    for model in models:
+        for name, weight in model.named_parameters():
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What `now` says otherwise than `before` did, in words; empty if nothing."""
+    return ", ".join(
+        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
+    )

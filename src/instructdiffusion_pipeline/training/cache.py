@@ -1,0 +1,119 @@
+"""Latents and embeddings computed once, on disk, so that training runs the UNet alone."""
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from instructdiffusion_pipeline.identity import differences, fingerprint
+from instructdiffusion_pipeline.sheets import write_text
+from instructdiffusion_pipeline.training.data import PictureSamples
+from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
+
+SHARD = 1024  # samples in a file
+
+
+class CachedSamples(Dataset):
+    """Encoded samples, shown in a new order each epoch, which `seed` fixes; memory-mapped, read when they are needed.
+
+    Each has the mode of the input's posterior, and mean and deviation of the target's, so that every epoch draws from
+    it afresh, [4, h, w]; and embeddings [77, d] or token ids [77]. Stored in half precision.
+    """
+
+    def __init__(self, folder: str | PathLike[str], seed: int = 0):
+        about = json.loads((Path(folder) / "cache.json").read_text())
+        self.sources, self.seed, self._count = about["sources"], seed, about["samples"]
+        self._shards = [load_file(shard_path(Path(folder), start)) for start in range(0, self._count, SHARD)]
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> Batch:
+        epoch, offset = divmod(position, self._count)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self._count)
+        shard, place = divmod(int(self._order[1][offset]), SHARD)
+        item = {name: tensor[place] for name, tensor in self._shards[shard].items() if name != "prompt_embeds"}
+        if "text" in item:
+            item["prompt_embeds"] = self._shards[shard]["prompt_embeds"][item.pop("text")]
+        return item | {"position": torch.tensor(position), "skipped": torch.tensor(0)}
+
+
+def cache_samples(
+    samples: PictureSamples,
+    count: int,
+    pipeline: DiffusionPipeline,
+    folder: str | PathLike[str],
+    embeddings: bool = True,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> CachedSamples:
+    """Encode the first `count` samples into `folder`, or go on where an earlier call was stopped.
+
+    Their crops and wordings are drawn once, so `count` may be several epochs of `samples`. `embeddings` False stores
+    token ids, for a text encoder that is trained; each text's embedding is stored once a file of 1,024 samples.
+
+    Raises:
+        ValueError: `count` is not above 0, or `folder` holds a cache of something else.
+    """
+    if count < 1:
+        raise ValueError(f"`count` must be 1 or more; got {count}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders = FrozenEncoders.of(pipeline, pipeline.device, pipeline.vae.dtype, with_text=embeddings)
+    about = {
+        "samples": count,
+        "sources": samples.sources,
+        "seed": samples.mixture.seed,
+        "epoch": len(samples),
+        "size": list(samples.size),
+        "embeddings": embeddings,
+        "encoders": fingerprint(pipeline.vae, *([pipeline.text_encoder] if embeddings else [])),
+    }
+    written = folder / "cache.json"
+    if not written.exists():
+        write_text(written, json.dumps(about, indent=2) + "\n")
+    elif other := differences(json.loads(written.read_text()), about):
+        raise ValueError(f"`folder` must be new or of the same samples; of {folder}, {other}.")
+    with tqdm(total=count, desc="caching") as bar:
+        for start in range(0, count, SHARD):
+            stop = min(start + SHARD, count)
+            path = shard_path(folder, start)
+            if not path.exists():
+                loader = DataLoader(samples, batch_size, sampler=range(start, stop), num_workers=num_workers)
+                encode_shard(loader, encoders, path)
+            bar.update(stop - start)
+    return CachedSamples(folder, seed)
+
+
+def encode_shard(loader: DataLoader, encoders: FrozenEncoders, path: Path) -> None:
+    """Write one file of encoded samples, aside and renamed."""
+    device, parts, texts = encoders.vae.device, [], []
+    for batch in loader:
+        ids = batch.pop("input_ids")
+        encoded = encoders.encode({name: batch[name].to(device) for name in ("image", "target")})
+        parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()} | {"source": batch["source"]})
+        texts.append(ids)
+    columns = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    ids = torch.cat(texts)
+    if encoders.text_encoder is None:
+        columns["input_ids"] = ids
+    else:
+        distinct, columns["text"] = ids.unique(dim=0, return_inverse=True)
+        embeds = [encoders.embed(part.to(device)).half().cpu() for part in distinct.split(32)]
+        columns["prompt_embeds"] = torch.cat(embeds)
+    save_file(columns, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+def shard_path(folder: Path, start: int) -> Path:
+    """The file of the samples from `start` on."""
+    return folder / f"{start:09d}.safetensors"

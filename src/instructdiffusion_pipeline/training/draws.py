@@ -1,0 +1,36 @@
+"""Every random choice of a training step, fixed by the seed and a sample's position alone."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Draws(NamedTuple):
+    """For B samples: `posterior_noise` and `noise` [B, 4, h, w], `dropout` [B] in [0, 1), `timesteps` [B]."""
+
+    posterior_noise: torch.Tensor
+    dropout: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
+def draw(seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int) -> Draws:
+    """What the samples at `positions` of a run draw, for latents of `shape` [4, h, w], in the original's order.
+
+    Nothing hangs on how samples are shared out to batches, processes and workers, so none of that changes a run.
+    """
+    columns = []
+    for position in positions:
+        (state,) = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        columns.append(
+            (
+                torch.randn(shape, generator=generator),
+                torch.rand((), generator=generator),
+                torch.randint(0, num_train_timesteps, (), generator=generator),
+                torch.randn(shape, generator=generator),
+            )
+        )
+    return Draws(*map(torch.stack, zip(*columns, strict=True)))

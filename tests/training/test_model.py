@@ -1,0 +1,76 @@
+"""What training starts from: InstructDiffusion's folders, and Stable Diffusion's widened."""
+
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.training import load_start, widen
+
+
+def four_channels(**changes):
+    torch.manual_seed(1)
+    config = dict(tiny.components()["unet"].config) | {"in_channels": 4} | changes
+    return UNet2DConditionModel.from_config(config).eval()
+
+
+def answers(dtype, size, seed=0):
+    """What a UNet of 4 channels and the widened one say to the same noisy latents."""
+    unet = four_channels().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    noisy, image = torch.randn(2, 3, 4, size, size, generator=generator).to(dtype)
+    inputs = torch.tensor([5, 500, 999]), torch.randn(3, 77, 32, generator=generator).to(dtype)
+    with torch.no_grad():
+        narrow = unet(noisy, *inputs).sample
+        return narrow, widen(unet)(torch.cat([noisy, image], dim=1), *inputs).sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_a_widened_unet_says_exactly_what_it_said(dtype, size):
+    narrow, wide = answers(dtype, size)
+    assert torch.equal(narrow, wide)
+
+
+def test_widening_copies_the_bias_and_starts_the_new_channels_at_zero():
+    unet = four_channels()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    wide = widen(unet)
+    after = wide.state_dict()
+    assert wide.config.in_channels == 8
+    assert torch.equal(after["conv_in.weight"][:, :4], before.pop("conv_in.weight"))
+    assert not after["conv_in.weight"][:, 4:].any()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert widen(wide) is wide
+    with pytest.raises(ValueError, match="4 or 8 channels, .* got 9"):
+        widen(four_channels(in_channels=9))
+
+
+def test_the_new_channels_learn():
+    unet = widen(four_channels()).requires_grad_(True)
+    unet(torch.randn(1, 8, 16, 16), 10, torch.randn(1, 77, 32)).sample.square().mean().backward()
+    assert unet.conv_in.weight.grad[:, 4:].abs().max() > 0
+
+
+def test_starts_from_a_stable_diffusion_folder(tmp_path):
+    parts = tiny.components() | {"unet": four_channels(), "scheduler": DDIMScheduler(beta_schedule="scaled_linear")}
+    StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(tmp_path / "sd")
+    pipe = load_start(tmp_path / "sd")
+    assert isinstance(pipe, InstructDiffusionPipeline) and pipe.unet.config.in_channels == 8
+    assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert pipe.scheduler.config.timestep_spacing == "linspace"
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "wide")
+    again = load_start(tmp_path / "wide")
+    again.set_progress_bar_config(disable=True)
+    first, second = (one(**tiny.inputs()).images for one in (pipe, again))
+    assert first.shape == (1, 32, 32, 3) and (first == second).all()
+
+
+def test_starts_from_half_precision_in_float32(pipe, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    loaded = load_start(tmp_path / "half")
+    assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
