@@ -6,17 +6,14 @@ Killed, it goes on where it was when started again. Layouts of the folders: see 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edit import TINY_MODEL, load
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, trained_size
+from instructdiffusion_pipeline import FAMILIES, InstructDiffusionPipeline, load_presets, trained_size
 from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
 from instructdiffusion_pipeline.datasets.geometry import SquareCrop, Squash
 from instructdiffusion_pipeline.datasets.label_png import CocoStuff
@@ -28,8 +25,6 @@ from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, g
 from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, evaluate, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-
-FAMILIES = ("keypoints", "segmentation", "restoration", "editing")
 
 
 def refer(references: str) -> Callable[[Path, str], ReferringExpressions]:
@@ -97,18 +92,6 @@ def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, 
     split, pick = split or usual, ORIGINAL[name].pick
     source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
     return cases_from(source, count, seed, whole_person if pick == Keypoints.pick else None)
-
-
-def load_presets(model: str) -> dict[str, dict[str, Any]]:
-    """The model's own settings: presets.json of its folder or Hub repository, by family; {} if it has none."""
-    try:
-        path = Path(model) / "presets.json" if Path(model).is_dir() else Path(hf_hub_download(model, "presets.json"))
-        presets = json.loads(path.read_text())
-    except (FileNotFoundError, EntryNotFoundError):
-        return {}
-    if unknown := sorted(presets.keys() - set(FAMILIES)):
-        raise ValueError(f"{path} must have settings for {', '.join(FAMILIES)}; it has some for {', '.join(unknown)}.")
-    return presets
 
 
 def run(

@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .ask import Answer, ask, ask_batch, trained_size
+from .ask import FAMILIES, Answer, ask, ask_batch, load_presets, trained_size
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
     Guidance,
@@ -19,6 +19,7 @@ from .tasks.restoration import Restoration
 from .tasks.segmentation import Mask, Segmentation
 
 __all__ = [
+    "FAMILIES",
     "Answer",
     "Editing",
     "Guidance",
@@ -33,6 +34,7 @@ __all__ = [
     "ask",
     "ask_batch",
     "export",
+    "load_presets",
     "push",
     "trained_size",
     "upright_rgb",

@@ -1,9 +1,14 @@
 """Ask a model one question about a picture, and get data back."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
@@ -13,6 +18,8 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     working_size,
 )
 from instructdiffusion_pipeline.tasks import Task
+
+FAMILIES = ("keypoints", "segmentation", "restoration", "editing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +110,20 @@ def ask_batch(
 def trained_size(pipeline: InstructDiffusionPipeline) -> int:
     """The side in pixels of the pictures a pipeline's UNet was made for: 512 for Stable Diffusion 1.5."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """A model's own settings by family, from presets.json in its folder or Hub repository; {} if it has none.
+
+    Raises a ValueError if the file has settings for anything else than `FAMILIES`.
+    """
+    try:
+        path = (
+            Path(model) / "presets.json" if Path(model).is_dir() else Path(hf_hub_download(str(model), "presets.json"))
+        )
+        presets = json.loads(path.read_text())
+    except (FileNotFoundError, EntryNotFoundError):
+        return {}
+    if unknown := sorted(presets.keys() - set(FAMILIES)):
+        raise ValueError(f"{path} must have settings for {', '.join(FAMILIES)}; it has some for {', '.join(unknown)}.")
+    return presets

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
+
 
 def fingerprint(*models: nn.Module, also: str = "") -> str:
     """A hash of a thousand values or so of each weight, with its name, and of other words."""
@@ -15,6 +17,13 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
             some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
             digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
+    """A hash of its weights, scheduler, precision and device, on all of which its answers depend."""
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    scheduler = pipeline.scheduler.to_json_string()
+    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler}")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

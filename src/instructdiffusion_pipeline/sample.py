@@ -6,6 +6,7 @@ A data set reads `(image, annotation)`. What an annotation is depends on the fam
     segmentation    Masks: object name -> bool array [height, width]; all False where the object is absent
     restoration     the clean picture
     editing         Edit: the instruction and the edited picture
+    adaptation      the caption
 
 A task then turns it into a `Sample` (see `tasks`).
 """

@@ -305,7 +305,7 @@ def test_trackers_get_loss_of_each_source_rate_memory_and_pictures(pipe, samples
     config = dataclasses.replace(FEW, max_train_steps=4, logging_steps=2, report_to="tensorboard")
     question = ValidationQuestion("editing", samples.mixture[0], {"num_inference_steps": 1})
     train(pipe, samples, config, tmp_path, validation=[question])
-    events = EventAccumulator(str(tmp_path / "instructdiffusion"))
+    events = EventAccumulator(str(tmp_path / "logs" / "instructdiffusion"))
     events.Reload()
     values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     shown = [samples.sources[samples[position]["source"]] for position in range(8)]

@@ -100,7 +100,7 @@ def swap_sides(name: str) -> str:
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """The same random square, `size` pixels, of the picture and of masks, clean picture or edited picture.
+    """The same random square, `size` pixels, of the picture and of masks, clean picture or edited picture, if any.
 
     The square takes the whole short side and is resized (Lanczos; masks: nearest pixel); with `resize` False it is
     `size` pixels as they are. `flip` is the probability of a mirror image; where a mask's name or an instruction says
@@ -152,9 +152,12 @@ def maybe_flip(image: Image.Image, annotation: Any, chance: float, rng: random.R
 
 
 def names_a_side(annotation: Any) -> bool:
-    """Whether an instruction or the name of a mask says left or right."""
+    """Whether an instruction, a caption or the name of a mask says left or right."""
+    if isinstance(annotation, Image.Image):
+        return False
     texts = [annotation.instruction] if isinstance(annotation, Edit) else annotation
-    return not isinstance(texts, Image.Image) and any(re.search(r"\b(left|right)", text.lower()) for text in texts)
+    texts = [texts] if isinstance(texts, str) else texts
+    return any(re.search(r"\b(left|right)", text.lower()) for text in texts)
 
 
 def change(
@@ -164,6 +167,8 @@ def change(
     mask: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
     """The annotation of a picture of `size` with its picture or its masks changed; masks that are shared stay so."""
+    if isinstance(annotation, str):
+        return annotation
     if isinstance(annotation, Edit):
         return annotation._replace(edited=picture(fitted(annotation.edited, size)))
     if isinstance(annotation, Image.Image):

@@ -13,11 +13,11 @@ from PIL import Image
 
 from instructdiffusion_pipeline.datasets import AnnotatedImages, UnreadableSample
 from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.tasks import NothingToAsk, Task, make_sample
+from instructdiffusion_pipeline.tasks import Lesson, NothingToAsk, make_sample
 
 logger = logging.getLogger(__name__)
 
-Pick = Callable[[Image.Image, Any, random.Random], Task]
+Pick = Callable[[Image.Image, Any, random.Random], Lesson]
 Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 
@@ -39,9 +39,9 @@ class Source:
 class Always:
     """A `pick` that asks the same of every picture."""
 
-    task: Task
+    task: Lesson
 
-    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Task:
+    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Lesson:
         return self.task
 
 

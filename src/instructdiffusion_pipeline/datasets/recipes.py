@@ -4,7 +4,7 @@ Of its sixteen sources IEIW was never released; RefCOCO+ and RefCOCOg are not am
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
 from instructdiffusion_pipeline.datasets.geometry import PersonCrop, SquareCrop, Squash
 from instructdiffusion_pipeline.datasets.label_png import CocoStuff
-from instructdiffusion_pipeline.datasets.mixture import Always, Geometry, Mixture, Pick, Source
+from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Pick, Source
 from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
 from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
 from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, gqa_inpaint, magicbrush
@@ -30,8 +30,16 @@ class Ingredient:
     folder: str
     read: Callable[[Path], AnnotatedImages[Any]]
     pick: Pick
-    geometry: Geometry
+    geometry: PersonCrop | SquareCrop | Squash
     weight: float = 1.0
+
+    def source(self, name: str, folder: Path, size: int | None = None) -> tuple[Source, float]:
+        """What `folder` holds as a source with its weight; `size` of its pictures in pixels (default: 256)."""
+        dataset = self.read(folder)
+        geometry = replace(self.geometry, size=size) if size else self.geometry
+        # The original draws one of a pair's instructions at random: a pair with five must not count five times.
+        repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
+        return Source(name, dataset, self.pick, geometry), self.weight / repeats
 
 
 def refer(name: str) -> Callable[[Path], ReferringExpressions]:
@@ -76,11 +84,4 @@ def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int 
     unknown = sorted(set(names) - ORIGINAL.keys())
     if unknown:
         raise ValueError(f"`names` must be out of {', '.join(ORIGINAL)}; got {', '.join(unknown)}.")
-    sources = []
-    for name in names:
-        ingredient = ORIGINAL[name]
-        dataset = ingredient.read(Path(root) / ingredient.folder)
-        # The original draws one of a pair's instructions at random: a pair with five must not count five times.
-        repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
-        sources.append((Source(name, dataset, ingredient.pick, ingredient.geometry), ingredient.weight / repeats))
-    return Mixture(sources, seed)
+    return Mixture([ORIGINAL[name].source(name, Path(root) / ORIGINAL[name].folder) for name in names], seed)

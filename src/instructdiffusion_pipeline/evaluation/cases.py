@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -67,7 +67,7 @@ def _open(source: Source, index: int, seed: int, ask: Ask | None) -> Exam:
     image, truth = source.dataset[index]
     if source.geometry:
         image, truth = source.geometry(image, truth, rng)
-    tasks = ask(image, truth, rng) if ask else [source.pick(image, truth, rng)]
+    tasks = ask(image, truth, rng) if ask else [cast(Task, source.pick(image, truth, rng))]
     return Exam(image, tasks, truth)
 
 

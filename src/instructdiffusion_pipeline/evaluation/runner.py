@@ -19,7 +19,7 @@ from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
-from instructdiffusion_pipeline.identity import differences, fingerprint
+from instructdiffusion_pipeline.identity import differences, pipeline_fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
 from instructdiffusion_pipeline.sheets import write_picture, write_text
 from instructdiffusion_pipeline.tasks import Task
@@ -65,7 +65,7 @@ def evaluate(
         raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
     report.check_names(cases)
     run = {
-        "model": model_identity(pipeline),
+        "model": pipeline_fingerprint(pipeline),
         "settings": {family: dict(values) for family, values in settings.items()},
         "resolution": resolution,
         "batch_size": batch_size,
@@ -89,13 +89,6 @@ def evaluate(
             records += chunk
             bar.update(len(chunk))
     return report.write(folder, run, cases, records)
-
-
-def model_identity(pipeline: InstructDiffusionPipeline) -> str:
-    """Tells models apart: weights, scheduler, precision and device."""
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
-    scheduler = pipeline.scheduler.to_json_string()
-    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler}")
 
 
 def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:

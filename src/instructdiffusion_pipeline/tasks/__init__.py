@@ -9,10 +9,10 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.sample import Sample
 
 
-class Task(Protocol):
-    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation.
+class Lesson(Protocol):
+    """What a model can be trained on: words, and the picture that answers them.
 
-    Classes also have a `pick(image, annotation, rng)`, which chooses a question about an annotated picture or raises
+    Classes also have a `pick(image, annotation, rng)`, which chooses one for an annotated picture or raises
     `NothingToAsk`.
     """
 
@@ -25,6 +25,10 @@ class Task(Protocol):
     def draw(self, image: Image.Image, annotation: Any) -> Image.Image:
         """The picture that answers it, for training."""
 
+
+class Task(Lesson, Protocol):
+    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
+
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:
         """What an answer says, in pixels of `image`; `box` is the part of it that `answer` shows."""
 
@@ -36,7 +40,7 @@ class NothingToAsk(ValueError):
     """An annotation holds nothing that a task could ask for: no object, or no joint in the frame."""
 
 
-def make_sample(task: Task, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
+def make_sample(task: Lesson, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
     """The training pair for one question about an annotated picture. Raises a ValueError if its two sizes differ."""
     target = task.draw(image, annotation)
     if target.size != image.size:

@@ -5,7 +5,7 @@ from instructdiffusion_pipeline.training.config import RECIPES, TrainingConfig
 from instructdiffusion_pipeline.training.data import PictureSamples
 from instructdiffusion_pipeline.training.loop import train
 from instructdiffusion_pipeline.training.model import load_start, save_lora, widen
-from instructdiffusion_pipeline.training.validation import ValidationQuestion
+from instructdiffusion_pipeline.training.validation import ValidationQuestion, one_of_each_family
 
 __all__ = [
     "RECIPES",
@@ -15,6 +15,7 @@ __all__ = [
     "ValidationQuestion",
     "cache_samples",
     "load_start",
+    "one_of_each_family",
     "save_lora",
     "train",
     "widen",

@@ -27,7 +27,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float = setting(0.01, "of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    ema_decay: float | None = setting(0.9999, "of the average of the weights that is kept; none: the last weights are")
+    ema_decay: float = setting(0.9999, "of the average of the weights, which is what is kept; 0: the last weights are")
     min_snr_gamma: float | None = setting(None, "caps the weight of nearly clean timesteps (Hang et al., 2023, eq. 5)")
     lora_rank: int | None = setting(None, "train low-rank additions to the UNet's attention; none: all its weights")
     train_text_encoder: bool = setting(False, "for small models that start from nothing; the paper freezes CLIP")
@@ -53,8 +53,8 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0; got {getattr(self, name)}.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be from 0 to below 1, or None; got {self.ema_decay}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be from 0 to below 1; got {self.ema_decay}.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be 1 or more, or None; got {self.lora_rank}.")
         if self.lora_rank and self.train_text_encoder:

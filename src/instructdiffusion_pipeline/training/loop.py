@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
-from diffusers import DDPMScheduler
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -58,7 +58,7 @@ def train(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
-        project_dir=output_dir,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
     )
     set_seed(config.seed)
     folder, device = Path(output_dir), accelerator.device
@@ -153,7 +153,7 @@ def train(
             accelerator.log(watch.line() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
         if validation and (step % config.validation_steps == 0 or last):
             with averaged(ema, parameters), accelerator.autocast():
-                sheet = validation_sheet(pipeline, validation)
+                sheet = validation_sheet(pipeline, validation, config.text_to_image)
             if accelerator.is_main_process:
                 (folder / "validation").mkdir(parents=True, exist_ok=True)
                 write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
@@ -168,6 +168,8 @@ def train(
     bar.close()
     if ema:
         ema.copy_to(parameters)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        pipeline.unet = whole_unet(accelerator, denoiser, pipeline.unet)
     accelerator.end_training()
     pipeline.unet.eval().requires_grad_(False)
     pipeline.text_encoder.eval().requires_grad_(False)
@@ -215,15 +217,28 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
     return AdamW8bit(parameters, config.learning_rate, weight_decay=config.weight_decay)
 
 
-def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], decay: float | None) -> EMAModel | None:
+def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], decay: float) -> EMAModel | None:
     """The running average of `parameters`, saved with every checkpoint."""
-    if decay is None:
+    if not decay:
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("`ema_decay` must be None with FSDP: accelerate would save the average of one shard only.")
+        raise ValueError("`ema_decay` must be 0 with FSDP: checkpoints would have the average of one shard only.")
     ema = EMAModel(parameters, decay=decay, foreach=True)
     accelerator.register_for_checkpointing(ema)
     return ema
+
+
+def whole_unet(
+    accelerator: Accelerator, denoiser: torch.nn.Module, unet: UNet2DConditionModel
+) -> UNet2DConditionModel:
+    """A UNet of the trained weights, of which `denoiser` holds shards. Only the first process gets their values."""
+    weights = accelerator.get_state_dict(denoiser)
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(unet.config)
+    if not weights:
+        return whole.to_empty(device="cpu")
+    whole.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()}, assign=True)
+    return whole
 
 
 @contextmanager

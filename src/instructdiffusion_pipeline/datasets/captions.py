@@ -1,0 +1,65 @@
+"""Pictures with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import Skipped, files_below, read_annotations, read_image, require_samples
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class CaptionedPictures:
+    """Pictures by their path from `folder`; the annotation is the caption."""
+
+    def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, str]]):
+        self.folder, self.skipped = Path(folder), Skipped()
+        files = files_below(self.folder)
+        self._captions: list[tuple[str, str]] = []
+        for path, caption in captions:
+            if path not in files:
+                self.skipped.append((path, "a missing file"))
+            elif not caption.strip():
+                self.skipped.append((path, "no caption"))
+            else:
+                self._captions.append((path, " ".join(caption.split())))
+        require_samples(self.folder, self._captions, self.skipped)
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        path, caption = self._captions[index]
+        return read_image(self.folder / path), caption
+
+    def name(self, index: int) -> str:
+        return self._captions[index][0]
+
+
+def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
+    """What img2dataset writes with output_format="files": {shard}/{key}.jpg (.png, .webp) and {key}.txt beside it."""
+    root = Path(root)
+    pictures = sorted(path for path in files_below(root) if path.lower().endswith(SUFFIXES))
+    return CaptionedPictures(root, ((path, caption_beside(root / path)) for path in pictures))
+
+
+def caption_beside(picture: Path) -> str:
+    """The text file of a picture; empty where there is none, or none that can be read."""
+    try:
+        return picture.with_suffix(".txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def coco_captions(root: str | PathLike[str], split: str = "train2017") -> CaptionedPictures:
+    """COCO: annotations/captions_{split}.json; pictures in {split}/ or images/{split}/. An item is one caption."""
+    root = Path(root)
+    file = root / "annotations" / f"captions_{split}.json"
+    about = read_annotations(file, "a JSON file of captions")
+    folder = root / split if (root / split).is_dir() else root / "images" / split
+    names = {image["id"]: image["file_name"] for image in about["images"]}
+    return CaptionedPictures(
+        folder, ((names.get(item["image_id"], "?"), item["caption"]) for item in about["annotations"])
+    )

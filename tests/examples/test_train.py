@@ -1,0 +1,185 @@
+"""The command line of training, from what users have to what they can publish."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from hub_server import running_hub
+from safetensors.torch import load_file
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+SCRIPT = tiny.ROOT / "examples" / "train.py"
+CONFIGS = tiny.ROOT / "examples" / "accelerate"
+GOLDEN = tiny.ROOT / "tests" / "fixtures" / "golden" / "model"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+# By its path: examples/tiny has a script of the same name.
+spec = importlib.util.spec_from_file_location("train_from_the_command_line", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = script  # dataclasses look their module up
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "model"
+    InstructDiffusionPipeline(**tiny.components()).save_pretrained(folder)
+    (folder / "presets.json").write_text(json.dumps({"editing": {"num_inference_steps": 2}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Pictures of one's own, as `datasets` reads a folder of them."""
+    folder, rows = tmp_path_factory.mktemp("pictures"), []
+    for number in range(4):
+        for name, seed in (("before", number), ("after", 50 + number)):
+            tiny.picture(48, 40, seed).save(folder / f"{name}{number}.png")
+        rows.append(
+            {
+                "original_image_file_name": f"before{number}.png",
+                "edited_image_file_name": f"after{number}.png",
+                "edit_prompt": f"make it number {number}",
+            }
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def arguments(init, data, output, **settings):
+    settings = {"init": init, "data": data, "output_dir": output, "max_train_steps": 2, "batch_size": 2} | settings
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def call(monkeypatch, *args, **settings):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(*args, **settings)])
+    script.main()
+
+
+def run(*args, launch=(), env=None, **settings):
+    command = [sys.executable, *launch, SCRIPT, *arguments(*args, **settings)]
+    return subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch, cached):
+    settings = {"cache_samples": 4} if cached else {}
+    call(monkeypatch, model, f"table={table}", tmp_path / "run", learning_rate=1e-3, ema_decay=0.5, **settings)
+    trained = tmp_path / "run" / "model"
+    pipe = InstructDiffusionPipeline.from_pretrained(trained)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(**tiny.inputs()).images.shape == (1, 32, 32, 3)
+    assert json.loads((trained / "presets.json").read_text()) == {"editing": {"num_inference_steps": 2}}
+    before, after = load_file(model / UNET), load_file(trained / UNET)
+    assert max((before[name] - after[name]).abs().max() for name in before) > 1e-4
+    assert [path.name for path in (tmp_path / "run" / "validation").iterdir()] == ["step-000002.png"]
+    config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
+    assert config["learning_rate"] == 1e-3 and config["sources"] == ["table"]
+    with pytest.raises(SystemExit, match="model is there already"):
+        call(monkeypatch, model, f"table={table}", tmp_path / "run")
+
+
+def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "run", lambda options, config: seen.append(config))
+    for changes in ({}, {"recipe": "alignment"}, {"recipe": "adaptation"}, {"recipe": "alignment", "ema_decay": 0.5}):
+        call(monkeypatch, model, f"table={table}", tmp_path / "run", **changes)
+    assert [config.ema_decay for config in seen] == [0.9999, 0.99, 0.9999, 0.5]
+    assert [config.text_to_image for config in seen] == [False, False, True, False]
+    assert {(config.learning_rate, config.lr_scheduler, config.weight_decay) for config in seen} == {
+        (1e-4, "constant", 0.01)
+    }
+
+
+def test_adaptation_trains_on_captions(model, tmp_path, monkeypatch):
+    for number in range(3):
+        tiny.picture(48, 40, number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+    call(monkeypatch, model, f"captions={tmp_path}", tmp_path / "run", recipe="adaptation", learning_rate=1e-2,
+         weight_decay=0, validation_num_inference_steps=2)  # fmt: skip
+    before, after = (load_file(folder / UNET)["conv_in.weight"] for folder in (model, tmp_path / "run" / "model"))
+    assert not (before[:, :4] == after[:, :4]).all() and (before[:, 4:] == after[:, 4:]).all()
+
+
+def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
+    checkpoint = GOLDEN / "tiny-original.safetensors"
+    conversion = {
+        "original_config_file": GOLDEN / "tiny_instruct_diffusion.yaml",
+        "text_encoder": GOLDEN / "text_encoder",
+        "tokenizer": GOLDEN / "tokenizer",
+    }
+    settings = {"lora_rank": 4, "learning_rate": 1e-2, "ema_decay": 0, "validation_num_inference_steps": 1}
+    settings["resolution"] = 64
+    with running_hub() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+        env |= {"HF_HOME": str(tmp_path / "cache")}
+        refused = run(checkpoint, f"table={table}", tmp_path / "run", **settings)
+        assert refused.returncode and "--init: " in refused.stderr and "--conversion takes" in refused.stderr
+        settings["conversion"] = " ".join(f"--{name} '{path}'" for name, path in conversion.items())
+        done = run(checkpoint, f"table={table}", tmp_path / "run", env=env, push_to="you/mine", **settings)
+        assert done.returncode == 0, done.stderr
+        pushed = hub.files["you/mine"]
+    assert "https" in done.stdout or hub.url in done.stdout
+    trained = tmp_path / "run" / "model"
+    assert pushed[UNET] == (trained / UNET).read_bytes()
+
+    # The folder has the additions melted in; they also lie beside it, for the model that they were added to.
+    call = tiny.inputs(image=tiny.picture(64, 64))
+    whole, start, added = (InstructDiffusionPipeline.from_pretrained(path, dtype=torch.float32) for path in
+                           (trained, tmp_path / "run" / "start", tmp_path / "run" / "start"))  # fmt: skip
+    added.load_lora_weights(tmp_path / "run" / "lora")
+    answers = []
+    for pipe in (whole, start, added):
+        pipe.set_progress_bar_config(disable=True)
+        answers.append(pipe(**call | {"generator": tiny.generator()}).images)
+    np.testing.assert_allclose(answers[0], answers[2], atol=1e-4)
+    assert np.abs(answers[0] - answers[1]).max() > 1e-3
+
+
+def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_path):
+    settings = {"learning_rate": 1e-3, "ema_decay": 0.5, "max_train_steps": 3}
+    one = run(model, f"table={table}", tmp_path / "one", gradient_accumulation_steps=2, **settings)
+    assert one.returncode == 0, one.stderr
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_processes_cpu.yaml"))
+    two = run(model, f"table={table}", tmp_path / "two", launch=launch, env={"ACCELERATE_USE_CPU": "true"}, **settings)
+    assert two.returncode == 0, two.stderr
+    single, both, before = (load_file(folder / UNET) for folder in (
+        tmp_path / "one" / "model", tmp_path / "two" / "model", model))  # fmt: skip
+    assert max((single[name] - before[name]).abs().max() for name in before) > 1e-3
+    assert max((single[name] - both[name]).abs().max() for name in before) <= 1e-5
+
+
+def test_bad_data_is_refused_by_name(model, table, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="--data must be NAME=FOLDER with a NAME out of mpii, .*; got 'photos=x'"):
+        call(monkeypatch, model, "photos=x", tmp_path / "run")
+    with pytest.raises(SystemExit, match="`batch_size` must be 1 or more; got 0"):
+        call(monkeypatch, model, f"table={table}", tmp_path / "run", batch_size=0)
+    assert not (tmp_path / "run").exists()
+
+
+KINDS = {
+    "two_processes_cpu": DistributedType.MULTI_GPU,  # accelerate's launcher has no other way to start them
+    "several_gpus": DistributedType.MULTI_GPU,
+    "several_machines": DistributedType.MULTI_GPU,
+    "deepspeed_zero2": DistributedType.DEEPSPEED,
+    "fsdp": DistributedType.FSDP,
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configuration_files(path):
+    assert load_config_from_file(str(path)).distributed_type == KINDS[path.stem]
+    first = path.read_text().splitlines()
+    comment = " ".join(line for line in first if line.startswith("#"))
+    assert ("Tested." if path.stem == "two_processes_cpu" else "Untested") in comment
+    assert set(yaml.safe_load(path.read_text())) >= {"num_processes", "mixed_precision", "num_machines"}

@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets.picks import picks
+from instructdiffusion_pipeline.sample import Sample
+from instructdiffusion_pipeline.training.candidates import GRID, make_candidates
+
+SAMPLES = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"paint {i}") for i in range(3)]
+SMALL = {"grid": [(1.5, 1.0), (3.0, 1.25)], "num_inference_steps": 2, "batch_size": 2}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_sample_is_answered_with_each_setting(pipe, tmp_path):
+    make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
+    names = sorted(path.name for path in (tmp_path / "candidates").iterdir())
+    assert names == [f"00000{i}_{k}.png" for i in range(3) for k in ("00_s1.5_i1", "01_s3_i1.25")]
+    answers = {name: np.asarray(Image.open(tmp_path / "candidates" / name)) for name in names}
+    assert len({answer.tobytes() for answer in answers.values()}) == 6
+    assert (np.asarray(Image.open(tmp_path / "inputs" / "000001.png")) == np.asarray(SAMPLES[1].image)).all()
+    assert len(list((tmp_path / "sheets").iterdir())) == 3 and not list((tmp_path / "picks").iterdir())
+
+
+def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
+    make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
+    whole = files(tmp_path)
+    for name in ("sheets/000002.png", "candidates/000002_01_s3_i1.25.png"):
+        (tmp_path / name).unlink()
+    untouched = tmp_path / "candidates" / "000000_00_s1.5_i1.png"
+    untouched.rename(tmp_path / "picks" / untouched.name)  # somebody has begun to pick
+    make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
+    again = files(tmp_path)
+    assert not untouched.exists(), "what was moved is not made again"
+    assert again.pop("picks/000000_00_s1.5_i1.png") == whole.pop("candidates/000000_00_s1.5_i1.png")
+    assert again == whole
+    with pytest.raises(ValueError, match="same run; of .*, seed was 0 and is 1"):
+        make_candidates(pipe, SAMPLES, tmp_path, **SMALL, seed=1)
+    with pytest.raises(ValueError, match="at least one sample"):
+        make_candidates(pipe, [], tmp_path / "none")
+
+
+def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
+    make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="no sample is left"):
+        picks(tmp_path)
+    for name in ("000002_00_s1.5_i1.png", "000002_01_s3_i1.25.png", "000000_01_s3_i1.25.png"):
+        (tmp_path / "candidates" / name).rename(tmp_path / "picks" / name)
+    (tmp_path / "picks" / "999999_00_s1_i1.png").write_bytes(b"")
+    data = picks(tmp_path)
+    assert len(data) == 3 and data.skipped == [("inputs/999999.png", "a missing file")]
+    image, edit = data[2]
+    assert edit.instruction == "paint 2" and (np.asarray(image) == np.asarray(SAMPLES[2].image)).all()
+    assert (np.asarray(edit.edited) == np.asarray(Image.open(tmp_path / "picks" / "000002_01_s3_i1.25.png"))).all()
+    assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["instruction"] == "paint 1"
+
+
+def test_the_grid_is_the_papers_twenty():
+    assert len(set(GRID)) == 20
