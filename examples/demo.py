@@ -4,7 +4,6 @@ Photographs come from the scikit-image package and were never trained on. The mo
 and drawn figures laid over them, so a sunflower and a figure are laid over two of them here.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from edit import TINY_MODEL, load, save, side_by_side
 from PIL import Image
 from skimage import data
 
-from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask, trained_size
+from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask, load_presets, trained_size
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 
@@ -25,7 +24,7 @@ SIGMA = 25.0  # grey levels
 
 def main() -> None:
     pipeline = load(str(TINY_MODEL))
-    presets = json.loads((TINY_MODEL / "presets.json").read_text())
+    presets = load_presets(TINY_MODEL)
     sunflower, figure = overlaid(data.chelsea(), "sunflower", (10, 10)), overlaid(data.rocket(), "figure", (0, 0))
     # The noise is as coarse as the model's pixels.
     small = square(data.astronaut()).resize((trained_size(pipeline),) * 2, Image.Resampling.LANCZOS)

@@ -3,10 +3,13 @@
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.training import load_start, widen
+from instructdiffusion_pipeline.training import TrainingConfig, load_start, widen
+from instructdiffusion_pipeline.training.loop import whole_unet
+from instructdiffusion_pipeline.training.model import Denoiser
 
 
 def four_channels(**changes):
@@ -74,3 +77,11 @@ def test_starts_from_half_precision_in_float32(pipe, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     loaded = load_start(tmp_path / "half")
     assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
+
+
+def test_a_unet_in_shards_is_put_together(pipe):
+    """What FSDP ends with, on weights that are not sharded, since accelerate does not shard on a CPU."""
+    denoiser = Denoiser(pipe, TrainingConfig(max_train_steps=1))
+    whole = whole_unet(Accelerator(), denoiser, pipe.unet)
+    ours, theirs = whole.state_dict(), pipe.unet.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
