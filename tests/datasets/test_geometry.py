@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import tiny
-from folders import same
+from folders import Recorded, same
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -75,6 +75,30 @@ def test_without_jitter_a_person_is_centred():
 def test_a_crop_without_joints_is_unreadable():
     with pytest.raises(UnreadableSample, match="annotation 1: no joint is left in the crop"):
         PersonCrop(jitter=False)(dots((60, 50)), person({"nose": Joint(-70, 50)}), random.Random(0))
+
+
+@pytest.mark.parametrize("chance, angles", [(0.0, 1), (0.6, 1), (0.601, 0), (0.9, 0)])
+def test_a_person_is_turned_in_six_of_ten_cases(chance, angles):
+    # scale, whether to turn, the angle if so, whether to flip: another draw than these fails
+    rng = Recorded(("gauss", 0.0), ("random", chance), *[("gauss", 1.0)] * angles, ("random", 0.9))
+    _, placed = PersonCrop(size=100)(dots((60, 50)), person({"nose": Joint(60, 40)}), rng)
+    root = 100 / 2**0.5 / 10  # 10 pixels above the middle, turned by 45 degrees
+    assert placed["nose"] == pytest.approx((50 - root, 50 - root, 1) if angles else (50, 40, 1))
+    assert not rng.choices
+
+
+@pytest.mark.parametrize(
+    "above, below, drawn, half",
+    [
+        (5, 3, 0.6, "lower"), (5, 3, 0.4, "upper"), (3, 3, 0.4, "upper"), (3, 6, 0.6, "lower"),
+        (5, 2, 0.6, "upper"), (2, 3, 0.4, "lower"), (2, 3, 0.6, "lower"), (2, 2, 0.4, "upper"),
+    ],
+)  # fmt: skip
+def test_a_half_of_three_joints_can_be_chosen_and_one_of_two_only_if_both_are(above, below, drawn, half):
+    names = [*COCO_JOINTS[:above], *COCO_JOINTS[-below:]]
+    joints = {name: Joint(10 * number, 200 * (number >= above)) for number, name in enumerate(names)}
+    (_, y), _ = half_body(joints, Recorded(("gauss", drawn)))
+    assert y == {"upper": 0, "lower": 200}[half]
 
 
 def test_half_bodies():

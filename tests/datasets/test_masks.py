@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import re
@@ -16,11 +17,23 @@ from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
 LABELS = """0: unlabeled
 1: person
 18: dog
-66: mirror
 157: sky-other
 171: wall-brick
 172: wall-concrete
 173: wall-other
+"""
+# What COCO's list of 91 things has and its pictures never got, with the numbers of COCO-Stuff's labels.txt.
+NEVER_DRAWN = """12: street sign
+26: hat
+29: shoe
+30: eye glasses
+45: plate
+66: mirror
+68: window
+69: desk
+71: door
+83: blender
+91: hair brush
 """
 
 
@@ -28,14 +41,14 @@ def write_stuff(root, name="1", values=((0, 170), (172, 255)), split="train2017"
     label = np.kron(np.array(values, np.uint8), np.ones((15, 20), np.uint8))
     write_picture(root / "images" / split / f"{name}.jpg", tiny.picture(40, 30))
     write_picture(root / "annotations" / split / f"{name}.png", Image.fromarray(label))
-    (root / "labels.txt").write_text(LABELS)
+    (root / "labels.txt").write_text(LABELS + NEVER_DRAWN)
 
 
 def test_coco_stuff(tmp_path):
     write_stuff(tmp_path)
     image, masks = CocoStuff(tmp_path)[0]
     assert same(image, tiny.picture(40, 30))
-    # COCO never drew a mirror: the picture may show one, so it must not be called absent.
+    # A picture may well show a mirror that nobody drew, so it must not be called absent.
     assert set(masks) == {"person", "dog", "sky", "brick wall", "concrete wall", "wall"}
     quarters = {name: mask[::15, ::20].astype(int).tolist() for name, mask in masks.items()}
     assert quarters["person"] == [[1, 0], [0, 0]] and quarters["brick wall"] == [[0, 1], [0, 0]]
@@ -175,12 +188,16 @@ def test_what_references_lack_is_named(tmp_path):
         reference(4, 5, "an empty outline"),
         reference(5, 99, "an unknown object"),
         reference(6, 1, " "),
+        reference(7, None, "cat"),
+        {key: value for key, value in reference(8, 1, "cat").items() if key != "sentences"},
     ]
     dataset = ReferringExpressions(*write_references(tmp_path, items))
     assert ("reference 2", "a missing file") in dataset.skipped
     assert reasons(dataset) == [
         "a missing file",
         "a picture that instances.json lacks",
+        "no 'ann_id'",
+        "no 'sentences'",
         "no outline",
         "no outline",
         "no sentence",
@@ -208,6 +225,23 @@ def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
         ReferringExpressions(path, images)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got FileNotFoundError")):
+        ReferringExpressions(path, images)
+
+
+@pytest.mark.parametrize("name, under", [("instances.json", " under 'images'"), ("grefs(unc).json", "")])
+def test_references_of_another_shape_are_named(name, under, tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
+    write_json(tmp_path / name, {"refs": []})
+    with pytest.raises(ValueError, match=re.escape(f"{name} must hold a list of objects{under}; got {{'refs': []}}")):
+        ReferringExpressions(path, images)
+
+
+def test_an_outline_without_a_size_of_its_picture_is_skipped(tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")])
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    del instances["images"][0]["height"], instances["annotations"][1]["segmentation"]
+    write_json(tmp_path / "instances.json", instances)
+    with pytest.raises(ValueError, match="skipped 1 with no 'height'"):
         ReferringExpressions(path, images)
 
 

@@ -1,3 +1,6 @@
+import json
+from collections import Counter
+
 import pytest
 import tiny
 from folders import reasons, same, write_broken, write_json, write_picture
@@ -25,6 +28,10 @@ def annotation(id, image_id=1, joints=17, **changes):
     keypoints = [5, 6, 2, 7, 8, 1, 0, 0, 0] + [0] * 3 * (joints - 3)
     item = {"id": id, "image_id": image_id, "category_id": 1, "iscrowd": 0, "bbox": BOX, "keypoints": keypoints}
     return item | changes
+
+
+def without(entry, field):
+    return {key: value for key, value in entry.items() if key != field}
 
 
 def people(*annotations):
@@ -65,12 +72,27 @@ def test_crowdpose_and_ai_challenger(tmp_path):
     write_picture(tmp_path / "images" / "000000000001.jpg")
     _, person = crowdpose(tmp_path)[0]
     assert tuple(person.joints) == CROWDPOSE_JOINTS and person.area == pytest.approx(0.53 * 20 * 24)
+    write_json(tmp_path / "json" / "crowdpose_val.json", people(annotation(7, joints=14, area=None)))
+    assert crowdpose(tmp_path, "val")[0][1] == person
 
     write_json(tmp_path / "annotations" / "aic_val.json", content)
     folder = "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911"
     write_picture(tmp_path / folder / "000000000001.jpg")
     _, person = aic(tmp_path, "val")[0]
     assert tuple(person.joints) == AIC_JOINTS and person.joints["right shoulder"] == Joint(5, 6)
+    with pytest.raises(ValueError, match="`split` must be one of train, val; got 'test'"):
+        aic(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "name, joints",
+    [("CrowdPose", CROWDPOSE_JOINTS), ("AIC", AIC_JOINTS), ("MPII", MPII_JOINTS), ("COCO", COCO_JOINTS)],
+)
+def test_joints_come_in_the_order_that_the_original_reads_them_in(golden, name, joints):
+    case = json.loads((golden / "data" / "pose" / f"target_{name}Dataset_0" / "case.json").read_text())
+    original = {int(number): joint.replace("_", " ") for number, joint in case["keypoints_type"].items()}
+    said = {"top head": "head top"}  # in CrowdPose; elsewhere the original says it as we do
+    assert joints == tuple(said.get(original[number], original[number]) for number in range(len(original)))
 
 
 def test_what_cannot_be_used_is_named(tmp_path):
@@ -87,23 +109,40 @@ def test_what_cannot_be_used_is_named(tmp_path):
         annotation(8, image_id=99),
         annotation(9, bbox=[]),
         annotation(10, image_id=4),
+        without(annotation(11), "bbox"),
+        annotation(12, keypoints=None),
+        annotation(13, keypoints=[float("nan")] + annotation(13)["keypoints"][1:]),
+        annotation(14, bbox=[4, 2, float("nan"), 24]),
+        annotation(15, keypoints=[None] + annotation(15)["keypoints"][1:]),
+        without(annotation(16), "id"),
+        annotation(17, image_id=None),
+        without(annotation(18), "category_id"),
+        annotation(19, image_id=5),
+        annotation(20, area=0),
     )
-    content["annotations"].append({key: value for key, value in annotation(11).items() if key != "bbox"})
     content["images"].append({"id": 4, "file_name": "000000000001.jpg"})
+    content["images"] += [{"id": 5, "width": 40, "height": 30}, {"file_name": "6.jpg", "width": 40, "height": 30}]
+    content["categories"].append({"supercategory": "animal"})
     dataset = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
     assert len(dataset) == 2 and ("000000000003.jpg, annotation 3", "a missing file") in dataset.skipped
     assert ("image 99, annotation 8", "a picture that the JSON lacks") in dataset.skipped
-    assert reasons(dataset) == [
-        "a crowd",
-        "a missing file",
-        "a picture that the JSON lacks",
-        "an empty box",
-        "another category than person",
-        "no box",
-        "no box",
-        "no labelled joint",
-        "no size of its picture",
-    ]
+    assert ("000000000001.jpg, annotation None", "no 'id'") in dataset.skipped
+    assert dataset.skipped[:2] == [("image 5", "no 'file_name'"), ("image 6.jpg", "no 'id'")]
+    assert Counter(reasons(dataset)) == {
+        "a crowd": 1,
+        "a missing file": 1,
+        "a number that is not finite": 3,
+        "a picture that the JSON lacks": 2,
+        "an empty box": 2,
+        "another category than person": 1,
+        "no 'category_id'": 1,
+        "no 'file_name'": 1,
+        "no 'id'": 2,
+        "no 'image_id'": 1,
+        "no box": 2,
+        "no labelled joint": 2,
+        "no size of its picture": 1,
+    }
     dataset[0]
     with pytest.raises(UnreadableSample, match=r"000000000002.jpg: .*(truncated|Truncated|broken)"):
         dataset[1]
@@ -134,6 +173,22 @@ def test_annotations_that_cannot_be_read_are_named(read, file, tmp_path):
         read(path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "read, content, where",
+    [
+        (CocoKeypoints, [], " under 'categories'; got \\[\\]"),
+        (CocoKeypoints, without(people(), "images"), " under 'images'; got {"),
+        (CocoKeypoints, people() | {"images": {"1": "1.jpg"}}, " under 'images'; got {"),
+        (CocoKeypoints, people(7), " under 'annotations'; got {"),
+        (MpiiKeypoints, {"annolist": []}, "; got {'annolist': "),
+        (MpiiKeypoints, ["a.jpg"], "; got \\['a.jpg'\\]"),
+    ],
+)
+def test_annotations_of_another_shape_are_named(read, content, where, tmp_path):
+    with pytest.raises(ValueError, match=f"people.json must hold a list of objects{where}"):
+        read(write_json(tmp_path / "people.json", content), tmp_path)
+
+
 def test_an_exif_orientation_does_not_turn_annotated_pixels(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -151,12 +206,31 @@ def test_mpii(tmp_path):
         person | {"center": [-1, -1]},
         person | {"joints_vis": [0] * 16},
         person | {"image": "broken.jpg"},
+        person | {"scale": 0},
+        person | {"joints": person["joints"][:15], "joints_vis": [1] * 15},
+        person | {"joints": [[float("nan"), 1.0]] * 16},
+        person | {"center": None},
+        *(without(person, field) for field in person),
     ]
     write_json(tmp_path / "annot" / "valid.json", [person, *others])
     write_picture(tmp_path / "images" / "a.jpg")
     write_broken(tmp_path / "images" / "broken.jpg")
     dataset = mpii(tmp_path, "valid")
-    assert reasons(dataset) == ["a missing file", "no centre", "no labelled joint"]
+    assert len(dataset) == 2 and ("a.jpg, annotation 5", "no scale") in dataset.skipped
+    assert ("None, annotation 9", "no 'image'") in dataset.skipped
+    assert Counter(reasons(dataset)) == {
+        "a missing file": 1,
+        "a number that is not finite": 1,
+        "no 'center'": 2,
+        "no 'image'": 1,
+        "no 'joints'": 1,
+        "no 'joints_vis'": 1,
+        "no 'scale'": 1,
+        "no centre": 1,
+        "no labelled joint": 1,
+        "no scale": 1,
+        "not 16 joints": 1,
+    }
     image, found = dataset[0]
     assert tuple(found.joints) == MPII_JOINTS
     assert found.joints["right ankle"] is None and found.joints["left wrist"] == Joint(8, 3)

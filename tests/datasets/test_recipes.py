@@ -1,11 +1,14 @@
 import pickle
 
+import numpy as np
 import pytest
 import test_masks
 import test_people
 import tiny
 from folders import write_json, write_picture
+from numpy.lib.stride_tricks import sliding_window_view
 
+from instructdiffusion_pipeline.datasets.geometry import PersonCrop
 from instructdiffusion_pipeline.datasets.recipes import ORIGINAL, original_mixture
 
 
@@ -36,6 +39,21 @@ def test_a_part_of_the_originals_mixture(tmp_path):
     for sample in (mixed[position] for position in range(len(mixed))):
         assert sample.image.size == sample.target.size == (256, 256) and sample.instruction
     pickle.dumps(mixed)
+
+
+def test_noise_is_cut_out_of_its_picture_pixel_by_pixel(tmp_path):
+    write_all(tmp_path)
+    sample = original_mixture(tmp_path, ["sidd"])[0]
+    crops = sliding_window_view(np.asarray(tiny.picture(300, 280)), (256, 256, 3))
+    image = np.asarray(sample.image)
+    assert any((crops == cut).all((-3, -2, -1)).any() for cut in (image, image[:, ::-1]))
+
+
+def test_half_bodies_are_cocos_alone_in_three_of_ten_cases():
+    halves = {
+        name: item.geometry.half_body for name, item in ORIGINAL.items() if isinstance(item.geometry, PersonCrop)
+    }
+    assert halves == {"coco": 0.3, "mpii": 0, "crowdpose": 0, "aic": 0}
 
 
 def test_names_must_be_known(tmp_path):

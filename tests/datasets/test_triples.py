@@ -27,8 +27,9 @@ def is_triple(item, instruction):
 
 
 def test_splits_part_what_comes_without():
-    parts = [part_of(range(40), split) for split in ("train", "val", "test")]
-    assert parts == [range(36), range(36, 38), range(38, 40)]
+    parts = [part_of(range(1000), split) for split in ("train", "val", "test")]
+    assert parts == [range(900), range(900, 950), range(950, 1000)]
+    assert [len(part_of(range(40), split)) for split in ("train", "val", "test")] == [36, 2, 2]
     with pytest.raises(ValueError, match="`split` must be one of train, val, test; got 'dev'"):
         part_of([], "dev")
 
@@ -51,6 +52,9 @@ def test_gier(tmp_path):
 
 def test_what_triples_lack_is_named(tmp_path):
     items = [gier_item(0), gier_item(1), gier_item(2, expert_summary=[], amateur_summary=[])] + [gier_item(3)] * 7
+    items[3:5] = [gier_item(0, expert_summary=None, amateur_summary=["dim"]), gier_item(2, expert_summary=[None])]
+    nothing = {"output": "b_2.jpg"}
+    items[5:7] = [nothing, gier_item(2, expert_summary=None, amateur_summary=None)]
     write_json(tmp_path / "GIER.json", items)
     for number in (0, 2):
         write_picture(tmp_path / "images" / f"a_{number}.jpg", BEFORE)
@@ -59,7 +63,9 @@ def test_what_triples_lack_is_named(tmp_path):
     write_broken(tmp_path / "images" / "b_0.jpg")
     dataset = gier(tmp_path)
     assert ("b_1.jpg", "a missing file") in dataset.skipped
-    assert ("a_2.jpg to b_2.jpg", "no instruction") in dataset.skipped
+    assert dataset.skipped.count(("a_2.jpg to b_2.jpg", "no instruction")) == 3
+    assert ("None to b_2.jpg: None", "no file name") in dataset.skipped
+    assert [dataset.name(index).split(": ")[1] for index in (0, 1, 2, 3)] == ["darker", "less light", "dim", "darker"]
     with pytest.raises(UnreadableSample, match="b_0.jpg"):
         dataset[0]
     with pytest.raises(ValueError, match="images: no sample is left to use; skipped 2 with a missing file"):
@@ -83,9 +89,20 @@ def test_lists_that_cannot_be_read_are_named(read, name, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("content", [{"items": []}, ["a.jpg"]])
+@pytest.mark.parametrize("read, name", [(gier, "GIER.json"), (magicbrush, "train/edit_turns.json")])
+def test_lists_of_another_shape_are_named(read, name, content, tmp_path):
+    write_json(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"{name} must hold a list of objects; got "):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["edit_turns.json", "edit_sessions.json"])
 def test_magicbrush(name, tmp_path):
     turns = [
+        {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": None},
+        {"mask": "7-mask1.png", "output": "7-output1.png", "instruction": "add a dog"},
+        {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png"},
         {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": "add a cat"},
         {"input": "7-output1.png", "mask": "7-mask2.png", "output": "7-output2.png", "instruction": "make it red"},
     ]
@@ -95,6 +112,8 @@ def test_magicbrush(name, tmp_path):
     write_picture(tmp_path / "dev" / "images" / "7" / "7-output2.png", AFTER)
     dataset = magicbrush(tmp_path, "dev")
     assert len(dataset) == 2 and is_triple(dataset[1], "make it red")
+    silent = ("7/7-input.png to 7/7-output1.png", "no instruction")
+    assert dataset.skipped == [silent, ("None to 7/7-output1.png: add a dog", "no file name"), silent]
 
 
 def test_gqa_inpaint(tmp_path):

@@ -8,7 +8,8 @@ from scipy.ndimage import gaussian_filter
 from skimage import data
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from instructdiffusion_pipeline.evaluation import metrics
+from instructdiffusion_pipeline.datasets.coco_keypoints import AIC_JOINTS, CROWDPOSE_JOINTS
+from instructdiffusion_pipeline.evaluation import Exam, metrics
 from instructdiffusion_pipeline.evaluation.metrics import (
     AIC_SIGMAS,
     COCO_SIGMAS,
@@ -17,7 +18,10 @@ from instructdiffusion_pipeline.evaluation.metrics import (
     Pose,
     keypoint_ap,
 )
+from instructdiffusion_pipeline.evaluation.scoring import measure, summarize
 from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 
 AREA = 3000.0
 
@@ -77,8 +81,19 @@ def test_ap_needs_areas_and_one_set_of_joints():
 
 def test_sigmas_are_the_published_ones():
     assert list(COCO_SIGMAS.values())[:5] == pytest.approx([0.026, 0.025, 0.025, 0.035, 0.035])
-    assert COCO_SIGMAS["left hip"] == pytest.approx(0.107) and CROWDPOSE_SIGMAS["neck"] == pytest.approx(0.079)
-    assert CROWDPOSE_SIGMAS.keys() == AIC_SIGMAS.keys() and len(AIC_SIGMAS) == 14
+    # crowdposetools has tenths, each joint's left one and right one alike
+    pairs = {"shoulder": 0.79, "elbow": 0.72, "wrist": 0.62, "hip": 1.07, "knee": 0.87, "ankle": 0.89}
+    both = {f"{side} {name}": tenths for name, tenths in pairs.items() for side in ("left", "right")}
+    tenths = both | {"head top": 0.79, "neck": 0.79}
+    assert {name: value / 10 for name, value in tenths.items()} == pytest.approx(CROWDPOSE_SIGMAS)
+    assert all(COCO_SIGMAS[name] == pytest.approx(CROWDPOSE_SIGMAS[name]) for name in both)
+    # keypoint_eval.py of AI Challenger doubles these, in the order of its joints; left and right differ
+    published = [
+        0.01388152, 0.01515228, 0.01057665, 0.01417709, 0.01497891, 0.01402144, 0.03909642,
+        0.03686941, 0.01981803, 0.03843971, 0.03412318, 0.02415081, 0.01291456, 0.01236173,
+    ]  # fmt: skip
+    assert dict(zip(AIC_JOINTS, published, strict=True)) == AIC_SIGMAS
+    assert CROWDPOSE_SIGMAS.keys() == AIC_SIGMAS.keys() == set(CROWDPOSE_JOINTS)
 
 
 def test_pck_is_the_share_of_labelled_joints_within_the_threshold():
@@ -92,8 +107,33 @@ def test_pck_is_the_share_of_labelled_joints_within_the_threshold():
 
 def test_length_of_head_and_torso():
     joints = {"upper neck": Joint(0, 0), "head top": Joint(3, 4), "left shoulder": Joint(0, 0), "right hip": None}
+    joints |= {"right shoulder": Joint(1, 0), "left hip": Joint(2, 9)}
     assert metrics.length(joints, metrics.HEAD) == 5
     assert metrics.length(joints, metrics.TORSO) is None
+    # FLIC measures from one side's shoulder to the other side's hip.
+    assert metrics.length(joints | {"right hip": Joint(8, 15)}, metrics.TORSO) == 17
+
+
+@pytest.mark.parametrize(
+    "reference, score, farthest",
+    [
+        ("side", "PCK@0.05 of the side", 0.05 * 160),  # of 160 x 120 pixels, the long one
+        ("torso", "PCK@0.2 of the torso", 0.2 * 50),
+        ("head", "PCKh@0.5", 0.5 * 20),
+    ],
+)
+def test_each_pck_counts_joints_up_to_its_share_of_its_reference(reference, score, farthest):
+    truth = {"nose": Joint(80, 10)}
+    truth |= {"torso": {"left shoulder": Joint(60, 30), "right hip": Joint(90, 70), "left hip": Joint(60, 70)}}.get(
+        reference, {}
+    )
+    truth |= {"head": {"upper neck": Joint(80, 30), "head top": Joint(80, 10)}}.get(reference, {})
+    task = Keypoints(dict(zip(truth, KEYPOINT_COLORS, strict=False)))
+    exam = Exam(Image.new("RGB", (160, 120)), [task], truth)
+    for off, right in (farthest - 0.01, 1), (farthest + 0.01, 0):
+        found = truth | {"nose": Joint(80 + off, 10)}
+        scores = summarize([measure(exam, found, (0, 0, 160, 120))])
+        assert scores[score] == pytest.approx((len(truth) - 1 + right) / len(truth))
 
 
 @settings(max_examples=30)

@@ -1,5 +1,6 @@
 """The runner on real, tiny components: killed and resumed, refused, scored, and shown."""
 
+import itertools
 import json
 import os
 import random
@@ -168,17 +169,29 @@ def test_a_run_in_which_nothing_can_be_scored_is_an_error(tmp_path):
     assert "- broken: OSError" in (tmp_path / "table.md").read_text()
 
 
+def saved_answer(folder: Path, index: int, number: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / "answers" / f"{index:06d}-{number}.png")).astype(int)
+
+
 def test_an_answer_is_that_of_the_case_alone_with_a_seed_of_its_own(whole):
-    """Neighbours in the batch change nothing that shows, and no two cases share their noise."""
+    """Neighbours in the batch change nothing that shows."""
     pipe = run_tiny.model()
-    places = [index for index, case in enumerate(run_tiny.cases()) if case.row == "editing"]
-    for index in places:
-        exam = run_tiny.cases()[index].open()
-        state = np.random.SeedSequence((5, index, 0)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        answer = ask(pipe, exam.image, exam.tasks[0], 64, generator=generator, **run_tiny.QUICK)
-        saved = np.asarray(Image.open(whole / "answers" / f"{index:06d}-0.png")).astype(int)
-        assert np.abs(saved - np.asarray(answer.picture)).max() <= 1
+    for index, case in enumerate(run_tiny.cases()):
+        if case.row in ("editing", "keypoints"):
+            exam = case.open()
+            for number, task in enumerate(exam.tasks):
+                state = np.random.SeedSequence((5, index, number)).generate_state(1, np.uint64)
+                generator = torch.Generator().manual_seed(int(state[0]))
+                answer = ask(pipe, exam.image, task, 64, generator=generator, **run_tiny.QUICK)
+                assert np.abs(saved_answer(whole, index, number) - np.asarray(answer.picture)).max() <= 1
+
+
+def test_no_two_cases_and_no_two_questions_of_one_share_their_noise(tmp_path):
+    twice = Exam(tiny.picture(64, 64), [Segmentation({"cat": "blue"})] * 2, {"cat": run_tiny.blob(1)})
+    run_tiny.run(tmp_path, cases=[Case(name, "cats", partial(Exam, *twice)) for name in ("one", "another")])
+    answers = [saved_answer(tmp_path, index, number) for index in (0, 1) for number in (0, 1)]
+    for first, second in itertools.combinations(answers, 2):
+        assert np.abs(first - second).max() > 10
 
 
 def test_all_joints_of_a_person_are_scored_together(whole):
@@ -264,19 +277,24 @@ def test_outside_the_box_pictures_are_not_scored_and_masks_are_missed(tmp_path):
     assert intersection == 0 and union >= truth == 1280
 
 
-def test_contact_sheets_show_best_median_and_worst(whole, tmp_path):
+@pytest.mark.parametrize("row, middle, last", [("editing", 1, 2), ("noise", 2, 4)])
+def test_contact_sheets_show_best_median_and_worst(whole, row, middle, last):
     assert {path.stem for path in whole.glob("*.png")} == {"segmentation-blobs", "noise", "editing", "keypoints"}
-    ranked = sorted((r for r in records(whole) if r["row"] == "editing"), key=lambda record: -record["merit"])
+    scored = [record for record in records(whole) if record["row"] == row and "merit" in record]
+    ranked = sorted(scored, key=lambda record: -record["merit"])
+    merits = [record["merit"] for record in ranked]
+    assert len(ranked) == last + 1 and len(set(merits)) == len(merits)
     cases = run_tiny.cases()
-    sheet = np.asarray(Image.open(whole / "editing.png"))
+    sheet = np.asarray(Image.open(whole / f"{row}.png"))
     height = sheet.shape[0] // 3
-    assert ranked[0]["merit"] > ranked[1]["merit"] > ranked[2]["merit"]
-    for place, record in enumerate(ranked):
+    for place, record in enumerate([ranked[0], ranked[middle], ranked[last]]):
         exam = cases[record["index"]].open()
         answer = Image.open(whole / "answers" / f"{record['index']:06d}-0.png")
+        truth = exam.truth.edited if row == "editing" else exam.truth
         strip = sheet[place * height : (place + 1) * height]
-        for column, picture in ((0, exam.image), (1, answer), (3, exam.truth.edited)):
+        for column, picture in ((0, exam.image), (1, answer), (3, truth)):
+            panel = np.asarray(ImageOps.contain(picture, (PANEL, PANEL)))
             left = MARGIN + column * (PANEL + MARGIN)
-            # A caption of one line each: the pictures end one and a half margins above the next strip.
-            shown = strip[-PANEL - 3 * MARGIN // 2 : -3 * MARGIN // 2, left : left + PANEL]
-            assert (shown == np.asarray(ImageOps.contain(picture, (PANEL, PANEL)))).all()
+            # A caption of one line each: the panels end one and a half margins above the next strip.
+            top = height - PANEL - 3 * MARGIN // 2
+            assert (strip[top : top + panel.shape[0], left : left + panel.shape[1]] == panel).all()

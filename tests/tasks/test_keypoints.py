@@ -69,7 +69,13 @@ def errors(task, joints, found):
 @given(rng=SEEDS)
 def test_reading_gives_the_joints_that_were_drawn(rng):
     image, joints, task = question(rng)
-    assert max(errors(task, joints, task.read(image, task.draw(image, joints))), default=0) <= 1
+    found = task.read(image, task.draw(image, joints))
+    # Discs lie on whole pixels, so up to 0.71 pixels beside their joints. One that the frame cuts reads up to 0.61
+    # pixels beside itself: of 1,941 joints four were more than 1 pixel off, all of these cut, and the worst 1.12.
+    off = errors(task, joints, found)
+    places = [joints[name] for name, joint in found.items() if joint]
+    bars = [1 if min(place[:2]) >= 10 and max(place[:2]) <= 245 else 1.35 for place in places]
+    assert all(distance <= bar for distance, bar in zip(off, bars, strict=True)), (off, bars)
 
 
 @settings(max_examples=25)
@@ -98,11 +104,16 @@ def test_an_answer_like_the_input_has_no_joints():
             assert set(Keypoints(colors).read(image, image).values()) == {None}
 
 
-def test_a_disc_half_covered_by_another_is_found_by_the_rest_of_it():
+@pytest.mark.parametrize("apart", [3, 4, 5, 7, 10])
+def test_a_disc_covered_by_another_is_found_by_the_rest_of_it(apart):
+    # Of a disc of 10 pixels another that is 3 beside it leaves a fifth.
     image = Image.new("RGB", (256, 256), (90, 120, 60))
-    joints = {"nose": Joint(100, 100), "left eye": Joint(110, 100)}
+    joints = {"nose": Joint(100, 100), "left eye": Joint(100 + apart, 100)}
     task = Keypoints({"nose": "red", "left eye": "yellow"})
-    assert max(errors(task, joints, task.read(image, task.draw(image, joints)))) <= 1
+    found = task.read(image, task.draw(image, joints))
+    assert max(errors(task, joints, found)) <= 1
+    # What is covered says nothing, so it does not make the reading less sure.
+    assert min(joint.confidence for joint in found.values()) >= 0.99
 
 
 @pytest.mark.parametrize("outside, tolerance", [(-3, 1), (0, 1), (4, 1), (7, 1.5), (8, 2)])
@@ -172,7 +183,9 @@ def test_inputs_of_every_mode_are_drawn_on_and_read(mode):
     assert max(errors(task, joints, task.read(image, task.draw(image, joints)))) <= 1
 
 
-@pytest.mark.parametrize("colors", [{}, {"nose": "purple"}, {"nose": "red", "left eye": "red"}])
+@pytest.mark.parametrize(
+    "colors", [{}, {"nose": "purple"}, {"nose": "red", "left eye": "red"}, {" ": "red"}, {"nose": ["red"]}]
+)
 def test_questions_that_cannot_be_read_are_refused(colors):
     with pytest.raises(ValueError, match="`colors` must map .* got"):
         Keypoints(colors)

@@ -63,8 +63,9 @@ def test_wordings_of_a_defect(defect):
 def test_questions_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="`defect` must be one of noise, blur, watermark; got 'rain'"):
         Restoration("rain")
-    with pytest.raises(ValueError, match="`text` must say what to edit"):
-        Editing("  ")
+    for text in ("  ", None, 3):
+        with pytest.raises(ValueError, match=f"`text` must say what to edit, .* got {text!r}"):
+            Editing(text)
 
 
 @pytest.mark.parametrize("sigma", [5.0, 25.0])

@@ -1,5 +1,4 @@
 import random
-from statistics import median
 
 import numpy as np
 import pytest
@@ -82,6 +81,17 @@ def test_reading_survives_jpeg(narrowest, bar, rng):
     assert iou_where_it_shows(image, task, found, masks) >= bar
 
 
+def test_of_the_smallest_blobs_nearly_all_survive_jpeg_as_well_as_larger_ones():
+    # Measured on the seeds 0 to 399: 396 reach 0.95, the worst has 0.927, the median 0.995.
+    scores = []
+    for seed in range(100):
+        image, masks, task = question(random.Random(seed), narrowest=8)
+        found = task.read(image, jpeg(task.draw(image, masks)))
+        scores.append(iou_where_it_shows(image, task, found, masks))
+    print("IoU of blobs of 8 pixels and more after JPEG", np.quantile(scores, [0, 0.05, 0.5]).round(3))
+    assert np.mean(np.array(scores) >= 0.95) >= 0.95
+
+
 def test_reading_survives_the_autoencoder_that_ships(shipped):
     scores = []
     for seed in range(24):
@@ -89,7 +99,7 @@ def test_reading_survives_the_autoencoder_that_ships(shipped):
         found = task.read(image, through_vae(shipped, task.draw(image, masks)))
         scores.append(iou_where_it_shows(image, task, found, masks))
     print("IoU after the autoencoder", np.quantile(scores, [0, 0.1, 0.25, 0.5]).round(3))
-    assert median(scores) >= 0.95 and np.quantile(scores, 0.1) >= 0.85
+    assert min(scores) >= 0.95
 
 
 @pytest.mark.parametrize("color", MASK_COLORS)
@@ -209,7 +219,13 @@ def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_tha
     assert colors == set(MASK_COLORS) - {"red"}
 
 
-@pytest.mark.parametrize("colors", [{}, {"cat": "pink"}, {"cat": "red", "dog": "red"}, {"": "red"}, "cat"])
+@pytest.mark.parametrize(
+    "colors",
+    [
+        {}, {"cat": "pink"}, {"cat": "red", "dog": "red"}, {"": "red"}, "cat", None,
+        {" ": "red"}, {3: "red"}, {"cat": ["red"]}, {"cat": None}, {"cat": "red", " ": "blue"},
+    ],
+)  # fmt: skip
 def test_questions_that_cannot_be_read_are_refused(colors):
     with pytest.raises(ValueError, match="`colors` must map .* got"):
         Segmentation(colors)

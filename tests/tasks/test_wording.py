@@ -8,6 +8,7 @@ from instructdiffusion_pipeline.tasks.wording import a, is_plural, listing, the
     [
         "cats", "two men on the left", "both dogs", "people", "cat and dog", "wine glasses", "buses", "skis",
         "the man and the woman", "the girls carrying a bag", "them", "several dogs", "zebras w stripes",
+        "police", "the cattle on the left",
     ],
 )  # fmt: skip
 def test_plural(name):
@@ -19,7 +20,7 @@ def test_plural(name):
     [
         "cat", "bus", "the man with glasses", "grass", "a glass of drinks", "person holding skis", "cactus", "纯红",
         "?", "black and white cat", "salt and pepper shaker", "the girl carrying bags", "man playing frisbees", "him",
-        "guy w glasses", "canvas",
+        "guy w glasses", "canvas", "news",
     ],
 )  # fmt: skip
 def test_singular(name):

@@ -244,6 +244,9 @@ def test_a_run_can_be_made_longer_and_its_batches_cut_otherwise(pipe, two_sample
     )
     train(pipe, two_samples, longer, tmp_path, resume="latest")
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    ended = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    again = train(InstructDiffusionPipeline(**tiny.components()), two_samples, longer, tmp_path, resume="latest")
+    assert all(torch.equal(ended[name], tensor) for name, tensor in again.unet.state_dict().items())
 
 
 def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, two_samples, tmp_path):

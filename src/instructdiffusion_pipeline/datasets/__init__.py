@@ -5,6 +5,7 @@ the original.
 """
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -78,6 +79,31 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
+
+
+def entries(content: Any, file: str | PathLike[str], name: str = "") -> list[dict[str, Any]]:
+    """The JSON objects that a file's `content` lists, or that it lists under `name`; a ValueError if it does not."""
+    found = (isinstance(content, dict) and content.get(name)) if name else content
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        under = name and f" under {name!r}"
+        raise ValueError(f"{file} must hold a list of objects{under}; got {reprlib.repr(content)}.")
+    return found
+
+
+def lacking(entry: dict[str, Any], *fields: str) -> str:
+    """The first of `fields` that an entry lacks, as a reason to skip it; empty if it has them all."""
+    return next((f"no {field!r}" for field in fields if entry.get(field) is None), "")
+
+
+def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
+    """The pictures of a COCO JSON by their ids; what has no id or no file name is `skipped`."""
+    pictures = {}
+    for picture in entries(content, file, "images"):
+        if why := lacking(picture, "id", "file_name"):
+            skipped.append((f"image {picture.get('file_name') or picture.get('id')}", why))
+        else:
+            pictures[picture["id"]] = picture
+    return pictures
 
 
 def require_samples(folder: str | PathLike[str], samples: Sequence[Any], skipped: Skipped) -> None:

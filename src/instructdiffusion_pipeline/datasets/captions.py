@@ -6,7 +6,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, files_below, read_annotations, read_image, require_samples
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    coco_pictures,
+    entries,
+    files_below,
+    read_annotations,
+    read_image,
+    require_samples,
+)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -59,7 +67,11 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
     file = root / "annotations" / f"captions_{split}.json"
     about = read_annotations(file, "a JSON file of captions")
     folder = root / split if (root / split).is_dir() else root / "images" / split
-    names = {image["id"]: image["file_name"] for image in about["images"]}
-    return CaptionedPictures(
-        folder, ((names.get(item["image_id"], "?"), item["caption"]) for item in about["annotations"])
+    pictures = coco_pictures(about, file, skipped := Skipped())
+    captions = (
+        (pictures.get(item.get("image_id"), {}).get("file_name", "?"), item.get("caption") or "")
+        for item in entries(about, file, "annotations")
     )
+    data = CaptionedPictures(folder, captions)
+    data.skipped[:0] = skipped
+    return data

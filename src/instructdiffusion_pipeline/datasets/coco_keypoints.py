@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, read_annotations, read_image, require_samples
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    coco_pictures,
+    entries,
+    lacking,
+    read_annotations,
+    read_image,
+    require_samples,
+)
 from instructdiffusion_pipeline.sample import Joint, Joints
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 
@@ -31,6 +39,7 @@ MPII_JOINTS = (
 
 UNIT = 200  # pixels, of a scale
 PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
+NOT_FINITE = "a number that is not finite"
 CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
 
 
@@ -77,24 +86,28 @@ class CocoKeypoints:
     ):
         content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
-        people = {category["id"] for category in content["categories"] if category["name"] == "person"}
-        pictures = {picture["id"]: picture for picture in content["images"]}
+        categories = entries(content, annotations, "categories")
+        people = {category.get("id") for category in categories if category.get("name") == "person"}
+        pictures = coco_pictures(content, annotations, self.skipped)
         missing = {id for id, picture in pictures.items() if not (self.folder / picture["file_name"]).is_file()}
         kept = []
-        for item in content["annotations"]:
+        for item in entries(content, annotations, "annotations"):
+            picture = pictures.get(item.get("image_id"), {})
             why = (
-                (item["category_id"] not in people and "another category than person")
+                lacking(item, "id", "image_id", "category_id")
+                or (item["category_id"] not in people and "another category than person")
                 or (item.get("iscrowd") and "a crowd")
-                or (not any(item.get("keypoints", ())[2::3]) and "no labelled joint")
-                or (item["image_id"] not in pictures and "a picture that the JSON lacks")
+                or (not any((item.get("keypoints") or ())[2::3]) and "no labelled joint")
+                or (not picture and "a picture that the JSON lacks")
                 or (item["image_id"] in missing and "a missing file")
-                or (not all(map(pictures[item["image_id"]].get, ("width", "height"))) and "no size of its picture")
+                or (not all(map(picture.get, ("width", "height"))) and "no size of its picture")
                 or (len(item.get("bbox") or ()) != 4 and "no box")
-                or (clean_box(item, pictures[item["image_id"]]) is None and "an empty box")
+                or (not finite([*item["keypoints"], *item["bbox"], item.get("area") or 0]) and NOT_FINITE)
+                or (clean_box(item, picture) is None and "an empty box")
             )
             if why:
-                name = pictures.get(item["image_id"], {}).get("file_name", f"image {item['image_id']}")
-                self.skipped.append((f"{name}, annotation {item['id']}", why))
+                name = picture.get("file_name", f"image {item.get('image_id')}")
+                self.skipped.append((f"{name}, annotation {item.get('id')}", why))
                 continue
             if len(item["keypoints"]) != 3 * len(joints):
                 raise ValueError(
@@ -125,19 +138,25 @@ class CocoKeypoints:
         return f"{self._files[index]}, annotation {self._ids[index][1]}"
 
 
+def finite(numbers: Any) -> bool:
+    """Whether all are finite: Python reads NaN from JSON too, and null, which becomes a NaN here."""
+    return bool(np.isfinite(np.array(numbers, float)).all())
+
+
 def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
     """The annotation's box (left, top, width, height), cut to the picture as the original does; None if empty."""
     left, top, width, height = item["bbox"]
     left, top = max(0, left), max(0, top)
     right = min(picture["width"] - 1, left + max(0, width - 1))
     bottom = min(picture["height"] - 1, top + max(0, height - 1))
-    empty = item.get("area", 1) <= 0 or right < left or bottom < top or (right, bottom) == (left, top)
+    flat = item.get("area") is not None and item["area"] <= 0
+    empty = flat or right < left or bottom < top or (right, bottom) == (left, top)
     return None if empty else (left, top, right - left, bottom - top)
 
 
 def area(item: dict[str, Any]) -> float:
     """The person's area in pixels."""
-    return item["area"] if "area" in item else CROWDPOSE_FILL * item["bbox"][2] * item["bbox"][3]
+    return item["area"] if item.get("area") is not None else CROWDPOSE_FILL * item["bbox"][2] * item["bbox"][3]
 
 
 def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[str, Joint | None]:
@@ -155,14 +174,19 @@ class MpiiKeypoints:
     def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
         self.folder, self.skipped = Path(images), Skipped()
         self._items: list[tuple[int, dict[str, Any]]] = []
-        for place, item in enumerate(read_annotations(Path(annotations), "a JSON file of MPII people")):
+        content = read_annotations(Path(annotations), "a JSON file of MPII people")
+        for place, item in enumerate(entries(content, annotations)):
             why = (
-                (item["center"][0] < 0 and "no centre")
+                lacking(item, "image", "center", "scale", "joints", "joints_vis")
+                or (item["center"][0] < 0 and "no centre")
+                or (not 0 < item["scale"] < np.inf and "no scale")
                 or (not any(item["joints_vis"]) and "no labelled joint")
+                or ({len(item["joints"]), len(item["joints_vis"])} != {len(MPII_JOINTS)} and "not 16 joints")
+                or (not finite([item["center"], *item["joints"]]) and NOT_FINITE)
                 or (not (self.folder / item["image"]).is_file() and "a missing file")
             )
             if why:
-                self.skipped.append((f"{item['image']}, annotation {place}", why))
+                self.skipped.append((f"{item.get('image')}, annotation {place}", why))
             else:
                 self._items.append((place, item))
         require_samples(annotations, self._items, self.skipped)
@@ -200,11 +224,13 @@ def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
 def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
     """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
     root = Path(root)
-    folder = {
+    folders = {
         "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
         "val": "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911",
-    }[split]
-    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folder, AIC_JOINTS)
+    }
+    if split not in folders:
+        raise ValueError(f"`split` must be one of {', '.join(folders)}; got {split!r}.")
+    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folders[split], AIC_JOINTS)
 
 
 def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import Skipped, read_annotations, read_image, require_samples
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    coco_pictures,
+    entries,
+    lacking,
+    read_annotations,
+    read_image,
+    require_samples,
+)
 from instructdiffusion_pipeline.sample import Masks
 
 NO_TARGET = -1
@@ -31,30 +39,32 @@ class ReferringExpressions:
 
     def __init__(self, references: str | PathLike[str], images: str | PathLike[str], split: str = "train"):
         path = Path(references)
-        instances = read_annotations(path.parent / "instances.json", "a JSON file of COCO instances")
+        file = path.parent / "instances.json"
+        instances = read_annotations(file, "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
-        self._pictures = {picture["id"]: picture for picture in instances["images"]}
-        objects = {item["id"]: item["segmentation"] for item in instances["annotations"]}
+        self._pictures = coco_pictures(instances, file, self.skipped)
+        objects = {item.get("id"): item.get("segmentation") for item in entries(instances, file, "annotations")}
         self._references: list[dict[str, Any]] = []
         self._objects: dict[int, Any] = {}
         is_json = path.suffix == ".json"
         found = read_annotations(path, "a JSON file of references") if is_json else load_plain_pickle(path)
         missing = {id for id, item in self._pictures.items() if not (self.folder / item["file_name"]).is_file()}
-        for reference in found:
-            if reference["split"] != split:
+        for reference in entries(found, path):
+            if reference.get("split", split) != split:
                 continue
-            ids = object_ids(reference)
             why = (
-                (not sentences(reference) and "no sentence")
+                lacking(reference, "ref_id", "ann_id", "image_id", "split", "sentences")
+                or (not sentences(reference) and "no sentence")
                 or (reference["image_id"] not in self._pictures and "a picture that instances.json lacks")
                 or (reference["image_id"] in missing and "a missing file")
-                or (not all(usable(objects.get(id)) for id in ids) and "no outline")
+                or lacking(self._pictures[reference["image_id"]], "width", "height")
+                or (not all(usable(objects.get(id)) for id in object_ids(reference)) and "no outline")
             )
             if why:
-                self.skipped.append((f"reference {reference['ref_id']}", why))
+                self.skipped.append((f"reference {reference.get('ref_id')}", why))
             else:
                 self._references.append(reference)
-                self._objects |= {id: objects[id] for id in ids}
+                self._objects |= {id: objects[id] for id in object_ids(reference)}
         require_samples(f"{path}, split {split!r}", self._references, self.skipped)
 
     def __len__(self) -> int:

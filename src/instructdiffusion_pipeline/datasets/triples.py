@@ -17,6 +17,7 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     UnreadableSample,
+    entries,
     read_annotations,
     read_image,
     require_samples,
@@ -42,16 +43,18 @@ class EditTriples:
     """Edits that are listed somewhere: paths from `folder` to the picture and the edited picture, and an instruction.
 
     Pictures of a triple may differ in size. `pictures` counts the pairs: a pair may come with several instructions.
+    A triple that lacks one of the three (None) is skipped.
     """
 
-    def __init__(self, folder: str | PathLike[str], triples: Iterable[tuple[str, str, str]]):
+    def __init__(self, folder: str | PathLike[str], triples: Iterable[tuple[str | None, str | None, str | None]]):
         self.folder, self.skipped = Path(folder), Skipped()
         self._triples: list[tuple[str, str, str]] = []
         for before, instruction, after in triples:
-            missing = [path for path in (before, after) if not (self.folder / path).is_file()]
-            if missing:
+            if not before or not after:
+                self.skipped.append((f"{before} to {after}: {instruction}", "no file name"))
+            elif missing := [path for path in (before, after) if not (self.folder / path).is_file()]:
                 self.skipped.append((missing[0], "a missing file"))
-            elif not instruction.strip():
+            elif not instruction or not instruction.strip():
                 self.skipped.append((f"{before} to {after}", "no instruction"))
             else:
                 self._triples.append((before, instruction.strip(), after))
@@ -73,13 +76,19 @@ class EditTriples:
 def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own."""
     root = Path(root)
-    items = part_of(read_annotations(root / "GIER.json", "a JSON file of edits"), split)
+    items = entries(read_annotations(root / "GIER.json", "a JSON file of edits"), root / "GIER.json")
+
+    def path(file: str | None) -> str | None:
+        return file and file.replace("/", "_")
+
     return EditTriples(
         root / "images",
         (
-            (item["input"].replace("/", "_"), text, item["output"].replace("/", "_"))
-            for item in items
-            for text in dict.fromkeys(item["expert_summary"] + item["amateur_summary"]) or [""]
+            (path(item.get("input")), text, path(item.get("output")))
+            for item in part_of(items, split)
+            for text in dict.fromkeys(
+                (item.get("expert_summary") or []) + (item.get("amateur_summary") or []) or [None]
+            )
         ),
     )
 
@@ -89,17 +98,20 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
     root = Path(root)
     turns_file = root / split / "edit_turns.json"
     if turns_file.is_file():
-        turns = read_annotations(turns_file, "a JSON file of turns")
+        turns = entries(read_annotations(turns_file, "a JSON file of turns"), turns_file)
     else:
-        sessions = read_annotations(root / split / "edit_sessions.json", "a JSON file of sessions")
-        turns = [turn for session in sessions.values() for turn in session]
+        file = root / split / "edit_sessions.json"
+        sessions = read_annotations(
+            file, "a JSON file of sessions", parse=lambda text: list(json.loads(text).values())
+        )
+        turns = [turn for session in sessions for turn in entries(session, file)]
 
-    def path(file: str) -> str:
-        return f"{file.split('-')[0]}/{file}"
+    def path(file: str | None) -> str | None:
+        return file and f"{file.split('-')[0]}/{file}"
 
     return EditTriples(
         root / split / "images",
-        ((path(turn["input"]), turn["instruction"], path(turn["output"])) for turn in turns),
+        ((path(turn.get("input")), turn.get("instruction"), path(turn.get("output"))) for turn in turns),
     )
 
 

@@ -57,8 +57,10 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
 
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:
     """Raise a ValueError unless `asked` maps one or more names to distinct `known` colours."""
-    used = list(asked.values()) if isinstance(asked, Mapping) else []
-    if not used or not all(asked) or not known.keys() >= set(used) or len(set(used)) < len(used):
+    pairs = list(asked.items()) if isinstance(asked, Mapping) else []
+    named = [(name, color) for name, color in pairs if isinstance(name, str) and name.strip()]
+    used = {color for _, color in named if isinstance(color, str) and color in known}
+    if not pairs or len(used) < len(pairs):
         raise ValueError(
             f"`{argument}` must map at least one name to a colour, each colour once, out of {', '.join(known)};"
             f" got {asked!r}."

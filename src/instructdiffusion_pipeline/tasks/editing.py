@@ -25,7 +25,7 @@ class Editing:
     }
 
     def __post_init__(self) -> None:
-        if not self.text.strip():
+        if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f'`text` must say what to edit, as "make it winter" does; got {self.text!r}.')
 
     @classmethod

@@ -20,10 +20,10 @@ LINKS = {
 }  # fmt: skip
 PLURALS = {
     "people", "men", "women", "children", "feet", "teeth", "mice", "geese", "sheep", "scissors", "pants", "skis",
-    "they", "them", "these", "those",
+    "police", "cattle", "they", "them", "these", "those",
 }  # fmt: skip
 SINGULARS = {
-    "bus", "glass", "grass", "dress", "gas", "lens", "tennis", "mattress", "canvas", "james",
+    "bus", "glass", "grass", "dress", "gas", "lens", "tennis", "mattress", "canvas", "james", "news",
 }  # fmt: skip
 MANY = {"both", "all", "these", "those", "two", "three", "four", "five", "six", "several", "many"}
 

@@ -25,7 +25,7 @@ from instructdiffusion_pipeline.training.config import TrainingConfig
 from instructdiffusion_pipeline.training.data import TrainingSamples, tokenize
 from instructdiffusion_pipeline.training.draws import draw
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders
-from instructdiffusion_pipeline.training.model import Denoiser
+from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
 from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
 from instructdiffusion_pipeline.training.watch import Watch
 
@@ -67,7 +67,7 @@ def train(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
     denoiser = Denoiser(pipeline, config)
-    optimizer = make_optimizer(denoiser.trained(), config)
+    optimizer = make_optimizer(trained_parameters(denoiser), config)
     # accelerate steps the schedule once per process, so its lengths are given in those steps
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -93,7 +93,7 @@ def train(
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
-    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    parameters = trained_parameters(denoiser)
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
         accelerator.load_state(str(checkpoint))

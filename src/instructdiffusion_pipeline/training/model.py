@@ -71,10 +71,6 @@ class Denoiser(nn.Module):
         if self.text_encoder is not None:
             self.text_encoder.requires_grad_(True)
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer moves."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
     def forward(
         self,
         scheduler: DDPMScheduler,
@@ -90,6 +86,11 @@ class Denoiser(nn.Module):
         return epsilon_loss(
             self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma
         )
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that the optimizer moves."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def save_lora(pipeline: InstructDiffusionPipeline, folder: str | PathLike[str]) -> None:
