@@ -101,10 +101,8 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
         turns = entries(read_annotations(turns_file, "a JSON file of turns"), turns_file)
     else:
         file = root / split / "edit_sessions.json"
-        sessions = read_annotations(
-            file, "a JSON file of sessions", parse=lambda text: list(json.loads(text).values())
-        )
-        turns = [turn for session in sessions for turn in entries(session, file)]
+        sessions = read_annotations(file, "a JSON file of sessions")
+        turns = [turn for session in dict(sessions) for turn in entries(sessions, file, session)]
 
     def path(file: str | None) -> str | None:
         return file and f"{file.split('-')[0]}/{file}"
