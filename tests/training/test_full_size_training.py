@@ -1,0 +1,56 @@
+"""Stable Diffusion 1.5 at its real size, with random weights: widened, and trained for two updates at 256 x 256."""
+
+import time
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pairs import mixture
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train, widen
+from instructdiffusion_pipeline.training.watch import peak_memory
+
+
+@pytest.mark.slow
+def test_full_size_is_widened_and_trained(tmp_path):
+    """Holds 8 GB and writes 4 GB under the temporary folder. Low-rank: moments of all weights would take 7 GB more."""
+    torch.manual_seed(0)
+    levels = (320, 640, 1280, 1280)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=levels, cross_attention_dim=768, attention_head_dim=8
+    ).eval()  # otherwise diffusers' defaults are Stable Diffusion 1.5's
+    noisy, image, text = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768)
+    with torch.no_grad():
+        narrow = unet(noisy, 500, text).sample
+        wide = widen(unet)(torch.cat([noisy, image], dim=1), 500, text).sample
+    assert torch.equal(narrow, wide)
+    assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964 + 4 * 320 * 9
+
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        )
+    )
+    # CLIP's own vocabulary is not at hand without a network. The tiny one gives valid ids, and fewer of them.
+    tokenizer = CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
+    pipe = InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, tiny.scheduler())
+    samples = PictureSamples(mixture(side=256), tokenizer)
+    config = TrainingConfig(
+        max_train_steps=2, batch_size=1, lora_rank=16, mixed_precision="bf16", gradient_checkpointing=True
+    )
+    started = time.perf_counter()
+    train(pipe, samples, config, tmp_path)
+    print(f"two updates of one sample at 256 x 256, bf16, low-rank: {time.perf_counter() - started:.0f} s")
+    print(f"peak memory {peak_memory(torch.device('cpu')) / 1e9:.1f} GB")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    changed = [weight for name, weight in pipe.unet.named_parameters() if "lora_B" in name]
+    assert changed and all(weight.isfinite().all() and weight.any() for weight in changed)
