@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, paint
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, paint, visible_colors
 from instructdiffusion_pipeline.tasks.keypoints import RADIUS
 from instructdiffusion_pipeline.tasks.segmentation import OPACITY
 from instructdiffusion_pipeline.tasks.wording import a, listing
@@ -37,12 +37,15 @@ TEMPLATES = [
 ]
 
 
+Place = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
 class Mark(NamedTuple):
-    """A disc, box or patch of a named colour, and the box (left, top, right, bottom) in pixels that it fills."""
+    """A disc, box or patch of a named colour, and the place that it fills."""
 
     kind: str
     color: str
-    box: tuple[float, float, float, float]
+    box: Place
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class MarkedPicture:
 
     @classmethod
     def pick(cls, image: Image.Image, caption: str, rng: random.Random) -> "MarkedPicture":
-        """Marks for a picture; what it shows does not matter."""
+        """Marks for a picture, in colours that show on it as far as they go round."""
         marks: list[Mark] = []
         for _ in range(rng.randint(1, MOST)):
             kind = rng.choice(list(COLORS))
-            color = rng.choice(sorted(COLORS[kind].keys() - {mark.color for mark in marks}))
-            marks.append(Mark(kind, color, random_box(image.size, kind, rng)))
+            box = random_box(image.size, kind, rng)
+            free = COLORS[kind].keys() - {mark.color for mark in marks}
+            showing = free.intersection(visible_colors(image, shape(kind, box, image.size), COLORS[kind]))
+            marks.append(Mark(kind, rng.choice(sorted(showing or free)), box))
         return cls(caption.rstrip(". "), tuple(marks))
 
     def draw(self, image: Image.Image, caption: str) -> Image.Image:
@@ -78,7 +83,7 @@ class MarkedPicture:
         pixels = np.array(image)
         for mark in self.marks:
             opacity = OPACITY if mark.kind == "patch" else 1.0
-            paint(pixels, shape(mark, image.size), COLORS[mark.kind][mark.color], opacity)
+            paint(pixels, shape(mark.kind, mark.box, image.size), COLORS[mark.kind][mark.color], opacity)
         return Image.fromarray(pixels)
 
     def instruction(self, rng: random.Random | None = None) -> str:
@@ -88,23 +93,23 @@ class MarkedPicture:
         return template.format(caption=self.text, marks=listing(names))
 
 
-def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> tuple[float, float, float, float]:
+def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Place:
     """Where a mark goes, wholly inside a picture of `size` pixels."""
     sides = [rng.uniform(*SIDES) * length for length in size] if kind != "disc" else [2 * RADIUS * min(size)] * 2
     left, top = (rng.uniform(0, length - side) for length, side in zip(size, sides, strict=True))
     return left, top, left + sides[0], top + sides[1]
 
 
-def shape(mark: Mark, size: tuple[int, int]) -> np.ndarray:
-    """The pixels of a mark, bool [height, width]. A patch's outline is drawn from its box, so it stays the same."""
+def shape(kind: str, box: Place, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of a mark, bool [height, width]. A patch's outline hangs on its place, so it stays the same."""
     canvas = Image.new("1", size)
     pen = ImageDraw.Draw(canvas)
-    if mark.kind == "disc":
-        pen.ellipse(mark.box, 1)
-    elif mark.kind == "box":
-        pen.rectangle(mark.box, outline=1, width=max(1, round(min(size) / 85)))  # 3 pixels at 256
+    if kind == "disc":
+        pen.ellipse(box, 1)
+    elif kind == "box":
+        pen.rectangle(box, outline=1, width=max(1, round(min(size) / 85)))  # 3 pixels at 256
     else:
-        rng, (left, top, right, bottom) = random.Random(str(mark.box)), mark.box
+        rng, (left, top, right, bottom) = random.Random(str(box)), box
         angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
         reach = np.array([rng.uniform(0.5, 1) for _ in angles])
         x = (left + right) / 2 + reach * np.cos(angles) * (right - left) / 2
