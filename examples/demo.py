@@ -13,6 +13,7 @@ from PIL import Image
 from skimage import data
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask, load_presets, trained_size
+from instructdiffusion_pipeline.sheets import stack
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 
@@ -67,16 +68,6 @@ def square(pixels: np.ndarray) -> Image.Image:
 
 def enlarged(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
-
-
-def stack(rows: list[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    return sheet
 
 
 if __name__ == "__main__":
