@@ -1,10 +1,12 @@
 """Every random choice of a training step, fixed by the seed and a sample's position alone."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 
 class Draws(NamedTuple):
@@ -34,3 +36,17 @@ def draw(seed: int, positions: Iterable[int], shape: torch.Size, num_train_times
             )
         )
     return Draws(*map(torch.stack, zip(*columns, strict=True)))
+
+
+@dataclass(frozen=True)
+class WithDraws:
+    """Makes a batch of training samples, with their `Draws` under "draws"; so workers draw too."""
+
+    seed: int
+    latent_shape: torch.Size
+    num_train_timesteps: int
+
+    def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        positions = [int(item["position"]) for item in items]
+        draws = draw(self.seed, positions, self.latent_shape, self.num_train_timesteps)
+        return default_collate(list(items)) | {"draws": draws}

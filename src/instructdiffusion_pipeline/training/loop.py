@@ -23,8 +23,8 @@ from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.config import TrainingConfig
 from instructdiffusion_pipeline.training.data import TrainingSamples, tokenize
-from instructdiffusion_pipeline.training.draws import draw
-from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+from instructdiffusion_pipeline.training.draws import WithDraws
+from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
 from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
 from instructdiffusion_pipeline.training.watch import Watch
@@ -76,7 +76,7 @@ def train(
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
 
-    # 2. Where it goes on. The order of the data is a function of the step, so resuming needs no state for it.
+    # 2. Where it goes on. What a sample is and draws hangs on its position, so resuming needs no state for it.
     samples_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     settings = asdict(config) | {
         "samples_per_step": samples_per_step,
@@ -90,6 +90,7 @@ def train(
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=config.num_workers,
+        collate_fn=WithDraws(config.seed, latent_shape(dataset[0], pipeline), scheduler.config.num_train_timesteps),
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
@@ -110,24 +111,22 @@ def train(
     watch, seen = Watch(dataset.sources, device), []
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
-        # a. What each sample draws: posterior, dropout, timestep, noise.
-        batch = encoders.encode(batch)
-        shape = batch["target_mean"].shape[1:]
-        draws = draw(config.seed, batch["position"].tolist(), shape, scheduler.config.num_train_timesteps)
-        posterior_noise, dropout, timesteps, noise = (column.to(device) for column in draws)
-
-        # b. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
-        latents = pipeline.vae.config.scaling_factor * (batch["target_mean"] + batch["target_std"] * posterior_noise)
+        # a. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
+        batch, draws = encoders.encode(batch), batch["draws"]
+        posterior_sample = batch["target_mean"] + batch["target_std"] * draws.posterior_noise
+        latents = pipeline.vae.config.scaling_factor * posterior_sample
         text, image_latents = drop_conditioning(
             batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
             torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),
             empty_text,
-            dropout,
+            draws.dropout,
         )
 
-        # c. Gradients; after the last batch of an update one step of the optimizer, and of the average.
+        # b. Gradients; after the last batch of an update one step of the optimizer, and of the average.
         with accelerator.accumulate(denoiser):
-            losses = denoiser(scheduler, latents, image_latents, text, noise, timesteps, config.min_snr_gamma)
+            losses = denoiser(
+                scheduler, latents, image_latents, text, draws.noise, draws.timesteps, config.min_snr_gamma
+            )
             accelerator.backward(losses.mean())
             seen.append({"loss": losses.detach()} | {name: batch[name] for name in ("position", "source", "skipped")})
             if accelerator.sync_gradients:
@@ -144,7 +143,7 @@ def train(
         if ema:
             ema.step(parameters)
 
-        # d. What people watch, and what survives a kill.
+        # c. What people watch, and what survives a kill.
         watch.add(update["loss"], update["source"], update["skipped"])
         bar.update()
         bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=watch.skipped, refresh=False)
@@ -206,10 +205,19 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
             )
 
 
+def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size:
+    """[4, h, w] of the latents of a training sample, encoded or not."""
+    if "target_mean" in item:
+        return item["target_mean"].shape
+    height, width = item["target"].shape[1:]
+    factor = pipeline.vae_scale_factor
+    return torch.Size([pipeline.vae.config.latent_channels, height // factor, width // factor])
+
+
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW, or the one of bitsandbytes, which keeps its moments in 8 bits."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

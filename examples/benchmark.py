@@ -1,0 +1,298 @@
+"""Training throughput beside diffusers' InstructPix2Pix recipe: same model, pictures, batch, precision and optimizer.
+
+python examples/benchmark.py --model small --output benchmark.json
+
+Three rows: the recipe; `train` on pictures; `train` on cached latents and embeddings. They take turns, round after
+round, and ratios are of one round, so that whatever else the machine does falls on all three; without a GPU, seconds
+are those of the processor (of all threads of this process), which others who use it stretch little. A turn is timed
+after a warm-up and ends without a checkpoint. Pictures are noise; so are weights, but for `--model tiny`.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.sample import Edit
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, cache_samples, load_start, train
+from instructdiffusion_pipeline.training.data import tokenize
+from instructdiffusion_pipeline.training.draws import Draws
+from instructdiffusion_pipeline.training.encoding import Batch
+from instructdiffusion_pipeline.training.watch import peak_memory
+
+TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
+PICTURES = 64
+DROPOUT = 0.05  # the recipe's conditioning_dropout_prob, as its documentation sets it
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP a second, dense, of NVIDIA's data sheets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["tiny", "small", "full"], default="small", help="full is for CUDA")
+    parser.add_argument("--size", type=int, help="side of the pictures, pixels (default: 64 for tiny, else 128)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=6, help="timed in each turn, after a third as many to warm up")
+    parser.add_argument("--output", type=Path, help="file for the figures as JSON")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    args.size = args.size or (64 if args.model == "tiny" else 128)
+    config = TrainingConfig(
+        max_train_steps=10**6,  # a turn ends when it has been timed
+        checkpointing_steps=10**6,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        mixed_precision="bf16" if cuda else "no",
+    )
+    about = {name: value for name, value in vars(args).items() if name != "output"}
+    about |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "precision": config.mixed_precision}
+    report = about | compare(build(args.model), args.size, config, args.rounds, args.updates)
+    print(", ".join(f"{name} {value}" for name, value in about.items()), table(report), sep="\n\n")
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compare(
+    pipeline: InstructDiffusionPipeline, size: int, config: TrainingConfig, rounds: int, updates: int
+) -> dict[str, Any]:
+    """Figures of the three rows, on pictures of `size` x `size` pixels; the first row is what ratios refer to."""
+    device = Accelerator(mixed_precision=config.mixed_precision).device
+    samples = PictureSamples(Mixture([(Source("noise", Pictures(size), Editing.pick), 1)]), pipeline.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        cached = cache_samples(samples, PICTURES, copy_of(pipeline).to(device), Path(folder) / "cache")
+        filling = time.perf_counter() - start
+        turns: dict[str, Callable[[], Any]] = {
+            "diffusers' recipe": lambda: train_recipe(copy_of(pipeline), samples, config),
+            "train": lambda: train(copy_of(pipeline), samples, config, folder),
+            "train, cached": lambda: train(copy_of(pipeline), cached, config, folder),
+        }
+        rows: list[dict[str, Any]] = [{"name": name, "samples_per_second": [], "peak_memory_gb": 0} for name in turns]
+        for _ in range(rounds):
+            for row in rows:
+                seconds, peak = timed(turns[row["name"]], updates, device)
+                row["samples_per_second"].append(updates * config.batch_size / seconds)
+                row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
+    flop = unet_flop(copy_of(pipeline).unet.to(device), size // pipeline.vae_scale_factor)
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    limit = next((peak for name, peak in BF16_PEAK.items() if name in chip), None)
+    for row in rows:
+        pairs = zip(row["samples_per_second"], rows[0]["samples_per_second"], strict=True)
+        row["ratios"] = [ours / peer for ours, peer in pairs]
+        row["share_of_bf16_peak"] = limit and median(row["samples_per_second"]) * flop / limit
+    return {"unet_flop_per_sample": flop, "cached_samples": PICTURES, "caching_seconds": filling, "rows": rows}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures of `compare` as Markdown."""
+    lines = ["| | samples a second | of the recipe's | peak memory, GB | of the bf16 peak |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        rate, ratios, share = median(row["samples_per_second"]), row["ratios"], row["share_of_bf16_peak"]
+        lines.append(
+            f"| {row['name']} | {rate:.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f" | {row['peak_memory_gb']:.2f} | {f'{share:.1%}' if share else ''} |"
+        )
+    cached, seconds = report["cached_samples"], report["caching_seconds"]
+    return "\n".join(
+        [*lines, "", f"Caching, once: {cached} samples in {seconds:.1f} s, {cached / seconds:.2f} a second."]
+    )
+
+
+def train_recipe(pipeline: InstructDiffusionPipeline, samples: PictureSamples, config: TrainingConfig) -> None:
+    """What diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py does with --use_ema, in its order."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    device, dtype = accelerator.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    unet = pipeline.unet.train().requires_grad_(True)
+    pipeline.vae.to(device, dtype).requires_grad_(False)
+    pipeline.text_encoder.to(device, dtype).requires_grad_(False)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
+    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer)
+    endless = range(config.max_train_steps * config.batch_size)  # no pause between epochs, as in `train`
+    loader = DataLoader(
+        samples, config.batch_size, sampler=endless, num_workers=config.num_workers, collate_fn=collate
+    )
+    unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
+    ema.to(device)
+    bar = tqdm(total=config.max_train_steps, desc="the recipe")
+    for batch in loader:
+        with accelerator.accumulate(unet):
+            loss = recipe_loss(unet, pipeline, batch, draw_on(device, pipeline, batch))
+            mean = accelerator.gather(loss.repeat(config.batch_size)).mean().item()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(unet.parameters())
+            bar.update()
+            accelerator.log({"train_loss": mean})
+        bar.set_postfix(step_loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
+
+
+def collate(items: list[Batch]) -> Batch:
+    """Items of `PictureSamples` as the recipe's loader gives them, with pictures [B, 3, H, W] from -1 to 1."""
+    batch = default_collate([{name: item[name] for name in ("image", "target", "input_ids")} for item in items])
+    return batch | {name: 2 * (batch[name] / 255) - 1 for name in ("image", "target")}
+
+
+def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Batch) -> Draws:
+    """What the recipe draws for a batch, on the `device` itself."""
+    count, _, height, width = batch["target"].shape
+    shape = count, 4, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    return Draws(
+        posterior_noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
+        dropout=torch.rand(count, device=device),
+        timesteps=torch.randint(0, pipeline.scheduler.config.num_train_timesteps, (count,), device=device),
+        noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
+    )
+
+
+def recipe_loss(
+    unet: torch.nn.Module, pipeline: InstructDiffusionPipeline, batch: Batch, draws: Draws
+) -> torch.Tensor:
+    """The recipe's loss of a `batch` of `collate`, a scalar."""
+    vae, text_encoder = pipeline.vae, pipeline.text_encoder
+    posterior = vae.encode(batch["target"].to(vae.dtype)).latent_dist
+    latents = vae.config.scaling_factor * (posterior.mean + posterior.std * draws.posterior_noise)
+    noisy_latents = pipeline.scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    embeds = text_encoder(batch["input_ids"])[0]
+    image_latents = vae.encode(batch["image"].to(vae.dtype)).latent_dist.mode()
+
+    empties_text = draws.dropout < 2 * DROPOUT
+    empty_text = text_encoder(tokenize(pipeline.tokenizer, "")[None].to(vae.device))[0]  # anew each time, as it does
+    embeds = torch.where(empties_text[:, None, None], empty_text, embeds)
+    zeroes_image = (draws.dropout >= DROPOUT) & (draws.dropout < 3 * DROPOUT)
+    image_latents = image_latents * ~zeroes_image[:, None, None, None]
+
+    prediction = unet(torch.cat([noisy_latents, image_latents], dim=1), draws.timesteps, embeds).sample
+    return F.mse_loss(prediction.float(), draws.noise.float())
+
+
+class Timed(Exception):
+    """A turn has made the updates that were to be timed."""
+
+
+def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[float, int]:
+    """Seconds of `updates` updates of `turn`, after a third as many to warm up, and its peak memory in bytes."""
+    first, made, stamps = 1 + updates // 3, 0, []
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made in (first, first + updates):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            stamps.append(clock())
+        if len(stamps) == 2:
+            raise Timed
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        turn()
+    except Timed:
+        return stamps[1] - stamps[0], peak_memory(device)
+    finally:
+        hook.remove()
+    raise RuntimeError(f"The turn ended after {made} updates, before it was timed.")
+
+
+def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
+    """Floating-point operations of forward and backward for one sample, whose latents are `side` x `side`."""
+    latents, timestep = torch.randn(1, 8, side, side, device=unet.device), torch.zeros(1, device=unet.device)
+    text = torch.randn(1, 77, unet.config.cross_attention_dim, device=unet.device)
+    with FlopCounterMode(display=False) as counter:
+        unet.train().requires_grad_(True)(latents, timestep, text).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+class Pictures(list):
+    """Pictures of noise, `size` x `size` pixels, each with another as its edit."""
+
+    skipped: list[tuple[str, str]] = []
+
+    def __init__(self, size: int):
+        noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 2, size, size, 3), dtype=np.uint8)
+        pairs = [[Image.fromarray(pixels) for pixels in pair] for pair in noise]
+        super().__init__((image, Edit(f"number {index}", edited)) for index, (image, edited) in enumerate(pairs))
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def build(model: str) -> InstructDiffusionPipeline:
+    """The model that ships, or Stable Diffusion 1.5 with random weights: `full`, or `small`, a quarter as wide."""
+    if model == "tiny":
+        return load_start(TINY_MODEL)
+    torch.manual_seed(0)
+    part, groups, heads = {"small": (4, 16, 6), "full": (1, 32, 12)}[model]
+    tokenizer = CLIPTokenizer.from_pretrained(TINY_MODEL, subfolder="tokenizer")
+    scheduler = EulerAncestralDiscreteScheduler.from_pretrained(TINY_MODEL, subfolder="scheduler")
+    unet = UNet2DConditionModel(
+        in_channels=8,
+        block_out_channels=[width // part for width in (320, 640, 1280, 1280)],
+        cross_attention_dim=768 // part,
+        norm_num_groups=groups,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[width // part for width in (128, 256, 512, 512)],
+        layers_per_block=2,
+        norm_num_groups=groups,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=768 // part,
+            intermediate_size=3072 // part,
+            num_attention_heads=heads,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    return InstructDiffusionPipeline(vae.eval(), text_encoder.eval(), tokenizer, unet.eval(), scheduler)
+
+
+def copy_of(pipeline: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
+    """The same model with weights of its own, which a turn may train, move and cast."""
+    return type(pipeline)(**copy.deepcopy(pipeline.components))
+
+
+if __name__ == "__main__":
+    main()

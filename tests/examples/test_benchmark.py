@@ -1,0 +1,115 @@
+"""The benchmark in miniature: both sides train the same, and the report is whole. No figure of it is judged here."""
+
+import dataclasses
+import json
+import sys
+
+import benchmark
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train
+from instructdiffusion_pipeline.training.draws import draw
+
+BATCH = 8
+OPTIONS = "--model tiny --size 32 --batch_size 2 --rounds 2 --updates 1"
+CONFIG = TrainingConfig(max_train_steps=2, batch_size=BATCH, ema_decay=0)
+
+
+@pytest.fixture(autouse=True)
+def _any_precision():
+    """accelerate fixes the precision with the first call in a process; here each test has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def samples(pipe):
+    return PictureSamples(Mixture([(Source("noise", benchmark.Pictures(32), Editing.pick), 1)]), pipe.tokenizer)
+
+
+def drawn(seed, positions):
+    """What `train` draws for a model of tests/tiny.py."""
+    return draw(seed, positions, torch.Size([4, 16, 16]), 1000)
+
+
+@pytest.fixture(scope="module")
+def seed():
+    """Draws that drop each condition and never fall where the two sides differ.
+
+    From 0.05 to 0.1 the recipe drops both conditions, and `train`, as the original, one of them.
+    """
+    for seed in range(1000):
+        first, dropout = drawn(seed, range(BATCH)).dropout, drawn(seed, range(2 * BATCH)).dropout
+        agrees = not ((dropout >= 0.05) & (dropout < 0.1)).any()
+        if agrees and (first < 0.05).any() and ((first >= 0.1) & (first < 0.15)).any():
+            return seed
+    raise AssertionError("no such seed")
+
+
+def test_both_sides_have_the_same_loss_for_the_same_draws(pipe, samples, tmp_path, seed):
+    batch = benchmark.collate([samples[position] for position in range(BATCH)])
+    peer = benchmark.copy_of(pipe)
+    peer.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    with torch.no_grad():
+        recipe = benchmark.recipe_loss(peer.unet, peer, batch, drawn(seed, range(BATCH))).item()
+    config = dataclasses.replace(CONFIG, max_train_steps=1, seed=seed, report_to="tensorboard")
+    train(pipe, samples, config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "logs" / "instructdiffusion"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([recipe], abs=1e-5)
+
+
+def test_both_sides_make_the_same_updates_of_the_same_draws(pipe, samples, tmp_path, seed, monkeypatch):
+    batches = iter([range(BATCH), range(BATCH, 2 * BATCH)])
+    monkeypatch.setattr(benchmark, "draw_on", lambda *_: drawn(seed, next(batches)))
+    start, peer = benchmark.copy_of(pipe).unet.state_dict(), benchmark.copy_of(pipe)
+    benchmark.train_recipe(peer, samples, CONFIG)
+    train(pipe, samples, dataclasses.replace(CONFIG, seed=seed), tmp_path)
+    for name, tensor in pipe.unet.state_dict().items():
+        step = (tensor - start[name]).abs().mean()
+        # Adam magnifies a rounding where a gradient is next to nothing, so the mean counts.
+        assert step > 0 and (tensor - peer.unet.state_dict()[name]).abs().mean() < 0.02 * step, name
+
+
+def test_the_report_has_three_rows_and_parses(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PICTURES", 4)
+    monkeypatch.setattr(benchmark, "build", lambda model: pipe)
+    monkeypatch.setattr(sys, "argv", f"benchmark.py {OPTIONS} --output {tmp_path}/figures.json".split())
+    benchmark.main()
+    names = ["diffusers' recipe", "train", "train, cached"]
+    table = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert table[2:] == names
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in report["rows"]] == names and report["rows"][0]["ratios"] == [1, 1]
+    assert all(len(row["samples_per_second"]) == 2 and min(row["samples_per_second"]) > 0 for row in report["rows"])
+    assert report["unet_flop_per_sample"] > 0
+
+
+def test_a_turn_is_timed_after_its_warm_up_and_ended(pipe, samples):
+    made = []
+
+    def turn():
+        parameter = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter])
+        while True:
+            optimizer.step()
+            made.append(1)
+
+    seconds, peak = benchmark.timed(turn, 6, Accelerator().device)
+    assert len(made) == 8 and seconds > 0 and peak > 1e6, (
+        "two and the first stamp, then six; the last one is cut short"
+    )
+    with pytest.raises(RuntimeError, match="after 2 updates"):
+        benchmark.timed(lambda: benchmark.train_recipe(pipe, samples, CONFIG), 6, Accelerator().device)
+
+
+def test_the_small_model_has_a_sixteenth_of_the_weights_of_stable_diffusion():
+    count = sum(parameter.numel() for parameter in benchmark.build("small").unet.parameters())
+    assert count == pytest.approx(859_520_964 / 16, rel=0.01)
