@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from edit import TINY_MODEL, load
 
 from instructdiffusion_pipeline import FAMILIES, InstructDiffusionPipeline, load_presets, trained_size
@@ -21,9 +22,10 @@ from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
 from instructdiffusion_pipeline.datasets.recipes import ORIGINAL
 from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
-from instructdiffusion_pipeline.datasets.triples import InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.datasets.triples import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
 from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, evaluate, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
+from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 
 
@@ -51,6 +53,7 @@ DATA: dict[str, tuple[Callable[..., Any], str, Callable[[int], Any] | None]] = {
     "gier": (gier, "test", Squash),
     "gqa-inpaint": (gqa_inpaint, "test", Squash),
     "magicbrush": (magicbrush, "dev", Squash),
+    "table": (lambda folder, split: HubTable(load_dataset(str(folder), split=split)), "train", Squash),
 }
 
 
@@ -89,7 +92,7 @@ def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, 
     if name not in DATA:
         raise ValueError(f"--data: NAME must be one of {', '.join(DATA)}; got {name!r}.")
     read, usual, geometry = DATA[name]
-    split, pick = split or usual, ORIGINAL[name].pick
+    split, pick = split or usual, ORIGINAL[name].pick if name in ORIGINAL else Editing.pick
     source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
     return cases_from(source, count, seed, whole_person if pick == Keypoints.pick else None)
 

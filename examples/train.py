@@ -90,7 +90,15 @@ def run(options: Options, config: TrainingConfig) -> None:
     """Load, mix, train, and write the model."""
     model = options.output_dir / "model"
     if model.exists():
-        raise ValueError(f"--output_dir: {model} is there already, from a run that ended; name another folder.")
+        raise ValueError(
+            f"--output_dir: {model} is there already, from a run that ended; name another folder, or move model/ (and"
+            " lora/) away if --resume is to make that run longer."
+        )
+    for entry in options.data:
+        check_entry(entry)
+    is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
+    if not Path(options.init).exists() and (options.init.count("/") != 1 or is_file_name):
+        raise ValueError(f"--init: there is no file or folder {options.init}.")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
@@ -144,10 +152,18 @@ def converted(init: str, output_dir: Path, options: str) -> str:
 
 def source(entry: str, size: int) -> tuple[Source, float]:
     """NAME=FOLDER as a source and its weight."""
+    check_entry(entry)
+    name, _, folder = entry.partition("=")
+    return DATA[name].source(name, Path(folder), size)
+
+
+def check_entry(entry: str) -> None:
+    """Raise a ValueError unless `entry` is NAME=FOLDER, with a known name and a folder, or a Hub id for a table."""
     name, equals, folder = entry.partition("=")
     if name not in DATA or not equals:
         raise ValueError(f"--data must be NAME=FOLDER with a NAME out of {', '.join(DATA)}; got {entry!r}.")
-    return DATA[name].source(name, Path(folder), size)
+    if not Path(folder).exists() and (name != "table" or folder.count("/") != 1):
+        raise ValueError(f"--data {name}: there is no folder {folder}.")
 
 
 if __name__ == "__main__":

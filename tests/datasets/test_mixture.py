@@ -162,3 +162,16 @@ def test_a_mixture_of_millions_is_cheap():
     mixed = Mixture([(Source("a", Numbered(3_000_000), BLUR), 1), (Source("b", Numbered(400_000), BLUR), 0.1)])
     assert mixed.source_of(0).name in "ab" and len(mixed) == 3_040_000
     assert len(pickle.dumps(mixed)) < 30_000_000  # one plan of eight bytes a sample
+
+
+def test_what_a_data_set_leaves_out_is_counted_and_named_at_once(caplog):
+    class Lossy(list):
+        skipped = [(f"row {number}", "no instruction") for number in range(5)]
+
+        def name(self, index):
+            return str(index)
+
+    Mixture([(Source("mine", Lossy([1]), lambda *_: None), 1)])
+    assert (
+        "mine: 5 entries cannot be used, such as row 0: no instruction, row 1: no instruction, row 2:" in caplog.text
+    )

@@ -162,6 +162,11 @@ def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_pa
 def test_bad_data_is_refused_by_name(model, table, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--data must be NAME=FOLDER with a NAME out of mpii, .*; got 'photos=x'"):
         call(monkeypatch, model, "photos=x", tmp_path / "run")
+    with pytest.raises(SystemExit, match="--data table: there is no folder nowhere"):
+        call(monkeypatch, model, "table=nowhere", tmp_path / "run")
+    for init in ("nofile.ckpt", "some/nofile.safetensors", "/no/such/folder"):
+        with pytest.raises(SystemExit, match=f"--init: there is no file or folder {init}"):
+            call(monkeypatch, init, f"table={table}", tmp_path / "run")
     with pytest.raises(SystemExit, match="`batch_size` must be 1 or more; got 0"):
         call(monkeypatch, model, f"table={table}", tmp_path / "run", batch_size=0)
     assert not (tmp_path / "run").exists()

@@ -47,7 +47,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
 
 def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="no sample is left"):
+    with pytest.raises(ValueError, match="picks is empty; move the best of .*candidates there"):
         picks(tmp_path)
     for name in ("000002_00_s1.5_i1.png", "000002_01_s3_i1.25.png", "000000_01_s3_i1.25.png"):
         (tmp_path / "candidates" / name).rename(tmp_path / "picks" / name)

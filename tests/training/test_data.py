@@ -141,3 +141,12 @@ def test_a_text_is_stored_once(pipe, tmp_path):
     torch.testing.assert_close(
         cached[3]["prompt_embeds"].float()[None], pipe.encode_prompt("same words")[0], atol=1e-2, rtol=1e-2
     )
+
+
+def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
+    def samples(first):
+        return PictureSamples(Mixture([(Source("same name", Pairs(3, first), Editing.pick), 1)]), pipe.tokenizer)
+
+    cache_samples(samples(0), 3, pipe, tmp_path)
+    with pytest.raises(ValueError, match="content was"):
+        cache_samples(samples(3), 3, pipe, tmp_path)

@@ -272,6 +272,7 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
         ({"batch_size": 0}, "`batch_size` must be 1 or more; got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
         ({"ema_decay": 1.0}, "`ema_decay` must be from 0 to below 1"),
+        ({"lr_warmup_steps": 5}, '`lr_warmup_steps` has no meaning with "constant"'),
         ({"lora_rank": 0}, "`lora_rank` must be 1 or more"),
         ({"lora_rank": 4, "train_text_encoder": True}, "`train_text_encoder` must be False"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no, bf16, fp16; got 'fp8'"),

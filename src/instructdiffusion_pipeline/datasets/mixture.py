@@ -16,6 +16,7 @@ from instructdiffusion_pipeline.sample import Sample
 from instructdiffusion_pipeline.tasks import Lesson, NothingToAsk, make_sample
 
 logger = logging.getLogger(__name__)
+SHOWN = 3  # entries that a warning names
 
 Pick = Callable[[Image.Image, Any, random.Random], Lesson]
 Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
@@ -67,6 +68,10 @@ class Mixture:
         self.sources = [source for source, _ in sources]
         self.seed = seed
         self.skipped: Counter[str] = Counter()
+        for source in self.sources:
+            if lost := source.dataset.skipped:
+                some = ", ".join(f"{what}: {why}" for what, why in lost[:SHOWN])
+                logger.warning("%s: %d entries cannot be used, such as %s", source.name, len(lost), some)
         self._lengths = [len(source.dataset) for source in self.sources]
         self._counts = [max(1, round(weight * len(source.dataset))) for source, weight in sources]
         self._ends = np.cumsum(self._lengths)

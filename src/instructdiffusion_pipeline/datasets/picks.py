@@ -16,6 +16,8 @@ def picks(root: str | PathLike[str]) -> EditTriples:
     def parse(lines: str) -> dict[str, str]:
         return {sample["id"]: sample["instruction"] for sample in map(json.loads, lines.splitlines())}
 
+    if not any((root / "picks").glob("*.png")):
+        raise ValueError(f"{root / 'picks'} is empty; move the best of {root / 'candidates'} there.")
     words = read_annotations(root / "samples.jsonl", "the samples of a folder of candidates", parse)
 
     def triples() -> Iterator[tuple[str, str, str]]:

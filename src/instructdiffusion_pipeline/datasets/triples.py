@@ -234,7 +234,10 @@ class HubTable:
         self.columns, self.skipped = [image, instruction, edited], Skipped()
         unknown = sorted(set(self.columns) - set(table.column_names))
         if unknown:
-            raise ValueError(f"`table` has no column {unknown}; name one of {', '.join(table.column_names)}.")
+            raise ValueError(
+                f"`table` has no column {unknown}, but {', '.join(table.column_names)}; rename those, or name them as"
+                " arguments. A folder of pictures needs a metadata.jsonl."
+            )
         self.table = table.select_columns(self.columns)
         rows = []
         for row, text in enumerate(table[instruction]):

@@ -4,6 +4,7 @@ Geng et al., CVPR 2024, section 3.4: twenty guidance settings a sample, of which
 thousand pictures. Fine-tuning on `datasets.picks.picks` of the folder is the second half.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from os import PathLike
@@ -52,7 +53,8 @@ def make_candidates(
         "num_inference_steps": num_inference_steps,
         "batch_size": batch_size,
         "seed": seed,
-        "instructions": [sample.instruction for sample in samples],
+        "samples": len(samples),
+        "instructions": hashlib.sha256("\n".join(sample.instruction for sample in samples).encode()).hexdigest()[:16],
     }
     written = folder / "run.json"
     if not written.exists():

@@ -23,7 +23,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches whose gradients one update sums up")
     learning_rate: float = setting(1e-4, "after the warm-up")
     lr_scheduler: str = setting("constant", "of diffusers: constant, constant_with_warmup, cosine, linear ...")
-    lr_warmup_steps: int = setting(0, "updates until the learning rate is reached; not with 'constant'")
+    lr_warmup_steps: int = setting(0, "updates until the learning rate is reached; not with constant")
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float = setting(0.01, "of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
@@ -53,6 +53,8 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0; got {getattr(self, name)}.")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError('`lr_warmup_steps` has no meaning with "constant"; use "constant_with_warmup".')
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be from 0 to below 1; got {self.ema_decay}.")
         if self.lora_rank is not None and self.lora_rank < 1:

@@ -85,6 +85,11 @@ def train(
     }
     checkpoint = checkpoints.find(folder, resume, settings)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    if resume:
+        accelerator.print(
+            f"Going on with {checkpoint}" if checkpoint else f"No checkpoint in {folder} yet: from the start"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
         config.batch_size,
