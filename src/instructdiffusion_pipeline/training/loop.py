@@ -7,7 +7,6 @@ from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
@@ -27,10 +26,9 @@ from instructdiffusion_pipeline.training.draws import WithDraws
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
 from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
-from instructdiffusion_pipeline.training.watch import Watch
+from instructdiffusion_pipeline.training.watch import Watch, show
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMAGES = {"tensorboard": {"dataformats": "NHWC"}}  # what a tracker must be told about an array of pictures
 
 
 def train(
@@ -161,10 +159,7 @@ def train(
             if accelerator.is_main_process:
                 (folder / "validation").mkdir(parents=True, exist_ok=True)
                 write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
-                for tracker in accelerator.trackers:
-                    tracker.log_images(
-                        {"validation": np.asarray(sheet)[None]}, step=step, **IMAGES.get(tracker.name, {})
-                    )
+                show(accelerator.trackers, sheet, step)
         if step % config.checkpointing_steps == 0 or last:
             checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
 

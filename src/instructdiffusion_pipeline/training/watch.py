@@ -5,9 +5,12 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 
 class Watch:
@@ -48,3 +51,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+def show(trackers: Iterable[GeneralTracker], sheet: Image.Image, step: int) -> None:
+    """Send the validation pictures to those trackers that accelerate gives pictures (trackio is none of them)."""
+    for tracker in trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, **layout)
