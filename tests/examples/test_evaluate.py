@@ -98,6 +98,20 @@ def test_data_sets_become_rows_of_one_table(monkeypatch, capsys, tmp_path, model
     }
 
 
+def test_pairs_of_ones_own_are_scored(monkeypatch, tmp_path, model):
+    folder, rows = tmp_path / "mine", []
+    folder.mkdir()
+    for number in range(2):
+        for name in ("before", "after"):
+            tiny.picture(48, 40, number).save(folder / f"{name}{number}.png")
+        columns = ("original_image_file_name", f"before{number}.png"), ("edited_image_file_name", f"after{number}.png")
+        rows.append(dict(columns) | {"edit_prompt": "leave it"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call(monkeypatch, "--model", model, f"--data=table={folder}", "--steps", 1, "--output", tmp_path / "output")
+    (row,) = json.loads((tmp_path / "output" / "results.json").read_text())["rows"]
+    assert (row["row"], row["samples"], row["scores"]["PSNR"]["input"]) == ("table train", 2, 100)
+
+
 def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatch, tmp_path, model, gopro):
     def settings(folder, *arguments):
         call(monkeypatch, "--model", model, f"--data=gopro={gopro}", "--samples", 1, "--output", folder, *arguments)
