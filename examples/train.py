@@ -115,6 +115,7 @@ def run(options: Options, config: TrainingConfig) -> None:
                 options.output_dir / "cache",
                 embeddings=not config.train_text_encoder,
                 num_workers=config.num_workers,
+                seed=config.seed,
             )
     own_steps = options.validation_num_inference_steps
     few = {"num_inference_steps": own_steps} if own_steps else {}

@@ -17,6 +17,7 @@ from instructdiffusion_pipeline.tasks.segmentation import OPACITY
 from instructdiffusion_pipeline.tasks.wording import a, listing
 
 MOST = 3  # marks on one picture
+WORDS = 35  # of a caption, so that the marks come before the 77th token
 SIDES = (0.15, 0.5)  # of boxes and patches, as shares of the picture's
 CORNERS = 9  # of a patch's outline
 COLORS = {"disc": KEYPOINT_COLORS, "box": KEYPOINT_COLORS, "patch": MASK_COLORS}
@@ -76,7 +77,7 @@ class MarkedPicture:
             free = COLORS[kind].keys() - {mark.color for mark in marks}
             showing = free.intersection(visible_colors(image, shape(kind, box, image.size), COLORS[kind]))
             marks.append(Mark(kind, rng.choice(sorted(showing or free)), box))
-        return cls(caption.rstrip(". "), tuple(marks))
+        return cls(" ".join(caption.split()[:WORDS]).rstrip(". "), tuple(marks))
 
     def draw(self, image: Image.Image, caption: str) -> Image.Image:
         """The RGB `image` with the marks on it, the later over the earlier."""

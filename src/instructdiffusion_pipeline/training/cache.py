@@ -1,6 +1,5 @@
 """Latents and embeddings computed once, on disk, so that training runs the UNet alone."""
 
-import hashlib
 import json
 from os import PathLike
 from pathlib import Path
@@ -14,11 +13,10 @@ from tqdm import tqdm
 
 from instructdiffusion_pipeline.identity import differences, fingerprint
 from instructdiffusion_pipeline.sheets import write_text
-from instructdiffusion_pipeline.training.data import PictureSamples
+from instructdiffusion_pipeline.training.data import PictureSamples, content
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
 SHARD = 1024  # samples in a file
-PROBES = 16  # samples, about, that stand for all when a cache is used again
 
 
 class CachedSamples(Dataset):
@@ -115,15 +113,6 @@ def encode_shard(loader: DataLoader, encoders: FrozenEncoders, path: Path) -> No
         columns["prompt_embeds"] = torch.cat(embeds)
     save_file(columns, path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
-
-
-def content(samples: PictureSamples, count: int) -> str:
-    """A hash of a few samples, so that pictures or words that changed are not taken for those in a cache."""
-    digest = hashlib.sha256()
-    for position in range(0, count, max(1, count // PROBES)):
-        item = samples[position]
-        digest.update(b"".join(item[name].numpy().tobytes() for name in ("image", "target", "input_ids")))
-    return digest.hexdigest()[:16]
 
 
 def shard_path(folder: Path, start: int) -> Path:

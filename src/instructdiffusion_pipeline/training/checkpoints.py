@@ -61,6 +61,8 @@ def find(folder: Path, resume: str | Path | None, settings: Mapping[str, Any]) -
     checkpoint = found[-1] if resume == "latest" else Path(resume)
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f'`resume` must be "latest" or the folder of a checkpoint; {checkpoint} is none.')
+    if found and found[-1].resolve() != checkpoint.resolve():
+        raise ValueError(f"`resume`: `output_dir` has {found[-1]}, which is not {checkpoint}; move it away first.")
     # A run without a schedule that ends may be made longer.
     free = FREE | ({"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else set())
     fixed = {name: value for name, value in settings.items() if name not in free}
@@ -76,4 +78,5 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of)
+    whole = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
+    return sorted(whole, key=step_of)

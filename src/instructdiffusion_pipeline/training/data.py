@@ -1,5 +1,6 @@
 """Samples as the tensors that the loop trains on."""
 
+import hashlib
 import logging
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
+PROBES = 16  # samples, about, that stand for all
 
 
 class TrainingSamples(Protocol):
@@ -56,6 +58,16 @@ class PictureSamples(Dataset):
             "source": torch.tensor(self.sources.index(source)),
             "skipped": torch.tensor(self.mixture.skipped.total() - skipped),
         }
+
+
+def content(samples: TrainingSamples, count: int) -> str:
+    """A hash of a few of the first `count` samples, so that what changed is not taken for what was there before."""
+    digest = hashlib.sha256()
+    for position in range(0, count, max(1, count // PROBES)):
+        for name, tensor in sorted(samples[position].items()):
+            if name != "skipped":
+                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:

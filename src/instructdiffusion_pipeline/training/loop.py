@@ -1,5 +1,6 @@
 """One training loop, from top to bottom; accelerate brings precision, processes and devices."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from instructdiffusion_pipeline.identity import fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.sheets import write_picture
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.config import TrainingConfig
-from instructdiffusion_pipeline.training.data import TrainingSamples, tokenize
+from instructdiffusion_pipeline.training.data import TrainingSamples, content, tokenize
 from instructdiffusion_pipeline.training.draws import WithDraws
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
@@ -52,8 +54,11 @@ def train(
     """
     # 1. The machine, and what is trained on it.
     check_possible(config, pipeline, dataset)
+    # DeepSpeed would train in half precision what accelerate trains in float32; so it only gets the autocast below.
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no" if deepspeed else config.mixed_precision,
+        step_scheduler_with_optimizer=False,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
@@ -66,12 +71,11 @@ def train(
     )
     denoiser = Denoiser(pipeline, config)
     optimizer = make_optimizer(trained_parameters(denoiser), config)
-    # accelerate steps the schedule once per process, so its lengths are given in those steps
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
     )
 
     # 2. Where it goes on. What a sample is and draws hangs on its position, so resuming needs no state for it.
@@ -80,6 +84,8 @@ def train(
         "samples_per_step": samples_per_step,
         "samples": len(dataset),
         "sources": list(dataset.sources),
+        "content": content(dataset, len(dataset)),
+        "encoders": fingerprint(pipeline.vae, pipeline.text_encoder),
     }
     checkpoint = checkpoints.find(folder, resume, settings)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -98,9 +104,18 @@ def train(
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
     parameters = trained_parameters(denoiser)
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, but"
+            f" {accelerator.gradient_accumulation_steps} in accelerate's configuration; they must agree."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and validation:
+        accelerator.print("No validation pictures with FSDP: no process has all weights.")
+        validation = ()
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # it counts the batches of an update, of which there may have been another number
         if ema:
             ema.to(device)  # a checkpoint is read to the CPU
 
@@ -127,9 +142,10 @@ def train(
 
         # b. Gradients; after the last batch of an update one step of the optimizer, and of the average.
         with accelerator.accumulate(denoiser):
-            losses = denoiser(
-                scheduler, latents, image_latents, text, draws.noise, draws.timesteps, config.min_snr_gamma
-            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=deepspeed and config.mixed_precision == "bf16"):
+                losses = denoiser(
+                    scheduler, latents, image_latents, text, draws.noise, draws.timesteps, config.min_snr_gamma
+                )
             accelerator.backward(losses.mean())
             seen.append({"loss": losses.detach()} | {name: batch[name] for name in ("position", "source", "skipped")})
             if accelerator.sync_gradients:
@@ -138,11 +154,11 @@ def train(
                 seen.clear()
                 check_finite(update, None if accelerator.scaler else norm, step, folder, dataset.sources)
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         step += 1
+        lr_scheduler.step()
         if ema:
             ema.step(parameters)
 
@@ -151,6 +167,8 @@ def train(
         bar.update()
         bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=watch.skipped, refresh=False)
         last = step == config.max_train_steps
+        if step % config.checkpointing_steps == 0 or last:
+            checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
         if step % config.logging_steps == 0 or last:
             accelerator.log(watch.line() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
         if validation and (step % config.validation_steps == 0 or last):
@@ -160,8 +178,6 @@ def train(
                 (folder / "validation").mkdir(parents=True, exist_ok=True)
                 write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
                 show(accelerator.trackers, sheet, step)
-        if step % config.checkpointing_steps == 0 or last:
-            checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
 
     # 4. Hand over the average.
     bar.close()
@@ -186,6 +202,8 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
         )
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError('`mixed_precision` is "fp16" on a CPU, where it would train in float32; use "bf16" or "no".')
+    if config.mixed_precision == "fp16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
     if (channels := pipeline.unet.config.in_channels) != 8:
@@ -261,11 +279,11 @@ def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iter
 
 
 def check_finite(
-    update: dict[str, torch.Tensor], norm: torch.Tensor | None, step: int, folder: Path, sources: Sequence[str]
+    update: dict[str, torch.Tensor], norm: torch.Tensor | float | None, step: int, folder: Path, sources: Sequence[str]
 ) -> None:
     """Stop before an update whose losses or gradients are not finite, and say where to look."""
     bad = ~torch.isfinite(update["loss"])
-    if not bad.any() and (norm is None or torch.isfinite(norm)):
+    if not bad.any() and (norm is None or math.isfinite(norm)):
         return
     culprits = [
         f"{sources[source]} at position {position}"
