@@ -1,12 +1,15 @@
 """Tells models and runs apart, so that a folder of one is not gone on with by another."""
 
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
+from instructdiffusion_pipeline.sheets import write_text
 
 
 def fingerprint(*models: nn.Module, also: str = "") -> str:
@@ -24,6 +27,20 @@ def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     scheduler = pipeline.scheduler.to_json_string()
     return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler}")
+
+
+def claim(folder: Path, name: str, run: Mapping[str, Any], what: str) -> None:
+    """Note in the JSON file `name` of `folder` what its content is of.
+
+    Raises a ValueError if that is there and of something else; `what` says in words what may be gone on with.
+    """
+    written = folder / name
+    if not written.exists():
+        write_text(written, json.dumps(run, indent=2) + "\n")
+    elif other := differences(json.loads(written.read_text()), run):
+        raise ValueError(
+            f"`folder` must be new or hold {what}; of {folder}, {other}. Choose another folder, or delete this one."
+        )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -35,6 +35,11 @@ class Source:
     pick: Pick
     geometry: Geometry | None = None
 
+    def read(self, index: int, rng: random.Random) -> tuple[Image.Image, Any]:
+        """The picture and its annotation after the geometry. Raises an `UnreadableSample` where a file is broken."""
+        image, annotation = self.dataset[index]
+        return self.geometry(image, annotation, rng) if self.geometry else (image, annotation)
+
 
 @dataclass(frozen=True)
 class Always:
@@ -90,9 +95,7 @@ class Mixture:
             name = f"{source.name}: {source.dataset.name(index)}"
             rng = random.Random(f"{self.seed}/{position}")
             try:
-                image, annotation = source.dataset[index]
-                if source.geometry:
-                    image, annotation = source.geometry(image, annotation, rng)
+                image, annotation = source.read(index, rng)
                 return make_sample(source.pick(image, annotation, rng), image, annotation, rng)
             except (UnreadableSample, NothingToAsk) as error:
                 self._skip(name, error)

@@ -64,9 +64,7 @@ def cases_from(source: Source, count: int, seed: int = 0, ask: Ask | None = None
 
 def _open(source: Source, index: int, seed: int, ask: Ask | None) -> Exam:
     rng = random.Random(f"{seed}/{source.name}/{index}")
-    image, truth = source.dataset[index]
-    if source.geometry:
-        image, truth = source.geometry(image, truth, rng)
+    image, truth = source.read(index, rng)
     tasks = ask(image, truth, rng) if ask else [cast(Task, source.pick(image, truth, rng))]
     return Exam(image, tasks, truth)
 

@@ -19,9 +19,9 @@ from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
-from instructdiffusion_pipeline.identity import differences, pipeline_fingerprint
+from instructdiffusion_pipeline.identity import claim, pipeline_fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
-from instructdiffusion_pipeline.sheets import write_picture, write_text
+from instructdiffusion_pipeline.sheets import write_picture
 from instructdiffusion_pipeline.tasks import Task
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -93,20 +93,10 @@ def evaluate(
 
 def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:
     """The records that `folder` holds of this `run`, whole batches only; what a kill left of another is cut off."""
-    written, path = folder / "run.json", folder / "records.jsonl"
-    if not written.exists():
-        if path.exists():
-            raise ValueError(
-                f"`folder` holds {path} without the run.json that says what it is of. Choose another one."
-            )
-        write_text(written, json.dumps(run, indent=2) + "\n")
-        return []
-    before = json.loads(written.read_text())
-    if other := differences(before, run):
-        raise ValueError(
-            f"`folder` must be new or hold records of the same run; of {folder}, {other}. Choose another folder, or"
-            " delete this one."
-        )
+    path = folder / "records.jsonl"
+    if path.exists() and not (folder / "run.json").exists():
+        raise ValueError(f"`folder` holds {path} without the run.json that says what it is of. Choose another one.")
+    claim(folder, "run.json", run, "records of the same run")
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()

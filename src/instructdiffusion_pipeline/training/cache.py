@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.identity import differences, fingerprint
-from instructdiffusion_pipeline.sheets import write_text
+from instructdiffusion_pipeline.identity import claim, fingerprint
 from instructdiffusion_pipeline.training.data import PictureSamples, content
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
@@ -79,11 +78,7 @@ def cache_samples(
         "content": content(samples, count),
         "encoders": fingerprint(pipeline.vae, *([pipeline.text_encoder] if embeddings else [])),
     }
-    written = folder / "cache.json"
-    if not written.exists():
-        write_text(written, json.dumps(about, indent=2) + "\n")
-    elif other := differences(json.loads(written.read_text()), about):
-        raise ValueError(f"`folder` must be new or of the same samples; of {folder}, {other}.")
+    claim(folder, "cache.json", about, "the same samples")
     with tqdm(total=count, desc="caching") as bar:
         for start in range(0, count, SHARD):
             stop = min(start + SHARD, count)

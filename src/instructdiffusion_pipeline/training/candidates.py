@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.identity import differences, pipeline_fingerprint
+from instructdiffusion_pipeline.identity import claim, pipeline_fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.sample import Sample
 from instructdiffusion_pipeline.sheets import stack, strip, write_picture, write_text
@@ -56,11 +56,7 @@ def make_candidates(
         "samples": len(samples),
         "instructions": hashlib.sha256("\n".join(sample.instruction for sample in samples).encode()).hexdigest()[:16],
     }
-    written = folder / "run.json"
-    if not written.exists():
-        write_text(written, json.dumps(run) + "\n")
-    elif other := differences(json.loads(written.read_text()), run):
-        raise ValueError(f"`folder` must be new or hold candidates of the same run; of {folder}, {other}.")
+    claim(folder, "run.json", run, "candidates of the same run")
     lines = [
         json.dumps({"id": f"{index:06d}", "instruction": sample.instruction}) for index, sample in enumerate(samples)
     ]

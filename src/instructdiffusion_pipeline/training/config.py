@@ -32,7 +32,7 @@ class TrainingConfig:
     lora_rank: int | None = setting(None, "train low-rank additions to the UNet's attention; none: all its weights")
     train_text_encoder: bool = setting(False, "for small models that start from nothing; the paper freezes CLIP")
     text_to_image: bool = setting(False, "the input picture is never shown, as in the adaptation stage")
-    gradient_checkpointing: bool = setting(False, "recompute activations, for a third of the memory and more time")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "fp16 needs an accelerator")
     num_workers: int = setting(0, "processes of each process that read and draw; they do not change the result")
     checkpointing_steps: int = setting(500, "updates from one checkpoint to the next")

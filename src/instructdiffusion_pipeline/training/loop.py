@@ -53,7 +53,8 @@ def train(
         FloatingPointError: the loss, or without loss scaling a gradient, is not finite; no checkpoint is of after it.
     """
     # 1. The machine, and what is trained on it.
-    check_possible(config, pipeline, dataset)
+    first = dataset[0]
+    check_possible(config, pipeline, first)
     # DeepSpeed would train in half precision what accelerate trains in float32; so it only gets the autocast below.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
@@ -99,7 +100,7 @@ def train(
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=config.num_workers,
-        collate_fn=WithDraws(config.seed, latent_shape(dataset[0], pipeline), scheduler.config.num_train_timesteps),
+        collate_fn=WithDraws(config.seed, latent_shape(first, pipeline), scheduler.config.num_train_timesteps),
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
@@ -191,8 +192,8 @@ def train(
     return pipeline.to(device)
 
 
-def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, dataset: TrainingSamples) -> None:
-    """Raise a ValueError for what would fail late, or quietly do something else."""
+def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
+    """Raise a ValueError for what would fail late, or quietly do something else; `first` is a sample of the data."""
     # As accelerate itself decides; its own Accelerator would fix the precision for the whole process.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device.type
@@ -208,7 +209,6 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
         raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
     if (channels := pipeline.unet.config.in_channels) != 8:
         raise ValueError(f"`pipeline` must have a UNet of 8 input channels; got {channels}. See `load_start`.")
-    first = dataset[0]
     if config.train_text_encoder and "prompt_embeds" in first:
         raise ValueError(
             "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."

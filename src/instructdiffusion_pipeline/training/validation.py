@@ -36,9 +36,7 @@ def one_of_each_family(
         for index in range(len(source.dataset)):
             rng = random.Random(SEED)
             try:
-                image, annotation = source.dataset[index]
-                if source.geometry:
-                    image, annotation = source.geometry(image, annotation, rng)
+                image, annotation = source.read(index, rng)
                 lesson = source.pick(image, annotation, rng)
             except (UnreadableSample, NothingToAsk):
                 continue
