@@ -6,6 +6,7 @@ Killed, it goes on where it was when started again. Layouts of the folders: see 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
 from instructdiffusion_pipeline.datasets.recipes import ORIGINAL
 from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
 from instructdiffusion_pipeline.datasets.triples import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, evaluate, whole_person
+from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, classical, evaluate, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
+from instructdiffusion_pipeline.reading import LearnedReading
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
     parser.add_argument(
-        "--data", action="append", required=True, metavar="NAME=FOLDER", help=f"repeatable; {', '.join(DATA)}"
+        "--data", action="append", required=True, metavar="NAME=FOLDER", help=f"repeatable; tiny, {', '.join(DATA)}"
     )
     parser.add_argument("--split", help="of every --data (default: the one for validation or tests)")
     parser.add_argument("--samples", type=int, default=500, help="of each data set")
@@ -83,14 +85,24 @@ def main() -> None:
         presets = load_presets(args.model)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    peers: dict[str, Callable[..., Any]] = {"classical": classical}
+    try:
+        peers["learned reading"] = LearnedReading.from_pretrained(args.model).peer
+    except OSError:
+        print(f"{args.model} has no learned reading; masks and joints are read by colour alone.")
     clip = ClipSimilarity(args.clip) if args.clip else None
-    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, clip)
+    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, clip, peers)
 
 
 def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, resolution: int) -> list[Case]:
     """`count` cases of one data set; people are asked for all their joints, other pictures as in training."""
+    if name == "tiny":  # the small model's world: many rows, made by the scripts of its recipe
+        sys.path.append(str(Path(__file__).parent / "tiny"))
+        from held_out import rows
+
+        return [case for source in rows(folder, count) for case in cases_from(source, count, seed)]
     if name not in DATA:
-        raise ValueError(f"--data: NAME must be one of {', '.join(DATA)}; got {name!r}.")
+        raise ValueError(f"--data: NAME must be one of tiny, {', '.join(DATA)}; got {name!r}.")
     read, usual, geometry = DATA[name]
     split, pick = split or usual, ORIGINAL[name].pick if name in ORIGINAL else Editing.pick
     source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
@@ -107,12 +119,13 @@ def run(
     seed: int = 0,
     resolution: int | None = None,
     clip: ClipSimilarity | None = None,
+    peers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Evaluate with a model's `presets`, or with other `steps`, and show the table."""
     own = {"num_inference_steps": steps} if steps else {}
     settings = {family: {**presets.get(family, {}), **own} for family in FAMILIES}
     pipeline.set_progress_bar_config(disable=True)
-    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, clip)
+    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, clip, peers)
     print((output / "table.md").read_text(), f"\nContact sheets: {output}/*.png")
 
 

@@ -1,10 +1,11 @@
 """Edits of a scene: its objects laid down differently; each change with its wordings."""
 
 import random
+from typing import NamedTuple
 
-import numpy as np
+from phrases import phrases
 from PIL import Image
-from world import Scene, World, coverage
+from world import Scene, Thing, World, lay
 
 from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.wording import a, the
@@ -39,48 +40,85 @@ ADD = [
     "let there be {new} {place}",
     "insert {new} {place}",
 ]
-# Where added objects go, in pixels, and how large: fixed, so that the words say all of it.
+MOVE = [
+    "move {old} {there}",
+    "shift {old} {there}",
+    "drag {old} {there}",
+    "push {old} {there}",
+    "carry {old} {there}",
+    "{old} should be {place}",
+]
+# Where added and moved things go: how one says it of both, and a middle in pixels; fixed, so that the words say all.
 PLACES = {
-    "on the left": (16, 32),
-    "on the right": (48, 32),
-    "at the top": (32, 16),
-    "at the bottom": (32, 48),
-    "in the middle": (32, 32),
+    "on the left": ("to the left", (16, 32)),
+    "on the right": ("to the right", (48, 32)),
+    "at the top": ("to the top", (32, 16)),
+    "at the bottom": ("to the bottom", (32, 48)),
+    "in the middle": ("to the middle", (32, 32)),
 }
 ADDED_SIDE = 28
+NEW_STYLE = 0  # of what is added or put in another's place: of two looks a model could only learn the mean
+
+
+class Change(NamedTuple):
+    """A scene before and after what the words ask for; what came or moved is the last thing of `after`."""
+
+    before: Scene
+    words: str
+    after: Scene
+
+    @property
+    def sample(self) -> tuple[Image.Image, Edit]:
+        """As editing data sets have it."""
+        return self.before.image, Edit(self.words, self.after.image)
 
 
 def edit_objects(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """A scene, and the same one with an object less, with another in its place, or with one more."""
-    change = rng.choice([remove, remove, replace, add])
-    return change(world, rng)
+    """A scene, and the same one with a thing less, with another in its place, with one more, or with one moved."""
+    change = rng.choice([remove, remove, replace, add, move])
+    return change(world, rng).sample
 
 
-def remove(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """What the object hid comes to light."""
-    scene = world.scene(rng)
-    old = rng.choice(sorted(world.names & scene.layers.keys()))
-    return scene.image, Edit(rng.choice(REMOVE).format(old=the(old)), scene.minus(old).image)
+def choose(world: World, rng: random.Random) -> tuple[Scene, str, Thing]:
+    """A scene, words for one thing in it, and the thing."""
+    while True:
+        scene = world.scene(rng)
+        single = {words: things[0] for words, things in phrases(scene, world.names, rng).items() if len(things) == 1}
+        if single:  # else there are but two of a name, neither left nor right, upper nor lower, larger nor smaller
+            words = rng.choice(sorted(single))
+            return scene, the(words), single[words]
 
 
-def replace(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
+def remove(world: World, rng: random.Random) -> Change:
+    """What the thing hid comes to light."""
+    scene, words, old = choose(world, rng)
+    return Change(scene, rng.choice(REMOVE).format(old=words), scene.minus(old))
+
+
+def replace(world: World, rng: random.Random) -> Change:
     """Another object takes the place and about the size of an old one."""
-    scene = world.scene(rng)
-    old = rng.choice(sorted(world.names & scene.layers.keys()))
-    new = rng.choice(sorted(world.names - scene.layers.keys()))
-    rows, columns = np.nonzero(coverage(scene.layers[old]))
-    center = ((columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2)
-    layer = world.place(new, rng, side=max(np.ptp(rows), np.ptp(columns)) + 1, center=center)
-    words = rng.choice(REPLACE).format(old=the(old), new=a(new))
-    return scene.image, Edit(words, scene.minus(old).plus(new, layer).image)
+    scene, words, old = choose(world, rng)
+    name = rng.choice(sorted(world.names - scene.names))
+    left, top, right, bottom = old.layer.getchannel("A").getbbox()
+    new = world.place(name, rng, max(right - left, bottom - top), old.center, NEW_STYLE)
+    return Change(scene, rng.choice(REPLACE).format(old=words, new=a(name)), scene.minus(old).plus(new))
 
 
-def add(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """One more object at a place that the words name; a scene that has no room there loses its own objects."""
+def add(world: World, rng: random.Random) -> Change:
+    """One more thing at a place that the words name; a scene that has no room there loses its own things."""
     scene = world.scene(rng)
-    new = rng.choice(sorted(world.names - scene.layers.keys()))
-    place, center = rng.choice(list(PLACES.items()))
-    layer = world.place(new, rng, ADDED_SIDE, center)
-    if not scene.fits(layer):
-        scene = Scene(scene.background, {})
-    return scene.image, Edit(rng.choice(ADD).format(new=a(new), place=place), scene.plus(new, layer).image)
+    name = rng.choice(sorted(world.names - scene.names))
+    place, (_, center) = rng.choice(list(PLACES.items()))
+    new = world.place(name, rng, ADDED_SIDE, center, NEW_STYLE)
+    if not scene.fits(new):
+        scene = Scene(scene.background)
+    return Change(scene, rng.choice(ADD).format(new=a(name), place=place), scene.plus(new))
+
+
+def move(world: World, rng: random.Random) -> Change:
+    """A thing as it is, at a place that the words name, over all others."""
+    scene, words, old = choose(world, rng)
+    place, (there, center) = rng.choice(list(PLACES.items()))
+    moved = Thing(old.name, lay(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
+    words = rng.choice(MOVE).format(old=words, place=place, there=there)
+    return Change(scene, words, scene.minus(old).plus(moved))

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from defects import add_blur, add_watermark
-from edits import edit_objects
+from edits import Change, edit_objects
 from figures import draw_figure
 from grades import grade
+from phrases import phrases
 from PIL import Image
 from pose import WholePose
-from world import SIZE, World
+from world import SIZE, Scene, World
 
 from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Source
 from instructdiffusion_pipeline.sample import Edit, Joints, Masks
@@ -49,10 +50,25 @@ class Drawn:
 
 
 def segmentation(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """A scene, and the mask of every name of the world."""
-    scene = world.scene(rng)
-    nothing = np.zeros((SIZE, SIZE), bool)
-    return scene.image, {name: scene.masks.get(name, nothing) for name in sorted(world.names)}
+    """A scene, and the mask of everything that can be spoken of in it, and of every name that is absent."""
+    return annotated(world.scene(rng), world, rng)
+
+
+def pairs(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """A scene with two things of one name, and the masks of the left and the right one."""
+    while True:
+        scene = world.scene(rng, pairs=1)
+        image, masks = annotated(scene, world, rng)
+        sides = {words: mask for words, mask in masks.items() if mask.any() and ("left" in words or "right" in words)}
+        if sides:
+            return image, sides
+
+
+def annotated(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """A scene's picture and its masks."""
+    absent = sorted(world.names - scene.names)
+    masks = {words: scene.mask(*things) for words, things in phrases(scene, world.names, rng).items()}
+    return scene.image, masks | dict.fromkeys(absent, np.zeros((SIZE, SIZE), bool))
 
 
 def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:
@@ -87,6 +103,13 @@ def watermarked(world: World, rng: random.Random) -> tuple[Image.Image, Image.Im
     return add_watermark(clean, rng), clean
 
 
+def changed(
+    world: World, rng: random.Random, change: Callable[[World, random.Random], Change]
+) -> tuple[Image.Image, Edit]:
+    """One kind of edit."""
+    return change(world, rng).sample
+
+
 def graded(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
     """A picture and another look of it."""
     image = picture(world, rng)
@@ -101,14 +124,14 @@ def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoint
 
 # name -> share of the training samples, examples, and which question to ask of one
 FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
-    "segmentation": (0.16, segmentation, Segmentation.pick),
-    "pose": (0.12, keypoints, Always(WholePose())),
-    "keypoints": (0.25, keypoints, Keypoints.pick),
-    "few keypoints": (0.21, keypoints, pick_few),
-    "noise": (0.03, noisy, Always(Restoration("noise"))),
-    "blur": (0.04, blurred, Always(Restoration("blur"))),
+    "segmentation": (0.28, segmentation, Segmentation.pick),
+    "pose": (0.1, keypoints, Always(WholePose())),
+    "keypoints": (0.16, keypoints, Keypoints.pick),
+    "few keypoints": (0.16, keypoints, pick_few),
+    "noise": (0.04, noisy, Always(Restoration("noise"))),
+    "blur": (0.05, blurred, Always(Restoration("blur"))),
     "watermark": (0.05, watermarked, Always(Restoration("watermark"))),
-    "objects": (0.08, edit_objects, Editing.pick),
+    "objects": (0.1, edit_objects, Editing.pick),
     "grades": (0.06, graded, Editing.pick),
 }
 

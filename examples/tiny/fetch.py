@@ -17,7 +17,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 DEBIAN_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
-OBJECT_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+# style -> npm package, where in it the picture of a code point is, and who made it.
+OBJECT_STYLES = {
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets/{}.webp", "Microsoft Fluent emoji, MIT"),
+    "noto": ("emoji-datasource-google@16.0.0", "img/google/64/{}.png", "Google Noto emoji, Apache-2.0"),
+    "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64/{}.png", "Twitter Twemoji, CC-BY 4.0"),
+}
 MERGES_PACKAGE = "open_clip_torch==3.2.0"
 FREE_LICENSES = re.compile(r"CC0|public.domain|CC-BY(?!-N)", re.IGNORECASE)
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".webp", ".png"}
@@ -31,25 +36,42 @@ STORED_SIDE = 192
 
 # name -> code point of the emoji; few, and easy to tell apart, because a CPU trains this version.
 OBJECTS = {
+    "airplane": "2708-fe0f",
     "apple": "1f34e",
     "banana": "1f34c",
+    "bell": "1f514",
     "butterfly": "1f98b",
     "car": "1f697",
+    "carrot": "1f955",
     "cat": "1f431",
+    "dog": "1f436",
+    "donut": "1f369",
+    "elephant": "1f418",
     "football": "26bd",
     "frog": "1f438",
+    "guitar": "1f3b8",
+    "ladybug": "1f41e",
+    "lemon": "1f34b",
     "mushroom": "1f344",
+    "owl": "1f989",
     "panda": "1f43c",
+    "penguin": "1f427",
+    "pig": "1f437",
     "pizza": "1f355",
     "rocket": "1f680",
+    "rose": "1f339",
+    "snail": "1f40c",
+    "strawberry": "1f353",
     "sunflower": "1f33b",
+    "tree": "1f333",
+    "turtle": "1f422",
     "umbrella": "2614",
     "violin": "1f3bb",
 }
 
 
 def fetch(folder: Path) -> None:
-    """Fill `folder` with photographs/*.png, objects/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md."""
+    """Fill `folder` with photographs/*.png, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md."""
     if (folder / "CREDITS.md").exists():
         return
     packages, photographs, objects = (folder / name for name in ("packages", "photographs", "objects"))
@@ -78,14 +100,18 @@ def fetch(folder: Path) -> None:
             picture.save(photographs / name)
             credits.append(f"- {name}: {holder}, {license} (Debian package {package})")
 
-    credits += ["", "## Objects", "", f"Microsoft Fluent emoji, MIT, from the npm package {OBJECT_PACKAGE}:", ""]
-    subprocess.run(["npm", "pack", "--silent", OBJECT_PACKAGE], cwd=packages, check=True)
-    with tarfile.open(next(packages.glob("lobehub-*.tgz"))) as archive:
-        for name, code in OBJECTS.items():
-            member = archive.extractfile(f"package/assets/{code}.webp")
-            picture = Image.open(io.BytesIO(member.read())).convert("RGBA")
-            picture.crop(picture.getchannel("A").getbbox()).save(objects / f"{name}.png")
-            credits.append(f"- {name} (U+{code.upper()})")
+    credits += ["", "## Objects", "", *(f"- {name} (U+{code.upper()})" for name, code in OBJECTS.items()), ""]
+    for style, (package, place, maker) in OBJECT_STYLES.items():
+        (objects / style).mkdir(exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=packages, check=True, stdout=subprocess.PIPE, text=True
+        )
+        with tarfile.open(packages / packed.stdout.strip()) as archive:
+            for name, code in OBJECTS.items():
+                member = archive.extractfile(f"package/{place.format(code)}")
+                picture = Image.open(io.BytesIO(member.read())).convert("RGBA")
+                picture.crop(picture.getchannel("A").getbbox()).save(objects / style / f"{name}.png")
+        credits.append(f"Drawn in style {style}: {maker}, from the npm package {package}.")
 
     subprocess.run(["pip", "download", "--quiet", "--no-deps", MERGES_PACKAGE], cwd=packages, check=True)
     with zipfile.ZipFile(next(packages.glob("open_clip_torch-*.whl"))) as wheel:

@@ -34,8 +34,8 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
     )
     unet = UNet2DConditionModel(
         sample_size=SIZE // 4,
-        in_channels=8,
-        out_channels=4,
+        in_channels=2 * vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
         layers_per_block=1,
         block_out_channels=(64, 128, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

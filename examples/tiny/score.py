@@ -1,104 +1,75 @@
-"""Score a small model on photographs that training never saw, each family through the product's own evaluation.
+"""What only a made world can tell of a model's answers, beside the table of examples/evaluate.py.
 
-    python examples/tiny/score.py --world out/tiny/world --folder out/tiny/scores
+    python examples/evaluate.py --model out/model --data tiny=out/tiny/world --samples 500 --output out/scores
+    python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --folder out/scores
 
-Beside the table it prints what only a made world can tell: whether the name mattered, whether left is left, and what
-became of the picture outside the edited place.
+Whether the name mattered, whether left is left, what became of the picture in and around the edited place, and whether
+the model's own segmentation finds what it has put there. Writes beyond.json, and the last of these into "own".
 """
 
 import argparse
 import json
+import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import edits
-import families
 import numpy as np
 import torch
-from families import Drawn
+from held_out import CHANGES, SEED, rows
 from PIL import Image
-from pose import WholePose
 from world import World
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.datasets.mixture import Always, Source
-from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate
+from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
+from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate, through_vae
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
-from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.restoration import Restoration
+from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
-SIGMA = 25.0  # grey levels
-SEED = 7  # of the scenes; training uses 0 and 1
 CHANGED = 16  # grey levels in one channel: what counts as edited
+PAINTED = 0.01  # of the picture
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, required=True, help="the folder the recipe fetched its pictures to")
-    parser.add_argument("--folder", type=Path, required=True, help="for the table, the answers and contact sheets")
+    parser.add_argument("--folder", type=Path, required=True, help="what examples/evaluate.py left")
     parser.add_argument("--model", type=Path, default=TINY_MODEL)
-    parser.add_argument("--presets", type=Path, help="settings by family; default: presets.json of the model")
-    parser.add_argument("--samples", type=int, default=100, help="samples a row")
-    parser.add_argument("--rows", help="only those whose name begins so")
-    parser.add_argument("--training_photographs", action="store_true", help="new scenes over photographs of training")
+    parser.add_argument("--samples", type=int, default=500, help="as it was given to examples/evaluate.py")
+    parser.add_argument("--seed", type=int, default=0, help="likewise")
     args = parser.parse_args()
 
     pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    presets = json.loads((args.presets or args.model / "presets.json").read_text())
-    sources = [
-        source
-        for source in rows(args.world, args.samples, not args.training_photographs)
-        if source.name.startswith(args.rows or "")
-    ]
-    cases = [case for source in sources for case in cases_from(source, args.samples, SEED)]
-    evaluate(pipeline, cases, args.folder, presets, batch_size=20)
-    (args.folder / "beyond.json").write_text(json.dumps(beyond(cases, args.folder), indent=2) + "\n")
-    print((args.folder / "table.md").read_text())
+    sources = rows(args.world, args.samples)
+    cases = [case for source in sources for case in cases_from(source, args.samples, args.seed)]
+    found = beyond(cases, args.folder / "answers", pipeline)
+    (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
     print((args.folder / "beyond.json").read_text())
+    own = own_cases(World(args.world, unseen_photographs=True), cases, args.folder / "answers")
+    evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
+    print((args.folder / "own" / "table.md").read_text())
 
 
-def rows(folder: Path, count: int, unseen_photographs: bool = True) -> list[Source]:
-    """What is asked, row by row of the table."""
-    seen = World(folder, unseen_photographs)
-    unseen = World(folder, unseen_photographs, unseen_objects=True)
-
-    def source(name: str, example: Callable, world: World, pick: Callable, **options: Any) -> Source:
-        return Source(name, Drawn(partial(example, world, **options), count, SEED), pick)
-
-    return [
-        source("segmentation, seen names", families.segmentation, seen, Segmentation.pick),
-        source("segmentation, unseen names", families.segmentation, unseen, Segmentation.pick),
-        source("keypoints, facing", families.keypoints, seen, Keypoints.pick, facing_share=1),
-        source("keypoints, from behind", families.keypoints, seen, Keypoints.pick, facing_share=0),
-        source("pose, facing", families.keypoints, seen, Always(WholePose()), facing_share=1),
-        source("pose, from behind", families.keypoints, seen, Always(WholePose()), facing_share=0),
-        source("noise", families.noisy, seen, Always(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
-        source("blur", families.blurred, seen, Always(Restoration("blur"))),
-        source("watermark", families.watermarked, seen, Always(Restoration("watermark"))),
-        source("objects removed", edits.remove, seen, Editing.pick),
-        source("objects replaced", edits.replace, seen, Editing.pick),
-        source("objects added", edits.add, seen, Editing.pick),
-        source("grades", families.graded, seen, Editing.pick),
-    ]
-
-
-def beyond(cases: Sequence[Case], folder: Path) -> dict[str, dict[str, float]]:
+def beyond(cases: Sequence[Case], answers: Path, pipeline: InstructDiffusionPipeline) -> dict[str, dict[str, float]]:
     """Means by row of what the table does not have (see `in_masks`, `in_joints` and `in_pictures`)."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for index, case in enumerate(cases):
         exam = case.open()
-        answer = Image.open(folder / "answers" / answer_name(index, 0))
+        answer = Image.open(answers / answer_name(index, 0))
         (task,) = exam.tasks
-        measure = {"segmentation": in_masks, "keypoints": in_joints}.get(task.family, in_pictures)
-        for name, value in measure(exam, answer).items():
+        if task.family == "segmentation":
+            measured = in_masks(exam, answer)
+        elif task.family == "keypoints":
+            measured = in_joints(exam, answer)
+        else:
+            truth = task.draw(exam.image, exam.truth)
+            (ceiling,) = through_vae(pipeline, [truth], max(truth.size))
+            measured = in_pictures(exam.image, truth, {"": answer, ", input": exam.image, ", ceiling": ceiling})
+        for name, value in measured.items():
             values[case.row][name] += value
     return {
         row: {name: round(float(np.mean(each)), 4) for name, each in columns.items() if each}
@@ -107,21 +78,23 @@ def beyond(cases: Sequence[Case], folder: Path) -> dict[str, dict[str, float]]:
 
 
 def in_masks(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
-    """IoU where the object is there, also if all objects asked for in this world were painted, whatever the name."""
+    """IoU where the object is there, also if everything that can be asked for here were painted, whatever the words.
+
+    Of two that are both in the annotation, as the left and the right one: is the right one the better painted?
+    """
     (task,) = exam.tasks
     ((name, found),) = task.read(exam.image, answer).items()
     if not exam.truth[name].any():
-        return {"painted though absent": [found.pixels.mean() > 0.01]}
+        return {"painted though absent": [found.pixels.mean() > PAINTED]}
     everything = np.logical_or.reduce(list(exam.truth.values()))
-    several = sum(mask.any() for mask in exam.truth.values()) > 1
+    rest = everything & ~exam.truth[name]
     overlap = Overlap.of(name, exam.truth[name], found.pixels).iou
-    blind = Overlap.of(name, exam.truth[name], everything).iou
-    return {
-        "mIoU where present": [overlap],
-        "mIoU where present, all objects painted": [blind],
-        "mIoU among several": [overlap] if several else [],
-        "mIoU among several, all objects painted": [blind] if several else [],
-    }
+    values = {"mIoU where present": [overlap]}
+    if rest.any():
+        values["mIoU among several"] = [overlap]
+        values["mIoU among several, all objects painted"] = [Overlap.of(name, exam.truth[name], everything).iou]
+        values["the right one of several"] = [overlap > Overlap.of(name, rest, found.pixels).iou]
+    return values
 
 
 def in_joints(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
@@ -142,20 +115,38 @@ def in_joints(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
     return {"left and right confused": confused, "no disc": missed, "disc on what is outside": invented}
 
 
-def in_pictures(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
-    """PSNR in dB of all that the true answer changes, and of what it leaves alone; and the same for the input."""
-    (task,) = exam.tasks
-    before, after, truth = (
-        np.asarray(picture, dtype=np.float32) for picture in (exam.image, answer, task.draw(exam.image, exam.truth))
-    )
-    changed = np.abs(truth - before).max(-1) >= CHANGED
+def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.Image]) -> dict[str, list[float]]:
+    """PSNR in dB of each picture in `shown`: of all that the true answer changes, and of what it leaves alone."""
+    right = np.asarray(truth, dtype=np.float32)
+    changed = np.abs(right - np.asarray(before, dtype=np.float32)).max(-1) >= CHANGED
     values: dict[str, list[float]] = {}
     for name, pixels in (("inside", changed), ("outside", ~changed)):
         if pixels.sum() >= 10:
-            for of, picture in (("", after), (", input", before)):
-                error = ((picture - truth)[pixels] ** 2).mean()
+            for of, picture in shown.items():
+                error = ((np.asarray(picture, dtype=np.float32) - right)[pixels] ** 2).mean()
                 values[f"PSNR {name} the change{of}"] = [min(100.0, 10 * np.log10(255**2 / max(error, 1e-9)))]
     return values
+
+
+def own_cases(world: World, cases: Sequence[Case], answers: Path) -> list[Case]:
+    """The model's pictures with something new in them, and the question where that is."""
+
+    def case_of(index: int, case: Case) -> Case:
+        row = case.row.removeprefix("objects ")
+        number = int(case.name.removeprefix(f"{case.row} ").partition(":")[0])
+
+        def open_case() -> Exam:
+            rng = random.Random(f"{SEED} {number}")
+            after = CHANGES[row](world, rng).after
+            name, mask = after.things[-1].name, after.masks[-1]
+            picture = Image.open(answers / answer_name(index, 0)).convert("RGB")
+            color = rng.choice(visible_colors(picture, mask, MASK_COLORS))
+            return Exam(picture, [Segmentation({name: color})], {name: mask})
+
+        return Case(f"own {case.name}", f"what was {row}, by the model's own segmentation", open_case)
+
+    new = ("objects replaced", "objects added")
+    return [case_of(index, case) for index, case in enumerate(cases) if case.row in new]
 
 
 def distance(a: Any, b: Any) -> float:

@@ -23,13 +23,14 @@ def tiny_train():
 def world_folder(tmp_path_factory):
     """What `fetch` would leave: grey photographs and white discs, so that pixels tell what was laid where."""
     root = tmp_path_factory.mktemp("work") / "world"
-    for part in ("photographs", "objects"):
+    for part in ("photographs", "objects/fluent", "objects/noto", "objects/twemoji"):
         (root / part).mkdir(parents=True)
     for name in (f"thing {i}" for i in range(40)):
         Image.new("RGB", (150, 120), (90, 90, 90)).save(root / "photographs" / f"{name}.png")
         sprite = Image.new("RGBA", (100, 100))
         ImageDraw.Draw(sprite).ellipse((0, 0, 99, 99), fill=(240, 240, 240, 255))
-        sprite.save(root / "objects" / f"{name}.png")
+        for style in ("fluent", "noto", "twemoji"):
+            sprite.save(root / "objects" / style / f"{name}.png")
     merges = ["t h", "th e</w>", "c a", "ca t</w>", "r e", "re d</w>"]
     (root / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(["version", *merges]).encode()))
     (root / "CREDITS.md").write_text("# Credits\n")

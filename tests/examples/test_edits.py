@@ -4,6 +4,7 @@ import edits
 import numpy as np
 import pytest
 from grades import GRADES, grade
+from phrases import plural
 from PIL import Image
 from world import SIZE, World
 
@@ -16,44 +17,52 @@ def changed(before, after):
 def test_what_is_removed_is_gone_and_only_that(world_folder):
     world = World(world_folder)
     for seed in range(20):
-        image, edit = edits.remove(world, random.Random(seed))
-        scene = world.scene(random.Random(seed))
-        assert image == scene.image
-        (name,) = [name for name in scene.layers if edit.edited == scene.minus(name).image][:1]
-        assert any(name in edit.instruction for name in scene.layers)
-        touched = np.asarray(scene.layers[name].getchannel("A")) > 0
-        assert not (changed(image, edit.edited) & ~touched).any()
+        before, words, after = edits.remove(world, random.Random(seed))
+        (gone,) = set(before.things) - set(after.things)
+        assert gone.name in words or plural(gone.name) in words
+        touched = np.asarray(gone.layer.getchannel("A")) > 0
+        assert not (changed(before.image, after.image) & ~touched).any()
+        assert changed(before.image, after.image).any()
 
 
 def test_the_replacement_lies_where_the_old_object_was(world_folder):
     world = World(world_folder)
     for seed in range(20):
-        image, edit = edits.replace(world, random.Random(seed))
-        layers = world.scene(random.Random(seed)).layers
-        left, top, right, bottom = Image.fromarray(changed(image, edit.edited)).getbbox()
-        assert any(
-            left >= old[0] - 3 and top >= old[1] - 3 and right <= old[2] + 3 and bottom <= old[3] + 3
-            for old in (layer.getchannel("A").getbbox() for name, layer in layers.items() if name in edit.instruction)
-        )
+        before, words, after = edits.replace(world, random.Random(seed))
+        (old,), new = set(before.things) - set(after.things), after.things[-1]
+        assert new.name in words and new.name not in before.names
+        assert np.allclose(old.center, new.center, atol=3)
+        left, top, right, bottom = Image.fromarray(changed(before.image, after.image)).getbbox()
+        box = old.layer.getchannel("A").getbbox()
+        assert left >= box[0] - 3 and top >= box[1] - 3 and right <= box[2] + 3 and bottom <= box[3] + 3
 
 
+@pytest.mark.parametrize("change", [edits.add, edits.move])
 @pytest.mark.parametrize("place", edits.PLACES)
-def test_what_is_added_lies_where_the_words_say(world_folder, place):
+def test_what_is_added_or_moved_lies_where_the_words_say(world_folder, place, change):
     world = World(world_folder)
+    there, center = edits.PLACES[place]
     seen = 0
-    for seed in range(60):
-        image, edit = edits.add(world, random.Random(seed))
-        if place not in edit.instruction:
+    for seed in range(80):
+        _, words, after = change(world, random.Random(seed))
+        # "move the thing on the left to the top" names two places: the second one counts
+        if not words.endswith((place, there)):
             continue
         seen += 1
-        before, after = (np.asarray(picture)[..., 0] > 135 for picture in (image, edit.edited))
-        rows, columns = np.nonzero(after & ~before)
-        x, y = edits.PLACES[place]
-        half = edits.ADDED_SIDE / 2 + 1
-        assert len(rows) > 0
-        assert rows.min() >= y - half and rows.max() < y + half
-        assert columns.min() >= x - half and columns.max() < x + half
+        thing = after.things[-1]
+        left, top, right, bottom = thing.layer.getchannel("A").getbbox()
+        reach = max(right - left, bottom - top) / 2  # what the frame may push it aside by
+        off = np.abs(np.subtract(thing.center, center)).max()
+        assert off <= max(1, reach - 15)
     assert seen > 3
+
+
+def test_a_moved_thing_looks_as_before(world_folder):
+    before, _, after = edits.move(World(world_folder), random.Random(2))
+    (old,), new = set(before.things) - set(after.things), after.things[-1]
+    first, second = (thing.layer.crop(thing.layer.getchannel("A").getbbox()) for thing in (old, new))
+    assert first.tobytes() == second.tobytes()
+    assert new.name == old.name
 
 
 @pytest.mark.parametrize("look", GRADES)

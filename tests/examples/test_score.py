@@ -1,16 +1,18 @@
 import json
 import sys
 
+import evaluate
 import numpy as np
 import pytest
 import score
+import train_reading
 import vae
+from held_out import rows as rows_of
 from model import build_pipeline
 from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import Exam
-from instructdiffusion_pipeline.sample import Edit, Joint
-from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -18,17 +20,30 @@ GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 
 
 def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
-    build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(tmp_path / "model")
+    model, output = tmp_path / "model", tmp_path / "out"
+    build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(model)
+    train_reading.build().save_pretrained(model / "reading")
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
     families = ("segmentation", "keypoints", "restoration", "editing")
-    (tmp_path / "model" / "presets.json").write_text(json.dumps(dict.fromkeys(families, few)))
-    arguments = ["--world", world_folder, "--folder", tmp_path / "out", "--model", tmp_path / "model", "--samples", 1]
-    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, arguments)])
-    score.main()
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == [source.name for source in score.rows(world_folder, 1)]
-    assert all(row["samples"] == 1 and not row["failed"] for row in rows)
-    assert len(json.loads((tmp_path / "out" / "beyond.json").read_text())) == len(rows)
+    (model / "presets.json").write_text(json.dumps(dict.fromkeys(families, few)))
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        script.main()
+
+    run(evaluate, "--model", model, "--data", f"tiny={world_folder}", "--samples", 2, "--output", output)
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == [source.name for source in rows_of(world_folder, 1)]
+    assert all(row["samples"] == 2 and not row["failed"] for row in rows)
+    for row in rows:
+        for values in row["scores"].values():
+            assert ("learned reading" in values) == row["row"].startswith(("segmentation", "keypoints", "pose"))
+            assert ("classical" in values) == (row["row"] in ("noise", "blur", "watermark"))
+
+    run(score, "--model", model, "--world", world_folder, "--samples", 2, "--folder", output)
+    assert json.loads((output / "beyond.json").read_text()).keys() == {row["row"] for row in rows}
+    own = json.loads((output / "own" / "results.json").read_text())["rows"]
+    assert [row["samples"] for row in own] == [2, 2]
 
 
 def test_a_name_blind_painter_is_told_apart():
@@ -39,6 +54,8 @@ def test_a_name_blind_painter_is_told_apart():
     found = score.in_masks(exam, task.draw(GRAY, {"cat": cat}))
     assert found["mIoU among several"] == [1]
     assert found["mIoU among several, all objects painted"] == [pytest.approx(400 / 976)]
+    assert found["the right one of several"] == [True]
+    assert score.in_masks(exam, task.draw(GRAY, {"cat": dog}))["the right one of several"] == [False]
     absent = Segmentation({"car": "red"})
     assert score.in_masks(exam._replace(tasks=[absent]), GRAY) == {"painted though absent": [False]}
     painted = absent.draw(GRAY, {"car": cat})
@@ -58,8 +75,7 @@ def test_left_taken_for_right_is_counted():
 def test_pictures_are_scored_inside_and_outside_the_change():
     edited = GRAY.copy()
     edited.paste((220, 120, 120), (0, 0, 32, 64))
-    exam = Exam(GRAY, [Editing("paint the left half")], Edit("paint the left half", edited))
-    values = score.in_pictures(exam, GRAY)
+    values = score.in_pictures(GRAY, edited, {"": GRAY, ", input": GRAY})
     assert values["PSNR outside the change"] == [100]
     # 100 levels in one channel of three
     assert values["PSNR inside the change"] == values["PSNR inside the change, input"]

@@ -150,3 +150,13 @@ def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
     cache_samples(samples(0), 3, pipe, tmp_path)
     with pytest.raises(ValueError, match="content was"):
         cache_samples(samples(3), 3, pipe, tmp_path)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_a_bias_draws_late_timesteps_more_often_and_nothing_else_differs(power):
+    biased, plain = (draw(0, range(4000), torch.Size([1, 1, 1]), 1000, bias) for bias in (power, 1.0))
+    assert biased.timesteps.min() >= 0 and biased.timesteps.max() <= 999
+    for share in (0.25, 0.5, 0.75, 0.9):
+        assert (biased.timesteps < 1000 * share).float().mean() == pytest.approx((share + share**power) / 2, abs=0.03)
+    for name in ("posterior_noise", "dropout", "noise"):
+        assert torch.equal(getattr(biased, name), getattr(plain, name))

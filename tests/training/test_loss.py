@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.data import tokenize
-from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.loss import change_weights, epsilon_loss
 
 # Where the weights whose gradients were recorded live in diffusers' UNet.
 GRADIENTS = {
@@ -70,3 +70,28 @@ def test_min_snr_weights_each_sample_by_its_clipped_snr(golden_pipe, step):
     signal = torch.cumprod(1 - betas, dim=0)[tensors["t"]]
     snr = signal / (1 - signal)
     torch.testing.assert_close(weighted, plain * (snr.clamp(max=5.0) / snr).float(), rtol=1e-4, atol=1e-7)
+
+
+def test_what_the_answer_changes_counts_more_and_the_whole_as_before():
+    image = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    target = image.clone()
+    target[0, :, 2:4, 5:7] += 1
+    target[1] += 1
+    weights = change_weights(target, image, 10.0)
+    assert weights.shape == (3, 1, 16, 16)
+    torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(3))
+    changed = torch.zeros(16, 16, dtype=torch.bool)
+    changed[2:4, 5:7] = True
+    inside, outside = weights[0, 0][changed], weights[0, 0][~changed]
+    torch.testing.assert_close(inside / outside[0], torch.full((4,), 10.0))
+    assert (weights[1:] == 1).all(), "changed everywhere, or nowhere"
+
+
+def test_weights_multiply_the_errors_of_their_places(golden_pipe, golden):
+    tensors = load_file(golden / "training" / "step_a.safetensors")
+    about = json.loads((golden / "training" / "step_a.json").read_text())
+    left = torch.zeros_like(tensors["noise"][:, :1])
+    left[..., : left.shape[-1] // 2] = 2
+    halves = [golden_losses(golden_pipe, tensors, about, weights=weights) for weights in (left, 2 - left)]
+    torch.testing.assert_close(sum(halves) / 2, tensors["loss_per_sample"], atol=1e-6, rtol=0)
+    assert not torch.allclose(*halves)

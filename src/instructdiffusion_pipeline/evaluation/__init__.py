@@ -1,10 +1,11 @@
 """What a model is worth: its answers read, scored, and laid beside what its autoencoder alone would allow.
 
 Needs the extra `eval` (pycocotools, scikit-image). `cases` says what is asked, `runner` asks it, `metrics` has the
-scores, `scoring` applies them to readings, and `report` writes the table.
+scores, `scoring` applies them to readings, and `report` writes the table. `classical` is what one had before.
 """
 
 from .cases import Case, Exam, ScoredCrop, cases_from, whole_person
-from .runner import evaluate
+from .classical import classical
+from .runner import evaluate, through_vae
 
-__all__ = ["Case", "Exam", "ScoredCrop", "cases_from", "evaluate", "whole_person"]
+__all__ = ["Case", "Exam", "ScoredCrop", "cases_from", "classical", "evaluate", "through_vae", "whole_person"]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +20,13 @@ from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
 from instructdiffusion_pipeline.identity import claim, pipeline_fingerprint
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, InstructDiffusionPipeline, working_size
 from instructdiffusion_pipeline.sheets import write_picture
 from instructdiffusion_pipeline.tasks import Task
 
 Settings = Mapping[str, Mapping[str, Any]]
+# Another way to a reading, out of a case and the model's answers to it (which show the box); None: not of such a case.
+Peer = Callable[[Exam, Sequence[Image.Image], Box], Any]
 
 
 @torch.no_grad()
@@ -37,6 +39,7 @@ def evaluate(
     seed: int = 0,
     resolution: int | None = None,
     clip: ClipSimilarity | None = None,
+    peers: Mapping[str, Peer] | None = None,
 ) -> dict[str, Any]:
     """Score a pipeline on `cases` and leave table.md, results.json and a contact sheet for each row in `folder`.
 
@@ -52,6 +55,7 @@ def evaluate(
         seed: with the place of the case in `cases` and of the question in the case, it fixes the noise.
         resolution: working size in pixels (default: what the model's UNet was made for).
         clip: adds a CLIP similarity to scores of pictures.
+        peers: other ways to a reading, by the name of the column that gets their scores, as `classical`.
 
     Returns:
         What results.json holds.
@@ -71,12 +75,13 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "clip": clip and clip.name,
+        "peers": list(peers or ()),
         "cases": hashlib.sha256(json.dumps([(case.name, case.row) for case in cases]).encode()).hexdigest()[:16],
     }
     folder = Path(folder)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     records = resume(folder, run, len(cases), batch_size)
-    asker = Asker(pipeline, settings, batch_size, seed, resolution, clip, folder / "answers")
+    asker = Asker(pipeline, settings, batch_size, seed, resolution, clip, peers or {}, folder / "answers")
     with (
         tqdm(total=len(cases), initial=len(records), desc="cases") as bar,
         open(folder / "records.jsonl", "a") as file,
@@ -128,6 +133,7 @@ class Asker:
     seed: int
     resolution: int
     clip: ClipSimilarity | None
+    peers: Mapping[str, Peer]
     folder: Path
 
     def run(self, cases: Mapping[int, Case]) -> list[dict[str, Any]]:
@@ -154,7 +160,7 @@ class Asker:
         for (name, _), group in groups.items():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
-                passed = self.through_vae([question.drawn for question in batch])
+                passed = through_vae(self.pipeline, [question.drawn for question in batch], self.resolution)
                 for question, answer, picture in zip(batch, self.ask(name, batch), passed, strict=True):
                     write_picture(self.folder / report.answer_name(question.index, question.number), answer.picture)
                     answers[question.index].append(answer)
@@ -180,14 +186,6 @@ class Asker:
             **self.settings.get(family, {}),
         )
 
-    def through_vae(self, pictures: list[Image.Image]) -> list[Image.Image]:
-        """Pictures of one working size through the autoencoder alone, on the way that inputs and answers take."""
-        pipeline = self.pipeline
-        pixels, sizes = pipeline.preprocess_image(pictures, self.resolution)
-        latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
-        decoded = pipeline.decode_latents(latents * pipeline.vae.config.scaling_factor)
-        return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=True))
-
     def score(self, exam: Exam, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
         """Measures of the answer, of the autoencoder's copy of the truth and, for pictures, of the input both ways."""
         box, task = answers[0].box, exam.tasks[0]
@@ -196,9 +194,24 @@ class Asker:
         if isinstance(readings["model"], Image.Image):
             # An autoencoder smooths noise all by itself: without these two a model may seem to denoise that does not.
             readings["input"] = exam.image
-            readings["input through the VAE"] = task.read(exam.image, self.through_vae([exam.image])[0], box)
+            (passed,) = through_vae(self.pipeline, [exam.image], self.resolution)
+            readings["input through the VAE"] = task.read(exam.image, passed, box)
+        pictures = [answer.picture for answer in answers]
+        others = {name: peer(exam, pictures, box) for name, peer in self.peers.items()}
+        readings |= {name: reading for name, reading in others.items() if reading is not None}
         measures = {of: measure(exam, reading, box, self.clip) for of, reading in readings.items()}
         return {"box": box, "merit": merit(measures["model"]), "measures": measures}
+
+
+@torch.no_grad()
+def through_vae(
+    pipeline: InstructDiffusionPipeline, pictures: Sequence[Image.Image], resolution: int
+) -> list[Image.Image]:
+    """Pictures of one working size through the autoencoder alone, on the way that inputs and answers take."""
+    pixels, sizes = pipeline.preprocess_image(list(pictures), resolution)
+    latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
+    decoded = pipeline.decode_latents(latents * pipeline.vae.config.scaling_factor)
+    return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=True))
 
 
 def in_words(error: Exception) -> str:

@@ -29,6 +29,8 @@ class TrainingConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     ema_decay: float = setting(0.9999, "of the average of the weights, which is what is kept; 0: the last weights are")
     min_snr_gamma: float | None = setting(None, "caps the weight of nearly clean timesteps (Hang et al., 2023, eq. 5)")
+    timestep_bias: float = setting(1.0, "above 1: half of the timesteps lean to pure noise, as t^(bias - 1)")
+    change_weight: float | None = setting(None, "how much more the parts count that an answer changes; none: no more")
     lora_rank: int | None = setting(None, "train low-rank additions to the UNet's attention; none: all its weights")
     train_text_encoder: bool = setting(False, "for small models that start from nothing; the paper freezes CLIP")
     text_to_image: bool = setting(False, "the input picture is never shown, as in the adaptation stage")
@@ -50,9 +52,10 @@ class TrainingConfig:
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0; got {getattr(self, name)}.")
+        for name in ("learning_rate", "max_grad_norm", "timestep_bias", "change_weight"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0; got {value}.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError('`lr_warmup_steps` has no meaning with "constant"; use "constant_with_warmup".')
         if not 0 <= self.ema_decay < 1:

@@ -18,8 +18,12 @@ class Draws(NamedTuple):
     noise: torch.Tensor
 
 
-def draw(seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int) -> Draws:
+def draw(
+    seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int, timestep_bias: float = 1.0
+) -> Draws:
     """What the samples at `positions` of a run draw, for latents of `shape` [4, h, w], in the original's order.
+
+    Half of the timesteps are uniform, the other half have a density of t^(`timestep_bias` - 1).
 
     Nothing hangs on how samples are shared out to batches, processes and workers, so none of that changes a run.
     """
@@ -31,11 +35,22 @@ def draw(seed: int, positions: Iterable[int], shape: torch.Size, num_train_times
             (
                 torch.randn(shape, generator=generator),
                 torch.rand((), generator=generator),
-                torch.randint(0, num_train_timesteps, (), generator=generator),
+                bias(
+                    torch.randint(0, num_train_timesteps, (), generator=generator), num_train_timesteps, timestep_bias
+                ),
                 torch.randn(shape, generator=generator),
             )
         )
     return Draws(*map(torch.stack, zip(*columns, strict=True)))
+
+
+def bias(timestep: torch.Tensor, count: int, power: float) -> torch.Tensor:
+    """A uniform timestep, 0 to `count` - 1, moved so that its density is as `draw` says."""
+    if power == 1:
+        return timestep
+    times = np.linspace(0, 1, count + 1)
+    moved = np.interp((timestep.item() + 0.5) / count, (times + times**power) / 2, times)
+    return torch.tensor(int(count * moved))
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,9 @@ class WithDraws:
     seed: int
     latent_shape: torch.Size
     num_train_timesteps: int
+    timestep_bias: float = 1.0
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         positions = [int(item["position"]) for item in items]
-        draws = draw(self.seed, positions, self.latent_shape, self.num_train_timesteps)
+        draws = draw(self.seed, positions, self.latent_shape, self.num_train_timesteps, self.timestep_bias)
         return default_collate(list(items)) | {"draws": draws}

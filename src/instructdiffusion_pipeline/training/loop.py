@@ -26,6 +26,7 @@ from instructdiffusion_pipeline.training.config import TrainingConfig
 from instructdiffusion_pipeline.training.data import TrainingSamples, content, tokenize
 from instructdiffusion_pipeline.training.draws import WithDraws
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
+from instructdiffusion_pipeline.training.loss import change_weights
 from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
 from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
 from instructdiffusion_pipeline.training.watch import Watch, show
@@ -100,7 +101,9 @@ def train(
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=config.num_workers,
-        collate_fn=WithDraws(config.seed, latent_shape(first, pipeline), scheduler.config.num_train_timesteps),
+        collate_fn=WithDraws(
+            config.seed, latent_shape(first, pipeline), scheduler.config.num_train_timesteps, config.timestep_bias
+        ),
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
@@ -134,6 +137,9 @@ def train(
         batch, draws = encoders.encode(batch), batch["draws"]
         posterior_sample = batch["target_mean"] + batch["target_std"] * draws.posterior_noise
         latents = pipeline.vae.config.scaling_factor * posterior_sample
+        weights = None
+        if config.change_weight is not None:
+            weights = change_weights(batch["target_mean"], batch["image_latents"].float(), config.change_weight)
         text, image_latents = drop_conditioning(
             batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
             torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),
@@ -145,7 +151,14 @@ def train(
         with accelerator.accumulate(denoiser):
             with torch.autocast(device.type, torch.bfloat16, enabled=deepspeed and config.mixed_precision == "bf16"):
                 losses = denoiser(
-                    scheduler, latents, image_latents, text, draws.noise, draws.timesteps, config.min_snr_gamma
+                    scheduler,
+                    latents,
+                    image_latents,
+                    text,
+                    draws.noise,
+                    draws.timesteps,
+                    config.min_snr_gamma,
+                    weights,
                 )
             accelerator.backward(losses.mean())
             seen.append({"loss": losses.detach()} | {name: batch[name] for name in ("position", "source", "skipped")})
@@ -207,8 +220,9 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
         raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
-    if (channels := pipeline.unet.config.in_channels) != 8:
-        raise ValueError(f"`pipeline` must have a UNet of 8 input channels; got {channels}. See `load_start`.")
+    wanted = 2 * pipeline.vae.config.latent_channels
+    if (channels := pipeline.unet.config.in_channels) != wanted:
+        raise ValueError(f"`pipeline` must have a UNet of {wanted} input channels; got {channels}. See `load_start`.")
     if config.train_text_encoder and "prompt_embeds" in first:
         raise ValueError(
             "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."

@@ -18,8 +18,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 def load_start(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     """A pipeline to train, in float32, from a folder or Hub id: InstructDiffusion's, or Stable Diffusion's widened.
 
-    The scheduler becomes InstructDiffusion's, and a safety checker stays behind. Raises a ValueError if the UNet takes
-    neither 8 channels nor 4.
+    The scheduler becomes InstructDiffusion's, and a safety checker stays behind. Raises what `widen` raises.
     """
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
     pipeline = InstructDiffusionPipeline.from_pretrained(
@@ -32,26 +31,29 @@ def load_start(model: str | PathLike[str]) -> InstructDiffusionPipeline:
 
 
 def widen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`unet` with four more input channels, for the image latents, as in InstructPix2Pix (Brooks et al., 2023, 3.2).
+    """`unet` with twice the input channels, for the image latents, as in InstructPix2Pix (Brooks et al., 2023, 3.2).
 
-    Their weights are zero, so that its output does not change until it is trained. One of 8 channels is returned as it
-    is. Raises a ValueError for any other number.
+    Their weights are zero, so that its output does not change until it is trained. One that takes twice the channels
+    it gives is returned as it is. Raises a ValueError for any other number.
     """
-    channels = unet.config.in_channels
-    if channels == 8:
+    channels, latent_channels = unet.config.in_channels, unet.config.out_channels
+    if channels == 2 * latent_channels:
         return unet
-    if channels != 4:
+    if channels != latent_channels:
         raise ValueError(
-            f"`unet` must take 4 or 8 channels, noisy latents or these and image latents; got {channels}."
+            f"`unet` must take {latent_channels} or {2 * latent_channels} channels, noisy latents or these and image"
+            f" latents; got {channels}."
         )
     narrow = unet.conv_in
-    wide = nn.Conv2d(8, narrow.out_channels, narrow.kernel_size, padding=narrow.padding, dtype=narrow.weight.dtype)
+    wide = nn.Conv2d(
+        2 * channels, narrow.out_channels, narrow.kernel_size, padding=narrow.padding, dtype=narrow.weight.dtype
+    )
     with torch.no_grad():
         wide.weight.zero_()
         wide.weight[:, :channels] = narrow.weight
         wide.bias = narrow.bias
     unet.conv_in = wide
-    unet.register_to_config(in_channels=8)
+    unet.register_to_config(in_channels=2 * channels)
     return unet
 
 
@@ -80,11 +82,12 @@ class Denoiser(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         min_snr_gamma: float | None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each sample, [B]; `text` are token ids where the text encoder is trained, else embeddings."""
         prompt_embeds = text if self.text_encoder is None else self.text_encoder(text).last_hidden_state
         return epsilon_loss(
-            self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma
+            self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma, weights
         )
 
 
