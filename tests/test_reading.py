@@ -8,8 +8,8 @@ from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
-from instructdiffusion_pipeline import Keypoints, Restoration, Segmentation
-from instructdiffusion_pipeline.reading import CHANNELS, HEATMAP, MASK, LearnedReading, asked, peak, planes
+from instructdiffusion_pipeline import Keypoints, LearnedReading, Restoration, Segmentation, ask
+from instructdiffusion_pipeline.reading import CHANNELS, HEATMAP, MASK, asked, peak, planes
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.frames import Frame
 
@@ -137,3 +137,12 @@ def test_it_is_saved_and_loaded_beside_a_model(tmp_path, scene):
 def test_another_network_is_refused():
     with pytest.raises(ValueError, match="must take 10 channels and give 2; it takes 3 and gives 2"):
         LearnedReading(network(in_channels=3))
+
+
+def test_answers_are_read_by_it_when_it_is_given(pipe, by_color):
+    image, task = tiny.picture(150, 100), Keypoints({"nose": "red"})
+    settings = {"resolution": 64, "num_inference_steps": 2}
+    answer = ask(pipe, image, task, reading=by_color, generator=tiny.generator(), **settings)
+    assert answer.data == by_color(task, image, answer.picture, answer.box)
+    plain = ask(pipe, image, task, generator=tiny.generator(), **settings)
+    assert plain.picture == answer.picture and plain.data == task.read(image, answer.picture, answer.box)

@@ -12,6 +12,7 @@ from .pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
+from .reading import LearnedReading
 from .sample import Joint
 from .tasks.editing import Editing
 from .tasks.keypoints import Keypoints
@@ -27,6 +28,7 @@ __all__ = [
     "InstructDiffusionPipelineOutput",
     "Joint",
     "Keypoints",
+    "LearnedReading",
     "Mask",
     "Restoration",
     "Segmentation",

@@ -17,6 +17,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
+from instructdiffusion_pipeline.reading import LearnedReading
 from instructdiffusion_pipeline.tasks import Task
 
 FAMILIES = ("keypoints", "segmentation", "restoration", "editing")
@@ -50,17 +51,18 @@ def ask(
     task: Task,
     resolution: int | None | Literal["trained"] = "trained",
     instruction: str | None = None,
+    reading: LearnedReading | None = None,
     **settings: Any,
 ) -> Answer:
     """Ask `task` about `image` (PIL, any mode and size) and read the answer.
 
     `resolution` is the pipeline's, by default the one that the model's UNet was made for (512 for Stable Diffusion
-    1.5). The words are the task's own unless `instruction` brings others. `settings` go to the pipeline and come
-    before the task's preset.
+    1.5). The words are the task's own unless `instruction` brings others. Answers are read by colour unless a model
+    has a `reading` of its own. `settings` go to the pipeline and come before the task's preset.
 
     Raises: what `ask_batch` raises.
     """
-    return ask_batch(pipeline, [image], [task], [instruction], resolution, **settings)[0]
+    return ask_batch(pipeline, [image], [task], [instruction], resolution, reading, **settings)[0]
 
 
 def ask_batch(
@@ -69,6 +71,7 @@ def ask_batch(
     tasks: Sequence[Task],
     instructions: Sequence[str | None],
     resolution: int | None | Literal["trained"] = "trained",
+    reading: LearnedReading | None = None,
     **settings: Any,
 ) -> list[Answer]:
     """`ask` for several pictures of one working size in one call, by tasks that share a preset.
@@ -103,7 +106,8 @@ def ask_batch(
     answers = []
     for image, task, picture, flag in zip(images, tasks, pictures, flags or [False] * len(images), strict=True):
         box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
-        answers.append(Answer(task, image, picture, box, task.read(image, picture, box), flag))
+        data = reading(task, image, picture, box) if reading else task.read(image, picture, box)
+        answers.append(Answer(task, image, picture, box, data, flag))
     return answers
 
 

@@ -73,8 +73,8 @@ def test_standardising_latents_leaves_the_pictures_as_they_are():
     vae.standardize_latents(autoencoder, pictures)
     after, picture_after = encode_and_decode()
     torch.testing.assert_close(picture_after, picture_before, atol=1e-5, rtol=0)
-    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4, rtol=0)
     # the posterior's own deviation shrinks by the same factor as its mean
     torch.testing.assert_close(after.std, before.std / before.mean.std((0, 2, 3))[:, None, None], rtol=1e-4, atol=0)
 
