@@ -85,13 +85,10 @@ def main() -> None:
         presets = load_presets(args.model)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    peers: dict[str, Callable[..., Any]] = {"classical": classical}
-    try:
-        peers["learned reading"] = LearnedReading.from_pretrained(args.model).peer
-    except OSError:
-        print(f"{args.model} has no learned reading; masks and joints are read by colour alone.")
-    clip = ClipSimilarity(args.clip) if args.clip else None
-    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, clip, peers)
+    options = {"clip": ClipSimilarity(args.clip) if args.clip else None, "reading": LearnedReading.beside(args.model)}
+    if any(entry.startswith("tiny=") for entry in args.data):
+        options["peers"] = {"classical": classical}
+    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, **options)
 
 
 def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, resolution: int) -> list[Case]:
@@ -118,14 +115,13 @@ def run(
     batch_size: int = 8,
     seed: int = 0,
     resolution: int | None = None,
-    clip: ClipSimilarity | None = None,
-    peers: Mapping[str, Callable[..., Any]] | None = None,
+    **options: Any,
 ) -> None:
-    """Evaluate with a model's `presets`, or with other `steps`, and show the table."""
+    """Evaluate with a model's `presets`, or with other `steps`, and show the table; `options` go to `evaluate`."""
     own = {"num_inference_steps": steps} if steps else {}
     settings = {family: {**presets.get(family, {}), **own} for family in FAMILIES}
     pipeline.set_progress_bar_config(disable=True)
-    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, clip, peers)
+    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, **options)
     print((output / "table.md").read_text(), f"\nContact sheets: {output}/*.png")
 
 

@@ -1,5 +1,6 @@
 """Edits of a scene: its objects laid down differently; each change with its wordings."""
 
+import math
 import random
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ PLACES = {
     "in the middle": ("to the middle", (32, 32)),
 }
 ADDED_SIDE = 28
+MOVED = 10  # pixels at least
 NEW_STYLE = 0  # of what is added or put in another's place: of two looks a model could only learn the mean
 
 
@@ -97,10 +99,13 @@ def remove(world: World, rng: random.Random) -> Change:
 
 def replace(world: World, rng: random.Random) -> Change:
     """Another object takes the place and about the size of an old one."""
-    scene, words, old = choose(world, rng)
-    name = rng.choice(sorted(world.names - scene.names))
-    left, top, right, bottom = old.layer.getchannel("A").getbbox()
-    new = world.place(name, rng, max(right - left, bottom - top), old.center, NEW_STYLE)
+    while True:
+        scene, words, old = choose(world, rng)
+        name = rng.choice(sorted(world.names - scene.names))
+        left, top, right, bottom = old.layer.getchannel("A").getbbox()
+        new = world.place(name, rng, max(right - left, bottom - top), old.center, NEW_STYLE)
+        if scene.minus(old).fits(new):
+            break
     return Change(scene, rng.choice(REPLACE).format(old=words, new=a(name)), scene.minus(old).plus(new))
 
 
@@ -116,9 +121,12 @@ def add(world: World, rng: random.Random) -> Change:
 
 
 def move(world: World, rng: random.Random) -> Change:
-    """A thing as it is, at a place that the words name, over all others."""
-    scene, words, old = choose(world, rng)
-    place, (there, center) = rng.choice(list(PLACES.items()))
-    moved = Thing(old.name, lay(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
+    """A thing as it is, at another place, which the words name, over all others."""
+    while True:
+        scene, words, old = choose(world, rng)
+        place, (there, center) = rng.choice(list(PLACES.items()))
+        moved = Thing(old.name, lay(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
+        if scene.minus(old).fits(moved) and math.dist(moved.center, old.center) >= MOVED:
+            break
     words = rng.choice(MOVE).format(old=words, place=place, there=there)
     return Change(scene, words, scene.minus(old).plus(moved))

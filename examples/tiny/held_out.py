@@ -22,11 +22,11 @@ SEED = 7  # of the scenes; the model learns from those of 0 and 1, its reading f
 CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.add, "moved": edits.move}
 
 
-def rows(folder: Path, count: int, unseen_photographs: bool = True) -> list[Source]:
+def rows(folder: Path, count: int) -> list[Source]:
     """Sources of `count` examples in the world that the recipe fetched to `folder`."""
-    seen = World(folder, unseen_photographs)
-    names = World(folder, unseen_photographs, unseen_objects=True)
-    style = World(folder, unseen_photographs, styles=(UNSEEN_STYLE,))
+    seen = World(folder, unseen_photographs=True)
+    names = World(folder, unseen_photographs=True, unseen_objects=True)
+    style = World(folder, unseen_photographs=True, styles=(UNSEEN_STYLE,))
 
     def source(name: str, example: Callable, pick: Callable, world: World = seen, **options: Any) -> Source:
         return Source(name, Drawn(partial(example, world, **options), count, SEED), pick)

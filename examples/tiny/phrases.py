@@ -6,7 +6,7 @@ from world import SIZE, Scene, Thing
 
 APART = 0.15  # of the picture's side: what two middles must differ by, for one to be the left or the upper one
 LARGER = 1.4  # times as many pixels
-BOTH = ["both {names}", "the {names}", "the two {names}", "all {names}", "every {name}"]
+BOTH = ["both {names}", "the {names}", "the two {names}", "all {names}"]
 ONE = {
     "left": ["the left {name}", "the {name} on the left", "the leftmost {name}", "the left one of the {names}"],
     "right": ["the right {name}", "the {name} on the right", "the rightmost {name}", "the right one of the {names}"],
@@ -35,8 +35,7 @@ def phrases(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list
             continue
         words = {"name": name, "names": plural(name)}
         spoken[rng.choice(BOTH).format(**words)] = alike
-        if len(alike) == 2:
-            spoken |= {rng.choice(ONE[way]).format(**words): [thing] for way, thing in told_apart(*alike).items()}
+        spoken |= {rng.choice(ONE[way]).format(**words): [thing] for way, thing in told_apart(*alike).items()}
     return spoken
 
 

@@ -11,17 +11,20 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from edits import Change
 from held_out import CHANGES, SEED, rows
 from PIL import Image
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
+from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate, through_vae
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
@@ -46,20 +49,31 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     sources = rows(args.world, args.samples)
     cases = [case for source in sources for case in cases_from(source, args.samples, args.seed)]
-    found = beyond(cases, args.folder / "answers", pipeline)
+    answers = answers_by_name(args.folder)
+    if missing := [case.name for case in cases if case.name not in answers]:
+        parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
+    found = beyond(cases, answers, pipeline)
     (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
     print((args.folder / "beyond.json").read_text())
-    own = own_cases(World(args.world, unseen_photographs=True), cases, args.folder / "answers")
+    own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
     evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
     print((args.folder / "own" / "table.md").read_text())
 
 
-def beyond(cases: Sequence[Case], answers: Path, pipeline: InstructDiffusionPipeline) -> dict[str, dict[str, float]]:
+def answers_by_name(folder: Path) -> dict[str, Path]:
+    """The pictures that an evaluation left, by the names of its cases."""
+    records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
+    return {record["name"]: folder / "answers" / answer_name(record["index"], 0) for record in records}
+
+
+def beyond(
+    cases: Sequence[Case], answers: Mapping[str, Path], pipeline: InstructDiffusionPipeline
+) -> dict[str, dict[str, float]]:
     """Means by row of what the table does not have (see `in_masks`, `in_joints` and `in_pictures`)."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for index, case in enumerate(cases):
+    for case in cases:
         exam = case.open()
-        answer = Image.open(answers / answer_name(index, 0))
+        answer = Image.open(answers[case.name])
         (task,) = exam.tasks
         if task.family == "segmentation":
             measured = in_masks(exam, answer)
@@ -78,9 +92,10 @@ def beyond(cases: Sequence[Case], answers: Path, pipeline: InstructDiffusionPipe
 
 
 def in_masks(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
-    """IoU where the object is there, also if everything that can be asked for here were painted, whatever the words.
+    """IoU where the object is there, also if everything that may be asked for here were painted, whatever the words.
 
-    Of two that are both in the annotation, as the left and the right one: is the right one the better painted?
+    Of several that are there, as the left and the right one: is the one that was asked for painted better than the
+    others?
     """
     (task,) = exam.tasks
     ((name, found),) = task.read(exam.image, answer).items()
@@ -93,7 +108,7 @@ def in_masks(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
     if rest.any():
         values["mIoU among several"] = [overlap]
         values["mIoU among several, all objects painted"] = [Overlap.of(name, exam.truth[name], everything).iou]
-        values["the right one of several"] = [overlap > Overlap.of(name, rest, found.pixels).iou]
+        values["the asked one of several"] = [overlap > Overlap.of(name, rest, found.pixels).iou]
     return values
 
 
@@ -128,25 +143,26 @@ def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.
     return values
 
 
-def own_cases(world: World, cases: Sequence[Case], answers: Path) -> list[Case]:
+def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[Case]:
     """The model's pictures with something new in them, and the question where that is."""
 
-    def case_of(index: int, case: Case) -> Case:
-        row = case.row.removeprefix("objects ")
-        number = int(case.name.removeprefix(f"{case.row} ").partition(":")[0])
+    def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Exam:
+        rng = random.Random(f"{SEED} {index}")  # as `Drawn` has it
+        after = change(world, rng).after
+        name, mask = after.things[-1].name, after.masks[-1]
+        picture = Image.open(path).convert("RGB")
+        color = rng.choice(visible_colors(picture, mask, MASK_COLORS))
+        return Exam(picture, [Segmentation({name: color})], {name: mask})
 
-        def open_case() -> Exam:
-            rng = random.Random(f"{SEED} {number}")
-            after = CHANGES[row](world, rng).after
-            name, mask = after.things[-1].name, after.masks[-1]
-            picture = Image.open(answers / answer_name(index, 0)).convert("RGB")
-            color = rng.choice(visible_colors(picture, mask, MASK_COLORS))
-            return Exam(picture, [Segmentation({name: color})], {name: mask})
-
-        return Case(f"own {case.name}", f"what was {row}, by the model's own segmentation", open_case)
-
-    new = ("objects replaced", "objects added")
-    return [case_of(index, case) for index, case in enumerate(cases) if case.row in new]
+    cases = []
+    for what in ("replaced", "added"):
+        (source,) = (source for source in sources if source.name == f"objects {what}")
+        for index in range(len(source.dataset)):
+            name = f"{source.name} {index}: {source.dataset.name(index)}"
+            if name in answers:
+                row = f"what was {what}, by the model's own segmentation"
+                cases.append(Case(name, row, partial(open_case, CHANGES[what], index, answers[name])))
+    return cases
 
 
 def distance(a: Any, b: Any) -> float:

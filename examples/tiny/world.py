@@ -132,14 +132,17 @@ class World:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
     def scene(self, rng: random.Random, pairs: float = PAIRS) -> Scene:
-        """Objects over a background, each mostly visible, at least one in `names`; with `pairs`, two of one name."""
+        """Objects over a background, each mostly visible, at least one in `names`.
+
+        With a probability of `pairs`, two of several have the same name.
+        """
         scene = Scene(self.background(rng))
         (count,) = rng.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))
         names = rng.sample(sorted(self.objects), min(count, len(self.objects)))
         names.sort(key=lambda name: name not in self.names)  # the first is never refused its place
         if names[0] not in self.names:
             names[0] = rng.choice(sorted(self.names))
-        if rng.random() < pairs:
+        if count > 1 and rng.random() < pairs:
             names[1:2] = names[:1]
         for name in names:
             things = (self.place(name, rng) for _ in range(ATTEMPTS))

@@ -6,11 +6,13 @@ what a perfect answer looks like; this one is trained on answers as a model real
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub import file_exists
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
@@ -48,6 +50,15 @@ class LearnedReading:
         """From the folder "reading" of a model's folder or Hub repository. Raises an OSError if it has none."""
         return cls(UNet2DModel.from_pretrained(model, subfolder=SUBFOLDER, torch_dtype=torch.float32))
 
+    @classmethod
+    def beside(cls, model: str | PathLike[str]) -> Self | None:
+        """The one that a model's folder or Hub repository has, if it has one."""
+        if Path(model).is_dir():
+            found = (Path(model) / SUBFOLDER).is_dir()
+        else:
+            found = file_exists(str(model), f"{SUBFOLDER}/config.json")
+        return cls.from_pretrained(model) if found else None
+
     @torch.no_grad()
     def __call__(self, task: Task, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:
         """What `task.read` returns, with the same arguments."""
@@ -71,13 +82,6 @@ class LearnedReading:
             joints[name] = Joint(*frame.point(x, y), confidence) if confidence >= MIN_HEAT else None
         return joints
 
-    def peer(self, exam: Any, answers: Sequence[Image.Image], box: Box) -> Any:
-        """Its reading of a case, as `evaluate` takes it for a column of its own; None for pictures."""
-        if not isinstance(exam.tasks[0], Segmentation | Keypoints):
-            return None
-        readings = [self(task, exam.image, answer, box) for task, answer in zip(exam.tasks, answers, strict=True)]
-        return {name: found for reading in readings for name, found in reading.items()}
-
 
 def asked(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
     """The colours of a question, and how opaque they are painted."""
@@ -98,9 +102,13 @@ def planes(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch.Tensor:
 def peak(heat: np.ndarray) -> tuple[float, float, float]:
     """Where a heatmap [height, width] is highest, to a fraction of a pixel, and how high: x, y and 0 to 1."""
     row, column = np.unravel_index(heat.argmax(), heat.shape)
-    reach = round(2 * HEAT_SIGMA)
-    top, left = max(0, row - reach), max(0, column - reach)
-    around = heat[top : row + reach + 1, left : column + reach + 1]
+    # As far on one side as on the other, or the frame would push it inward.
+    up, aside = (
+        min(round(2 * HEAT_SIGMA), place, side - 1 - place)
+        for place, side in zip((row, column), heat.shape, strict=True)
+    )
+    top, left = row - up, column - aside
+    around = heat[top : row + up + 1, left : column + aside + 1]
     rows, columns = np.indices(around.shape)
     total = around.sum()
     return (

@@ -12,8 +12,6 @@ from instructdiffusion_pipeline.evaluation.metrics import psnr
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-BOX = (0.0, 0.0, 96.0, 96.0)
-
 
 def lettered(image):
     """Half see-through white letters across the picture."""
@@ -35,11 +33,11 @@ def test_restores_a_photograph(defect, spoil, gain):
     for seed in range(4):
         clean = photograph(random.Random(seed), 96, 96)
         spoiled = spoil(clean)
-        restored = classical(Exam(spoiled, [Restoration(defect)], clean), [], BOX)
+        restored = classical(Exam(spoiled, [Restoration(defect)], clean))
         gains.append(psnr(clean, restored) - psnr(clean, spoiled))
     assert np.mean(gains) > gain
 
 
 def test_has_nothing_to_say_to_other_questions():
     image = photograph(random.Random(0), 96, 96)
-    assert classical(Exam(image, [Segmentation({"cat": "red"})], {}), [], BOX) is None
+    assert classical(Exam(image, [Segmentation({"cat": "red"})], {})) is None

@@ -22,7 +22,6 @@ GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
     model, output = tmp_path / "model", tmp_path / "out"
     build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(model)
-    train_reading.build().save_pretrained(model / "reading")
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
     families = ("segmentation", "keypoints", "restoration", "editing")
     (model / "presets.json").write_text(json.dumps(dict.fromkeys(families, few)))
@@ -31,6 +30,9 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
         script.main()
 
+    monkeypatch.setattr(train_reading, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
+    monkeypatch.setattr(train_reading, "STEPS", 3)
+    run(train_reading, "--model", model, "--world", world_folder, "--work_dir", tmp_path / "reading")
     run(evaluate, "--model", model, "--data", f"tiny={world_folder}", "--samples", 2, "--output", output)
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert [row["row"] for row in rows] == [source.name for source in rows_of(world_folder, 1)]
@@ -42,6 +44,8 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
 
     run(score, "--model", model, "--world", world_folder, "--samples", 2, "--folder", output)
     assert json.loads((output / "beyond.json").read_text()).keys() == {row["row"] for row in rows}
+    with pytest.raises(SystemExit):  # there are no answers to the third case of a row
+        run(score, "--model", model, "--world", world_folder, "--samples", 3, "--folder", output)
     own = json.loads((output / "own" / "results.json").read_text())["rows"]
     assert [row["samples"] for row in own] == [2, 2]
 
@@ -54,8 +58,8 @@ def test_a_name_blind_painter_is_told_apart():
     found = score.in_masks(exam, task.draw(GRAY, {"cat": cat}))
     assert found["mIoU among several"] == [1]
     assert found["mIoU among several, all objects painted"] == [pytest.approx(400 / 976)]
-    assert found["the right one of several"] == [True]
-    assert score.in_masks(exam, task.draw(GRAY, {"cat": dog}))["the right one of several"] == [False]
+    assert found["the asked one of several"] == [True]
+    assert score.in_masks(exam, task.draw(GRAY, {"cat": dog}))["the asked one of several"] == [False]
     absent = Segmentation({"car": "red"})
     assert score.in_masks(exam._replace(tasks=[absent]), GRAY) == {"painted though absent": [False]}
     painted = absent.draw(GRAY, {"car": cat})

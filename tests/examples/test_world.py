@@ -1,19 +1,21 @@
 import random
+import shutil
 from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
-from families import FAMILIES, Drawn, keypoints, mixture, pick_few, segmentation
+from families import FAMILIES, Drawn, keypoints, mixture, pairs, pick_few, segmentation
+from PIL import Image
 from pose import WholePose
-from world import SIZE, World, is_held_out
+from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 
 def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
-    names = {path.stem for path in (world_folder / "objects").iterdir()}
+    names = {path.stem for path in (world_folder / "photographs").iterdir()}
     held_out = {name for name in names if is_held_out(name)}
     assert 0 < len(held_out) < 10
     training = World(world_folder)
@@ -25,44 +27,58 @@ def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
     assert 0.09 < np.mean([is_held_out(str(i)) for i in range(20_000)]) < 0.11
 
 
+def test_one_drawing_style_is_never_trained_on(world_folder, tmp_path):
+    shutil.copytree(world_folder, tmp_path / "world")
+    for path in (tmp_path / "world" / "objects" / UNSEEN_STYLE).iterdir():
+        Image.new("RGBA", (50, 50), "red").save(path)
+    drawings = [each for several in World(tmp_path / "world").objects.values() for each in several]
+    assert len(drawings) == len(STYLES) * len(World(tmp_path / "world").objects)
+    assert not any(each.getpixel((25, 25))[:3] == (255, 0, 0) for each in drawings)
+    unseen = World(tmp_path / "world", styles=(UNSEEN_STYLE,))
+    assert all(each.getpixel((25, 25))[:3] == (255, 0, 0) for several in unseen.objects.values() for each in several)
+
+
 def test_masks_cover_the_objects_and_nothing_else(world_folder):
     world = World(world_folder)
-    counts = Counter()
-    for seed in range(40):
+    counts, twins = Counter(), []
+    for seed in range(80):
         scene = world.scene(random.Random(seed))
-        counts[len(scene.masks)] += 1
+        counts[len(scene.things)] += 1
+        if len(scene.things) > 1:
+            twins.append(len(scene.names) < len(scene.things))
         union = np.zeros((SIZE, SIZE), bool)
-        for mask in scene.masks.values():
+        for mask in scene.masks:
             assert mask.any()
             assert not (union & mask).any(), "visible parts do not overlap"
             union |= mask
         bright = np.asarray(scene.image)[..., 0] > 135  # half covered
         assert (bright ^ union).mean() < 0.02
     assert counts[1] < counts[2] + counts[3], "mostly several"
+    assert 0.2 < np.mean(twins) < 0.5, "some of one name"
 
 
 def test_an_object_that_is_gone_leaves_no_trace(world_folder):
     world = World(world_folder)
     for seed in range(20):
         scene = world.scene(random.Random(seed))
-        name = next(iter(scene.layers))
-        without = scene.minus(name)
+        thing = scene.things[0]
+        without = scene.minus(thing)
         changed = np.abs(np.asarray(scene.image).astype(int) - np.asarray(without.image)).max(-1)
-        assert changed[scene.masks[name]].min() > 0, "all of it is gone"
-        faint = np.asarray(scene.layers[name].getchannel("A")) == 0
+        assert changed[scene.mask(thing)].min() > 0, "all of it is gone"
+        faint = np.asarray(thing.layer.getchannel("A")) == 0
         assert not changed[faint].any(), "and nothing else"
-        for other in scene.layers.keys() - {name}:
+        for other in scene.things[1:]:
             scene = scene.minus(other)
-        assert scene.minus(name).image == scene.background
+        assert scene.minus(thing).image == scene.background
 
 
-def test_segmentation_paints_the_named_object(world_folder):
+def test_segmentation_paints_what_the_words_mean(world_folder):
     world = World(world_folder)
     dataset = Drawn(partial(segmentation, world), length=60)
     absent = 0
     for index in range(len(dataset)):
         image, masks = dataset[index]
-        assert masks.keys() == world.names
+        assert {words for words, mask in masks.items() if not mask.any()} < world.names
         rng = random.Random(index)
         task = Segmentation.pick(image, masks, rng)
         sample = make_sample(task, image, masks, rng)
@@ -73,6 +89,15 @@ def test_segmentation_paints_the_named_object(world_folder):
             absent += 1
             assert sample.image == sample.target
     assert 3 < absent < 24
+
+
+def test_of_a_pair_the_left_or_the_right_one_is_asked_for(world_folder):
+    world = World(world_folder)
+    for seed in range(20):
+        _, masks = pairs(world, random.Random(seed))
+        assert len(masks) == 2 and not np.logical_and(*masks.values()).any()
+        middles = {"left" if "left" in words else "right": np.nonzero(mask)[1].mean() for words, mask in masks.items()}
+        assert middles["left"] < middles["right"]
 
 
 def test_examples_depend_on_seed_and_index_alone(world_folder):
@@ -104,12 +129,11 @@ def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
     world = World(world_folder, unseen_objects=True)
     distractors = 0
     for seed in range(60):
-        rng = random.Random(seed)
-        scene = world.scene(rng)
-        assert world.names & scene.masks.keys()
-        distractors += len(scene.masks.keys() - world.names)
-        _, masks = segmentation(world, rng)
-        assert masks.keys() == world.names
+        scene = world.scene(random.Random(seed))
+        assert world.names & scene.names
+        distractors += len(scene.names - world.names)
+        _, masks = segmentation(world, random.Random(seed))
+        assert all(any(name in words for name in world.names) for words in masks)
     assert distractors > 20
 
 

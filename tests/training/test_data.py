@@ -158,5 +158,6 @@ def test_a_bias_draws_late_timesteps_more_often_and_nothing_else_differs(power):
     assert biased.timesteps.min() >= 0 and biased.timesteps.max() <= 999
     for share in (0.25, 0.5, 0.75, 0.9):
         assert (biased.timesteps < 1000 * share).float().mean() == pytest.approx((share + share**power) / 2, abs=0.03)
+    assert len(biased.timesteps[biased.timesteps < 300].unique()) > 200, "none is skipped"
     for name in ("posterior_noise", "dropout", "noise"):
         assert torch.equal(getattr(biased, name), getattr(plain, name))

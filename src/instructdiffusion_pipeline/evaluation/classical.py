@@ -1,24 +1,21 @@
 """What one had before: a classical method for each defect of a picture, to compare a model with."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image, ImageFilter
 from skimage.restoration import denoise_nl_means, estimate_sigma, inpaint_biharmonic
 
 from instructdiffusion_pipeline.evaluation.cases import Exam
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
 MARKED = 4 / 255  # in one channel: what the watermark changed
 
 
-def classical(exam: Exam, answers: Sequence[Image.Image], box: Box) -> Image.Image | None:
+def classical(exam: Exam) -> Image.Image | None:
     """The restored picture of a case by a method that has learned nothing; None unless it is one of restoration.
 
     Noise: non-local means (Buades et al., 2005) at a sigma estimated from the picture. Blur: an unsharp mask.
-    Watermark: biharmonic inpainting of all pixels that the mark changed, which it is told. The model's `answers` are
-    not looked at.
+    Watermark: biharmonic inpainting of all pixels that the mark changed, which it is told; so the clean picture must
+    be the marked one's but for the mark, and not have been through a JPEG of its own.
     """
     task = exam.tasks[0]
     if not isinstance(task, Restoration):

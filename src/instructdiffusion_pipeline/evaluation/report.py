@@ -31,7 +31,7 @@ def write(folder: Path, run: Mapping[str, Any], cases: Sequence[Case], records: 
     ]
     results = {"run": run, "rows": rows}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(folder / "table.md", table(rows, run["peers"]))
+    write_text(folder / "table.md", table(rows, [*(["learned reading"] if run["reading"] else []), *run["peers"]]))
     for row in rows:
         if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
             write_picture(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
@@ -53,9 +53,9 @@ def summary(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"row": name, "samples": len(scored), "scores": scores, "failed": failed}
 
 
-def table(rows: Sequence[Mapping[str, Any]], peers: Sequence[str] = ()) -> str:
-    """The rows in Markdown, with a column for each of the `peers`, and below them what could not be scored."""
-    columns = ["input", "input through the VAE", *peers]
+def table(rows: Sequence[Mapping[str, Any]], others: Sequence[str] = ()) -> str:
+    """The rows in Markdown, with a column for each of the `others`, and below them what could not be scored."""
+    columns = ["input", "input through the VAE", *others]
     lines = [f"| | metric | score (ceiling) | {' | '.join(columns)} | samples | failed |"]
     lines += [f"| --- | --- | --: |{' --: |' * len(columns)} --: | --: |"]
     for row in rows:
@@ -63,8 +63,8 @@ def table(rows: Sequence[Mapping[str, Any]], peers: Sequence[str] = ()) -> str:
         if not row["scores"]:
             lines.append(f"| {row['row']} | - | - | {'- | ' * len(columns)}{counts} |")
         for metric, values in row["scores"].items():
-            model, ceiling, *others = (number(metric, values.get(of)) for of in ("model", "ceiling", *columns))
-            lines.append(f"| {row['row']} | {metric} | {model} ({ceiling}) | {' | '.join(others)} | {counts} |")
+            model, ceiling, *rest = (number(metric, values.get(of)) for of in ("model", "ceiling", *columns))
+            lines.append(f"| {row['row']} | {metric} | {model} ({ceiling}) | {' | '.join(rest)} | {counts} |")
     failed = [f"- {failure['name']}: {failure['error']}" for row in rows for failure in row["failed"]]
     return "\n".join([*lines, "", NOTES, *(["Not scored:", "", *failed, ""] if failed else [])])
 

@@ -19,14 +19,14 @@ from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.cases import Case, Exam
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, merit
-from instructdiffusion_pipeline.identity import claim, pipeline_fingerprint
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.identity import claim, fingerprint, pipeline_fingerprint
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.reading import LearnedReading
 from instructdiffusion_pipeline.sheets import write_picture
 from instructdiffusion_pipeline.tasks import Task
 
 Settings = Mapping[str, Mapping[str, Any]]
-# Another way to a reading, out of a case and the model's answers to it (which show the box); None: not of such a case.
-Peer = Callable[[Exam, Sequence[Image.Image], Box], Any]
+Peer = Callable[[Exam], Any]  # another way to answer a case, as data; None: not such a one
 
 
 @torch.no_grad()
@@ -39,6 +39,7 @@ def evaluate(
     seed: int = 0,
     resolution: int | None = None,
     clip: ClipSimilarity | None = None,
+    reading: LearnedReading | None = None,
     peers: Mapping[str, Peer] | None = None,
 ) -> dict[str, Any]:
     """Score a pipeline on `cases` and leave table.md, results.json and a contact sheet for each row in `folder`.
@@ -55,7 +56,8 @@ def evaluate(
         seed: with the place of the case in `cases` and of the question in the case, it fixes the noise.
         resolution: working size in pixels (default: what the model's UNet was made for).
         clip: adds a CLIP similarity to scores of pictures.
-        peers: other ways to a reading, by the name of the column that gets their scores, as `classical`.
+        reading: masks and joints are also read by it; its scores get a column of their own.
+        peers: other ways to answer, such as `classical`, by the names of the columns that get their scores.
 
     Returns:
         What results.json holds.
@@ -75,13 +77,14 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "clip": clip and clip.name,
+        "reading": reading and fingerprint(reading.unet),
         "peers": list(peers or ()),
         "cases": hashlib.sha256(json.dumps([(case.name, case.row) for case in cases]).encode()).hexdigest()[:16],
     }
     folder = Path(folder)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     records = resume(folder, run, len(cases), batch_size)
-    asker = Asker(pipeline, settings, batch_size, seed, resolution, clip, peers or {}, folder / "answers")
+    asker = Asker(pipeline, settings, batch_size, seed, resolution, clip, reading, peers or {}, folder / "answers")
     with (
         tqdm(total=len(cases), initial=len(records), desc="cases") as bar,
         open(folder / "records.jsonl", "a") as file,
@@ -133,6 +136,7 @@ class Asker:
     seed: int
     resolution: int
     clip: ClipSimilarity | None
+    reading: LearnedReading | None
     peers: Mapping[str, Peer]
     folder: Path
 
@@ -196,9 +200,11 @@ class Asker:
             readings["input"] = exam.image
             (passed,) = through_vae(self.pipeline, [exam.image], self.resolution)
             readings["input through the VAE"] = task.read(exam.image, passed, box)
-        pictures = [answer.picture for answer in answers]
-        others = {name: peer(exam, pictures, box) for name, peer in self.peers.items()}
-        readings |= {name: reading for name, reading in others.items() if reading is not None}
+        elif self.reading:
+            again = [self.reading(answer.task, exam.image, answer.picture, box) for answer in answers]
+            readings["learned reading"] = merge(again)
+        others = {name: peer(exam) for name, peer in self.peers.items()}
+        readings |= {name: other for name, other in others.items() if other is not None}
         measures = {of: measure(exam, reading, box, self.clip) for of, reading in readings.items()}
         return {"box": box, "merit": merit(measures["model"]), "measures": measures}
 

@@ -62,6 +62,8 @@ class TrainingConfig:
             raise ValueError(f"`ema_decay` must be from 0 to below 1; got {self.ema_decay}.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be 1 or more, or None; got {self.lora_rank}.")
+        if self.text_to_image and self.change_weight is not None:
+            raise ValueError("`change_weight` must be None with `text_to_image`, which shows no input to change.")
         if self.lora_rank and self.train_text_encoder:
             raise ValueError("`lora_rank` is for the UNet alone: `train_text_encoder` must be False with it.")
         for name, known in (("optimizer", ("adamw", "adamw8bit")), ("mixed_precision", ("no", "bf16", "fp16"))):

@@ -31,26 +31,15 @@ def draw(
     for position in positions:
         (state,) = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state) >> 1)
-        columns.append(
-            (
-                torch.randn(shape, generator=generator),
-                torch.rand((), generator=generator),
-                bias(
-                    torch.randint(0, num_train_timesteps, (), generator=generator), num_train_timesteps, timestep_bias
-                ),
-                torch.randn(shape, generator=generator),
-            )
-        )
+        posterior_noise = torch.randn(shape, generator=generator)
+        dropout = torch.rand((), generator=generator)
+        timestep = torch.randint(0, num_train_timesteps, (), generator=generator)
+        noise = torch.randn(shape, generator=generator)
+        if timestep_bias != 1 and torch.rand((), generator=generator) < 0.5:
+            late = torch.rand((), generator=generator) ** (1 / timestep_bias)
+            timestep = (num_train_timesteps * late).long().clamp(max=num_train_timesteps - 1)
+        columns.append((posterior_noise, dropout, timestep, noise))
     return Draws(*map(torch.stack, zip(*columns, strict=True)))
-
-
-def bias(timestep: torch.Tensor, count: int, power: float) -> torch.Tensor:
-    """A uniform timestep, 0 to `count` - 1, moved so that its density is as `draw` says."""
-    if power == 1:
-        return timestep
-    times = np.linspace(0, 1, count + 1)
-    moved = np.interp((timestep.item() + 0.5) / count, (times + times**power) / 2, times)
-    return torch.tensor(int(count * moved))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,10 @@ def train(
         latents = pipeline.vae.config.scaling_factor * posterior_sample
         weights = None
         if config.change_weight is not None:
-            weights = change_weights(batch["target_mean"], batch["image_latents"].float(), config.change_weight)
+            scale = pipeline.vae.config.scaling_factor
+            weights = change_weights(
+                scale * batch["target_mean"], scale * batch["image_latents"].float(), config.change_weight
+            )
         text, image_latents = drop_conditioning(
             batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
             torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),

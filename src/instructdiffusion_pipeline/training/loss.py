@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
-CHANGED = 0.1  # root mean square over channels of the difference between two latents; of equal pictures it is 0
+CHANGED = 0.1  # root mean square over channels of the difference of two scaled latents; of equal pictures it is 0
 
 
 def epsilon_loss(
@@ -36,7 +36,7 @@ def epsilon_loss(
 
 
 def change_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
-    """Weights [B, 1, h, w] of the places in latents [B, C, h, w]: where the answer differs from the input count more.
+    """Weights [B, 1, h, w] of the places in scaled latents [B, C, h, w]: where the answer differs from the input.
 
     They count `change_weight` times as much as the others, and the mean over a picture is 1: so a disc on a joint,
     three places in two hundred, is not lost in the rest, and pictures that change everywhere are weighed as before.
