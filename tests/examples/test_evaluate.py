@@ -126,7 +126,7 @@ def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatc
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("gopr=/x", "NAME must be one of coco, .*; got 'gopr'"),
+        ("gopr=/x", "NAME must be one of tiny, coco, .*; got 'gopr'"),
         ("gopro=/nowhere", "/nowhere/test: no sample is left"),
         ("coco=/nowhere", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
     ],
