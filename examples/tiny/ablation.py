@@ -9,20 +9,15 @@ goes to a folder of its own, to be scored with examples/evaluate.py; a run that 
 
 import argparse
 import dataclasses
-from collections.abc import Set
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import AttnProcessor
-from model import build_pipeline
-from torch.utils.data import Dataset
+from model import build_pipeline, use_plain_attention
 from train import CONFIG
 
 from instructdiffusion_pipeline import export
 from instructdiffusion_pipeline.training import CachedSamples, train
-from instructdiffusion_pipeline.training.encoding import Batch
 
 SOURCES = {
     "segmentation": {"segmentation"},
@@ -30,23 +25,6 @@ SOURCES = {
     "restoration": {"noise", "blur", "watermark"},
     "editing": {"objects", "grades"},
 }
-
-
-class Only(Dataset):
-    """The samples of `sources` in a cache, in a new order each epoch."""
-
-    def __init__(self, samples: CachedSamples, sources: Set[str]):
-        self.samples, self.sources = samples, samples.sources
-        wanted = {samples.sources.index(name) for name in sources}
-        self.places = [place for place in range(len(samples)) if int(samples[place]["source"]) in wanted]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, position: int) -> Batch:
-        epoch, offset = divmod(position, len(self))
-        order = np.random.default_rng((0, epoch)).permutation(len(self))
-        return self.samples[self.places[order[offset]]] | {"position": torch.tensor(position)}
 
 
 def main() -> None:
@@ -57,16 +35,15 @@ def main() -> None:
     args = parser.parse_args()
     config = dataclasses.replace(CONFIG, max_train_steps=args.steps)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae")
-    samples = CachedSamples(args.work_dir / "samples")
-    for name, sources in {"all": set().union(*SOURCES.values()), **SOURCES}.items():
+    for name, sources in {"all": None, **SOURCES}.items():
         if (args.output_dir / name).exists():
             continue
         torch.manual_seed(0)
         pipeline = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
-        pipeline.unet.set_attn_processor(AttnProcessor())
-        pipeline.text_encoder.set_attn_implementation("eager")
+        use_plain_attention(pipeline)
         folder = args.output_dir / f"{name}-checkpoints"
-        pipeline = train(pipeline, Only(samples, sources), config, folder, resume="latest")
+        samples = CachedSamples(args.work_dir / "samples", only=sources)
+        pipeline = train(pipeline, samples, config, folder, resume="latest")
         export(pipeline.to(dtype=torch.float16), args.output_dir / name)
 
 

@@ -136,10 +136,14 @@ FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
 }
 
 
+def source(name: str, world: World, count: int, seed: int) -> Source:
+    """`count` examples of one of `FAMILIES`, and its question."""
+    _, example, pick = FAMILIES[name]
+    return Source(name, Drawn(partial(example, world), count, seed), pick)
+
+
 def mixture(world: World, count: int, seed: int = 0) -> Mixture:
     """About `count` different training samples of all families, by their shares."""
-    sources = (
-        Source(name, Drawn(partial(example, world), round(share * count), seed), pick)
-        for name, (share, example, pick) in FAMILIES.items()
+    return Mixture(
+        [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in FAMILIES.items()], seed
     )
-    return Mixture([(source, 1.0) for source in sources], seed)

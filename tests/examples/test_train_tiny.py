@@ -1,6 +1,7 @@
 """The recipe of the small model, from a made-up world to a folder that loads, in a few steps."""
 
 import dataclasses
+import importlib
 import sys
 
 import model
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import vae
+from families import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -56,6 +58,19 @@ def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe):
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one step away from where it started"
+
+
+def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):
+    recipe("first")
+    monkeypatch.setitem(sys.modules, "train", tiny_train)
+    ablation = importlib.import_module("ablation")
+    monkeypatch.setattr(ablation, "CONFIG", tiny_train.CONFIG)
+    arguments = ["--work_dir", tmp_path / "first-work", "--output_dir", tmp_path / "ablation", "--steps", 1]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, arguments)])
+    ablation.main()
+    models = {name: load_file(tmp_path / "ablation" / name / UNET) for name in ("all", *ablation.SOURCES)}
+    assert len({weights["conv_in.weight"].float().numpy().tobytes() for weights in models.values()}) == 5
+    assert set().union(*ablation.SOURCES.values()) == FAMILIES.keys()
 
 
 def test_standardising_latents_leaves_the_pictures_as_they_are():

@@ -113,6 +113,23 @@ def test_each_epoch_of_a_cache_shows_all_in_another_order(pipe, samples, tmp_pat
     assert epoch(again, 1) == epoch(cached, 1), "without the epoch before it"
 
 
+def test_a_cache_of_some_sources_alone_shows_all_of_theirs(pipe, samples, tmp_path):
+    cached = cache_samples(samples, 12, pipe, tmp_path)
+
+    def shown(data, positions):
+        return [(int(item["source"]), item["target_mean"].sum().item()) for item in map(data.__getitem__, positions)]
+
+    wanted = sorted(pair for pair in shown(cached, range(12)) if cached.sources[pair[0]] == "many")
+    many = CachedSamples(tmp_path, only={"many"})
+    assert 0 < len(many) == len(wanted) < 12
+    for epoch in range(2):
+        assert sorted(shown(many, range(epoch * len(many), (epoch + 1) * len(many)))) == wanted
+    assert int(many[len(many)]["position"]) == len(many)
+    assert shown(CachedSamples(tmp_path, only={"many", "two"}), range(12)) == shown(cached, range(12))
+    with pytest.raises(ValueError, match=r"`only` must name some of .*; got few"):
+        CachedSamples(tmp_path, only={"few"})
+
+
 def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD", 2)
     cache_samples(samples, 5, pipe, tmp_path)

@@ -31,7 +31,7 @@ def write(folder: Path, run: Mapping[str, Any], cases: Sequence[Case], records: 
     ]
     results = {"run": run, "rows": rows}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(folder / "table.md", table(rows, [*(["learned reading"] if run["reading"] else []), *run["peers"]]))
+    write_text(folder / "table.md", table(rows))
     for row in rows:
         if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
             write_picture(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
@@ -53,9 +53,12 @@ def summary(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"row": name, "samples": len(scored), "scores": scores, "failed": failed}
 
 
-def table(rows: Sequence[Mapping[str, Any]], others: Sequence[str] = ()) -> str:
-    """The rows in Markdown, with a column for each of the `others`, and below them what could not be scored."""
-    columns = ["input", "input through the VAE", *others]
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown, with a column for everything that has a score, and below them what could not be scored."""
+    scored = [of for row in rows for values in row["scores"].values() for of in values]
+    columns = [
+        of for of in dict.fromkeys(["input", "input through the VAE", *scored]) if of not in ("model", "ceiling")
+    ]
     lines = [f"| | metric | score (ceiling) | {' | '.join(columns)} | samples | failed |"]
     lines += [f"| --- | --- | --: |{' --: |' * len(columns)} --: | --: |"]
     for row in rows:

@@ -1,6 +1,7 @@
 """Latents and embeddings computed once, on disk, so that training runs the UNet alone."""
 
 import json
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -21,23 +22,31 @@ SHARD = 1024  # samples in a file
 class CachedSamples(Dataset):
     """Encoded samples, shown in a new order each epoch, which `seed` fixes; memory-mapped, read when they are needed.
 
+    With `only`, names out of `sources`, the others are left out; a ValueError says which of these are unknown.
+
     Each has the mode of the input's posterior, and mean and deviation of the target's, so that every epoch draws from
-    it afresh, [4, h, w]; and embeddings [77, d] or token ids [77]. Stored in half precision.
+    it afresh, [C, h, w]; and embeddings [77, d] or token ids [77]. Stored in half precision.
     """
 
-    def __init__(self, folder: str | PathLike[str], seed: int = 0):
+    def __init__(self, folder: str | PathLike[str], seed: int = 0, only: Collection[str] | None = None):
         about = json.loads((Path(folder) / "cache.json").read_text())
-        self.sources, self.seed, self._count = about["sources"], seed, about["samples"]
-        self._shards = [load_file(shard_path(Path(folder), start)) for start in range(0, self._count, SHARD)]
+        self.sources, self.seed = about["sources"], seed
+        self._shards = [load_file(shard_path(Path(folder), start)) for start in range(0, about["samples"], SHARD)]
+        self._places = np.arange(about["samples"])
+        if only is not None:
+            if unknown := sorted(set(only) - set(self.sources)):
+                raise ValueError(f"`only` must name some of {', '.join(self.sources)}; got {', '.join(unknown)}.")
+            numbers = torch.cat([shard["source"] for shard in self._shards])
+            self._places = np.flatnonzero([self.sources[number] in only for number in numbers])
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._places)
 
     def __getitem__(self, position: int) -> Batch:
-        epoch, offset = divmod(position, self._count)
+        epoch, offset = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self._count)
+            self._order = epoch, self._places[np.random.default_rng((self.seed, epoch)).permutation(len(self))]
         shard, place = divmod(int(self._order[1][offset]), SHARD)
         item = {name: tensor[place] for name, tensor in self._shards[shard].items() if name != "prompt_embeds"}
         if "text" in item:

@@ -13,7 +13,7 @@ def drop_conditioning(
     """Empty the text or zero the image of some samples.
 
     `text` [B, 77] are token ids or [B, 77, d] their embeddings, `empty_text` [77] or [77, d] those of the empty text,
-    `image_latents` [B, 4, h, w], and `draws` [B] uniform in [0, 1): below 0.075 the text is emptied, from there to
+    `image_latents` [B, C, h, w], and `draws` [B] uniform in [0, 1): below 0.075 the text is emptied, from there to
     0.15 the image latents are zeroed.
     """
     empties_text = draws < EMPTY_TEXT_SHARE

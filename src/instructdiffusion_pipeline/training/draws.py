@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 
 class Draws(NamedTuple):
-    """For B samples: `posterior_noise` and `noise` [B, 4, h, w], `dropout` [B] in [0, 1), `timesteps` [B]."""
+    """For B samples: `posterior_noise` and `noise` [B, C, h, w], `dropout` [B] in [0, 1), `timesteps` [B]."""
 
     posterior_noise: torch.Tensor
     dropout: torch.Tensor
@@ -21,7 +21,7 @@ class Draws(NamedTuple):
 def draw(
     seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int, timestep_bias: float = 1.0
 ) -> Draws:
-    """What the samples at `positions` of a run draw, for latents of `shape` [4, h, w], in the original's order.
+    """What the samples at `positions` of a run draw, for latents of `shape` [C, h, w], in the original's order.
 
     Half of the timesteps are uniform, the other half have a density of t^(`timestep_bias` - 1).
 

@@ -31,7 +31,7 @@ class FrozenEncoders:
         """`batch` with pictures turned into latents and token ids into embeddings, as far as it still has such.
 
         `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior) and
-        `target_mean` and `target_std` (all of the target's), [B, 4, h, w], none scaled; `input_ids` [B, 77] become
+        `target_mean` and `target_std` (all of the target's), [B, C, h, w], none scaled; `input_ids` [B, 77] become
         `prompt_embeds` [B, 77, d]. All are float32.
         """
         batch = dict(batch)

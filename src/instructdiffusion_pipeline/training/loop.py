@@ -241,7 +241,7 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
 
 
 def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size:
-    """[4, h, w] of the latents of a training sample, encoded or not."""
+    """[C, h, w] of the latents of a training sample, encoded or not."""
     if "target_mean" in item:
         return item["target_mean"].shape
     height, width = item["target"].shape[1:]

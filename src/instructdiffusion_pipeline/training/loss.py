@@ -21,7 +21,7 @@ def epsilon_loss(
 ) -> torch.Tensor:
     """Loss of each sample, float32, [B].
 
-    `latents` [B, 4, h, w] are the target's, scaled; `image_latents` [B, 4, h, w] the input's, unscaled;
+    `latents` [B, C, h, w] are the target's, scaled; `image_latents` [B, C, h, w] the input's, unscaled;
     `prompt_embeds` [B, 77, d]; `noise` like `latents`; `timesteps` [B], integers from 0 to 999; `weights`, of the
     places in latents, [B, 1, h, w].
     """
