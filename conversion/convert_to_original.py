@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from components import build_empty, tables
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from original_names import is_pointwise
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
@@ -30,6 +30,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "only_cross_attention": False,
     },
     "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
+    "scheduler": {"prediction_type": "epsilon"},
 }
 FORMATS = (".safetensors", ".ckpt")
 
@@ -45,11 +46,13 @@ def convert_back(model_path: str | Path) -> Weights:
         AutoencoderKL.load_config(model_path / "vae"),
         CLIPTextConfig.from_pretrained(model_path / "text_encoder"),
     )
+    configs = {component: model.config for component, model in models.items()}
+    configs["scheduler"] = EulerAncestralDiscreteScheduler.from_pretrained(model_path / "scheduler").config
     wrong = [
-        f"{component} has {key} {models[component].config[key]!r} and not {value!r}"
+        f"{component} has {key} {configs[component][key]!r} and not {value!r}"
         for component, settings in FIXED.items()
         for key, value in settings.items()
-        if models[component].config[key] != value
+        if configs[component][key] != value
     ]
     if wrong:
         raise ValueError(f"--model_path: the original cannot run {model_path}: its {'; its '.join(wrong)}.")

@@ -20,7 +20,7 @@ from instructdiffusion_pipeline import export
 from instructdiffusion_pipeline.training import CachedSamples, train
 
 SOURCES = {
-    "segmentation": {"segmentation"},
+    "segmentation": {"segmentation", "left or right", "absent"},
     "keypoints": {"pose", "keypoints", "few keypoints"},
     "restoration": {"noise", "blur", "watermark"},
     "editing": {"objects", "grades"},

@@ -64,6 +64,12 @@ def pairs(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
             return image, sides
 
 
+def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """A scene, and the empty masks of the names that are not there."""
+    image, masks = segmentation(world, rng)
+    return image, {words: mask for words, mask in masks.items() if not mask.any()}
+
+
 def annotated(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
     """A scene's picture and its masks."""
     absent = sorted(world.names - scene.names)
@@ -124,15 +130,17 @@ def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoint
 
 # name -> share of the training samples, examples, and which question to ask of one
 FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
-    "segmentation": (0.28, segmentation, Segmentation.pick),
+    "segmentation": (0.24, segmentation, Segmentation.pick),
+    "left or right": (0.1, pairs, Segmentation.pick),
+    "absent": (0.05, absent, Segmentation.pick),
     "pose": (0.1, keypoints, Always(WholePose())),
-    "keypoints": (0.16, keypoints, Keypoints.pick),
-    "few keypoints": (0.16, keypoints, pick_few),
+    "keypoints": (0.12, keypoints, Keypoints.pick),
+    "few keypoints": (0.12, keypoints, pick_few),
     "noise": (0.04, noisy, Always(Restoration("noise"))),
     "blur": (0.05, blurred, Always(Restoration("blur"))),
     "watermark": (0.05, watermarked, Always(Restoration("watermark"))),
     "objects": (0.1, edit_objects, Editing.pick),
-    "grades": (0.06, graded, Editing.pick),
+    "grades": (0.03, graded, Editing.pick),
 }
 
 

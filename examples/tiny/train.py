@@ -32,10 +32,9 @@ CONFIG = TrainingConfig(
     lr_warmup_steps=200,
     ema_decay=0.999,
     # What an answer shows where is decided from picture and words alone near pure noise; later the noisy latents
-    # themselves give it away. So a third of the timesteps lies above 900, errors of the picture count alike down to a
-    # signal-to-noise ratio of 0.1, at t = 690, and a disc of four latents is not lost among 252 that do not change.
+    # themselves give it away. So a third of the timesteps lies above 900. And a disc of four latents must not be lost
+    # among 252 that do not change.
     timestep_bias=8,
-    min_snr_gamma=0.1,  # at 0.01 the last steps of sampling were left untrained, and noise stayed in the pictures
     change_weight=10,
     train_text_encoder=True,
     mixed_precision="bf16",

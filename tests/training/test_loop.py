@@ -30,7 +30,7 @@ from instructdiffusion_pipeline.training import (
 )
 from instructdiffusion_pipeline.training.draws import draw
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders
-from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.loss import denoising_loss
 from instructdiffusion_pipeline.training.validation import validation_sheet
 
 TWO_PROCESSES = tiny.ROOT / "examples" / "accelerate" / "two_processes_cpu.yaml"
@@ -120,7 +120,7 @@ def losses(pipe, dataset, positions=64):
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     draws = draw(99, range(positions), batch["target_mean"].shape[1:], 1000)
     with torch.no_grad():
-        return epsilon_loss(
+        return denoising_loss(
             pipe.unet,
             scheduler,
             pipe.vae.config.scaling_factor * batch["target_mean"].float(),
@@ -137,6 +137,7 @@ WAYS = {
     "LoRA": {"lora_rank": 8, "learning_rate": 1e-2},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "cached": {},
+    "velocity": {},
 }
 
 
@@ -144,6 +145,8 @@ WAYS = {
 def test_every_way_to_train_lowers_the_loss_on_two_samples(way, pipe, two_samples, tmp_path):
     others = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
     embeds = pipe.encode_prompt("make it number 0")[0]
+    if way == "velocity":
+        pipe.scheduler.register_to_config(prediction_type="v_prediction")
     dataset = cache_samples(two_samples, 2, pipe, tmp_path / "cache") if way == "cached" else two_samples
     before = losses(pipe, dataset)
     config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
@@ -262,6 +265,10 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
     odd = PictureSamples(Mixture([(Source("odd", Pairs(2, side=34), Editing.pick), 1)]), pipe.tokenizer)
     with pytest.raises(ValueError, match="34 x 34 pixels; both must be multiples of 4"):
         train(pipe, odd, FEW, tmp_path / "out")
+    clean = InstructDiffusionPipeline(**tiny.components())
+    clean.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match='must predict "epsilon" or "v_prediction"; its scheduler says \'sample\''):
+        train(clean, two_samples, FEW, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     train(pipe, two_samples, FEW, tmp_path / "out")  # a refusal leaves other precisions open
 

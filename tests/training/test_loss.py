@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file
 
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.data import tokenize
-from instructdiffusion_pipeline.training.loss import change_weights, epsilon_loss
+from instructdiffusion_pipeline.training.loss import change_weights, denoising_loss
 
 # Where the weights whose gradients were recorded live in diffusers' UNet.
 GRADIENTS = {
@@ -31,8 +32,9 @@ def step(request, golden):
     )
 
 
-def golden_losses(pipe, tensors, about, **options):
-    tokenizer, scheduler = pipe.tokenizer, DDPMScheduler.from_config(pipe.scheduler.config)
+def golden_losses(pipe, tensors, about, prediction_type="epsilon", **options):
+    tokenizer = pipe.tokenizer
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
     target_mean, target_logvar = tensors["target_posterior_parameters"].chunk(2, dim=1)
     latents = pipe.vae.config.scaling_factor * (
         target_mean + torch.exp(0.5 * target_logvar) * tensors["posterior_noise"]
@@ -44,7 +46,7 @@ def golden_losses(pipe, tensors, about, **options):
         tensors["dropout_random"],
     )
     prompt_embeds = pipe.text_encoder(input_ids).last_hidden_state
-    return epsilon_loss(
+    return denoising_loss(
         pipe.unet, scheduler, latents, image_latents, prompt_embeds, tensors["noise"], tensors["t"], **options
     )
 
@@ -70,6 +72,43 @@ def test_min_snr_weights_each_sample_by_its_clipped_snr(golden_pipe, step):
     signal = torch.cumprod(1 - betas, dim=0)[tensors["t"]]
     snr = signal / (1 - signal)
     torch.testing.assert_close(weighted, plain * (snr.clamp(max=5.0) / snr).float(), rtol=1e-4, atol=1e-7)
+
+
+class Ideal(torch.nn.Module):
+    """Predicts velocity as one would who knew that the latents are `latents`, out of the noisy ones and t."""
+
+    def __init__(self, latents):
+        super().__init__()
+        self.latents = latents
+
+    def forward(self, inputs, timesteps, prompt_embeds):
+        noisy, _ = inputs.chunk(2, dim=1)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        signal = torch.cumprod(1 - betas, dim=0)[timesteps].view(-1, 1, 1, 1)
+        alpha, sigma = signal.sqrt().float(), (1 - signal).sqrt().float()
+        epsilon = (noisy - alpha * self.latents) / sigma
+        return UNet2DConditionOutput(alpha * epsilon - sigma * self.latents)
+
+
+@pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
+def test_velocity_of_the_right_latents_has_no_loss_and_that_of_wrong_ones_their_weighted_error(min_snr_gamma):
+    draw = torch.Generator().manual_seed(0)
+    latents, image_latents, noise, wrong = torch.randn(4, 6, 4, 8, 8, generator=draw)
+    timesteps = torch.tensor([20, 100, 300, 500, 800, 999])
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+
+    def losses(believed):
+        return denoising_loss(
+            Ideal(believed), scheduler, latents, image_latents, None, noise, timesteps, min_snr_gamma
+        )
+
+    torch.testing.assert_close(losses(latents), torch.zeros(6), atol=1e-4, rtol=0)
+    snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
+    weights = snr + 1 if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
+    errors = (wrong - latents).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses(wrong), weights * errors, atol=1e-4, rtol=1e-3)
 
 
 def test_what_the_answer_changes_counts_more_and_the_whole_as_before():

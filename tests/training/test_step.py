@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train
 from instructdiffusion_pipeline.training.draws import draw
-from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.loss import denoising_loss
 from instructdiffusion_pipeline.training.model import Denoiser
 
 CONFIG = TrainingConfig(max_train_steps=1, batch_size=16, learning_rate=1e-3, ema_decay=0, seed=3)
@@ -57,7 +57,7 @@ def test_the_first_update_is_that_of_the_paper(pipe, tmp_path, monkeypatch, min_
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, weight_decay=0.01)
     latents, image_latents, text, noise, timesteps = expected
     scheduler = DDPMScheduler.from_config(other.scheduler.config)
-    epsilon_loss(unet, scheduler, latents, image_latents, text, noise, timesteps, min_snr_gamma).mean().backward()
+    denoising_loss(unet, scheduler, latents, image_latents, text, noise, timesteps, min_snr_gamma).mean().backward()
     assert torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5) > 0.5
     optimizer.step()
     # Where a gradient is next to nothing, Adam's first step has an arbitrary sign; a few weights of each tensor may.

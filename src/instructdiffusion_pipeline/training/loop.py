@@ -226,6 +226,9 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
     wanted = 2 * pipeline.vae.config.latent_channels
     if (channels := pipeline.unet.config.in_channels) != wanted:
         raise ValueError(f"`pipeline` must have a UNet of {wanted} input channels; got {channels}. See `load_start`.")
+    predicts = pipeline.scheduler.config.prediction_type
+    if predicts not in ("epsilon", "v_prediction"):
+        raise ValueError(f'`pipeline` must predict "epsilon" or "v_prediction"; its scheduler says {predicts!r}.')
     if config.train_text_encoder and "prompt_embeds" in first:
         raise ValueError(
             "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."

@@ -1,4 +1,9 @@
-"""The training objective: mean squared error on epsilon (Ho et al., 2020, equation 14; Geng et al., section 3.2)."""
+"""The training objective: mean squared error on what the UNet predicts.
+
+Epsilon in InstructDiffusion (Ho et al., 2020, equation 14; Geng et al., section 3.2). Where the scheduler's
+`prediction_type` says so it is velocity, alpha times epsilon less sigma times the latents (Salimans and Ho, 2022,
+appendix D).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +13,7 @@ from diffusers.training_utils import compute_snr
 CHANGED = 0.1  # root mean square over channels of the difference of two scaled latents; of equal pictures it is 0
 
 
-def epsilon_loss(
+def denoising_loss(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
     latents: torch.Tensor,
@@ -25,13 +30,17 @@ def epsilon_loss(
     `prompt_embeds` [B, 77, d]; `noise` like `latents`; `timesteps` [B], integers from 0 to 999; `weights`, of the
     places in latents, [B, 1, h, w].
     """
+    by_velocity = scheduler.config.prediction_type == "v_prediction"
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    wanted = scheduler.get_velocity(latents, noise, timesteps) if by_velocity else noise
     prediction = unet(torch.cat([noisy_latents, image_latents], dim=1), timesteps, prompt_embeds).sample
-    errors = F.mse_loss(prediction.float(), noise.float(), reduction="none")
+    errors = F.mse_loss(prediction.float(), wanted.float(), reduction="none")
     loss = (errors if weights is None else weights * errors).mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps)
-        loss = loss * snr.clamp(max=min_snr_gamma) / snr
+        # Either way the error of the latents themselves counts min(snr, gamma) times: of it, errors of epsilon are
+        # snr times as large, those of velocity snr + 1 times.
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if by_velocity else snr)
     return loss
 
 

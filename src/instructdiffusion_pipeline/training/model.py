@@ -10,7 +10,7 @@ from torch import nn
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training.config import TrainingConfig
-from instructdiffusion_pipeline.training.loss import epsilon_loss
+from instructdiffusion_pipeline.training.loss import denoising_loss
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """Loss of each sample, [B]; `text` are token ids where the text encoder is trained, else embeddings."""
         prompt_embeds = text if self.text_encoder is None else self.text_encoder(text).last_hidden_state
-        return epsilon_loss(
+        return denoising_loss(
             self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma, weights
         )
 
