@@ -4,7 +4,8 @@
     python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --folder out/scores
 
 Whether the name mattered, whether left is left, what became of the picture in and around the edited place, and whether
-the model's own segmentation finds what it has put there. Writes beyond.json, and the last of these into "own".
+the model's own segmentation finds what it has put there. Writes beyond.json, the last of these into "own", and
+scores.md, which has all that the model's card says.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from edits import Change
 from held_out import CHANGES, SEED, rows
 from PIL import Image
+from table import table
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
@@ -54,10 +56,10 @@ def main() -> None:
         parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
     found = beyond(cases, answers, pipeline)
     (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
-    print((args.folder / "beyond.json").read_text())
     own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
     evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
-    print((args.folder / "own" / "table.md").read_text())
+    (args.folder / "scores.md").write_text(table(args.folder))
+    print((args.folder / "scores.md").read_text())
 
 
 def answers_by_name(folder: Path) -> dict[str, Path]:

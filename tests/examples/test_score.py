@@ -48,6 +48,14 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
         run(score, "--model", model, "--world", world_folder, "--samples", 3, "--folder", output)
     own = json.loads((output / "own" / "results.json").read_text())["rows"]
     assert [row["samples"] for row in own] == [2, 2]
+    lines = (output / "scores.md").read_text().splitlines()
+    assert {line.count(" | ") for line in lines} == {2}
+    (noise,) = (row["scores"]["PSNR"] for row in rows if row["row"] == "noise")
+    (line,) = (line for line in lines if "noise" in line)
+    assert line == (
+        f"| noise, sigma 25: PSNR | **{noise['model']:.1f} dB** ({noise['ceiling']:.1f}) | {noise['input']:.1f} input,"
+        f" {noise['input through the VAE']:.1f} through the autoencoder, {noise['classical']:.1f} non-local means |"
+    )
 
 
 def test_a_name_blind_painter_is_told_apart():
