@@ -38,9 +38,10 @@ FORMATS = (".safetensors", ".ckpt")
 def convert_back(model_path: str | Path) -> Weights:
     """The weights of a folder under the original's names and in its shapes; they stay in their files, mapped."""
     model_path = Path(model_path)
-    for component in ("unet", "vae", "text_encoder"):
-        if not (model_path / component / "config.json").is_file():
-            raise ValueError(f"--model_path: {model_path} is no pipeline's folder, it has no {component}/config.json.")
+    parts = [f"{component}/config.json" for component in ("unet", "vae", "text_encoder")]
+    for part in (*parts, "scheduler/scheduler_config.json"):
+        if not (model_path / part).is_file():
+            raise ValueError(f"--model_path: {model_path} is no pipeline's folder, it has no {part}.")
     models = build_empty(
         UNet2DConditionModel.load_config(model_path / "unet"),
         AutoencoderKL.load_config(model_path / "vae"),

@@ -74,8 +74,9 @@ def test_faults_are_named(folder: Path, tmp_path: Path):
 
 def test_a_model_the_original_could_not_run_is_refused():
     shipped = Path(__file__).parent.parent / "examples" / "instructdiffusion-tiny"
-    with pytest.raises(ValueError, match="its vae has norm_num_groups 8 and not 32; its vae has mid_block"):
+    with pytest.raises(ValueError, match="its vae has norm_num_groups 8 and not 32; its vae has mid_block") as error:
         convert_back(shipped)
+    assert "its scheduler has prediction_type 'v_prediction' and not 'epsilon'" in str(error.value)
 
 
 def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

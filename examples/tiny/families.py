@@ -72,9 +72,8 @@ def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 def annotated(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
     """A scene's picture and its masks."""
-    absent = sorted(world.names - scene.names)
     masks = {words: scene.mask(*things) for words, things in phrases(scene, world.names, rng).items()}
-    return scene.image, masks | dict.fromkeys(absent, np.zeros((SIZE, SIZE), bool))
+    return scene.image, masks | dict.fromkeys(sorted(world.names - scene.names), np.zeros((SIZE, SIZE), bool))
 
 
 def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:

@@ -22,7 +22,7 @@ import torch
 from edits import Change
 from held_out import CHANGES, SEED, rows
 from PIL import Image
-from table import table
+from table import OWN, table
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
@@ -57,9 +57,10 @@ def main() -> None:
     found = beyond(cases, answers, pipeline)
     (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
     own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
-    evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
-    (args.folder / "scores.md").write_text(table(args.folder))
-    print((args.folder / "scores.md").read_text())
+    own_results = evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
+    scores = table(json.loads((args.folder / "results.json").read_text()), found, own_results)
+    (args.folder / "scores.md").write_text(scores)
+    print(scores)
 
 
 def answers_by_name(folder: Path) -> dict[str, Path]:
@@ -162,8 +163,7 @@ def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Pat
         for index in range(len(source.dataset)):
             name = f"{source.name} {index}: {source.dataset.name(index)}"
             if name in answers:
-                row = f"what was {what}, by the model's own segmentation"
-                cases.append(Case(name, row, partial(open_case, CHANGES[what], index, answers[name])))
+                cases.append(Case(name, OWN.format(what), partial(open_case, CHANGES[what], index, answers[name])))
     return cases
 
 

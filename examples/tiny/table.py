@@ -1,10 +1,11 @@
 """The scores of the small model in Markdown, as its card and the README have them."""
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from held_out import CHANGES
+
+OWN = "what was {}, by the model's own segmentation"  # its row
 Scores = Mapping[str, Mapping[str, float]]  # metric -> whose -> value
 PCK, MIOU = "PCK@0.05 of the side", "mIoU"
 LEARNED = "learned reading"
@@ -21,15 +22,16 @@ JOINTS = {
 }
 RESTORED = {"noise": "noise, sigma 25", "blur": "blur", "watermark": "watermark"}
 CLASSICAL = {"noise": "non-local means", "blur": "unsharp mask", "watermark": "inpainting the known mark"}
-CHANGED = ("removed", "replaced", "added", "moved")
 
 
-def table(folder: Path) -> str:
-    """Of what examples/evaluate.py and score.py left in `folder`; in brackets what the autoencoder alone allows."""
-    results = json.loads((folder / "results.json").read_text())["rows"]
-    scores = {row["row"]: row["scores"] for row in results}
-    beyond = json.loads((folder / "beyond.json").read_text())
-    own = {row["row"]: row["scores"] for row in json.loads((folder / "own" / "results.json").read_text())["rows"]}
+def table(
+    results: Mapping[str, Any], beyond: Mapping[str, Mapping[str, float]], own_results: Mapping[str, Any]
+) -> str:
+    """Of what `evaluate` returned for the rows and for `own_cases`, and `beyond`.
+
+    Shares from 0 to 1 and PSNR in dB; in brackets what the autoencoder alone allows.
+    """
+    scores, own = ({row["row"]: row["scores"] for row in found["rows"]} for found in (results, own_results))
     lines = ["| | this model | for comparison |", "| --- | --- | --- |"]
     for row, what in SEGMENTATION.items():
         lines += segmentation(what, scores[row], beyond[row])
@@ -41,9 +43,8 @@ def table(folder: Path) -> str:
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
-    for what in CHANGED:
-        found = own.get(f"what was {what}, by the model's own segmentation")
-        lines.append(changed(what, beyond[f"objects {what}"], found))
+    for what in CHANGES:
+        lines.append(changed(what, beyond[f"objects {what}"], own.get(OWN.format(what))))
     looks = scores["grades"]["PSNR"]
     lines.append(f"| looks of the picture: PSNR | {decibels(looks)} | {looks['input']:.1f} untouched |")
     return "\n".join(lines) + "\n"

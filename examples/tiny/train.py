@@ -4,7 +4,7 @@
 
 Everything starts from nothing, or with `--init FOLDER` from an earlier model's weights. Each stage leaves its result
 in the work folder, so a run that was stopped goes on where it was. A core of a server processor takes 2.5 steps of the
-autoencoder a second and encodes 95 to 160 samples a second; two take 1.4 steps of the UNet a second.
+autoencoder a second and encodes 95 samples a second; two take 1.4 steps of the UNet a second.
 """
 
 import argparse

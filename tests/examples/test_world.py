@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from families import FAMILIES, Drawn, keypoints, mixture, pairs, pick_few, segmentation
+from families import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, segmentation
 from PIL import Image
 from pose import WholePose
 from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
@@ -98,6 +98,15 @@ def test_of_a_pair_the_left_or_the_right_one_is_asked_for(world_folder):
         assert len(masks) == 2 and not np.logical_and(*masks.values()).any()
         middles = {"left" if "left" in words else "right": np.nonzero(mask)[1].mean() for words, mask in masks.items()}
         assert middles["left"] < middles["right"]
+
+
+def test_absent_names_are_those_that_nothing_shows(world_folder):
+    world = World(world_folder)
+    for seed in range(20):
+        image, masks = absent(world, random.Random(seed))
+        scene = world.scene(random.Random(seed))
+        assert image == scene.image
+        assert masks.keys() == world.names - scene.names and not any(mask.any() for mask in masks.values())
 
 
 def test_examples_depend_on_seed_and_index_alone(world_folder):

@@ -32,9 +32,8 @@ def step(request, golden):
     )
 
 
-def golden_losses(pipe, tensors, about, prediction_type="epsilon", **options):
-    tokenizer = pipe.tokenizer
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
+def golden_losses(pipe, tensors, about, **options):
+    tokenizer, scheduler = pipe.tokenizer, DDPMScheduler.from_config(pipe.scheduler.config)
     target_mean, target_logvar = tensors["target_posterior_parameters"].chunk(2, dim=1)
     latents = pipe.vae.config.scaling_factor * (
         target_mean + torch.exp(0.5 * target_logvar) * tensors["posterior_noise"]

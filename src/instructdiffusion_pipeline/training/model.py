@@ -18,7 +18,8 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 def load_start(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     """A pipeline to train, in float32, from a folder or Hub id: InstructDiffusion's, or Stable Diffusion's widened.
 
-    The scheduler becomes InstructDiffusion's, and a safety checker stays behind. Raises what `widen` raises.
+    The scheduler becomes InstructDiffusion's, but predicts what the model's own does (epsilon or velocity); a safety
+    checker stays behind. Raises what `widen` raises.
     """
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
     pipeline = InstructDiffusionPipeline.from_pretrained(
