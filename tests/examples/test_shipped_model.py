@@ -95,7 +95,7 @@ def test_it_paints_the_sunflower(answers, photographs):
 
 
 def test_it_shows_a_pose(answers, photographs):
-    """Which side is which it cannot tell well yet, so that a disc on either side counts."""
+    """Which side is which it sometimes mistakes, so that a disc on either side counts."""
     images, truths = [], []
     for seed in range(6):
         layer, joints = draw_figure(random.Random(seed), faces_viewer=True)
