@@ -7,7 +7,7 @@ from typing import Any
 
 import edits
 import families
-from families import Drawn
+from families import Drawn, pick_named
 from pose import WholePose
 from world import UNSEEN_STYLE, World
 
@@ -34,7 +34,7 @@ def rows(folder: Path, count: int) -> list[Source]:
     return [
         source("segmentation, seen names", families.segmentation, Segmentation.pick),
         source("segmentation, unseen drawing style", families.segmentation, Segmentation.pick, style),
-        source("segmentation, unseen names", families.segmentation, Segmentation.pick, names),
+        source("segmentation, unseen names", families.segmentation, partial(pick_named, names=names.names), names),
         source("segmentation, left or right of two", families.pairs, Segmentation.pick),
         source("keypoints, facing", families.keypoints, Keypoints.pick, facing_share=1),
         source("keypoints, from behind", families.keypoints, Keypoints.pick, facing_share=0),

@@ -1,6 +1,7 @@
 """How one speaks of the things in a scene: by name, or, where two share it, by place and size, or of both."""
 
 import random
+import re
 
 from world import SIZE, Scene, Thing
 
@@ -20,6 +21,11 @@ ONE = {
 def plural(name: str) -> str:
     """The names of this world are regular."""
     return name[:-1] + "ies" if name.endswith("y") and name[-2] not in "aeiou" else name + "s"
+
+
+def speaks_of(words: str, names: set[str]) -> bool:
+    """Whether a phrase has one of `names` in it, or its plural."""
+    return any(re.search(rf"\b({name}|{plural(name)})\b", words) for name in names)
 
 
 def phrases(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:

@@ -1,7 +1,7 @@
 """What only a made world can tell of a model's answers, beside the table of examples/evaluate.py.
 
     python examples/evaluate.py --model out/model --data tiny=out/tiny/world --samples 500 --output out/scores
-    python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --folder out/scores
+    python examples/tiny/score.py --model out/model --world out/tiny/world --folder out/scores
 
 Whether the name mattered, whether left is left, what became of the picture in and around the edited place, and whether
 the model's own segmentation finds what it has put there. Writes beyond.json, the last of these into "own", and
@@ -11,6 +11,7 @@ scores.md, which has all that the model's card says.
 import argparse
 import json
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from edits import Change
 from held_out import CHANGES, SEED, rows
 from PIL import Image
@@ -28,29 +28,35 @@ from world import World
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate, through_vae
+from instructdiffusion_pipeline.evaluation.classical import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
+from instructdiffusion_pipeline.identity import pipeline_fingerprint
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 CHANGED = 16  # grey levels in one channel: what counts as edited
 PAINTED = 0.01  # of the picture
 
 
 def main() -> None:
+    sys.path.append(str(Path(__file__).parent.parent))
+    from edit import TINY_MODEL, load
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, required=True, help="the folder the recipe fetched its pictures to")
     parser.add_argument("--folder", type=Path, required=True, help="what examples/evaluate.py left")
-    parser.add_argument("--model", type=Path, default=TINY_MODEL)
-    parser.add_argument("--samples", type=int, default=500, help="as it was given to examples/evaluate.py")
-    parser.add_argument("--seed", type=int, default=0, help="likewise")
+    parser.add_argument("--model", default=str(TINY_MODEL))
     args = parser.parse_args()
 
-    pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipeline = load(args.model)  # as examples/evaluate.py does
     pipeline.set_progress_bar_config(disable=True)
-    sources = rows(args.world, args.samples)
-    cases = [case for source in sources for case in cases_from(source, args.samples, args.seed)]
+    results = json.loads((args.folder / "results.json").read_text())
+    if results["run"]["model"] != pipeline_fingerprint(pipeline):
+        parser.error(f"--folder: {args.folder} must have the answers of {args.model}; it has those of another model")
+    count = max(row["samples"] + len(row["failed"]) for row in results["rows"])
+    sources = rows(args.world, count)
+    cases = [case for source in sources for case in cases_from(source, count, results["run"]["seed"])]
     answers = answers_by_name(args.folder)
     if missing := [case.name for case in cases if case.name not in answers]:
         parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
@@ -58,7 +64,7 @@ def main() -> None:
     (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
     own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
     own_results = evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
-    scores = table(json.loads((args.folder / "results.json").read_text()), found, own_results)
+    scores = table(results, found, own_results)
     (args.folder / "scores.md").write_text(scores)
     print(scores)
 
@@ -85,7 +91,10 @@ def beyond(
         else:
             truth = task.draw(exam.image, exam.truth)
             (ceiling,) = through_vae(pipeline, [truth], max(truth.size))
-            measured = in_pictures(exam.image, truth, {"": answer, ", input": exam.image, ", ceiling": ceiling})
+            shown = {"": answer, ", input": exam.image, ", ceiling": ceiling}
+            if case.row == "objects removed":
+                shown[", inpainted"] = inpaint(exam.image, truth)
+            measured = in_pictures(exam.image, truth, shown)
         for name, value in measured.items():
             values[case.row][name] += value
     return {

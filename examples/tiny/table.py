@@ -52,10 +52,12 @@ def table(
 
 def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
     """How well, how often in vain, and whether the name mattered."""
-    everything = decimal(beyond.get("mIoU among several, all objects painted"))
+    several, everything = (
+        decimal(beyond.get(f"mIoU among several{painter}")) for painter in ("", ", all objects painted")
+    )
     yield (
         f"| segmentation, {what}: mIoU where it is there | **{decimal(beyond.get('mIoU where present'))}**"
-        f" ({decimal(scores[MIOU]['ceiling'])}) | {everything} among several, if all were painted |"
+        f" ({decimal(scores[MIOU]['ceiling'])}) | among several {several}; {everything} if all were painted |"
     )
     yield f"| ... painted though absent | **{percent(beyond.get('painted though absent'))}** | |"
     yield f"| ... the asked one of several painted best | **{percent(beyond.get('the asked one of several'))}** | |"
@@ -88,8 +90,10 @@ def changed(what: str, beyond: Mapping[str, float], own: Scores | None) -> str:
     if own:
         shares = f"{decimal(own[MIOU]['model'])} ({decimal(own[MIOU]['ceiling'])})"
         found = f"; its own segmentation finds it with mIoU {shares}"
-    untouched = beyond["PSNR inside the change, input"]
-    return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {untouched:.1f} untouched{found} |"
+    others = f"{beyond['PSNR inside the change, input']:.1f} untouched"
+    if what == "removed":
+        others += f", {beyond['PSNR inside the change, inpainted']:.1f} inpainting the known place"
+    return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {others}{found} |"
 
 
 def parts(beyond: Mapping[str, float]) -> str:

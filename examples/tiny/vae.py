@@ -12,6 +12,8 @@ from torch import nn
 from tqdm import tqdm
 from world import SIZE, World
 
+from instructdiffusion_pipeline.identity import claim
+
 POOL = 24_000  # pictures drawn once and trained on many times
 BATCH = 16
 STEPS = {"fresh": 6_000, "tuned": 3_000}  # from nothing, and from an earlier model's weights
@@ -39,8 +41,10 @@ def build() -> AutoencoderKL:
 def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL:
     """Train, or go on training, in `folder`; returns the averaged model with standardised latents.
 
-    It starts from nothing, or from the autoencoder of the model in `init`.
+    It starts from nothing, or from the autoencoder of the model in `init`. Raises a ValueError if `folder` holds one
+    of another start.
     """
+    claim(folder, "vae.json", {"init": init and str(init)}, "an autoencoder of the same start")
     finished, state_path = folder / "vae", folder / "vae-state.pt"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)

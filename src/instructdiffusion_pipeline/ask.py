@@ -117,7 +117,9 @@ def trained_size(pipeline: InstructDiffusionPipeline) -> int:
 
 
 def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
-    """A model's own settings by family, from presets.json in its folder or Hub repository; {} if it has none.
+    """A model's own settings by family, from presets.json in its folder or Hub repository.
+
+    {} if it has none or, offline, the cache has none of it.
 
     Raises a ValueError if the file has settings for anything else than `FAMILIES`.
     """

@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import file_exists
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
@@ -53,11 +54,14 @@ class LearnedReading:
     @classmethod
     def beside(cls, model: str | PathLike[str]) -> Self | None:
         """The one that a model's folder or Hub repository has, if it has one."""
-        if Path(model).is_dir():
-            found = (Path(model) / SUBFOLDER).is_dir()
-        else:
-            found = file_exists(str(model), f"{SUBFOLDER}/config.json")
-        return cls.from_pretrained(model) if found else None
+        if not Path(model).is_dir():
+            try:
+                hf_hub_download(str(model), f"{SUBFOLDER}/config.json")
+            except EntryNotFoundError:  # offline: not in the cache
+                return None
+        elif not (Path(model) / SUBFOLDER).is_dir():
+            return None
+        return cls.from_pretrained(model)
 
     @torch.no_grad()
     def __call__(self, task: Task, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:

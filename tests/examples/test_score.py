@@ -7,6 +7,7 @@ import pytest
 import score
 import train_reading
 import vae
+from edit import TINY_MODEL
 from held_out import rows as rows_of
 from model import build_pipeline
 from PIL import Image
@@ -19,7 +20,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 
 
-def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
+def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     model, output = tmp_path / "model", tmp_path / "out"
     build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(model)
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
@@ -42,10 +43,11 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch):
             assert ("learned reading" in values) == row["row"].startswith(("segmentation", "keypoints", "pose"))
             assert ("classical" in values) == (row["row"] in ("noise", "blur", "watermark"))
 
-    run(score, "--model", model, "--world", world_folder, "--samples", 2, "--folder", output)
+    with pytest.raises(SystemExit):
+        run(score, "--model", TINY_MODEL, "--world", world_folder, "--folder", output)
+    assert "it has those of another model" in capsys.readouterr().err
+    run(score, "--model", model, "--world", world_folder, "--folder", output)
     assert json.loads((output / "beyond.json").read_text()).keys() == {row["row"] for row in rows}
-    with pytest.raises(SystemExit):  # there are no answers to the third case of a row
-        run(score, "--model", model, "--world", world_folder, "--samples", 3, "--folder", output)
     own = json.loads((output / "own" / "results.json").read_text())["rows"]
     assert [row["samples"] for row in own] == [2, 2]
     lines = (output / "scores.md").read_text().splitlines()

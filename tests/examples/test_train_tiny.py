@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shutil
 import sys
 
 import model
@@ -58,6 +59,13 @@ def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe):
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one step away from where it started"
+
+
+def test_an_autoencoder_of_another_start_is_refused(recipe, tmp_path):
+    output = recipe("first")
+    shutil.rmtree(output)
+    with pytest.raises(ValueError, match="an autoencoder of the same start; .* init was None and is 'elsewhere'"):
+        recipe("first", "--init", "elsewhere")
 
 
 def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):

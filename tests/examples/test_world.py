@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from families import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, segmentation
+from families import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, pick_named, segmentation, source
+from phrases import speaks_of
 from PIL import Image
 from pose import WholePose
 from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
@@ -134,16 +135,29 @@ def test_the_mixture_holds_every_family_by_its_share(world_folder):
     assert samples[5] == mixture(world, 100)[5]
 
 
+def test_families_that_begin_alike_have_pictures_of_their_own(world_folder):
+    world = World(world_folder)
+
+    def clean(name):
+        dataset = source(name, world, 9, seed=1).dataset
+        return [dataset[index][name in ("noise", "blur")] for index in range(9)]
+
+    for first, second in (("segmentation", "absent"), ("pose", "keypoints"), ("noise", "blur")):
+        assert clean(first) != clean(second)
+
+
 def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
     world = World(world_folder, unseen_objects=True)
-    distractors = 0
+    distractors, neighbours = 0, False
     for seed in range(60):
         scene = world.scene(random.Random(seed))
         assert world.names & scene.names
         distractors += len(scene.names - world.names)
-        _, masks = segmentation(world, random.Random(seed))
-        assert all(any(name in words for name in world.names) for words in masks)
-    assert distractors > 20
+        image, masks = segmentation(world, random.Random(seed))
+        neighbours |= any(masks[words].any() and not speaks_of(words, world.names) for words in masks)
+        (words,) = pick_named(image, masks, random.Random(seed), world.names).colors
+        assert speaks_of(words, world.names)
+    assert distractors > 20 and neighbours, "the truth has all that may be painted instead"
 
 
 def test_a_whole_pose_is_read_back_from_its_discs(world_folder):

@@ -278,6 +278,7 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
     [
         ({"batch_size": 0}, "`batch_size` must be 1 or more; got 0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"min_snr_gamma": 0.0}, "`min_snr_gamma` must be above 0; got 0.0"),
         ({"timestep_bias": 0.0}, "`timestep_bias` must be above 0; got 0.0"),
         ({"change_weight": -1.0}, "`change_weight` must be above 0; got -1.0"),
         ({"change_weight": 10.0, "text_to_image": True}, "`change_weight` must be None with `text_to_image`"),

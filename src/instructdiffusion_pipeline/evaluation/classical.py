@@ -7,7 +7,7 @@ from skimage.restoration import denoise_nl_means, estimate_sigma, inpaint_biharm
 from instructdiffusion_pipeline.evaluation.cases import Exam
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
-MARKED = 4 / 255  # in one channel: what the watermark changed
+CHANGED = 4  # grey levels in one channel: what differs by more was changed
 
 
 def classical(exam: Exam) -> Image.Image | None:
@@ -22,13 +22,23 @@ def classical(exam: Exam) -> Image.Image | None:
         return None
     if task.defect == "blur":
         return exam.image.filter(ImageFilter.UnsharpMask(radius=1, percent=100, threshold=0))
-    pixels = np.asarray(exam.image, dtype=np.float64) / 255
     if task.defect == "noise":
+        pixels = np.asarray(exam.image, dtype=np.float64) / 255
         sigma = float(np.mean(estimate_sigma(pixels, channel_axis=-1)))
-        restored = denoise_nl_means(
-            pixels, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=False, channel_axis=-1
+        return to_image(
+            denoise_nl_means(
+                pixels, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=False, channel_axis=-1
+            )
         )
-    else:
-        clean = np.asarray(exam.truth, dtype=np.float64) / 255
-        restored = inpaint_biharmonic(pixels, np.abs(pixels - clean).max(-1) > MARKED, channel_axis=-1)
-    return Image.fromarray(np.round(255 * restored.clip(0, 1)).astype(np.uint8))
+    return inpaint(exam.image, exam.truth)
+
+
+def inpaint(image: Image.Image, truth: Image.Image) -> Image.Image:
+    """`image` with all that differs from `truth` filled in from around it (biharmonic; Damelin and Hoang, 2018)."""
+    before, after = (np.asarray(picture, dtype=np.float64) for picture in (image, truth))
+    return to_image(inpaint_biharmonic(before / 255, np.abs(before - after).max(-1) > CHANGED, channel_axis=-1))
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """From values of 0 to 1."""
+    return Image.fromarray(np.round(255 * pixels.clip(0, 1)).astype(np.uint8))

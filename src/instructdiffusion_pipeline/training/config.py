@@ -52,7 +52,7 @@ class TrainingConfig:
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm", "timestep_bias", "change_weight"):
+        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma", "timestep_bias", "change_weight"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0; got {value}.")

@@ -1,0 +1,49 @@
+"""Scores are of what training never saw: a world whose colours tell what a picture is made of."""
+
+import random
+import re
+
+import held_out
+import numpy as np
+import pytest
+import train_reading
+from held_out import rows
+from PIL import Image, ImageDraw
+from world import UNSEEN_STYLE, is_held_out
+
+GRAY, RED = (90, 90, 90), (200, 30, 30)  # photographs of training, and those held out
+WHITE, BLUE = (240, 240, 240, 255), (40, 40, 200, 255)  # drawings in the styles of training, and in the other
+
+
+@pytest.fixture(scope="module")
+def colored_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("colored")
+    for part in ("photographs", "objects/fluent", "objects/noto", f"objects/{UNSEEN_STYLE}"):
+        (root / part).mkdir(parents=True)
+    for name in (f"thing {i}" for i in range(40)):
+        Image.new("RGB", (100, 100), RED if is_held_out(name) else GRAY).save(root / "photographs" / f"{name}.png")
+        for style in ("fluent", "noto", UNSEEN_STYLE):
+            sprite = Image.new("RGBA", (100, 100))
+            ImageDraw.Draw(sprite).ellipse((0, 0, 99, 99), fill=BLUE if style == UNSEEN_STYLE else WHITE)
+            sprite.save(root / "objects" / style / f"{name}.png")
+    return root
+
+
+def test_every_row_is_of_what_training_never_saw(colored_world):
+    for source in rows(colored_world, 6):
+        for index in range(6):
+            image, annotation = source.dataset[index]
+            task = source.pick(image, annotation, random.Random(index))
+            clean = np.asarray(annotation if task.family == "restoration" else image).astype(int)
+            assert (clean == RED).all(-1).any(), source.name
+            assert not (clean == GRAY).all(-1).any(), source.name
+            if task.family == "segmentation":
+                red, _, blue = clean[np.logical_or.reduce(list(annotation.values()))].mean(0)
+                assert (blue > 2 * red) == (source.name == "segmentation, unseen drawing style")
+                (words,) = task.colors
+                (asked,) = re.findall(r"thing \d+", words)
+                assert is_held_out(asked) == (source.name == "segmentation, unseen names")
+
+
+def test_no_two_stages_share_their_scenes():
+    assert len({0, 1, train_reading.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's
