@@ -252,13 +252,19 @@ def test_a_run_can_be_made_longer_and_its_batches_cut_otherwise(pipe, two_sample
     assert all(torch.equal(ended[name], tensor) for name, tensor in again.unet.state_dict().items())
 
 
-def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, two_samples, tmp_path):
+def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, two_samples, tmp_path, monkeypatch):
     for settings, words in (
         ({"mixed_precision": "fp16"}, '`mixed_precision` is "fp16" on a CPU'),
         ({"optimizer": "adamw8bit"}, '`optimizer` is "adamw8bit", which needs CUDA'),
     ):
         with pytest.raises(ValueError, match=words):
             train(pipe, two_samples, dataclasses.replace(FEW, **settings), tmp_path / "out")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="ACCELERATE_DYNAMO_BACKEND is inductor on a C"),
+    ):
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+        train(pipe, two_samples, FEW, tmp_path / "out")
     cached = cache_samples(two_samples, 2, pipe, tmp_path / "cache")
     with pytest.raises(ValueError, match="embeddings=False"):
         train(pipe, cached, dataclasses.replace(FEW, train_text_encoder=True), tmp_path / "out")
