@@ -27,7 +27,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 SIGMAS = (8.0, 45.0)  # of noise, in grey levels
 # Of the figures; the others show their back. Nearer to half, "left" lies on either side of the picture almost as often
 # as on the other, and a small model is slow to find out that it hangs on the face.
-FACING_SHARE = 0.8
+FACING_SHARE = 0.7
 # The same among pictures to restore or to give another look. Training has no say in these, or else scores of models
 # that were trained otherwise would be of different pictures.
 SHOWN_FACING_SHARE = 0.6
@@ -132,8 +132,8 @@ def pick_named(image: Image.Image, masks: Masks, rng: random.Random, names: set[
 
 
 def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoints:
-    """One joint or two, mostly one: asked for five, a small model is slow to learn which disc goes where."""
-    names = rng.sample(sorted(joints), rng.choice([1, 1, 2]))
+    """One to three joints: asked for five, a small model is slow to learn which colour is whose."""
+    names = rng.sample(sorted(joints), rng.choice([1, 2, 2, 3]))
     return Keypoints.pick(image, {name: joints[name] for name in names}, rng)
 
 
@@ -142,9 +142,9 @@ FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
     "segmentation": (0.24, segmentation, Segmentation.pick),
     "left or right": (0.08, pairs, Segmentation.pick),
     "absent": (0.08, absent, Segmentation.pick),
-    "pose": (0.08, keypoints, Always(WholePose())),
-    "keypoints": (0.1, keypoints, Keypoints.pick),
-    "few keypoints": (0.15, keypoints, pick_few),
+    "pose": (0.07, keypoints, Always(WholePose())),
+    "keypoints": (0.17, keypoints, Keypoints.pick),
+    "few keypoints": (0.09, keypoints, pick_few),
     "noise": (0.04, noisy, Always(Restoration("noise"))),
     "blur": (0.05, blurred, Always(Restoration("blur"))),
     "watermark": (0.05, watermarked, Always(Restoration("watermark"))),

@@ -174,7 +174,7 @@ def test_a_whole_pose_is_read_back_from_its_discs(world_folder):
     assert len({task.instruction(random.Random(seed)) for seed in range(30)}) > 3
 
 
-def test_few_joints_are_one_or_two(world_folder):
+def test_few_joints_are_one_to_three(world_folder):
     world = World(world_folder)
     counts = Counter()
     for seed in range(60):
@@ -183,4 +183,4 @@ def test_few_joints_are_one_or_two(world_folder):
         task = pick_few(image, joints, rng)
         counts[len(task.colors)] += 1
         assert task.colors.keys() <= joints.keys()
-    assert counts.keys() == {1, 2} and counts[1] > counts[2]
+    assert counts.keys() == {1, 2, 3} and min(counts.values()) > 5
