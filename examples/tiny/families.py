@@ -25,9 +25,7 @@ from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 SIGMAS = (8.0, 45.0)  # of noise, in grey levels
-# Of the figures; the others show their back. Nearer to half, "left" lies on either side of the picture almost as often
-# as on the other, and a small model is slow to find out that it hangs on the face.
-FACING_SHARE = 0.7
+FACING_SHARE = 0.7  # of the figures; the others show their back
 # The same among pictures to restore or to give another look. Training has no say in these, or else scores of models
 # that were trained otherwise would be of different pictures.
 SHOWN_FACING_SHARE = 0.6

@@ -4,13 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
+from instructdiffusion_pipeline.hub import find_file
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
@@ -117,19 +115,14 @@ def trained_size(pipeline: InstructDiffusionPipeline) -> int:
 
 
 def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
-    """A model's own settings by family, from presets.json in its folder or Hub repository.
-
-    {} if it has none or, offline, the cache has none of it.
+    """A model's own settings by family, from presets.json as `find_file` finds it; {} if it does not.
 
     Raises a ValueError if the file has settings for anything else than `FAMILIES`.
     """
-    try:
-        path = (
-            Path(model) / "presets.json" if Path(model).is_dir() else Path(hf_hub_download(str(model), "presets.json"))
-        )
-        presets = json.loads(path.read_text())
-    except (FileNotFoundError, EntryNotFoundError):
+    path = find_file(model, "presets.json")
+    if path is None:
         return {}
+    presets = json.loads(path.read_text())
     if unknown := sorted(presets.keys() - set(FAMILIES)):
         raise ValueError(f"{path} must have settings for {', '.join(FAMILIES)}; it has some for {', '.join(unknown)}.")
     return presets

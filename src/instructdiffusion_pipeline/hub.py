@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 
 from . import pipeline_instruct_diffusion
 from .pipeline_instruct_diffusion import InstructDiffusionPipeline
@@ -109,6 +110,20 @@ def push(
         stale = ["*/*.safetensors", "*/*.safetensors.index.json", "*/*.bin"]
         commit = upload_folder(repo_id=repo_id, folder_path=scratch, ignore_patterns=kept, delete_patterns=stale)
     return commit.commit_url
+
+
+def find_file(model: str | os.PathLike[str], name: str) -> Path | None:
+    """The file `name` of a model's folder or Hub repository, from which it is then fetched.
+
+    None if the model has no such file, or if, offline, the cache has none.
+    """
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(str(model), name))
+    except EntryNotFoundError:
+        return None
 
 
 def _check(pipeline: InstructDiffusionPipeline) -> None:

@@ -12,10 +12,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
+from instructdiffusion_pipeline.hub import find_file
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks import Task
@@ -54,14 +53,8 @@ class LearnedReading:
     @classmethod
     def beside(cls, model: str | PathLike[str]) -> Self | None:
         """The one that a model's folder or Hub repository has, if it has one."""
-        if not Path(model).is_dir():
-            try:
-                hf_hub_download(str(model), f"{SUBFOLDER}/config.json")
-            except EntryNotFoundError:  # offline: not in the cache
-                return None
-        elif not (Path(model) / SUBFOLDER).is_dir():
-            return None
-        return cls.from_pretrained(model)
+        found = (Path(model) / SUBFOLDER).is_dir() or find_file(model, f"{SUBFOLDER}/config.json")
+        return cls.from_pretrained(model) if found else None
 
     @torch.no_grad()
     def __call__(self, task: Task, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:

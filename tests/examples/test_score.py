@@ -46,6 +46,12 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(score, "--model", TINY_MODEL, "--world", world_folder, "--folder", output)
     assert "it has those of another model" in capsys.readouterr().err
+    records = (output / "records.jsonl").read_text()
+    (output / "records.jsonl").write_text("".join(records.splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit):
+        run(score, "--model", model, "--world", world_folder, "--folder", output)
+    assert "must have answers to all cases; it has none to grades 1" in capsys.readouterr().err
+    (output / "records.jsonl").write_text(records)
     run(score, "--model", model, "--world", world_folder, "--folder", output)
     assert json.loads((output / "beyond.json").read_text()).keys() == {row["row"] for row in rows}
     own = json.loads((output / "own" / "results.json").read_text())["rows"]
