@@ -222,6 +222,19 @@ def test_pushed_and_pulled(root: Path, reference: list, fresh: Fresh, hub: HubSe
     assert set(hub.files["me/tiny"]) == files(root / "exported"), "no stale weights beside the new ones"
 
 
+def test_presets_and_a_reading_are_looked_for_on_the_hub(fresh: Fresh, hub: HubServer):
+    hub.files["me/tiny"] = {"presets.json": b'{"editing": {"guidance_scale": 2.0}}'}
+    hub.files["me/bare"] = {"README.md": b"nothing else"}
+    script = """
+    from instructdiffusion_pipeline import load_presets
+    from instructdiffusion_pipeline.reading import LearnedReading
+    report(presets=[load_presets("me/tiny"), load_presets("me/bare")], reading=LearnedReading.beside("me/bare"))
+    """
+    found = fresh.report(script, hub=hub)
+    assert found["presets"] == [{"editing": {"guidance_scale": 2.0}}, {}]
+    assert found["reading"] is None
+
+
 def test_an_export_is_a_saved_folder_with_code_and_card(root: Path):
     saved, exported = root / "saved", root / "exported"
     assert files(exported) == files(saved) | {CODE, "README.md"}

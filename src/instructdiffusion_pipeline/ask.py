@@ -115,7 +115,9 @@ def trained_size(pipeline: InstructDiffusionPipeline) -> int:
 
 
 def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
-    """A model's own settings by family, from presets.json as `find_file` finds it; {} if it does not.
+    """A model's own settings by family, from presets.json in its folder or Hub repository.
+
+    {} if it has none or, offline, the cache has none.
 
     Raises a ValueError if the file has settings for anything else than `FAMILIES`.
     """
