@@ -3,20 +3,27 @@
     python examples/tiny/ablation.py --work_dir out/tiny --output_dir out/ablation
 
 Each starts from nothing but the autoencoder, and sees as many samples as the others, out of those that the recipe has
-cached in the work folder: the one for all some of every family, the others theirs alone, more often. What each makes
-goes to a folder of its own, to be scored with examples/evaluate.py; a run that was stopped goes on where it was.
+cached in the work folder: the one for all some of every family, the others theirs alone, more often. All are asked the
+held-out questions with the settings of the shipped model, and ablation.md has both scores of every row. A run that was
+stopped goes on where it was.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from held_out import rows
 from model import build_pipeline, use_plain_attention
 from train import CONFIG
 
-from instructdiffusion_pipeline import export
+from instructdiffusion_pipeline import InstructDiffusionPipeline, export, load_presets
+from instructdiffusion_pipeline.evaluation import Case, cases_from, evaluate
+from instructdiffusion_pipeline.evaluation.report import number
+from instructdiffusion_pipeline.sheets import write_text
 from instructdiffusion_pipeline.training import CachedSamples, train
 
 SOURCES = {
@@ -30,21 +37,52 @@ SOURCES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="of examples/tiny/train.py")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for a folder of each model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="for a folder of each model, and the table")
     parser.add_argument("--steps", type=int, default=2_000, help="updates of each model")
+    parser.add_argument("--samples", type=int, default=500, help="questions of each row")
     args = parser.parse_args()
-    config = dataclasses.replace(CONFIG, max_train_steps=args.steps)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae")
+    config = dataclasses.replace(CONFIG, max_train_steps=args.steps)
+    presets = load_presets(Path(__file__).parent)
+    cases = cases_by_family(args.work_dir / "world", args.samples)
+    together: dict[str, Any] = {}
+    alone: dict[str, Any] = {}
     for name, sources in {"all": None, **SOURCES}.items():
-        if (args.output_dir / name).exists():
-            continue
-        torch.manual_seed(0)
-        pipeline = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
-        use_plain_attention(pipeline)
-        folder = args.output_dir / f"{name}-checkpoints"
-        samples = CachedSamples(args.work_dir / "samples", only=sources)
-        pipeline = train(pipeline, samples, config, folder, resume="latest")
-        export(pipeline.to(dtype=torch.float16), args.output_dir / name)
+        folder = args.output_dir / name
+        if not folder.exists():
+            torch.manual_seed(0)
+            fresh = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
+            use_plain_attention(fresh)
+            samples = CachedSamples(args.work_dir / "samples", only=sources)
+            trained = train(fresh, samples, config, args.output_dir / f"{name}-checkpoints", resume="latest")
+            export(trained.to(dtype=torch.float16), folder)
+        pipeline = InstructDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        asked = cases[name] if sources else [case for family in cases.values() for case in family]
+        results = evaluate(pipeline, asked, args.output_dir / f"{name}-scores", presets, batch_size=32)
+        (alone if sources else together).update({row["row"]: row["scores"] for row in results["rows"]})
+    written = table(together, alone)
+    write_text(args.output_dir / "ablation.md", written)
+    print(written)
+
+
+def cases_by_family(world: Path, count: int) -> dict[str, list[Case]]:
+    """`count` held-out questions a row, by the family of their task."""
+    cases: dict[str, list[Case]] = {family: [] for family in SOURCES}
+    for source in rows(world, count):
+        asked = cases_from(source, count)
+        cases[asked[0].open().tasks[0].family] += asked
+    return cases
+
+
+def table(together: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
+    """The first metric of each row: shares in percent, PSNR in dB."""
+    lines = ["| | metric | one model for all | one for its family alone |", "| --- | --- | --: | --: |"]
+    for row, scores in together.items():
+        metric = next(iter(scores))
+        both = (number(metric, of[metric]["model"]) for of in (scores, alone[row]))
+        lines.append(f"| {row} | {metric} | {' | '.join(both)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The world's examples of each task family, as data sets: (image, annotation) by index."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -129,9 +129,11 @@ def pick_named(image: Image.Image, masks: Masks, rng: random.Random, names: set[
     return Segmentation.pick(image, {words: mask for words, mask in masks.items() if speaks_of(words, names)}, rng)
 
 
-def pick_few(image: Image.Image, joints: Joints, rng: random.Random) -> Keypoints:
+def pick_few(
+    image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
+) -> Keypoints:
     """One to three joints: asked for five, a small model is slow to learn which colour is whose."""
-    names = rng.sample(sorted(joints), rng.choice([1, 2, 2, 3]))
+    names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.pick(image, {name: joints[name] for name in names}, rng)
 
 

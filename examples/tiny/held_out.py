@@ -7,7 +7,7 @@ from typing import Any
 
 import edits
 import families
-from families import Drawn, pick_named
+from families import Drawn, pick_few, pick_named
 from pose import WholePose
 from world import UNSEEN_STYLE, World
 
@@ -36,6 +36,8 @@ def rows(folder: Path, count: int) -> list[Source]:
         source("segmentation, unseen drawing style", families.segmentation, Segmentation.pick, style),
         source("segmentation, unseen names", families.segmentation, partial(pick_named, names=names.names), names),
         source("segmentation, left or right of two", families.pairs, Segmentation.pick),
+        source("one joint, facing", families.keypoints, partial(pick_few, counts=(1,)), facing_share=1),
+        source("one joint, from behind", families.keypoints, partial(pick_few, counts=(1,)), facing_share=0),
         source("keypoints, facing", families.keypoints, Keypoints.pick, facing_share=1),
         source("keypoints, from behind", families.keypoints, Keypoints.pick, facing_share=0),
         source("pose, facing", families.keypoints, Always(WholePose()), facing_share=1),

@@ -15,8 +15,10 @@ SEGMENTATION = {
     "segmentation, unseen names": "names never trained on",
 }
 JOINTS = {
-    "keypoints, facing": "joints by name, facing",
-    "keypoints, from behind": "joints by name, from behind",
+    "one joint, facing": "one joint by name, facing",
+    "one joint, from behind": "one joint by name, from behind",
+    "keypoints, facing": "one to five joints by name, facing",
+    "keypoints, from behind": "one to five joints by name, from behind",
     "pose, facing": '"show the pose", facing',
     "pose, from behind": '"show the pose", from behind',
 }

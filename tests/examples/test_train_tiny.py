@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import shutil
 import sys
 
@@ -73,11 +74,26 @@ def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path
     monkeypatch.setitem(sys.modules, "train", tiny_train)
     ablation = importlib.import_module("ablation")
     monkeypatch.setattr(ablation, "CONFIG", tiny_train.CONFIG)
-    arguments = ["--work_dir", tmp_path / "first-work", "--output_dir", tmp_path / "ablation", "--steps", 1]
-    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, arguments)])
+    output = tmp_path / "ablation"
+    options = ["--work_dir", tmp_path / "first-work", "--output_dir", output, "--steps", 1, "--samples", 1]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options)])
     ablation.main()
-    models = {name: load_file(tmp_path / "ablation" / name / UNET) for name in ("all", *ablation.SOURCES)}
+    models = {name: load_file(output / name / UNET) for name in ("all", *ablation.SOURCES)}
     assert len({weights["conv_in.weight"].float().numpy().tobytes() for weights in models.values()}) == 5
+    together = json.loads((output / "all-scores" / "results.json").read_text())["rows"]
+    alone = [
+        row
+        for name in ablation.SOURCES
+        for row in json.loads((output / f"{name}-scores" / "results.json").read_text())["rows"]
+    ]
+    assert {row["row"] for row in alone} == {row["row"] for row in together} and len(alone) == len(together)
+    assert all(row["samples"] == 1 for row in alone + together)
+    written = (output / "ablation.md").read_text()
+    noise = [
+        next(row["scores"]["PSNR"]["model"] for row in rows if row["row"] == "noise") for rows in (together, alone)
+    ]
+    assert f"| noise | PSNR | {noise[0]:.2f} | {noise[1]:.2f} |" in written
+    assert written.count("\n") == 2 + len(together)
     assert set().union(*ablation.SOURCES.values()) == FAMILIES.keys()
 
 
