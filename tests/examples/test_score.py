@@ -40,7 +40,9 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     assert all(row["samples"] == 2 and not row["failed"] for row in rows)
     for row in rows:
         for values in row["scores"].values():
-            assert ("learned reading" in values) == row["row"].startswith(("segmentation", "keypoints", "pose"))
+            assert ("learned reading" in values) == row["row"].startswith(
+                ("segmentation", "one joint", "keypoints", "pose")
+            )
             assert ("classical" in values) == (row["row"] in ("noise", "blur", "watermark"))
 
     with pytest.raises(SystemExit):
