@@ -41,8 +41,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2_000, help="updates of each model")
     parser.add_argument("--samples", type=int, default=500, help="questions of each row")
     args = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae")
-    config = dataclasses.replace(CONFIG, max_train_steps=args.steps)
     presets = load_presets(Path(__file__).parent)
     cases = cases_by_family(args.work_dir / "world", args.samples)
     together: dict[str, Any] = {}
@@ -50,12 +48,7 @@ def main() -> None:
     for name, sources in {"all": None, **SOURCES}.items():
         folder = args.output_dir / name
         if not folder.exists():
-            torch.manual_seed(0)
-            fresh = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
-            use_plain_attention(fresh)
-            samples = CachedSamples(args.work_dir / "samples", only=sources)
-            trained = train(fresh, samples, config, args.output_dir / f"{name}-checkpoints", resume="latest")
-            export(trained.to(dtype=torch.float16), folder)
+            train_model(args.work_dir, sources, args.steps, folder)
         pipeline = InstructDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         asked = cases[name] if sources else [case for family in cases.values() for case in family]
@@ -64,6 +57,18 @@ def main() -> None:
     written = table(together, alone)
     write_text(args.output_dir / "ablation.md", written)
     print(written)
+
+
+def train_model(work: Path, sources: set[str] | None, steps: int, folder: Path) -> None:
+    """Train one from nothing but the autoencoder on the cached samples of `sources` (None: of all) into `folder`."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    pipeline = build_pipeline(vae, work / "world" / "bpe_simple_vocab_16e6.txt.gz")
+    use_plain_attention(pipeline)
+    samples = CachedSamples(work / "samples", only=sources)
+    config = dataclasses.replace(CONFIG, max_train_steps=steps)
+    pipeline = train(pipeline, samples, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")
+    export(pipeline.to(dtype=torch.float16), folder)
 
 
 def cases_by_family(world: Path, count: int) -> dict[str, list[Case]]:

@@ -40,8 +40,9 @@ def table(
     row = "segmentation, left or right of two"
     lines.append(
         f'| "the left one", "the right one" of two: the asked one painted best'
-        f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance{learned(scores[row][MIOU])} |"
+        f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
+    lines += learned("mIoU of the asked one", scores[row][MIOU])
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
@@ -63,16 +64,16 @@ def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iter
     )
     yield f"| ... painted though absent | **{percent(beyond.get('painted though absent'))}** | |"
     yield f"| ... the asked one of several painted best | **{percent(beyond.get('the asked one of several'))}** | |"
-    if LEARNED in scores[MIOU]:
-        yield f"| ... mIoU with the absent ones | **{decimal(scores[MIOU]['model'])}** | {learned(scores[MIOU])[2:]} |"
+    yield from learned("mIoU with the absent ones", scores[MIOU])
 
 
 def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
     """One line."""
     confused, missed = (percent(beyond.get(name)) for name in ("left and right confused", "no disc"))
+    again = f", {decimal(scores[PCK][LEARNED])} by the learned reading" if LEARNED in scores[PCK] else ""
     return (
         f"| {what}: PCK at 5 % of the side | **{decimal(scores[PCK]['model'])}** ({decimal(scores[PCK]['ceiling'])})"
-        f" | sides confused {confused}, no disc {missed}{learned(scores[PCK])} |"
+        f" | sides confused {confused}, no disc {missed}{again} |"
     )
 
 
@@ -121,6 +122,8 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def learned(scores: Mapping[str, Any]) -> str:
-    """What the learned reading makes of the same answers, if there is one."""
-    return f", {decimal(scores[LEARNED])} by the learned reading" if LEARNED in scores else ""
+def learned(what: str, scores: Mapping[str, Any]) -> Iterator[str]:
+    """A line of what the learned reading makes of the same answers, if there is one."""
+    if LEARNED in scores:
+        again = decimal(scores[LEARNED])
+        yield f"| ... {what} | **{decimal(scores['model'])}** | {again} by the learned reading |"
