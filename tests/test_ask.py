@@ -9,11 +9,13 @@ from PIL import Image
 from instructdiffusion_pipeline import (
     Editing,
     Keypoints,
+    LearnedReading,
     Mask,
     Restoration,
     Segmentation,
     ask,
     ask_batch,
+    load_presets,
     working_size,
 )
 
@@ -107,6 +109,18 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
 def test_what_is_no_picture_or_no_question_is_refused(pipe, image, task):
     with pytest.raises(TypeError, match="`image` must be a PIL picture and `task` a question"):
         ask(pipe, image, task)
+
+
+@pytest.mark.parametrize("reading", [True, "path/to/model"])
+def test_what_is_no_reading_is_refused_before_the_model_runs(reading):
+    with pytest.raises(TypeError, match="`reading` must be a LearnedReading"):
+        ask(None, tiny.picture(), TASKS[0], reading=reading)
+
+
+@pytest.mark.parametrize("load", [load_presets, LearnedReading.beside])
+def test_a_folder_that_is_not_there_is_named(tmp_path, load):
+    with pytest.raises(ValueError, match="`model` must be a folder or a Hub repository; there is no folder '.*nothing'"):
+        load(tmp_path / "nothing")
 
 
 def test_without_a_resolution_the_picture_keeps_its_own_size(pipe):

@@ -75,7 +75,7 @@ def ask_batch(
     """`ask` for several pictures of one working size in one call, by tasks that share a preset.
 
     Raises:
-        TypeError: an image is no PIL picture, or a task no task.
+        TypeError: an image is no PIL picture, a task no task, or `reading` no reading.
         ValueError: there are no pictures, or not as many tasks and instructions; presets differ; or `settings` would
             change how many pictures come back or in which form.
     """
@@ -90,6 +90,11 @@ def ask_batch(
                 "`image` must be a PIL picture and `task` a question such as Segmentation({'cat': 'red'}); got"
                 f" {type(image).__name__} and {type(task).__name__}."
             )
+    if not isinstance(reading, LearnedReading | None):
+        raise TypeError(
+            "`reading` must be a LearnedReading, as LearnedReading.beside(model) gives, or None; got"
+            f" {type(reading).__name__}."
+        )
     if any(task.preset != tasks[0].preset for task in tasks):
         raise ValueError(f"`tasks` must share a preset; got {', '.join(type(task).__name__ for task in tasks)}.")
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
@@ -119,7 +124,7 @@ def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
     {} if it has none or, offline, the cache has none.
 
-    Raises a ValueError if the file has settings for anything else than `FAMILIES`.
+    Raises a ValueError if the file has settings for anything else than `FAMILIES`, or if there is no such folder.
     """
     path = find_file(model, "presets.json")
     if path is None:

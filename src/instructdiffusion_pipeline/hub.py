@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, hf_hub_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from . import pipeline_instruct_diffusion
 from .pipeline_instruct_diffusion import InstructDiffusionPipeline
@@ -115,7 +115,8 @@ def push(
 def find_file(model: str | os.PathLike[str], name: str) -> Path | None:
     """The file `name` of a model's folder or Hub repository, from which it is then fetched.
 
-    None if the model has no such file, or if, offline, the cache has none.
+    None if the model has no such file, or if, offline, the cache has none. Raises a ValueError if `model` is no folder
+    and cannot be a repository either.
     """
     if Path(model).is_dir():
         path = Path(model) / name
@@ -124,6 +125,8 @@ def find_file(model: str | os.PathLike[str], name: str) -> Path | None:
         return Path(hf_hub_download(str(model), name))
     except EntryNotFoundError:
         return None
+    except HFValidationError as error:
+        raise ValueError(f"`model` must be a folder or a Hub repository; there is no folder {str(model)!r}.") from error
 
 
 def _check(pipeline: InstructDiffusionPipeline) -> None:
