@@ -119,7 +119,9 @@ def test_what_is_no_reading_is_refused_before_the_model_runs(reading):
 
 @pytest.mark.parametrize("load", [load_presets, LearnedReading.beside])
 def test_a_folder_that_is_not_there_is_named(tmp_path, load):
-    with pytest.raises(ValueError, match="`model` must be a folder or a Hub repository; there is no folder '.*nothing'"):
+    with pytest.raises(
+        ValueError, match="`model` must be a folder or a Hub repository; there is no folder '.*nothing'"
+    ):
         load(tmp_path / "nothing")
 
 

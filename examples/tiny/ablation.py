@@ -23,6 +23,7 @@ from train import CONFIG
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export, load_presets
 from instructdiffusion_pipeline.evaluation import Case, cases_from, evaluate
 from instructdiffusion_pipeline.evaluation.report import number
+from instructdiffusion_pipeline.identity import claim
 from instructdiffusion_pipeline.sheets import write_text
 from instructdiffusion_pipeline.training import CachedSamples, train
 
@@ -43,6 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     presets = load_presets(Path(__file__).parent)
     cases = cases_by_family(args.work_dir / "world", args.samples)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    claim(args.output_dir, "run.json", {"steps": args.steps}, "models of as many steps")
     together: dict[str, Any] = {}
     alone: dict[str, Any] = {}
     for name, sources in {"all": None, **SOURCES}.items():

@@ -132,7 +132,7 @@ def pick_named(image: Image.Image, masks: Masks, rng: random.Random, names: set[
 def pick_few(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
-    """As many joints as one of `counts`: asked for five, a small model is slow to learn which colour is whose."""
+    """At most as many joints as one of `counts`: a small model is slow to learn which colour is whose of five."""
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.pick(image, {name: joints[name] for name in names}, rng)
 

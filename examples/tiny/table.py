@@ -42,7 +42,7 @@ def table(
         f'| "the left one", "the right one" of two: the asked one painted best'
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
-    lines += learned("mIoU of the asked one", scores[row][MIOU])
+    lines.append(overlap("mIoU of the asked one", scores[row][MIOU]))
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
@@ -60,11 +60,17 @@ def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iter
     )
     yield (
         f"| segmentation, {what}: mIoU where it is there | **{decimal(beyond.get('mIoU where present'))}**"
-        f" ({decimal(scores[MIOU]['ceiling'])}) | among several {several}; {everything} if all were painted |"
+        f" | among several {several}; {everything} if all were painted |"
     )
     yield f"| ... painted though absent | **{percent(beyond.get('painted though absent'))}** | |"
     yield f"| ... the asked one of several painted best | **{percent(beyond.get('the asked one of several'))}** | |"
-    yield from learned("mIoU with the absent ones", scores[MIOU])
+    yield overlap("mIoU with the absent ones", scores[MIOU])
+
+
+def overlap(what: str, miou: Mapping[str, float]) -> str:
+    """A line with the ceiling, and what the learned reading makes of the same answers if there is one."""
+    again = f"{decimal(miou[LEARNED])} by the learned reading" if LEARNED in miou else ""
+    return f"| ... {what} | **{decimal(miou['model'])}** ({decimal(miou['ceiling'])}) | {again} |"
 
 
 def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
@@ -120,10 +126,3 @@ def decimal(score: float | None) -> str:
 def percent(share: float | None) -> str:
     """As a whole number; likewise."""
     return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def learned(what: str, scores: Mapping[str, Any]) -> Iterator[str]:
-    """A line of what the learned reading makes of the same answers, if there is one."""
-    if LEARNED in scores:
-        again = decimal(scores[LEARNED])
-        yield f"| ... {what} | **{decimal(scores['model'])}** | {again} by the learned reading |"

@@ -124,7 +124,8 @@ def load_presets(model: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
     {} if it has none or, offline, the cache has none.
 
-    Raises a ValueError if the file has settings for anything else than `FAMILIES`, or if there is no such folder.
+    Raises a ValueError if the file has settings for anything else than `FAMILIES`, or if `model` is no folder and
+    cannot be a repository either.
     """
     path = find_file(model, "presets.json")
     if path is None:

@@ -126,7 +126,9 @@ def find_file(model: str | os.PathLike[str], name: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ValueError(f"`model` must be a folder or a Hub repository; there is no folder {str(model)!r}.") from error
+        raise ValueError(
+            f"`model` must be a folder or a Hub repository; there is no folder {str(model)!r}."
+        ) from error
 
 
 def _check(pipeline: InstructDiffusionPipeline) -> None:

@@ -61,8 +61,8 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     lines = (output / "scores.md").read_text().splitlines()
     assert {line.count(" | ") for line in lines} == {2}
     (pairs,) = (row["scores"]["mIoU"] for row in rows if row["row"] == "segmentation, left or right of two")
-    ours, again = (f"{pairs[of]:.2f}" for of in ("model", "learned reading"))
-    assert f"| ... mIoU of the asked one | **{ours}** | {again} by the learned reading |" in lines
+    ours, ceiling, again = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "learned reading"))
+    assert f"| ... mIoU of the asked one | **{ours}** ({ceiling}) | {again} by the learned reading |" in lines
     read_twice = [row for row in rows if any("learned reading" in values for values in row["scores"].values())]
     assert sum("by the learned reading" in line for line in lines) == len(read_twice)
     (noise,) = (row["scores"]["PSNR"] for row in rows if row["row"] == "noise")

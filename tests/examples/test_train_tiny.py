@@ -96,6 +96,10 @@ def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path
     assert written.count("\n") == 2 + len(together)
     assert set().union(*ablation.SOURCES.values()) == FAMILIES.keys()
 
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options), "--steps", "2"])
+    with pytest.raises(ValueError, match="models of as many steps; of .*, steps was 1 and is 2"):
+        ablation.main()
+
 
 def test_standardising_latents_leaves_the_pictures_as_they_are():
     torch.manual_seed(0)
