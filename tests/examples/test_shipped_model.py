@@ -22,6 +22,7 @@ from instructdiffusion_pipeline.ask import ask_batch
 from instructdiffusion_pipeline.evaluation.metrics import Overlap, psnr
 from instructdiffusion_pipeline.reading import LearnedReading
 from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -96,7 +97,11 @@ def test_it_paints_the_sunflower(answers, photographs):
     assert np.mean(by_color) > 0.6 and np.mean(by_network) > 0.6
 
 
-def test_it_shows_a_pose(answers, photographs):
+SEVERAL = Keypoints({"nose": "yellow", "left wrist": "red", "right wrist": "blue", "left knee": "green"})
+
+
+@pytest.mark.parametrize("task", [WholePose(), SEVERAL], ids=["pose", "by name"])
+def test_it_finds_joints(answers, photographs, task):
     images, truths = [], []
     for seed in range(6):
         layer, joints = draw_figure(random.Random(seed), faces_viewer=True)
@@ -105,7 +110,7 @@ def test_it_shows_a_pose(answers, photographs):
         images.append(image)
         truths.append(joints)
     hits = []
-    for answer, truth in zip(answers("keypoints", images, [WholePose()] * len(images)), truths, strict=True):
+    for answer, truth in zip(answers("keypoints", images, [task] * len(images)), truths, strict=True):
         for name, found in answer.data.items():
             if place := truth[name]:
                 hits.append(found is not None and math.dist(found[:2], place[:2]) < 0.05 * SIZE)
