@@ -134,7 +134,7 @@ def test_it_is_saved_and_loaded_beside_a_model(tmp_path, scene):
     again = LearnedReading.beside(tmp_path)
     task = Segmentation({"cat": "blue"})
     first, second = (each(task, image, image)["cat"] for each in (reading, again))
-    assert np.array_equal(first.pixels, second.pixels) and first.confidence == second.confidence
+    assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)
 
 
 def test_another_network_is_refused():

@@ -140,8 +140,8 @@ def pick_few(
 # name -> share of the training samples, examples, and which question to ask of one
 FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
     "segmentation": (0.24, segmentation, Segmentation.pick),
-    "left or right": (0.08, pairs, Segmentation.pick),
-    "absent": (0.08, absent, Segmentation.pick),
+    "left or right": (0.05, pairs, Segmentation.pick),
+    "absent": (0.11, absent, Segmentation.pick),
     "pose": (0.07, keypoints, Always(WholePose())),
     "keypoints": (0.17, keypoints, Keypoints.pick),
     "few keypoints": (0.09, keypoints, pick_few),

@@ -102,6 +102,14 @@ def test_reading_survives_the_autoencoder_that_ships(shipped):
     assert min(scores) >= 0.95
 
 
+def test_what_the_autoencoder_does_to_a_picture_reads_as_nothing(shipped):
+    for seed in range(16):
+        image = photograph(random.Random(seed), 64, 64)
+        answer = through_vae(shipped, image)
+        found = {color: Segmentation({"cat": color}).read(image, answer)["cat"] for color in MASK_COLORS}
+        assert not [color for color, mask in found.items() if mask.pixels.any()], f"photograph {seed}"
+
+
 @pytest.mark.parametrize("color", MASK_COLORS)
 def test_an_answer_like_the_input_reads_as_nothing(color):
     found = Segmentation({"cat": color}).read(PHOTOGRAPHS[0], PHOTOGRAPHS[0])["cat"]
@@ -164,9 +172,19 @@ def test_confidence_falls_as_the_paint_thins():
     task = Segmentation({"ball": Segmentation.pick(image, {"ball": mask}, random.Random(0)).colors["ball"]})
     full = task.draw(image, {"ball": mask})
     confidences = [
-        task.read(image, Image.blend(image, full, share))["ball"].confidence for share in (1.0, 0.85, 0.7, 0.6)
+        task.read(image, Image.blend(image, full, share))["ball"].confidence for share in (1.0, 0.9, 0.8, 0.7)
     ]
     assert confidences[0] >= 0.95 and confidences == sorted(confidences, reverse=True) and confidences[-1] <= 0.5
+
+
+def test_a_trace_of_colour_is_no_mask():
+    image = photograph(random.Random(2), 96, 96)
+    mask = blob(random.Random(3), 96, 96)
+    task = Segmentation({"ball": Segmentation.pick(image, {"ball": mask}, random.Random(0)).colors["ball"]})
+    full = task.draw(image, {"ball": mask})
+    faint, clear = (task.read(image, Image.blend(image, full, share))["ball"] for share in (0.6, 0.75))
+    assert not faint.pixels.any() and faint.box is None
+    assert iou(clear.pixels, mask) >= 0.95
 
 
 @settings(max_examples=30)

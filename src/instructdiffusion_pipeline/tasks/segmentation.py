@@ -17,6 +17,7 @@ from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
 
 OPACITY = 0.5  # share of the colour in a painted pixel
 READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
+MIN_CONFIDENCE = 0.3  # autoencoders and models leave faint traces of colour where they paint nothing
 ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
 
 # {things}: "the cat in blue and the dogs in red"
@@ -106,6 +107,7 @@ class Segmentation:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
         """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
 
+        A mask of a confidence below `MIN_CONFIDENCE` is taken for a trace of none, and left empty.
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. Outside the box nothing is set.
         """
@@ -148,6 +150,8 @@ class Mask:
         """From each pixel's share of the colour, less the threshold of one half."""
         pixels = margin > 0
         clear = np.clip(2 * np.abs(margin), 0, 1)
+        if pixels.any() and clear[pixels].mean() < MIN_CONFIDENCE:
+            pixels = np.zeros_like(pixels)
         return cls(pixels, float(clear[pixels].mean() if pixels.any() else clear.mean()))
 
     @property
