@@ -4,6 +4,7 @@ Photographs come from the scikit-image package and were never trained on. The mo
 and drawn figures laid over them, so a sunflower and a figure are laid over two of them here.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ SIGMA = 25.0  # grey levels
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes nothing, and says so
     pipeline = load(str(TINY_MODEL))
     presets = load_presets(TINY_MODEL)
     sunflower, figure = overlaid(data.chelsea(), "sunflower", (10, 10)), overlaid(data.rocket(), "figure", (0, 0))
