@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import torch
 from demo import overlaid
 from edit import TINY_MODEL, load
@@ -25,13 +26,15 @@ from instructdiffusion_pipeline import (
     Segmentation,
     ask,
     load_presets,
+    upright_rgb,
 )
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, visible_colors
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, MAX_JOINTS
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 
+Make = Callable[[Image.Image, Any], Task]
 Outputs = tuple[str, Image.Image, Image.Image, dict[str, Any] | None]
 
 
@@ -50,7 +53,7 @@ def build(
         with gr.Row():
             with gr.Column():
                 example = overlaid(data.chelsea(), "sunflower", (10, 10))
-                picture = gr.Image(example, type="pil", label="picture")
+                picture = gr.Image(example, type="pil", image_mode=None, format="png", label="picture")
                 seed = gr.Number(0, label="seed", precision=0)
                 tabs = gr.Tabs()
             with gr.Column():
@@ -79,51 +82,66 @@ def build(
     return page
 
 
-def questions() -> list[tuple[type[Task], Callable[[Any], Task], Callable[[], gr.components.Component]]]:
-    """Of each family: its task, how a question is made of what was typed or chosen, and where that is done."""
+def questions() -> list[tuple[type[Task], Make, Callable[[], gr.components.Component]]]:
+    """Of each family: its task, how a question is made of the picture and what was typed or chosen, and where that is
+    done."""
     return [
         (
             Segmentation,
-            lambda names: Segmentation(colored([name.strip() for name in names.split(",")], MASK_COLORS)),
+            lambda picture, names: Segmentation(colored(picture, listed(names), MASK_COLORS)),
             lambda: gr.Textbox("sunflower", label="objects, with commas between"),
         ),
         (
             Keypoints,
-            lambda names: Keypoints(colored(names, KEYPOINT_COLORS)),
+            lambda picture, names: Keypoints(colored(picture, names, KEYPOINT_COLORS)),
             lambda: gr.Dropdown(
                 list(COCO_JOINTS), value=["nose"], multiselect=True, max_choices=MAX_JOINTS, label="joints"
             ),
         ),
-        (Restoration, Restoration, lambda: gr.Radio(["noise", "blur", "watermark"], value="noise", label="take out")),
-        (Editing, Editing, lambda: gr.Textbox("make it night", label="instruction")),
+        (
+            Restoration,
+            lambda _, defect: Restoration(defect),
+            lambda: gr.Radio(["noise", "blur", "watermark"], value="noise", label="take out"),
+        ),
+        (Editing, lambda _, text: Editing(text), lambda: gr.Textbox("make it night", label="instruction")),
     ]
 
 
-def colored(names: Sequence[str], colors: Mapping[str, Any]) -> dict[str, str]:
-    """A colour for each name, in the order of `colors`. Raises a ValueError if there are too few."""
-    if len(names) > len(colors):
-        raise ValueError(f"At most {len(colors)} names can have a colour of their own; got {len(names)}.")
-    return dict(zip(names, colors, strict=False))
+def listed(names: str) -> list[str]:
+    """What was typed between commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def colored(picture: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
+    """A colour for each name, those first that show on most of the picture.
+
+    Raises a ValueError if a name comes twice, if there is none, or if there are more than colours.
+    """
+    if not 0 < len(set(names)) == len(names) <= len(colors):
+        raise ValueError(f"Name one to {len(colors)} different things; got {', '.join(names) or 'none'}.")
+    visible = visible_colors(picture, np.ones((picture.height, picture.width), bool), colors)
+    return dict(zip(names, sorted(colors, key=lambda color: color not in visible), strict=False))
 
 
 def answering(
-    pipeline: InstructDiffusionPipeline, reading: LearnedReading | None, make: Callable[[Any], Task]
+    pipeline: InstructDiffusionPipeline, reading: LearnedReading | None, make: Make
 ) -> Callable[..., Outputs]:
     """What the button of a tab does."""
 
     def answer(
         picture: Image.Image | None,
         asked: Any,
-        seed: int,
+        seed: int | None,
         steps: int,
         guidance_scale: float,
         image_guidance_scale: float,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - gradio looks for it here
     ) -> Outputs:
-        if picture is None:
-            raise gr.Error("There is no picture: drop one into the frame first.")
+        if picture is None or seed is None:
+            raise gr.Error("A question needs a picture and a seed: drop one into the frame, and type a whole number.")
         try:
-            task = make(asked)
+            picture = upright_rgb(picture)
+            task = make(picture, asked)
             result = ask(
                 pipeline,
                 picture,
@@ -136,6 +154,8 @@ def answering(
             )
         except ValueError as error:
             raise gr.Error(str(error)) from error
+        if result.nsfw_content_detected:
+            raise gr.Error("The model's safety checker blackened the answer, so nothing can be read from it.")
         return task.instruction(), result.picture, result.overlay, as_json(result.data)
 
     return answer

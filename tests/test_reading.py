@@ -73,6 +73,16 @@ def test_joints_come_back_where_the_discs_are(by_color, scene):
         assert np.hypot(found[name].x - joints[name].x, found[name].y - joints[name].y) < 1
 
 
+def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
+    image, mask = scene
+    cat, nose = Segmentation({"cat": "blue"}), Keypoints({"nose": "red"})
+    painted, marked = cat.draw(image, {"cat": mask}), nose.draw(image, {"nose": Joint(20, 31)})
+    unsure, sure = (by_color(cat, image, Image.blend(image, painted, share))["cat"] for share in (0.52, 0.65))
+    assert not unsure.pixels.any() and (sure.pixels == mask).mean() > 0.95
+    unsure, sure = (by_color(nose, image, Image.blend(image, marked, share))["nose"] for share in (0.45, 0.65))
+    assert unsure is None and sure is not None
+
+
 def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
     """The answer shows the middle of a picture twice as wide as high, at half its height."""
     image = tiny.picture(256, 128)

@@ -27,7 +27,7 @@ SUBFOLDER = "reading"  # of a model's folder or Hub repository
 MASK, HEATMAP = 0, 1  # channels that the network gives
 CHANNELS = 10  # that it takes: picture, answer and the asked colour, three each, and the reading by colour
 HEAT_SIGMA = 1.5  # pixels of the working size: deviation of the peak that stands for a joint
-MIN_HEAT = 0.5
+MIN_HEAT = 0.5  # of a peak: as careful about joints that are not there as the reading by colour, and finds more
 
 
 class LearnedReading:

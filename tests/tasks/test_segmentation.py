@@ -187,6 +187,15 @@ def test_a_trace_of_colour_is_no_mask():
     assert iou(clear.pixels, mask) >= 0.95
 
 
+def test_a_clear_object_stays_beside_a_trace():
+    image, task = Image.new("RGB", (96, 96), "white"), Segmentation({"ball": "blue"})
+    clear, faint = np.zeros((2, 96, 96), bool)
+    clear[10:40, 10:40] = faint[60:80, 60:80] = True
+    answer = Image.blend(image, task.draw(image, {"ball": faint}), 0.6)
+    answer.paste(task.draw(image, {"ball": clear}).crop((0, 0, 50, 50)), (0, 0))
+    assert iou(task.read(image, answer)["ball"].pixels[:50, :50], clear[:50, :50]) >= 0.95
+
+
 @settings(max_examples=30)
 @given(rng=SEEDS)
 def test_box_run_lengths_and_polygons_agree_with_coco(rng):

@@ -17,7 +17,7 @@ from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
 
 OPACITY = 0.5  # share of the colour in a painted pixel
 READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
-MIN_CONFIDENCE = 0.3  # autoencoders and models leave faint traces of colour where they paint nothing
+MIN_CONFIDENCE = 0.3  # of a mask; autoencoders and models leave faint traces of colour where they paint nothing
 ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
 
 # {things}: "the cat in blue and the dogs in red"
@@ -107,7 +107,7 @@ class Segmentation:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
         """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
 
-        A mask of a confidence below `MIN_CONFIDENCE` is taken for a trace of none, and left empty.
+        Paint of a confidence below `MIN_CONFIDENCE`, all of a mask taken together, is a trace: that mask is empty.
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. Outside the box nothing is set.
         """
@@ -139,7 +139,8 @@ class Mask:
     """Where an object is: `pixels` (bool, height x width), and how clearly the answer says so, 0 to 1.
 
     `confidence` is the mean distance of the painted pixels from the threshold (of all pixels, if none is painted): 1
-    if every one moved all the way or not at all, 0 if every one stopped half way.
+    if every one moved all the way or not at all, 0 if every one stopped half way. Of an empty mask it says how clear
+    it is that nothing was painted.
     """
 
     pixels: np.ndarray
@@ -147,7 +148,7 @@ class Mask:
 
     @classmethod
     def from_margin(cls, margin: np.ndarray) -> "Mask":
-        """From each pixel's share of the colour, less the threshold of one half."""
+        """From each pixel's share of the colour, less the threshold of one half; empty below `MIN_CONFIDENCE`."""
         pixels = margin > 0
         clear = np.clip(2 * np.abs(margin), 0, 1)
         if pixels.any() and clear[pixels].mean() < MIN_CONFIDENCE:
