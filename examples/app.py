@@ -7,10 +7,9 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
-import numpy as np
 import torch
 from demo import overlaid
 from edit import TINY_MODEL, load
@@ -30,8 +29,9 @@ from instructdiffusion_pipeline import (
 )
 from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, visible_colors
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, most_visible_first
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, MAX_JOINTS
+from instructdiffusion_pipeline.tasks.restoration import Defect
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 
 Make = Callable[[Image.Image, Any], Task]
@@ -101,7 +101,7 @@ def questions() -> list[tuple[type[Task], Make, Callable[[], gr.components.Compo
         (
             Restoration,
             lambda _, defect: Restoration(defect),
-            lambda: gr.Radio(["noise", "blur", "watermark"], value="noise", label="take out"),
+            lambda: gr.Radio(list(get_args(Defect)), value="noise", label="take out"),
         ),
         (Editing, lambda _, text: Editing(text), lambda: gr.Textbox("make it night", label="instruction")),
     ]
@@ -119,8 +119,7 @@ def colored(picture: Image.Image, names: Sequence[str], colors: Mapping[str, RGB
     """
     if not 0 < len(set(names)) == len(names) <= len(colors):
         raise ValueError(f"Name one to {len(colors)} different things; got {', '.join(names) or 'none'}.")
-    visible = visible_colors(picture, np.ones((picture.height, picture.width), bool), colors)
-    return dict(zip(names, sorted(colors, key=lambda color: color not in visible), strict=False))
+    return dict(zip(names, most_visible_first(picture, colors), strict=False))
 
 
 def answering(

@@ -142,6 +142,8 @@ def test_it_is_saved_and_loaded_beside_a_model(tmp_path, scene):
         LearnedReading.from_pretrained(tmp_path)
     reading.unet.save_pretrained(tmp_path / "reading")
     again = LearnedReading.beside(tmp_path)
+    weights = again.unet.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in reading.unet.state_dict().items())
     task = Segmentation({"cat": "blue"})
     first, second = (each(task, image, image)["cat"] for each in (reading, again))
     assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)

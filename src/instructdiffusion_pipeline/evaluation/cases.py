@@ -15,7 +15,7 @@ from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation.metrics import Pose
 from instructdiffusion_pipeline.sample import Joints
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, visible_colors
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, most_visible_first
 from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS, Keypoints
 
 
@@ -71,9 +71,7 @@ def _open(source: Source, index: int, seed: int, ask: Ask | None) -> Exam:
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
     """Questions for all joints of a person, at most `MAX_JOINTS` each, in colours that show on most of the picture."""
-    everywhere = np.ones((image.height, image.width), bool)
-    visible = visible_colors(image, everywhere, KEYPOINT_COLORS)
-    colors = sorted(KEYPOINT_COLORS, key=lambda color: color not in visible)
+    colors = most_visible_first(image, KEYPOINT_COLORS)
     groups = np.array_split(list(joints), -(-len(joints) // MAX_JOINTS))
     return [Keypoints({str(name): color for name, color in zip(group, colors, strict=False)}) for group in groups]
 

@@ -55,6 +55,12 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
     return [name for name, share in shown.items() if share >= 0.9] or [max(shown, key=lambda name: shown[name])]
 
 
+def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[str]:
+    """All names of `colors`, those first that show on nine tenths of the RGB `image` (see `visible_colors`)."""
+    visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
+    return sorted(colors, key=lambda name: name not in visible)
+
+
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:
     """Raise a ValueError unless `asked` maps one or more names to distinct `known` colours."""
     pairs = list(asked.items()) if isinstance(asked, Mapping) else []

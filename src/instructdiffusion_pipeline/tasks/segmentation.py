@@ -151,9 +151,9 @@ class Mask:
         """From each pixel's share of the colour, less the threshold of one half; empty below `MIN_CONFIDENCE`."""
         pixels = margin > 0
         clear = np.clip(2 * np.abs(margin), 0, 1)
-        if pixels.any() and clear[pixels].mean() < MIN_CONFIDENCE:
-            pixels = np.zeros_like(pixels)
-        return cls(pixels, float(clear[pixels].mean() if pixels.any() else clear.mean()))
+        if pixels.any() and (confidence := float(clear[pixels].mean())) >= MIN_CONFIDENCE:
+            return cls(pixels, confidence)
+        return cls(np.zeros_like(pixels), float(clear.mean()))
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
