@@ -27,12 +27,12 @@ from instructdiffusion_pipeline import (
     load_presets,
     upright_rgb,
 )
-from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, most_visible_first
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, MAX_JOINTS
-from instructdiffusion_pipeline.tasks.restoration import Defect
+from instructdiffusion_pipeline.tasks.restoration import Degradation
 from instructdiffusion_pipeline.tasks.segmentation import Mask
+from instructdiffusion_pipeline.types import Joint
 
 Make = Callable[[Image.Image, Any], Task]
 Outputs = tuple[str, Image.Image, Image.Image, dict[str, Any] | None]
@@ -101,7 +101,7 @@ def questions() -> list[tuple[type[Task], Make, Callable[[], gr.components.Compo
         (
             Restoration,
             lambda _, defect: Restoration(defect),
-            lambda: gr.Radio(list(get_args(Defect)), value="noise", label="take out"),
+            lambda: gr.Radio(list(get_args(Degradation)), value="noise", label="take out"),
         ),
         (Editing, lambda _, text: Editing(text), lambda: gr.Textbox("make it night", label="instruction")),
     ]

@@ -36,13 +36,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, cache_samples, load_start, train
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_start, train
 from instructdiffusion_pipeline.training.data import tokenize
-from instructdiffusion_pipeline.training.draws import Draws
 from instructdiffusion_pipeline.training.encoding import Batch
-from instructdiffusion_pipeline.training.watch import peak_memory
+from instructdiffusion_pipeline.training.metrics import peak_memory
+from instructdiffusion_pipeline.training.noise import StepNoise
+from instructdiffusion_pipeline.types import Edit
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 PICTURES = 64
@@ -82,7 +82,9 @@ def compare(
 ) -> dict[str, Any]:
     """Figures of the three rows, on pictures of `size` x `size` pixels; the first row is what ratios refer to."""
     device = Accelerator(mixed_precision=config.mixed_precision).device
-    samples = PictureSamples(Mixture([(Source("noise", Pictures(size), Editing.pick), 1)]), pipeline.tokenizer)
+    samples = ImageDataset(
+        Mixture([(Source("noise", Pictures(size), Editing.from_annotation), 1)]), pipeline.tokenizer
+    )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         cached = cache_samples(samples, PICTURES, copy_of(pipeline).to(device), Path(folder) / "cache")
@@ -123,7 +125,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def train_recipe(pipeline: InstructDiffusionPipeline, samples: PictureSamples, config: TrainingConfig) -> None:
+def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, config: TrainingConfig) -> None:
     """What diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py does with --use_ema, in its order."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, dtype = accelerator.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
@@ -159,16 +161,16 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: PictureSamples, c
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Items of `PictureSamples` as the recipe's loader gives them, with pictures [B, 3, H, W] from -1 to 1."""
+    """Items of `ImageDataset` as the recipe's loader gives them, with pictures [B, 3, H, W] from -1 to 1."""
     batch = default_collate([{name: item[name] for name in ("image", "target", "input_ids")} for item in items])
     return batch | {name: 2 * (batch[name] / 255) - 1 for name in ("image", "target")}
 
 
-def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Batch) -> Draws:
+def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Batch) -> StepNoise:
     """What the recipe draws for a batch, on the `device` itself."""
     count, _, height, width = batch["target"].shape
     shape = count, 4, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-    return Draws(
+    return StepNoise(
         posterior_noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
         dropout=torch.rand(count, device=device),
         timesteps=torch.randint(0, pipeline.scheduler.config.num_train_timesteps, (count,), device=device),
@@ -177,7 +179,7 @@ def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Ba
 
 
 def recipe_loss(
-    unet: torch.nn.Module, pipeline: InstructDiffusionPipeline, batch: Batch, draws: Draws
+    unet: torch.nn.Module, pipeline: InstructDiffusionPipeline, batch: Batch, draws: StepNoise
 ) -> torch.Tensor:
     """The recipe's loss of a `batch` of `collate`, a scalar."""
     vae, text_encoder = pipeline.vae, pipeline.text_encoder

@@ -5,7 +5,7 @@
 Look at out/candidates/sheets, and move the best of out/candidates/candidates into out/candidates/picks: none, one or
 two of each sample. Then fine-tune on them:
 
-    python examples/train.py --recipe alignment --init out/run/model --data picks=out/candidates \\
+    python examples/train.py --recipe alignment --init out/run/model --data preferences=out/candidates \\
         --max_train_steps 300 --output_dir out/aligned
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from edit import TINY_MODEL, load
 from train import source
 
-from instructdiffusion_pipeline import trained_size
+from instructdiffusion_pipeline import model_resolution
 from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.training.candidates import GRID, make_candidates
 
@@ -38,7 +38,9 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     grid = [(text, image) for text in args.guidance_scales for image in args.image_guidance_scales]
     try:
-        mixture = Mixture([source(entry, args.resolution or trained_size(pipeline)) for entry in args.data], args.seed)
+        mixture = Mixture(
+            [source(entry, args.resolution or model_resolution(pipeline)) for entry in args.data], args.seed
+        )
         samples = [mixture[position] for position in range(min(args.samples, len(mixture)))]
         make_candidates(pipeline, samples, args.output, grid, args.steps, args.batch_size, args.seed)
     except (OSError, ValueError) as error:

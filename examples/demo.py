@@ -13,8 +13,16 @@ from edit import TINY_MODEL, load, save, side_by_side
 from PIL import Image
 from skimage import data
 
-from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask, load_presets, trained_size
-from instructdiffusion_pipeline.sheets import stack
+from instructdiffusion_pipeline import (
+    Editing,
+    Keypoints,
+    Restoration,
+    Segmentation,
+    ask,
+    load_presets,
+    model_resolution,
+)
+from instructdiffusion_pipeline.image_grid import stack
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 
@@ -30,7 +38,7 @@ def main() -> None:
     presets = load_presets(TINY_MODEL)
     sunflower, figure = overlaid(data.chelsea(), "sunflower", (10, 10)), overlaid(data.rocket(), "figure", (0, 0))
     # The noise is as coarse as the model's pixels.
-    small = square(data.astronaut()).resize((trained_size(pipeline),) * 2, Image.Resampling.LANCZOS)
+    small = square(data.astronaut()).resize((model_resolution(pipeline),) * 2, Image.Resampling.LANCZOS)
     questions: list[tuple[Image.Image, Task]] = [
         (figure, Keypoints({"left wrist": "red", "right wrist": "blue", "left knee": "yellow"})),
         (sunflower, Segmentation({"sunflower": "blue"})),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, trained_size, upright_rgb, working_size
+from instructdiffusion_pipeline import InstructDiffusionPipeline, model_resolution, upright_rgb, working_size
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 MARGIN, PANEL_HEIGHT, FONT_SIZE = 12, 320, 16  # pixels
@@ -41,7 +41,7 @@ def main() -> None:
     except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         parser.error(f"--image: {args.image} cannot be read as a picture ({error})")
     pipeline = load(args.model)
-    resolution = args.resolution or trained_size(pipeline)
+    resolution = args.resolution or model_resolution(pipeline)
     box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
     answer = pipeline(
         args.instruction,

@@ -15,18 +15,25 @@ from typing import Any
 from datasets import load_dataset
 from edit import TINY_MODEL, load
 
-from instructdiffusion_pipeline import FAMILIES, InstructDiffusionPipeline, load_presets, trained_size
-from instructdiffusion_pipeline.datasets.coco_keypoints import aic, coco, crowdpose, mpii
-from instructdiffusion_pipeline.datasets.geometry import SquareCrop, Squash
-from instructdiffusion_pipeline.datasets.label_png import CocoStuff
+from instructdiffusion_pipeline import FAMILIES, InstructDiffusionPipeline, load_presets, model_resolution
+from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
+from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.datasets.keypoints import aic, coco, crowdpose, mpii
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.datasets.paired import clwd, gopro, reds, sidd
-from instructdiffusion_pipeline.datasets.recipes import ORIGINAL
-from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
-from instructdiffusion_pipeline.datasets.triples import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.evaluation import Case, ScoredCrop, cases_from, classical, evaluate, whole_person
+from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
+from instructdiffusion_pipeline.datasets.restoration import clwd, gopro, reds, sidd
+from instructdiffusion_pipeline.datasets.specs import ORIGINAL
+from instructdiffusion_pipeline.datasets.transforms import Resize, SquareCrop
+from instructdiffusion_pipeline.evaluation import (
+    Case,
+    EvaluationPersonCrop,
+    classical,
+    evaluate,
+    examples_from,
+    whole_person,
+)
 from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
-from instructdiffusion_pipeline.reading import LearnedReading
+from instructdiffusion_pipeline.readout import LearnedReading
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 
@@ -38,10 +45,10 @@ def refer(references: str) -> Callable[[Path, str], ReferringExpressions]:
 
 # Reader, the split that is not for training, and what is cut out of a picture for a working size (None: all is asked).
 DATA: dict[str, tuple[Callable[..., Any], str, Callable[[int], Any] | None]] = {
-    "coco": (coco, "val2017", partial(ScoredCrop, sigmas=COCO_SIGMAS)),
-    "crowdpose": (crowdpose, "test", partial(ScoredCrop, sigmas=CROWDPOSE_SIGMAS)),
-    "aic": (aic, "val", partial(ScoredCrop, sigmas=AIC_SIGMAS)),
-    "mpii": (mpii, "valid", ScoredCrop),
+    "coco": (coco, "val2017", partial(EvaluationPersonCrop, sigmas=COCO_SIGMAS)),
+    "crowdpose": (crowdpose, "test", partial(EvaluationPersonCrop, sigmas=CROWDPOSE_SIGMAS)),
+    "aic": (aic, "val", partial(EvaluationPersonCrop, sigmas=AIC_SIGMAS)),
+    "mpii": (mpii, "valid", EvaluationPersonCrop),
     "coco-stuff": (CocoStuff, "val2017", None),
     "refcoco": (refer("refcoco/refs(unc).p"), "val", None),
     "refcoco+": (refer("refcoco+/refs(unc).p"), "val", None),
@@ -51,11 +58,11 @@ DATA: dict[str, tuple[Callable[..., Any], str, Callable[[int], Any] | None]] = {
     "reds": (reds, "val", SquareCrop),
     "sidd": (sidd, "val", partial(SquareCrop, resize=False)),
     "clwd": (clwd, "test", SquareCrop),
-    "instructpix2pix": (InstructPix2Pix, "test", Squash),
-    "gier": (gier, "test", Squash),
-    "gqa-inpaint": (gqa_inpaint, "test", Squash),
-    "magicbrush": (magicbrush, "dev", Squash),
-    "table": (lambda folder, split: HubTable(load_dataset(str(folder), split=split)), "train", Squash),
+    "instructpix2pix": (InstructPix2Pix, "test", Resize),
+    "gier": (gier, "test", Resize),
+    "gqa-inpaint": (gqa_inpaint, "test", Resize),
+    "magicbrush": (magicbrush, "dev", Resize),
+    "table": (lambda folder, split: HubTable(load_dataset(str(folder), split=split)), "train", Resize),
 }
 
 
@@ -76,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pipeline = load(args.model)
-    resolution = args.resolution or trained_size(pipeline)
+    resolution = args.resolution or model_resolution(pipeline)
     cases: list[Case] = []
     try:
         for entry in args.data:
@@ -87,7 +94,7 @@ def main() -> None:
         parser.error(str(error))
     options = {"clip": ClipSimilarity(args.clip) if args.clip else None, "reading": LearnedReading.beside(args.model)}
     if any(entry.startswith("tiny=") for entry in args.data):
-        options["peers"] = {"classical": classical}
+        options["baselines"] = {"classical": classical}
     run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, **options)
 
 
@@ -97,13 +104,13 @@ def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, 
         sys.path.append(str(Path(__file__).parent / "tiny"))
         from held_out import rows
 
-        return [case for source in rows(folder, count) for case in cases_from(source, count, seed)]
+        return [case for source in rows(folder, count) for case in examples_from(source, count, seed)]
     if name not in DATA:
         raise ValueError(f"--data: NAME must be one of tiny, {', '.join(DATA)}; got {name!r}.")
     read, usual, geometry = DATA[name]
-    split, pick = split or usual, ORIGINAL[name].pick if name in ORIGINAL else Editing.pick
+    split, pick = split or usual, ORIGINAL[name].from_annotation if name in ORIGINAL else Editing.from_annotation
     source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
-    return cases_from(source, count, seed, whole_person if pick == Keypoints.pick else None)
+    return examples_from(source, count, seed, whole_person if pick == Keypoints.from_annotation else None)
 
 
 def run(

@@ -19,7 +19,7 @@ parser.add_argument("--license", help="licence of the weights as the Hub spells 
 parser.add_argument("--half", action="store_true", help="push the weights in 16 bits instead of 32")
 args = parser.parse_args()
 
-# Always named, because files in half precision would otherwise be widened, and only some of them.
+# FixedTask named, because files in half precision would otherwise be widened, and only some of them.
 dtype = torch.float16 if args.half else torch.float32
 pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=dtype)
 print(push(pipeline, args.repo_id, private=args.private or None, license=args.license))

@@ -20,32 +20,34 @@ from accelerate.utils import parse_flag_from_env
 from datasets import load_dataset
 from transformers import HfArgumentParser
 
-from instructdiffusion_pipeline import FAMILIES, export, load_presets, push, trained_size
+from instructdiffusion_pipeline import FAMILIES, export, load_presets, model_resolution, push
 from instructdiffusion_pipeline.datasets.captions import coco_captions, img2dataset
-from instructdiffusion_pipeline.datasets.geometry import SquareCrop, Squash
+from instructdiffusion_pipeline.datasets.editing import HubTable
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.datasets.picks import picks
-from instructdiffusion_pipeline.datasets.recipes import ORIGINAL, Ingredient
-from instructdiffusion_pipeline.datasets.triples import HubTable
+from instructdiffusion_pipeline.datasets.preferences import load_preferences
+from instructdiffusion_pipeline.datasets.specs import ORIGINAL, DatasetSpec
+from instructdiffusion_pipeline.datasets.transforms import Resize, SquareCrop
+from instructdiffusion_pipeline.tasks.adaptation import Adaptation
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.marks import MarkedPicture
 from instructdiffusion_pipeline.training import (
     RECIPES,
-    PictureSamples,
+    ImageDataset,
     TrainingConfig,
     cache_samples,
     load_start,
-    one_of_each_family,
     save_lora,
     train,
+    validation_questions,
 )
 
 CONVERTER = Path(__file__).parent.parent / "conversion" / "convert_original_checkpoint.py"
 DATA = ORIGINAL | {
-    "table": Ingredient("", lambda folder: HubTable(load_dataset(str(folder), split="train")), Editing.pick, Squash()),
-    "picks": Ingredient("", picks, Editing.pick, Squash()),
-    "captions": Ingredient("", img2dataset, MarkedPicture.pick, SquareCrop()),
-    "coco-captions": Ingredient("", coco_captions, MarkedPicture.pick, SquareCrop()),
+    "table": DatasetSpec(
+        "", lambda folder: HubTable(load_dataset(str(folder), split="train")), Editing.from_annotation, Resize()
+    ),
+    "preferences": DatasetSpec("", load_preferences, Editing.from_annotation, Resize()),
+    "captions": DatasetSpec("", img2dataset, Adaptation.from_annotation, SquareCrop()),
+    "coco-captions": DatasetSpec("", coco_captions, Adaptation.from_annotation, SquareCrop()),
 }
 
 
@@ -103,9 +105,9 @@ def run(options: Options, config: TrainingConfig) -> None:
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
     pipeline, presets = load_start(start), load_presets(start)
-    size = options.resolution or min(256, trained_size(pipeline))
+    size = options.resolution or min(256, model_resolution(pipeline))
     mixture = Mixture([source(entry, size) for entry in options.data], config.seed)
-    samples = PictureSamples(mixture, pipeline.tokenizer)
+    samples = ImageDataset(mixture, pipeline.tokenizer)
     if options.cache_samples:
         with state.main_process_first():
             samples = cache_samples(
@@ -120,7 +122,7 @@ def run(options: Options, config: TrainingConfig) -> None:
     own_steps = options.validation_num_inference_steps
     few = {"num_inference_steps": own_steps} if own_steps else {}
     settings = {family: {**presets.get(family, {}), **few} for family in (*FAMILIES, "adaptation")}
-    questions = one_of_each_family(mixture, settings)
+    questions = validation_questions(mixture, settings)
 
     pipeline = train(pipeline, samples, config, options.output_dir, options.resume, questions)
 

@@ -227,7 +227,7 @@ def test_presets_and_a_reading_are_looked_for_on_the_hub(fresh: Fresh, hub: HubS
     hub.files["me/bare"] = {"README.md": b"nothing else"}
     script = """
     from instructdiffusion_pipeline import load_presets
-    from instructdiffusion_pipeline.reading import LearnedReading
+    from instructdiffusion_pipeline.readout import LearnedReading
     report(presets=[load_presets("me/tiny"), load_presets("me/bare")], reading=LearnedReading.beside("me/bare"))
     """
     found = fresh.report(script, hub=hub)

@@ -20,7 +20,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, InstructDiffus
 SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "DPMSolverSDEScheduler"]
 
 
-class Watch:
+class TrainingMetrics:
     """A callback that records what it is handed."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def first_sample(pipe: InstructDiffusionPipeline, **changes: Any) -> torch.Tenso
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 8), (0.95, 8), (0.9, 7), (0.5, 4), (0.1, 1)])
 def test_strength_is_the_share_of_the_steps(pipe: InstructDiffusionPipeline, strength: float, steps: int) -> None:
-    watch = Watch()
+    watch = TrainingMetrics()
     pipe(**tiny.inputs(num_inference_steps=8, strength=strength, callback_on_step_end=watch))
     assert watch.steps == list(range(steps))
     assert watch.timesteps == pipe.scheduler.timesteps[8 - steps :].tolist()
@@ -73,7 +73,7 @@ def test_heun_runs_the_unet_twice_a_step_but_once_in_the_last(
 ) -> None:
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=False)
-    watch = Watch()
+    watch = TrainingMetrics()
     pipe(**tiny.inputs(num_inference_steps=6, strength=strength, callback_on_step_end=watch))
     steps = round(6 * strength)
     assert len(watch.steps) == 2 * steps - 1
@@ -133,7 +133,7 @@ def test_components_may_differ_in_precision(pipe: InstructDiffusionPipeline) -> 
 
 
 def test_callbacks_see_every_tensor_they_ask_for(pipe: InstructDiffusionPipeline) -> None:
-    watch = Watch()
+    watch = TrainingMetrics()
     asked = pipe._callback_tensor_inputs
     pipe(**tiny.inputs(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=asked, num_images_per_prompt=2))
     shapes = {name: tuple(tensor.shape) for name, tensor in watch.tensors[-1].items()}
@@ -151,7 +151,7 @@ def test_callbacks_change_every_tensor(pipe: InstructDiffusionPipeline, name: st
         return {name: torch.zeros_like(tensors[name])}
 
     call = {"callback_on_step_end_tensor_inputs": [name], "output_type": "latent"}
-    kept = pipe(**tiny.inputs(**call, callback_on_step_end=Watch())).images
+    kept = pipe(**tiny.inputs(**call, callback_on_step_end=TrainingMetrics())).images
     erased = pipe(**tiny.inputs(**call, callback_on_step_end=erase)).images
     assert (erased - kept).abs().max() > 1e-4
     assert name != "latents" or erased.abs().max() == 0
@@ -171,7 +171,7 @@ def test_callback_classes_of_diffusers_bring_their_tensors(pipe: InstructDiffusi
 
 
 def test_interrupting_leaves_out_the_rest_once(pipe: InstructDiffusionPipeline) -> None:
-    watch = Watch()
+    watch = TrainingMetrics()
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         pipe._interrupt = step == 1
@@ -180,7 +180,7 @@ def test_interrupting_leaves_out_the_rest_once(pipe: InstructDiffusionPipeline) 
     stopped = pipe(**tiny.inputs(num_inference_steps=5, callback_on_step_end=stop, output_type="latent")).images
     assert watch.steps == [0, 1]
     assert torch.equal(stopped, watch.tensors[-1]["latents"])
-    whole = Watch()
+    whole = TrainingMetrics()
     pipe(**tiny.inputs(num_inference_steps=5, callback_on_step_end=whole))
     assert whole.steps == [0, 1, 2, 3, 4]
 

@@ -21,11 +21,11 @@ from model import build_pipeline, use_plain_attention
 from train import CONFIG
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export, load_presets
-from instructdiffusion_pipeline.evaluation import Case, cases_from, evaluate
+from instructdiffusion_pipeline.evaluation import Case, evaluate, examples_from
 from instructdiffusion_pipeline.evaluation.report import number
-from instructdiffusion_pipeline.identity import claim
-from instructdiffusion_pipeline.sheets import write_text
-from instructdiffusion_pipeline.training import CachedSamples, train
+from instructdiffusion_pipeline.fingerprint import check_run_config
+from instructdiffusion_pipeline.image_grid import write_text
+from instructdiffusion_pipeline.training import CachedDataset, train
 
 SOURCES = {
     "segmentation": {"segmentation", "left or right", "absent"},
@@ -45,7 +45,7 @@ def main() -> None:
     presets = load_presets(Path(__file__).parent)
     cases = cases_by_family(args.work_dir / "world", args.samples)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    claim(args.output_dir, "run.json", {"steps": args.steps}, "models of as many steps")
+    check_run_config(args.output_dir, "run.json", {"steps": args.steps}, "models of as many steps")
     together: dict[str, Any] = {}
     alone: dict[str, Any] = {}
     for name, sources in {"all": None, **SOURCES}.items():
@@ -68,7 +68,7 @@ def train_model(work: Path, sources: set[str] | None, steps: int, folder: Path) 
     vae = AutoencoderKL.from_pretrained(work / "vae")
     pipeline = build_pipeline(vae, work / "world" / "bpe_simple_vocab_16e6.txt.gz")
     use_plain_attention(pipeline)
-    samples = CachedSamples(work / "samples", only=sources)
+    samples = CachedDataset(work / "samples", only=sources)
     config = dataclasses.replace(CONFIG, max_train_steps=steps)
     pipeline = train(pipeline, samples, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")
     export(pipeline.to(dtype=torch.float16), folder)
@@ -78,7 +78,7 @@ def cases_by_family(world: Path, count: int) -> dict[str, list[Case]]:
     """`count` held-out questions a row, by the family of their task."""
     cases: dict[str, list[Case]] = {family: [] for family in SOURCES}
     for source in rows(world, count):
-        asked = cases_from(source, count)
+        asked = examples_from(source, count)
         cases[asked[0].open().tasks[0].family] += asked
     return cases
 

@@ -4,12 +4,12 @@ import math
 import random
 from typing import NamedTuple
 
-from phrases import phrases
 from PIL import Image
+from referring_expressions import phrases
 from world import Scene, Thing, World, lay
 
-from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.wording import a, the
+from instructdiffusion_pipeline.types import Edit
 
 REMOVE = [
     "remove {old}",

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from world import SIZE
 
-from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+from instructdiffusion_pipeline.types import Joint
 
 HEIGHTS = (0.72, 0.97)  # of a figure, as a share of the frame
 CLOSE_UP_SHARE = 0.12  # of the figures; these are larger than the frame

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import edits
-import families
-from families import Drawn, pick_few, pick_named
+import sources
 from pose import WholePose
+from sources import Drawn, pick_few, pick_named
 from world import UNSEEN_STYLE, World
 
-from instructdiffusion_pipeline.datasets.mixture import Always, Source
+from instructdiffusion_pipeline.datasets.mixture import FixedTask, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
@@ -32,22 +32,22 @@ def rows(folder: Path, count: int) -> list[Source]:
         return Source(name, Drawn(partial(example, world, **options), count, SEED), pick)
 
     return [
-        source("segmentation, seen names", families.segmentation, Segmentation.pick),
-        source("segmentation, unseen drawing style", families.segmentation, Segmentation.pick, style),
-        source("segmentation, unseen names", families.segmentation, partial(pick_named, names=names.names), names),
-        source("segmentation, left or right of two", families.pairs, Segmentation.pick),
-        source("one joint, facing", families.keypoints, partial(pick_few, counts=(1,)), facing_share=1),
-        source("one joint, from behind", families.keypoints, partial(pick_few, counts=(1,)), facing_share=0),
-        source("keypoints, facing", families.keypoints, Keypoints.pick, facing_share=1),
-        source("keypoints, from behind", families.keypoints, Keypoints.pick, facing_share=0),
-        source("pose, facing", families.keypoints, Always(WholePose()), facing_share=1),
-        source("pose, from behind", families.keypoints, Always(WholePose()), facing_share=0),
-        source("noise", families.noisy, Always(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
-        source("blur", families.blurred, Always(Restoration("blur"))),
-        source("watermark", families.watermarked, Always(Restoration("watermark"))),
+        source("segmentation, seen names", sources.segmentation, Segmentation.from_annotation),
+        source("segmentation, unseen drawing style", sources.segmentation, Segmentation.from_annotation, style),
+        source("segmentation, unseen names", sources.segmentation, partial(pick_named, names=names.names), names),
+        source("segmentation, left or right of two", sources.pairs, Segmentation.from_annotation),
+        source("one joint, facing", sources.keypoints, partial(pick_few, counts=(1,)), facing_share=1),
+        source("one joint, from behind", sources.keypoints, partial(pick_few, counts=(1,)), facing_share=0),
+        source("keypoints, facing", sources.keypoints, Keypoints.from_annotation, facing_share=1),
+        source("keypoints, from behind", sources.keypoints, Keypoints.from_annotation, facing_share=0),
+        source("pose, facing", sources.keypoints, FixedTask(WholePose()), facing_share=1),
+        source("pose, from behind", sources.keypoints, FixedTask(WholePose()), facing_share=0),
+        source("noise", sources.noisy, FixedTask(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
+        source("blur", sources.blurred, FixedTask(Restoration("blur"))),
+        source("watermark", sources.watermarked, FixedTask(Restoration("watermark"))),
         *(
-            source(f"objects {what}", families.changed, Editing.pick, change=change)
+            source(f"objects {what}", sources.changed, Editing.from_annotation, change=change)
             for what, change in CHANGES.items()
         ),
-        source("grades", families.graded, Editing.pick),
+        source("grades", sources.graded, Editing.from_annotation),
     ]

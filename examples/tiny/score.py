@@ -27,11 +27,11 @@ from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.evaluation import Case, Exam, cases_from, evaluate, through_vae
-from instructdiffusion_pipeline.evaluation.classical import inpaint
+from instructdiffusion_pipeline.evaluation import Case, Example, evaluate, examples_from, through_vae
+from instructdiffusion_pipeline.evaluation.baselines import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
-from instructdiffusion_pipeline.identity import pipeline_fingerprint
+from instructdiffusion_pipeline.fingerprint import pipeline_fingerprint
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -56,7 +56,7 @@ def main() -> None:
         parser.error(f"--folder: {args.folder} must have the answers of {args.model}; it has those of another model")
     count = max(row["samples"] + len(row["failed"]) for row in results["rows"])
     sources = rows(args.world, count)
-    cases = [case for source in sources for case in cases_from(source, count, results["run"]["seed"])]
+    cases = [case for source in sources for case in examples_from(source, count, results["run"]["seed"])]
     answers = answers_by_name(args.folder)
     if missing := [case.name for case in cases if case.name not in answers]:
         parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
@@ -81,20 +81,20 @@ def beyond(
     """Means by row of what the table does not have (see `in_masks`, `in_joints` and `in_pictures`)."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
-        exam = case.open()
+        example = case.open()
         answer = Image.open(answers[case.name])
-        (task,) = exam.tasks
+        (task,) = example.tasks
         if task.family == "segmentation":
-            measured = in_masks(exam, answer)
+            measured = in_masks(example, answer)
         elif task.family == "keypoints":
-            measured = in_joints(exam, answer)
+            measured = in_joints(example, answer)
         else:
-            truth = task.draw(exam.image, exam.truth)
+            truth = task.draw(example.image, example.truth)
             (ceiling,) = through_vae(pipeline, [truth], max(truth.size))
-            shown = {"": answer, ", input": exam.image, ", ceiling": ceiling}
+            shown = {"": answer, ", input": example.image, ", ceiling": ceiling}
             if case.row == "objects removed":
-                shown[", inpainted"] = inpaint(exam.image, truth)
-            measured = in_pictures(exam.image, truth, shown)
+                shown[", inpainted"] = inpaint(example.image, truth)
+            measured = in_pictures(example.image, truth, shown)
         for name, value in measured.items():
             values[case.row][name] += value
     return {
@@ -103,40 +103,40 @@ def beyond(
     }
 
 
-def in_masks(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
+def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
     """IoU where the object is there, also if everything that may be asked for here were painted, whatever the words.
 
     Of several that are there, as the left and the right one: is the one that was asked for painted better than the
     others?
     """
-    (task,) = exam.tasks
-    ((name, found),) = task.read(exam.image, answer).items()
-    if not exam.truth[name].any():
+    (task,) = example.tasks
+    ((name, found),) = task.read(example.image, answer).items()
+    if not example.truth[name].any():
         return {"painted though absent": [found.pixels.mean() > PAINTED]}
-    everything = np.logical_or.reduce(list(exam.truth.values()))
-    rest = everything & ~exam.truth[name]
-    overlap = Overlap.of(name, exam.truth[name], found.pixels).iou
+    everything = np.logical_or.reduce(list(example.truth.values()))
+    rest = everything & ~example.truth[name]
+    overlap = Overlap.of(name, example.truth[name], found.pixels).iou
     values = {"mIoU where present": [overlap]}
     if rest.any():
         values["mIoU among several"] = [overlap]
-        values["mIoU among several, all objects painted"] = [Overlap.of(name, exam.truth[name], everything).iou]
+        values["mIoU among several, all objects painted"] = [Overlap.of(name, example.truth[name], everything).iou]
         values["the asked one of several"] = [overlap > Overlap.of(name, rest, found.pixels).iou]
     return values
 
 
-def in_joints(exam: Exam, answer: Image.Image) -> dict[str, list[float]]:
+def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
     """Of the joints on a side: found nearer to the same joint of the other side. Of all: no disc; a disc too many."""
-    (task,) = exam.tasks
+    (task,) = example.tasks
     swaps = {"left": "right", "right": "left"}
     confused, missed, invented = [], [], []
-    for name, found in task.read(exam.image, answer).items():
-        truth = exam.truth[name]
+    for name, found in task.read(example.image, answer).items():
+        truth = example.truth[name]
         if truth is None:
             invented.append(found is not None)
             continue
         missed.append(found is None)
         side, _, part = name.partition(" ")
-        other = exam.truth.get(f"{swaps.get(side)} {part}")
+        other = example.truth.get(f"{swaps.get(side)} {part}")
         if found and other:
             confused.append(distance(found, other) < distance(found, truth))
     return {"left and right confused": confused, "no disc": missed, "disc on what is outside": invented}
@@ -158,13 +158,13 @@ def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.
 def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[Case]:
     """The model's pictures with something new in them, and the question where that is."""
 
-    def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Exam:
+    def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Example:
         rng = random.Random(f"{SEED} {index}")  # as `Drawn` has it
         after = change(world, rng).after
         name, mask = after.things[-1].name, after.masks[-1]
         picture = Image.open(path).convert("RGB")
         color = rng.choice(visible_colors(picture, mask, MASK_COLORS))
-        return Exam(picture, [Segmentation({name: color})], {name: mask})
+        return Example(picture, [Segmentation({name: color})], {name: mask})
 
     cases = []
     for what in ("replaced", "added"):

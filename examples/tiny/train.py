@@ -13,14 +13,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from families import mixture
 from fetch import fetch
 from model import build_pipeline, use_plain_attention
+from sources import mixture
 from vae import train as train_vae
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, cache_samples, train
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, train
 
 SAMPLES = 64_000
 STEPS = {"fresh": 12_000, "tuned": 6_000}  # from nothing, and from an earlier model's weights
@@ -60,7 +60,7 @@ def main() -> None:
         pipeline = InstructDiffusionPipeline.from_pretrained(args.init, vae=vae, dtype=torch.float32)
     else:
         pipeline = build_pipeline(vae, args.work_dir / "world" / "bpe_simple_vocab_16e6.txt.gz")
-    samples = PictureSamples(mixture(world, SAMPLES, seed=1), pipeline.tokenizer)
+    samples = ImageDataset(mixture(world, SAMPLES, seed=1), pipeline.tokenizer)
     dataset = cache_samples(samples, SAMPLES, pipeline, args.work_dir / "samples", embeddings=False)
 
     use_plain_attention(pipeline)

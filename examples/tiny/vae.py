@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from families import mixture
+from sources import mixture
 from torch import nn
 from tqdm import tqdm
 from world import SIZE, World
 
-from instructdiffusion_pipeline.identity import claim
+from instructdiffusion_pipeline.fingerprint import check_run_config
 
 POOL = 24_000  # pictures drawn once and trained on many times
 BATCH = 16
@@ -44,7 +44,7 @@ def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL
     It starts from nothing, or from the autoencoder of the model in `init`. Raises a ValueError if `folder` holds one
     of another start.
     """
-    claim(folder, "vae.json", {"init": init and str(init)}, "an autoencoder of the same start")
+    check_run_config(folder, "vae.json", {"init": init and str(init)}, "an autoencoder of the same start")
     finished, state_path = folder / "vae", folder / "vae-state.pt"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)

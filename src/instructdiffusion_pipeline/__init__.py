@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .ask import FAMILIES, Answer, ask, ask_batch, load_presets, trained_size
+from .ask import FAMILIES, Answer, ask, ask_batch, load_presets, model_resolution
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
     Guidance,
@@ -12,12 +12,12 @@ from .pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
-from .reading import LearnedReading
-from .sample import Joint
+from .readout import LearnedReading
 from .tasks.editing import Editing
 from .tasks.keypoints import Keypoints
 from .tasks.restoration import Restoration
 from .tasks.segmentation import Mask, Segmentation
+from .types import Joint
 
 __all__ = [
     "FAMILIES",
@@ -38,7 +38,7 @@ __all__ = [
     "export",
     "load_presets",
     "push",
-    "trained_size",
+    "model_resolution",
     "upright_rgb",
     "working_size",
 ]

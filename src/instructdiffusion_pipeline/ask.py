@@ -15,7 +15,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
-from instructdiffusion_pipeline.reading import LearnedReading
+from instructdiffusion_pipeline.readout import LearnedReading
 from instructdiffusion_pipeline.tasks import Task
 
 FAMILIES = ("keypoints", "segmentation", "restoration", "editing")
@@ -103,7 +103,7 @@ def ask_batch(
         )
     images = [upright_rgb(image) for image in images]
     if resolution == "trained":
-        resolution = trained_size(pipeline)
+        resolution = model_resolution(pipeline)
     words = [task.instruction() if own is None else own for task, own in zip(tasks, instructions, strict=True)]
     pictures, flags = pipeline(words, images, resolution=resolution, **(tasks[0].preset | settings), return_dict=False)
     answers = []
@@ -114,7 +114,7 @@ def ask_batch(
     return answers
 
 
-def trained_size(pipeline: InstructDiffusionPipeline) -> int:
+def model_resolution(pipeline: InstructDiffusionPipeline) -> int:
     """The side in pixels of the pictures a pipeline's UNet was made for: 512 for Stable Diffusion 1.5."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 

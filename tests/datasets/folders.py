@@ -15,7 +15,7 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def write_picture(path: Path, picture: Image.Image | None = None, **kwargs: Any) -> Path:
+def save_image(path: Path, picture: Image.Image | None = None, **kwargs: Any) -> Path:
     """A picture, noise by default; PNG whatever the name says, so that no pixel changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (picture or tiny.picture(40, 30)).save(path, "PNG", **kwargs)
@@ -24,7 +24,7 @@ def write_picture(path: Path, picture: Image.Image | None = None, **kwargs: Any)
 
 def write_broken(path: Path) -> Path:
     """A picture cut off in the middle."""
-    write_picture(path, tiny.picture(40, 30))
+    save_image(path, tiny.picture(40, 30))
     path.write_bytes(path.read_bytes()[:400])
     return path
 

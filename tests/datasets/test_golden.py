@@ -5,13 +5,13 @@ import pickle
 
 import numpy as np
 import pytest
-from folders import Recorded, same, write_json, write_picture
+from folders import Recorded, same, save_image, write_json
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.coco_keypoints import CocoKeypoints
-from instructdiffusion_pipeline.datasets.geometry import PersonCrop, SquareCrop
-from instructdiffusion_pipeline.datasets.label_png import CocoStuff, spoken
-from instructdiffusion_pipeline.datasets.referring import ReferringExpressions
+from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, spoken
+from instructdiffusion_pipeline.datasets.keypoints import CocoKeypoints
+from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
+from instructdiffusion_pipeline.datasets.transforms import PersonCrop, SquareCrop
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -29,7 +29,7 @@ def load(folder):
 @pytest.mark.parametrize("name", ["train_2", "train_3", "train_4", "train_6", "val_1"])
 def test_person_crop(name, golden, tmp_path):
     case, raw, source, target = load(golden / "data" / "pose" / f"item_coco_{name}")
-    write_picture(tmp_path / "images" / case["annotation"]["images"][0]["file_name"], raw)
+    save_image(tmp_path / "images" / case["annotation"]["images"][0]["file_name"], raw)
     dataset = CocoKeypoints(write_json(tmp_path / "people.json", case["annotation"]), tmp_path / "images")
     image, person = dataset[0]
     assert person.center == pytest.approx(case["db_center"]) and person.scale == pytest.approx(case["db_scale"])
@@ -54,8 +54,8 @@ CHOSEN = ("np.random.choice", "random.sample")
 def test_coco_stuff(name, golden, tmp_path):
     folder = golden / "data" / "seg" / f"stuff_{name}"
     case, raw, source, target = load(folder)
-    write_picture(tmp_path / "images" / "train2017" / "0.jpg", raw)
-    write_picture(tmp_path / "annotations" / "train2017" / "0.png", Image.open(folder / case["label"]))
+    save_image(tmp_path / "images" / "train2017" / "0.jpg", raw)
+    save_image(tmp_path / "annotations" / "train2017" / "0.png", Image.open(folder / case["label"]))
     (tmp_path / "labels.txt").write_text("\n".join(case["labels"]) + "\n")
     if name == "2_seed1":  # nothing is labelled: the original asks to leave the picture as it is, we ask nothing
         with pytest.raises(Exception, match="no pixel is labelled"):
@@ -78,7 +78,7 @@ def test_referring_expressions(name, seed, golden, tmp_path):
     folder = golden / "data" / "seg" / f"{name}_seed{seed}"
     case, raw, source, target = load(folder)
     pictures = [{"id": 5, "file_name": "raw.jpg", "width": raw.width, "height": raw.height}]
-    write_picture(tmp_path / "raw.jpg", raw)
+    save_image(tmp_path / "raw.jpg", raw)
     write_json(tmp_path / "instances.json", {"images": pictures, "annotations": case["annotations"]})
     references = [case["ref"] | {"split": "train"}]
     if name == "refcoco":

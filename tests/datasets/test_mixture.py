@@ -10,13 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
-from instructdiffusion_pipeline.datasets.mixture import Always, Mixture, Source
-from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.datasets.mixture import FixedTask, Mixture, Source
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.types import Joint
 
-BLUR = Always(Restoration("blur"))
+BLUR = FixedTask(Restoration("blur"))
 
 
 class Numbered:
@@ -119,8 +119,8 @@ class Annotated(Numbered):
 @pytest.mark.parametrize(
     "pick, nothing, something",
     [
-        (Segmentation.pick, {}, {"cat": np.ones((2, 2), bool)}),
-        (Keypoints.pick, {"nose": Joint(900, 900)}, {"nose": Joint(1, 1)}),
+        (Segmentation.from_annotation, {}, {"cat": np.ones((2, 2), bool)}),
+        (Keypoints.from_annotation, {"nose": Joint(900, 900)}, {"nose": Joint(1, 1)}),
     ],
 )
 def test_samples_with_nothing_to_ask_are_replaced_too(pick, nothing, something, caplog):
@@ -130,7 +130,8 @@ def test_samples_with_nothing_to_ask_are_replaced_too(pick, nothing, something, 
 
 
 @pytest.mark.parametrize(
-    "pick, annotation", [(BLUR, Image.new("RGB", (3, 2))), (Segmentation.pick, {"cat": np.ones((2, 3), bool)})]
+    "pick, annotation",
+    [(BLUR, Image.new("RGB", (3, 2))), (Segmentation.from_annotation, {"cat": np.ones((2, 3), bool)})],
 )
 def test_annotations_of_another_size_are_named(pick, annotation):
     with pytest.raises(ValueError, match=r"^a: 0.png: "):

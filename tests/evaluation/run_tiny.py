@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.evaluation import Case, Exam, evaluate, whole_person
+from instructdiffusion_pipeline.evaluation import Case, Example, evaluate, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import COCO_SIGMAS, Pose
-from instructdiffusion_pipeline.sample import Edit, Joint
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.types import Edit, Joint
 
 BATCH = 4
 QUICK = {"num_inference_steps": 2, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
@@ -31,13 +31,13 @@ def blob(seed: int) -> np.ndarray:
     return mask
 
 
-def person(image, seed: int) -> Exam:
+def person(image, seed: int) -> Example:
     rng = random.Random(seed)
     joints = {name: Joint(rng.uniform(8, 56), rng.uniform(8, 56)) for name in COCO_SIGMAS}
-    return Exam(image, whole_person(image, joints, rng), Pose(joints, 1500.0, COCO_SIGMAS))
+    return Example(image, whole_person(image, joints, rng), Pose(joints, 1500.0, COCO_SIGMAS))
 
 
-def unreadable() -> Exam:
+def unreadable() -> Example:
     raise OSError("the file is cut off")
 
 
@@ -50,17 +50,19 @@ def cases() -> list[Case]:
         wide = tiny.picture(96, 64, seed)
         masks = {"cat": blob(seed) if seed % 3 else np.zeros((64, 64), bool)}
         found += [
-            Case(f"cat {seed}", "segmentation, blobs", partial(Exam, image, [Segmentation({"cat": "blue"})], masks)),
-            Case(f"noise {seed}", "noise", partial(Exam, wide, [restore], wide.transpose(0))),
+            Case(
+                f"cat {seed}", "segmentation, blobs", partial(Example, image, [Segmentation({"cat": "blue"})], masks)
+            ),
+            Case(f"noise {seed}", "noise", partial(Example, wide, [restore], wide.transpose(0))),
         ]
         if seed < 3:
-            found.append(Case(f"edit {seed}", "editing", partial(Exam, image, [edit], Edit(edit.text, other))))
+            found.append(Case(f"edit {seed}", "editing", partial(Example, image, [edit], Edit(edit.text, other))))
         if seed < 1:
             found.append(Case(f"person {seed}", "keypoints", partial(person, image, seed)))
     found[5:5] = [
         Case("broken file", "noise", unreadable),
-        Case("long strip", "noise", partial(Exam, tiny.picture(640, 8), [restore], tiny.picture(640, 8))),
-        Case("other size", "noise", partial(Exam, tiny.picture(64, 64), [restore], tiny.picture(32, 64))),
+        Case("long strip", "noise", partial(Example, tiny.picture(640, 8), [restore], tiny.picture(640, 8))),
+        Case("other size", "noise", partial(Example, tiny.picture(64, 64), [restore], tiny.picture(32, 64))),
     ]
     return found
 

@@ -8,8 +8,8 @@ from scipy.ndimage import gaussian_filter
 from skimage import data
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from instructdiffusion_pipeline.datasets.coco_keypoints import AIC_JOINTS, CROWDPOSE_JOINTS
-from instructdiffusion_pipeline.evaluation import Exam, metrics
+from instructdiffusion_pipeline.datasets.keypoints import AIC_JOINTS, CROWDPOSE_JOINTS
+from instructdiffusion_pipeline.evaluation import Example, metrics
 from instructdiffusion_pipeline.evaluation.metrics import (
     AIC_SIGMAS,
     COCO_SIGMAS,
@@ -19,9 +19,9 @@ from instructdiffusion_pipeline.evaluation.metrics import (
     keypoint_ap,
 )
 from instructdiffusion_pipeline.evaluation.scoring import measure, summarize
-from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.types import Joint
 
 AREA = 3000.0
 
@@ -129,10 +129,10 @@ def test_each_pck_counts_joints_up_to_its_share_of_its_reference(reference, scor
     )
     truth |= {"head": {"upper neck": Joint(80, 30), "head top": Joint(80, 10)}}.get(reference, {})
     task = Keypoints(dict(zip(truth, KEYPOINT_COLORS, strict=False)))
-    exam = Exam(Image.new("RGB", (160, 120)), [task], truth)
+    example = Example(Image.new("RGB", (160, 120)), [task], truth)
     for off, right in (farthest - 0.01, 1), (farthest + 0.01, 0):
         found = truth | {"nose": Joint(80 + off, 10)}
-        scores = summarize([measure(exam, found, (0, 0, 160, 120))])
+        scores = summarize([measure(example, found, (0, 0, 160, 120))])
         assert scores[score] == pytest.approx((len(truth) - 1 + right) / len(truth))
 
 

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train
-from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train
+from instructdiffusion_pipeline.training.noise import draw
 
 BATCH = 8
 OPTIONS = "--model tiny --size 32 --batch_size 2 --rounds 2 --updates 1"
@@ -31,7 +31,9 @@ def _any_precision():
 
 @pytest.fixture
 def samples(pipe):
-    return PictureSamples(Mixture([(Source("noise", benchmark.Pictures(32), Editing.pick), 1)]), pipe.tokenizer)
+    return ImageDataset(
+        Mixture([(Source("noise", benchmark.Pictures(32), Editing.from_annotation), 1)]), pipe.tokenizer
+    )
 
 
 def drawn(seed, positions):
@@ -41,7 +43,7 @@ def drawn(seed, positions):
 
 @pytest.fixture(scope="module")
 def seed():
-    """Draws that drop each condition and never fall where the two sides differ.
+    """StepNoise that drop each condition and never fall where the two sides differ.
 
     From 0.05 to 0.1 the recipe drops both conditions, and `train`, as the original, one of them.
     """

@@ -3,9 +3,9 @@ import random
 import edits
 import numpy as np
 import pytest
-from grades import GRADES, grade
-from phrases import plural
+from color_edits import GRADES, grade
 from PIL import Image
+from referring_expressions import plural
 from world import SIZE, World
 
 

@@ -72,7 +72,7 @@ def test_discs_are_read_back_where_the_joints_are():
         layer, joints = draw_figure(rng, faces_viewer=True)
         image = Image.new("RGB", (SIZE, SIZE), (70, 110, 90))
         image.paste(layer, (0, 0), layer)
-        task = Keypoints.pick(image, joints, rng)
+        task = Keypoints.from_annotation(image, joints, rng)
         for name, found in task.read(image, task.draw(image, joints)).items():
             if joints[name] and found:
                 steps.append(np.hypot(found.x - joints[name].x, found.y - joints[name].y))

@@ -6,7 +6,7 @@ import re
 import held_out
 import numpy as np
 import pytest
-import train_reading
+import train_readout
 from held_out import rows
 from PIL import Image, ImageDraw
 from world import UNSEEN_STYLE, is_held_out
@@ -33,7 +33,7 @@ def test_every_row_is_of_what_training_never_saw(colored_world):
     for source in rows(colored_world, 6):
         for index in range(6):
             image, annotation = source.dataset[index]
-            task = source.pick(image, annotation, random.Random(index))
+            task = source.make_task(image, annotation, random.Random(index))
             clean = np.asarray(annotation if task.family == "restoration" else image).astype(int)
             assert (clean == RED).all(-1).any(), source.name
             assert not (clean == GRAY).all(-1).any(), source.name
@@ -48,4 +48,4 @@ def test_every_row_is_of_what_training_never_saw(colored_world):
 
 
 def test_no_two_stages_share_their_scenes():
-    assert len({0, 1, train_reading.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's
+    assert len({0, 1, train_readout.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's

@@ -5,17 +5,17 @@ import evaluate
 import numpy as np
 import pytest
 import score
-import train_reading
+import train_readout
 import vae
 from edit import TINY_MODEL
 from held_out import rows as rows_of
 from model import build_pipeline
 from PIL import Image
 
-from instructdiffusion_pipeline.evaluation import Exam
-from instructdiffusion_pipeline.sample import Joint
+from instructdiffusion_pipeline.evaluation import Example
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.types import Joint
 
 GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 
@@ -31,9 +31,9 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
         script.main()
 
-    monkeypatch.setattr(train_reading, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
-    monkeypatch.setattr(train_reading, "STEPS", 3)
-    run(train_reading, "--model", model, "--world", world_folder, "--work_dir", tmp_path / "reading")
+    monkeypatch.setattr(train_readout, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
+    monkeypatch.setattr(train_readout, "STEPS", 3)
+    run(train_readout, "--model", model, "--world", world_folder, "--work_dir", tmp_path / "reading")
     run(evaluate, "--model", model, "--data", f"tiny={world_folder}", "--samples", 2, "--output", output)
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert [row["row"] for row in rows] == [source.name for source in rows_of(world_folder, 1)]
@@ -77,25 +77,25 @@ def test_a_name_blind_painter_is_told_apart():
     cat, dog = np.zeros((2, 64, 64), bool)
     cat[:20, :20], dog[40:, 40:] = True, True
     task = Segmentation({"cat": "red"})
-    exam = Exam(GRAY, [task], {"cat": cat, "dog": dog, "car": np.zeros_like(cat)})
-    found = score.in_masks(exam, task.draw(GRAY, {"cat": cat}))
+    example = Example(GRAY, [task], {"cat": cat, "dog": dog, "car": np.zeros_like(cat)})
+    found = score.in_masks(example, task.draw(GRAY, {"cat": cat}))
     assert found["mIoU among several"] == [1]
     assert found["mIoU among several, all objects painted"] == [pytest.approx(400 / 976)]
     assert found["the asked one of several"] == [True]
-    assert score.in_masks(exam, task.draw(GRAY, {"cat": dog}))["the asked one of several"] == [False]
+    assert score.in_masks(example, task.draw(GRAY, {"cat": dog}))["the asked one of several"] == [False]
     absent = Segmentation({"car": "red"})
-    assert score.in_masks(exam._replace(tasks=[absent]), GRAY) == {"painted though absent": [False]}
+    assert score.in_masks(example._replace(tasks=[absent]), GRAY) == {"painted though absent": [False]}
     painted = absent.draw(GRAY, {"car": cat})
-    assert score.in_masks(exam._replace(tasks=[absent]), painted) == {"painted though absent": [True]}
+    assert score.in_masks(example._replace(tasks=[absent]), painted) == {"painted though absent": [True]}
 
 
 def test_left_taken_for_right_is_counted():
     truth = {"left wrist": Joint(10, 10), "right wrist": Joint(50, 50), "nose": None}
     task = Keypoints({"left wrist": "red", "nose": "blue"})
-    exam = Exam(GRAY, [task], truth)
-    right = score.in_joints(exam, task.draw(GRAY, truth))
+    example = Example(GRAY, [task], truth)
+    right = score.in_joints(example, task.draw(GRAY, truth))
     assert right == {"left and right confused": [False], "no disc": [False], "disc on what is outside": [False]}
-    swapped = score.in_joints(exam, task.draw(GRAY, {"left wrist": Joint(50, 50), "nose": Joint(30, 10)}))
+    swapped = score.in_joints(example, task.draw(GRAY, {"left wrist": Joint(50, 50), "nose": Joint(30, 10)}))
     assert swapped == {"left and right confused": [True], "no disc": [False], "disc on what is outside": [True]}
 
 

@@ -10,8 +10,8 @@ import edit
 import numpy as np
 import pytest
 import torch
+from color_edits import GRADES, grade
 from figures import draw_figure
-from grades import GRADES, grade
 from PIL import Image
 from pose import WholePose
 from skimage import data
@@ -20,7 +20,7 @@ from world import SIZE
 from instructdiffusion_pipeline import InstructDiffusionPipeline, pipeline_instruct_diffusion
 from instructdiffusion_pipeline.ask import ask_batch
 from instructdiffusion_pipeline.evaluation.metrics import Overlap, psnr
-from instructdiffusion_pipeline.reading import LearnedReading
+from instructdiffusion_pipeline.readout import LearnedReading
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise

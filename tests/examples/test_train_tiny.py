@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import vae
-from families import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file
+from sources import FAMILIES
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 

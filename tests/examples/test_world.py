@@ -5,10 +5,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from families import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, pick_named, segmentation, source
-from phrases import speaks_of
 from PIL import Image
 from pose import WholePose
+from referring_expressions import speaks_of
+from sources import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, pick_named, segmentation, source
 from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
@@ -81,7 +81,7 @@ def test_segmentation_paints_what_the_words_mean(world_folder):
         image, masks = dataset[index]
         assert {words for words, mask in masks.items() if not mask.any()} < world.names
         rng = random.Random(index)
-        task = Segmentation.pick(image, masks, rng)
+        task = Segmentation.from_annotation(image, masks, rng)
         sample = make_sample(task, image, masks, rng)
         ((name, color),) = task.colors.items()
         assert name in sample.instruction and color in sample.instruction

@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 from scenes import jpeg, photograph, through_vae
 
 from instructdiffusion_pipeline import working_size
-from instructdiffusion_pipeline.sample import Joint
-from instructdiffusion_pipeline.tasks import NothingToAsk
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, paint
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, RADIUS, Keypoints, coco_keypoints, disc
+from instructdiffusion_pipeline.types import Joint
 
 SEEDS = st.integers(0, 2**32).map(random.Random)
 RECORDED = ["AICDataset_0", "COCODataset_0", "COCODataset_1", "COCODataset_2", "CrowdPoseDataset_0", "MPIIDataset_0"]
@@ -54,7 +54,7 @@ def question(rng, size=256):
         place = Joint(rng.uniform(0, size - 1), rng.uniform(0, size - 1))
         apart = all(np.hypot(place.x - other.x, place.y - other.y) >= 2 * radius for other in joints.values() if other)
         joints[name] = place if apart and rng.random() < 0.8 else None
-    return image, joints, Keypoints.pick(image, joints, rng)
+    return image, joints, Keypoints.from_annotation(image, joints, rng)
 
 
 def errors(task, joints, found):
@@ -151,7 +151,7 @@ def test_answers_land_on_the_right_pixels_of_a_large_picture(size):
         apart = all(np.hypot(a.x - b.x, a.y - b.y) > 3 * radius for a, b in itertools.combinations(spots, 2))
         if not apart:
             continue
-        task = Keypoints.pick(image, joints, rng)
+        task = Keypoints.from_annotation(image, joints, rng)
         # fitted to the working size and fitted back, as the pipeline does; both crop to the centre
         answer = ImageOps.fit(task.draw(image, joints), working, Image.Resampling.LANCZOS)
         answer = ImageOps.fit(answer, size, Image.Resampling.LANCZOS)
@@ -162,18 +162,18 @@ def test_answers_land_on_the_right_pixels_of_a_large_picture(size):
 def test_pick_leaves_out_what_lies_outside_and_asks_for_what_cannot_be_seen():
     image = Image.new("RGB", (256, 256), (0, 0, 0))
     joints = {"nose": Joint(100, 100), "left eye": Joint(-12, 50), "right eye": Joint(-8, 50), "left ear": None}
-    picks = [Keypoints.pick(image, joints, random.Random(seed)) for seed in range(300)]
+    picks = [Keypoints.from_annotation(image, joints, random.Random(seed)) for seed in range(300)]
     assert set().union(*(pick.colors for pick in picks)) == {"nose", "right eye", "left ear"}
     assert {len(pick.colors) for pick in picks} == {1, 2, 3}
     assert "black" not in {pick.colors.get("nose") for pick in picks}
     everything = {name: Joint(9 * index, 100) for index, name in enumerate(COCO_JOINTS)}
-    counts = [len(Keypoints.pick(image, everything, random.Random(seed)).colors) for seed in range(500)]
+    counts = [len(Keypoints.from_annotation(image, everything, random.Random(seed)).colors) for seed in range(500)]
     assert set(counts) == {1, 2, 3, 4, 5}
 
 
 def test_nothing_to_ask():
-    with pytest.raises(NothingToAsk, match="`joints` must hold one inside the 64 x 64 pixels"):
-        Keypoints.pick(Image.new("RGB", (64, 64)), {"nose": Joint(500, 10)}, random.Random(0))
+    with pytest.raises(EmptyAnnotation, match="`joints` must hold one inside the 64 x 64 pixels"):
+        Keypoints.from_annotation(Image.new("RGB", (64, 64)), {"nose": Joint(500, 10)}, random.Random(0))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "YCbCr"])

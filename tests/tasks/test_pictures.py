@@ -8,9 +8,9 @@ from PIL import Image, ImageOps
 from scenes import photograph
 
 from instructdiffusion_pipeline import working_size
-from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.restoration import TEMPLATES, Restoration, add_noise
+from instructdiffusion_pipeline.types import Edit
 
 PLAIN, NOISY = photograph(random.Random(1), 120, 90), photograph(random.Random(2), 120, 90)
 
@@ -61,7 +61,7 @@ def test_wordings_of_a_defect(defect):
 
 
 def test_questions_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="`defect` must be one of noise, blur, watermark; got 'rain'"):
+    with pytest.raises(ValueError, match="`degradation` must be one of noise, blur, watermark; got 'rain'"):
         Restoration("rain")
     for text in ("  ", None, 3):
         with pytest.raises(ValueError, match=f"`text` must say what to edit, .* got {text!r}"):

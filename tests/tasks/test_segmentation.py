@@ -10,7 +10,7 @@ from scenes import PHOTOGRAPHS, blob, iou, jpeg, photograph, through_vae
 from scipy.ndimage import binary_fill_holes
 
 from instructdiffusion_pipeline import working_size
-from instructdiffusion_pipeline.tasks import NothingToAsk
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
@@ -38,7 +38,7 @@ def question(rng, size=256, count=1, narrowest=8):
             mask = blob(rng, size, size, narrowest) & ~np.logical_or.reduce(
                 [*masks.values(), np.zeros((size, size), bool)]
             )
-            color = Segmentation.pick(image, {name: mask}, rng).colors[name] if mask.any() else "red"
+            color = Segmentation.from_annotation(image, {name: mask}, rng).colors[name] if mask.any() else "red"
             masks[name], colors[name] = mask, color
         if len(set(colors.values())) == count and all(mask.sum() >= 64 for mask in masks.values()):
             return image, masks, Segmentation(colors)
@@ -169,7 +169,7 @@ def test_inputs_of_every_mode_are_read(mode):
 def test_confidence_falls_as_the_paint_thins():
     image = photograph(random.Random(2), 96, 96)
     mask = blob(random.Random(3), 96, 96)
-    task = Segmentation({"ball": Segmentation.pick(image, {"ball": mask}, random.Random(0)).colors["ball"]})
+    task = Segmentation({"ball": Segmentation.from_annotation(image, {"ball": mask}, random.Random(0)).colors["ball"]})
     full = task.draw(image, {"ball": mask})
     confidences = [
         task.read(image, Image.blend(image, full, share))["ball"].confidence for share in (1.0, 0.9, 0.8, 0.7)
@@ -180,7 +180,7 @@ def test_confidence_falls_as_the_paint_thins():
 def test_a_trace_of_colour_is_no_mask():
     image = photograph(random.Random(2), 96, 96)
     mask = blob(random.Random(3), 96, 96)
-    task = Segmentation({"ball": Segmentation.pick(image, {"ball": mask}, random.Random(0)).colors["ball"]})
+    task = Segmentation({"ball": Segmentation.from_annotation(image, {"ball": mask}, random.Random(0)).colors["ball"]})
     full = task.draw(image, {"ball": mask})
     faint, clear = (task.read(image, Image.blend(image, full, share))["ball"] for share in (0.6, 0.75))
     assert not faint.pixels.any() and faint.box is None
@@ -232,14 +232,14 @@ def test_where_masks_overlap_the_last_is_painted():
 
 
 def test_nothing_to_ask():
-    with pytest.raises(NothingToAsk, match="`masks`"):
-        Segmentation.pick(Image.new("RGB", (8, 8)), {}, random.Random(0))
+    with pytest.raises(EmptyAnnotation, match="`masks`"):
+        Segmentation.from_annotation(Image.new("RGB", (8, 8)), {}, random.Random(0))
 
 
 def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_that_show():
     image = Image.new("RGB", (32, 32), (250, 5, 5))
     masks = {"cat": np.ones((32, 32), bool), "dog": np.zeros((32, 32), bool), "cow": np.zeros((32, 32), bool)}
-    picks = [Segmentation.pick(image, masks, random.Random(seed)) for seed in range(2000)]
+    picks = [Segmentation.from_annotation(image, masks, random.Random(seed)) for seed in range(2000)]
     absent = sum("cat" not in pick.colors for pick in picks) / len(picks)
     assert absent == pytest.approx(0.2, abs=0.03)
     colors = {pick.colors["cat"] for pick in picks if "cat" in pick.colors}

@@ -3,8 +3,8 @@
 import tiny
 
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.types import Edit
 
 
 class Pairs:
@@ -29,5 +29,8 @@ class Pairs:
 
 def mixture(count: int = 5, seed: int = 0, side: int = 32) -> Mixture:
     """Two sources, of `count` pairs and of two."""
-    sources = [Source("many", Pairs(count, side=side), Editing.pick), Source("two", Pairs(2, 100, side), Editing.pick)]
+    sources = [
+        Source("many", Pairs(count, side=side), Editing.from_annotation),
+        Source("two", Pairs(2, 100, side), Editing.from_annotation),
+    ]
     return Mixture([(source, 1) for source in sources], seed)

@@ -8,11 +8,11 @@ from PIL import Image, ImageFilter
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, Segmentation
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.datasets.picks import picks
-from instructdiffusion_pipeline.sample import Sample
+from instructdiffusion_pipeline.datasets.preferences import load_preferences
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import RECIPES, PictureSamples, TrainingConfig, train
+from instructdiffusion_pipeline.training import RECIPES, ImageDataset, TrainingConfig, train
 from instructdiffusion_pipeline.training.candidates import make_candidates
+from instructdiffusion_pipeline.types import Sample
 
 TASK = Segmentation({"sunflower": "blue"})
 SPRITE = Image.open(tiny.ROOT / "examples" / "demo" / "sunflower.png").convert("RGBA")
@@ -70,10 +70,10 @@ def test_fine_tuning_on_the_best_candidates_raises_the_score_on_new_scenes(tmp_p
         if iou(Image.open(best), number) >= GOOD:
             best.rename(tmp_path / "picks" / best.name)
 
-    chosen = picks(tmp_path)
-    mixture = Mixture([(Source("picks", chosen, Editing.pick), 1)])
+    chosen = load_preferences(tmp_path)
+    mixture = Mixture([(Source("picks", chosen, Editing.from_annotation), 1)])
     settings = {"max_train_steps": 60, "batch_size": 16, "learning_rate": 3e-4} | RECIPES["alignment"]
-    pipe = train(pipe, PictureSamples(mixture, pipe.tokenizer), TrainingConfig(**settings), tmp_path / "run")
+    pipe = train(pipe, ImageDataset(mixture, pipe.tokenizer), TrainingConfig(**settings), tmp_path / "run")
     after = mean_iou(pipe, new_scenes)
     print(f"{len(chosen)} picks of {len(GRID) * len(samples)} candidates: mean IoU {before:.3f} to {after:.3f}")
     assert after >= before + 0.01

@@ -5,9 +5,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.picks import picks
-from instructdiffusion_pipeline.sample import Sample
+from instructdiffusion_pipeline.datasets.preferences import load_preferences
 from instructdiffusion_pipeline.training.candidates import GRID, make_candidates
+from instructdiffusion_pipeline.types import Sample
 
 SAMPLES = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"paint {i}") for i in range(3)]
 SMALL = {"grid": [(1.5, 1.0), (3.0, 1.25)], "num_inference_steps": 2, "batch_size": 2}
@@ -48,11 +48,11 @@ def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
 def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="picks is empty; move the best of .*candidates there"):
-        picks(tmp_path)
+        load_preferences(tmp_path)
     for name in ("000002_00_s1.5_i1.png", "000002_01_s3_i1.25.png", "000000_01_s3_i1.25.png"):
         (tmp_path / "candidates" / name).rename(tmp_path / "picks" / name)
     (tmp_path / "picks" / "999999_00_s1_i1.png").write_bytes(b"")
-    data = picks(tmp_path)
+    data = load_preferences(tmp_path)
     assert len(data) == 3 and data.skipped == [("inputs/999999.png", "a missing file")]
     image, edit = data[2]
     assert edit.instruction == "paint 2" and (np.asarray(image) == np.asarray(SAMPLES[2].image)).all()

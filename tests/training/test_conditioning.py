@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
-from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training.noise import draw
 
 
 def dropped(draws):

@@ -3,19 +3,19 @@ import torch
 from pairs import Pairs, mixture
 
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.tasks import NothingToAsk
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import CachedSamples, PictureSamples, cache, cache_samples
+from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, cache, cache_samples
 from instructdiffusion_pipeline.training.data import pixels, tokenize
-from instructdiffusion_pipeline.training.draws import draw
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+from instructdiffusion_pipeline.training.noise import draw
 
 SHAPE = torch.Size([4, 16, 16])
 
 
 @pytest.fixture
 def samples(pipe):
-    return PictureSamples(mixture(), pipe.tokenizer)
+    return ImageDataset(mixture(), pipe.tokenizer)
 
 
 def test_items_are_the_samples_of_the_mixture(pipe, samples):
@@ -29,8 +29,10 @@ def test_items_are_the_samples_of_the_mixture(pipe, samples):
 
 
 def test_pictures_of_several_sizes_are_refused(pipe):
-    sources = [Source(name, Pairs(2, side=side), Editing.pick) for name, side in (("small", 32), ("large", 64))]
-    samples = PictureSamples(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
+    sources = [
+        Source(name, Pairs(2, side=side), Editing.from_annotation) for name, side in (("small", 32), ("large", 64))
+    ]
+    samples = ImageDataset(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
     with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) of \((32|64)"):
         [samples[position] for position in range(4)]
 
@@ -38,10 +40,10 @@ def test_pictures_of_several_sizes_are_refused(pipe):
 def test_what_is_skipped_is_counted(pipe):
     def picky(image, edit, rng):
         if "number 1" in edit.instruction:
-            raise NothingToAsk("odd one")
-        return Editing.pick(image, edit, rng)
+            raise EmptyAnnotation("odd one")
+        return Editing.from_annotation(image, edit, rng)
 
-    samples = PictureSamples(Mixture([(Source("picky", Pairs(3), picky), 1)]), pipe.tokenizer)
+    samples = ImageDataset(Mixture([(Source("picky", Pairs(3), picky), 1)]), pipe.tokenizer)
     samples.mixture.skipped.clear()
     assert sum(int(samples[position]["skipped"]) for position in range(3)) == 1
 
@@ -103,7 +105,7 @@ def test_a_cache_holds_what_encoding_gives(pipe, samples, tmp_path, embeddings, 
 
 def test_each_epoch_of_a_cache_shows_all_in_another_order(pipe, samples, tmp_path):
     cached = cache_samples(samples, 6, pipe, tmp_path)
-    again = CachedSamples(tmp_path)
+    again = CachedDataset(tmp_path)
 
     def epoch(data, number):
         return [data[position]["target_mean"].sum().item() for position in range(6 * number, 6 * number + 6)]
@@ -120,14 +122,14 @@ def test_a_cache_of_some_sources_alone_shows_all_of_theirs(pipe, samples, tmp_pa
         return [(int(item["source"]), item["target_mean"].sum().item()) for item in map(data.__getitem__, positions)]
 
     wanted = sorted(pair for pair in shown(cached, range(12)) if cached.sources[pair[0]] == "many")
-    many = CachedSamples(tmp_path, only={"many"})
+    many = CachedDataset(tmp_path, only={"many"})
     assert 0 < len(many) == len(wanted) < 12
     for epoch in range(2):
         assert sorted(shown(many, range(epoch * len(many), (epoch + 1) * len(many)))) == wanted
     assert int(many[len(many)]["position"]) == len(many)
-    assert shown(CachedSamples(tmp_path, only={"many", "two"}), range(12)) == shown(cached, range(12))
+    assert shown(CachedDataset(tmp_path, only={"many", "two"}), range(12)) == shown(cached, range(12))
     with pytest.raises(ValueError, match=r"`only` must name some of .*; got few"):
-        CachedSamples(tmp_path, only={"few"})
+        CachedDataset(tmp_path, only={"few"})
 
 
 def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples, tmp_path, monkeypatch):
@@ -150,9 +152,7 @@ def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples,
 
 
 def test_a_text_is_stored_once(pipe, tmp_path):
-    samples = PictureSamples(
-        Mixture([(Source("same", Pairs(6), lambda *_: Editing("same words")), 1)]), pipe.tokenizer
-    )
+    samples = ImageDataset(Mixture([(Source("same", Pairs(6), lambda *_: Editing("same words")), 1)]), pipe.tokenizer)
     cached = cache_samples(samples, 6, pipe, tmp_path)
     assert cached._shards[0]["prompt_embeds"].shape == (1, 77, 32)
     torch.testing.assert_close(
@@ -162,7 +162,9 @@ def test_a_text_is_stored_once(pipe, tmp_path):
 
 def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
     def samples(first):
-        return PictureSamples(Mixture([(Source("same name", Pairs(3, first), Editing.pick), 1)]), pipe.tokenizer)
+        return ImageDataset(
+            Mixture([(Source("same name", Pairs(3, first), Editing.from_annotation), 1)]), pipe.tokenizer
+        )
 
     cache_samples(samples(0), 3, pipe, tmp_path)
     with pytest.raises(ValueError, match="content was"):

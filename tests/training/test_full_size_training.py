@@ -10,8 +10,8 @@ from pairs import mixture
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train, widen
-from instructdiffusion_pipeline.training.watch import peak_memory
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train, widen
+from instructdiffusion_pipeline.training.metrics import peak_memory
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_full_size_is_widened_and_trained(tmp_path):
     # CLIP's own vocabulary is not at hand without a network. The tiny one gives valid ids, and fewer of them.
     tokenizer = CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
     pipe = InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, tiny.scheduler())
-    samples = PictureSamples(mixture(side=256), tokenizer)
+    samples = ImageDataset(mixture(side=256), tokenizer)
     config = TrainingConfig(
         max_train_steps=2, batch_size=1, lora_rank=16, mixed_precision="bf16", gradient_checkpointing=True
     )

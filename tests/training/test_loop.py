@@ -21,16 +21,16 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import (
-    PictureSamples,
+    ImageDataset,
     TrainingConfig,
     ValidationQuestion,
     cache_samples,
     save_lora,
     train,
 )
-from instructdiffusion_pipeline.training.draws import draw
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders
 from instructdiffusion_pipeline.training.loss import denoising_loss
+from instructdiffusion_pipeline.training.noise import draw
 from instructdiffusion_pipeline.training.validation import validation_sheet
 
 TWO_PROCESSES = tiny.ROOT / "examples" / "accelerate" / "two_processes_cpu.yaml"
@@ -52,7 +52,7 @@ def checkpoints(folder):
 
 @pytest.fixture
 def two_samples(pipe):
-    return PictureSamples(Mixture([(Source("two", Pairs(2), Editing.pick), 1)]), pipe.tokenizer)
+    return ImageDataset(Mixture([(Source("two", Pairs(2), Editing.from_annotation), 1)]), pipe.tokenizer)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -225,7 +225,7 @@ def test_gradients_that_are_not_finite_stop_too(pipe, two_samples, tmp_path):
 
 @pytest.fixture
 def samples(pipe):
-    return PictureSamples(mixture(), pipe.tokenizer)
+    return ImageDataset(mixture(), pipe.tokenizer)
 
 
 def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
@@ -268,7 +268,7 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
     cached = cache_samples(two_samples, 2, pipe, tmp_path / "cache")
     with pytest.raises(ValueError, match="embeddings=False"):
         train(pipe, cached, dataclasses.replace(FEW, train_text_encoder=True), tmp_path / "out")
-    odd = PictureSamples(Mixture([(Source("odd", Pairs(2, side=34), Editing.pick), 1)]), pipe.tokenizer)
+    odd = ImageDataset(Mixture([(Source("odd", Pairs(2, side=34), Editing.from_annotation), 1)]), pipe.tokenizer)
     with pytest.raises(ValueError, match="34 x 34 pixels; both must be multiples of 4"):
         train(pipe, odd, FEW, tmp_path / "out")
     clean = InstructDiffusionPipeline(**tiny.components())

@@ -12,10 +12,10 @@ from pairs import Pairs, mixture
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, train
-from instructdiffusion_pipeline.training.draws import draw
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train
 from instructdiffusion_pipeline.training.loss import denoising_loss
 from instructdiffusion_pipeline.training.model import Denoiser
+from instructdiffusion_pipeline.training.noise import draw
 
 CONFIG = TrainingConfig(max_train_steps=1, batch_size=16, learning_rate=1e-3, ema_decay=0, seed=3)
 
@@ -40,7 +40,7 @@ def expected_inputs(pipe, samples, config):
 
 @pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
 def test_the_first_update_is_that_of_the_paper(pipe, tmp_path, monkeypatch, min_snr_gamma):
-    samples, seen = PictureSamples(mixture(), pipe.tokenizer), []
+    samples, seen = ImageDataset(mixture(), pipe.tokenizer), []
     config = dataclasses.replace(CONFIG, min_snr_gamma=min_snr_gamma, max_grad_norm=0.5)
     forward = Denoiser.forward
     monkeypatch.setattr(Denoiser, "forward", lambda self, *args: seen.append(args) or forward(self, *args))
@@ -75,7 +75,7 @@ def learning_rates(folder):
 
 
 def test_the_schedule_counts_updates(pipe, tmp_path):
-    samples = PictureSamples(mixture(), pipe.tokenizer)
+    samples = ImageDataset(mixture(), pipe.tokenizer)
     config = dataclasses.replace(
         CONFIG, max_train_steps=6, batch_size=1, gradient_accumulation_steps=2, lr_scheduler="cosine",
         lr_warmup_steps=2, logging_steps=1, report_to="tensorboard",
@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
             checkpointing_steps=1, checkpoints_total_limit=9,
         )  # fmt: skip
         config = dataclasses.replace(config, **changes)
-        samples = PictureSamples(mixture(), pipe.tokenizer)
+        samples = ImageDataset(mixture(), pipe.tokenizer)
         return train(pipe, samples, config, folder, resume).unet.state_dict()
 
     whole = run(tmp_path / "whole")
@@ -108,7 +108,9 @@ def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
 
 def test_other_pictures_of_the_same_number_are_another_run(pipe, tmp_path):
     def samples(first):
-        return PictureSamples(Mixture([(Source("same name", Pairs(3, first), Editing.pick), 1)]), pipe.tokenizer)
+        return ImageDataset(
+            Mixture([(Source("same name", Pairs(3, first), Editing.from_annotation), 1)]), pipe.tokenizer
+        )
 
     config = dataclasses.replace(CONFIG, batch_size=1)
     train(pipe, samples(0), config, tmp_path)

@@ -13,12 +13,12 @@ from accelerate import PartialState  # noqa: E402
 from pairs import mixture  # noqa: E402
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline  # noqa: E402
-from instructdiffusion_pipeline.training import PictureSamples, TrainingConfig, cache_samples, train  # noqa: E402
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, train  # noqa: E402
 
 if __name__ == "__main__":
     output_dir, settings, *cache = sys.argv[1:]
     pipe = InstructDiffusionPipeline(**tiny.components())
-    samples = PictureSamples(mixture(), pipe.tokenizer)
+    samples = ImageDataset(mixture(), pipe.tokenizer)
     if cache:
         samples = cache_samples(samples, 7, pipe, cache[0])
     pipe = train(pipe, samples, TrainingConfig(**json.loads(settings)), output_dir, resume="latest")

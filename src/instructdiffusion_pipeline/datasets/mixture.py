@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import AnnotatedImages, UnreadableSample
-from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.tasks import Lesson, NothingToAsk, make_sample
+from instructdiffusion_pipeline.tasks import EmptyAnnotation, TrainingTask, make_sample
+from instructdiffusion_pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 SHOWN = 3  # entries that a warning names
 
-Pick = Callable[[Image.Image, Any, random.Random], Lesson]
+MakeTask = Callable[[Image.Image, Any, random.Random], TrainingTask]
 Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 
@@ -26,13 +26,13 @@ Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 class Source:
     """A data set and what to ask of it.
 
-    `geometry` crops and turns what was read (see `geometry`); `pick` chooses the question about the outcome, as
-    `Segmentation.pick` does.
+    `geometry` crops and turns what was read (see `geometry`); `make_task` chooses the question about the outcome, as
+    `Segmentation.from_annotation` does.
     """
 
     name: str
     dataset: AnnotatedImages[Any]
-    pick: Pick
+    make_task: MakeTask
     geometry: Geometry | None = None
 
     def read(self, index: int, rng: random.Random) -> tuple[Image.Image, Any]:
@@ -42,12 +42,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Always:
-    """A `pick` that asks the same of every picture."""
+class FixedTask:
+    """A `make_task` that asks the same of every picture."""
 
-    task: Lesson
+    task: TrainingTask
 
-    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> Lesson:
+    def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> TrainingTask:
         return self.task
 
 
@@ -96,8 +96,8 @@ class Mixture:
             rng = random.Random(f"{self.seed}/{position}")
             try:
                 image, annotation = source.read(index, rng)
-                return make_sample(source.pick(image, annotation, rng), image, annotation, rng)
-            except (UnreadableSample, NothingToAsk) as error:
+                return make_sample(source.make_task(image, annotation, rng), image, annotation, rng)
+            except (UnreadableSample, EmptyAnnotation) as error:
                 self._skip(name, error)
             except (ValueError, IndexError) as error:  # an array of another size is an IndexError
                 raise ValueError(f"{name}: {error}") from error

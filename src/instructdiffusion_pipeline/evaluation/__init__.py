@@ -4,8 +4,17 @@ Needs the extra `eval` (pycocotools, scikit-image). `cases` says what is asked, 
 scores, `scoring` applies them to readings, and `report` writes the table. `classical` is what one had before.
 """
 
-from .cases import Case, Exam, ScoredCrop, cases_from, whole_person
-from .classical import classical
-from .runner import evaluate, through_vae
+from .baselines import classical
+from .evaluator import evaluate, through_vae
+from .examples import Case, EvaluationPersonCrop, Example, examples_from, whole_person
 
-__all__ = ["Case", "Exam", "ScoredCrop", "cases_from", "classical", "evaluate", "through_vae", "whole_person"]
+__all__ = [
+    "Case",
+    "Example",
+    "EvaluationPersonCrop",
+    "examples_from",
+    "classical",
+    "evaluate",
+    "through_vae",
+    "whole_person",
+]

@@ -16,8 +16,8 @@ from pycocotools.cocoeval import COCOeval, Params
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPImageProcessor, CLIPModel
 
-from instructdiffusion_pipeline.sample import Joint, Joints
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, coco_keypoints
+from instructdiffusion_pipeline.types import Joint, Joints
 
 # How far annotators differ in placing a joint, as a share of the root of a person's area: what OKS counts in. COCO's
 # come with pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from instructdiffusion_pipeline.evaluation.cases import Case
+from instructdiffusion_pipeline.evaluation.examples import Case
 from instructdiffusion_pipeline.evaluation.scoring import Scores, summarize, truth_picture
-from instructdiffusion_pipeline.sheets import stack, strip, write_picture, write_text
+from instructdiffusion_pipeline.image_grid import save_image, stack, strip, write_text
 
 IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
 NOTES = """\
@@ -34,7 +34,7 @@ def write(folder: Path, run: Mapping[str, Any], cases: Sequence[Case], records: 
     write_text(folder / "table.md", table(rows))
     for row in rows:
         if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
-            write_picture(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
+            save_image(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
     if not any(row["samples"] for row in rows):
         raise ValueError(
             f"`cases` must hold one that can be scored; all {len(records)} failed, see {folder}/table.md."
@@ -81,17 +81,17 @@ def number(metric: str, value: float | None) -> str:
 
 def contact_sheet(answers: Path, cases: Sequence[Case], records: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Best, median and worst of `records`: input, each question's answer, the reading, and the truth."""
-    ranked = sorted(records, key=lambda record: -record["merit"])
+    ranked = sorted(records, key=lambda record: -record["score_key"])
     picks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     strips = []
     for rank, record in picks.items():
-        exam = cases[record["index"]].open()
-        panels, overlay = [("input", exam.image)], exam.image
-        for index, task in enumerate(exam.tasks):
+        example = cases[record["index"]].open()
+        panels, overlay = [("input", example.image)], example.image
+        for index, task in enumerate(example.tasks):
             answer = Image.open(answers / answer_name(record["index"], index))
             panels.append((f'"{task.instruction()}"', answer))
-            overlay = task.overlay(overlay, task.read(exam.image, answer, tuple(record["box"])))
-        panels += [("reading", overlay), ("truth", truth_picture(exam))]
+            overlay = task.overlay(overlay, task.read(example.image, answer, tuple(record["box"])))
+        panels += [("reading", overlay), ("truth", truth_picture(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         strips.append(strip(f"{rank}: {metric} {number(metric, value)}, {record['name']}", panels))
     return stack(strips)

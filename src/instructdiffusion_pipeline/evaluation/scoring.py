@@ -11,18 +11,18 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import metrics
-from instructdiffusion_pipeline.evaluation.cases import Exam
+from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap, Pose
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.sample import Joint
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
 from instructdiffusion_pipeline.tasks.segmentation import Mask
+from instructdiffusion_pipeline.types import Joint
 
 Scores = dict[str, float | None]
 
 
-def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
+def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
     """What scores need to know of a `reading`, as JSON holds it: joints, overlaps of masks, or scores of a picture.
 
     What a reading is tells how to score it, whatever the task: a picture, or a dictionary of masks or of joints. The
@@ -30,22 +30,24 @@ def measure(exam: Exam, reading: Any, box: Box, clip: ClipSimilarity | None = No
     """
     if isinstance(reading, Image.Image):
         whole = inner_box(box)
-        right, shown = truth_picture(exam).crop(whole), reading.crop(whole)
+        right, shown = truth_picture(example).crop(whole), reading.crop(whole)
         scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
-        if clip and isinstance(exam.tasks[0], Editing):
+        if clip and isinstance(example.tasks[0], Editing):
             scores["CLIP similarity"] = clip(right, shown)
         return {"picture": scores}
     if not all(isinstance(part, Mask) for part in reading.values()):
-        truth = exam.truth if isinstance(exam.truth, Pose) else Pose(exam.truth)
+        truth = example.truth if isinstance(example.truth, Pose) else Pose(example.truth)
         return {
             "joints": {name: joint and list(map(float, joint)) for name, joint in reading.items()},
             "truth": {name: joint and list(map(float, joint)) for name in reading for joint in [truth.get(name)]},
-            "side": max(exam.image.size),
+            "side": max(example.image.size),
             "area": truth.area,
             "sigmas": truth.sigmas and dict(truth.sigmas),
         }
-    nothing = np.zeros((exam.image.height, exam.image.width), bool)
-    return {"masks": [Overlap.of(name, exam.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]}
+    nothing = np.zeros((example.image.height, example.image.width), bool)
+    return {
+        "masks": [Overlap.of(name, example.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]
+    }
 
 
 def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
@@ -64,7 +66,7 @@ def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
     return {name: sum(measure["picture"][name] for measure in measures) / len(measures) for name in names}
 
 
-def merit(measure: Mapping[str, Any]) -> float:
+def score_key(measure: Mapping[str, Any]) -> float:
     """A number to sort answers of one row by, from worst to best."""
     if "joints" in measure:
         found, truth = _joints(measure["joints"]), _joints(measure["truth"])
@@ -97,9 +99,9 @@ def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]
     return {name: Joint(*value) if value else None for name, value in values.items()}
 
 
-def truth_picture(exam: Exam) -> Image.Image:
+def truth_picture(example: Example) -> Image.Image:
     """The truth as it would be drawn for training, all questions in one picture."""
-    picture = exam.image
-    for task in exam.tasks:
-        picture = task.draw(picture, exam.truth)
+    picture = example.image
+    for task in example.tasks:
+        picture = task.draw(picture, example.truth)
     return picture

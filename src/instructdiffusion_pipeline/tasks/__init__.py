@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Protocol
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.sample import Sample
+from instructdiffusion_pipeline.types import Sample
 
 
-class Lesson(Protocol):
+class TrainingTask(Protocol):
     """What a model can be trained on: words, and the picture that answers them.
 
     Classes also have a `pick(image, annotation, rng)`, which chooses one for an annotated picture or raises
-    `NothingToAsk`.
+    `EmptyAnnotation`.
     """
 
     family: ClassVar[str]  # what settings and presets call it
@@ -26,7 +26,7 @@ class Lesson(Protocol):
         """The picture that answers it, for training."""
 
 
-class Task(Lesson, Protocol):
+class Task(TrainingTask, Protocol):
     """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:
@@ -36,11 +36,11 @@ class Task(Lesson, Protocol):
         """A picture of a reading on its input."""
 
 
-class NothingToAsk(ValueError):
+class EmptyAnnotation(ValueError):
     """An annotation holds nothing that a task could ask for: no object, or no joint in the frame."""
 
 
-def make_sample(task: Lesson, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
+def make_sample(task: TrainingTask, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
     """The training pair for one question about an annotated picture. Raises a ValueError if its two sizes differ."""
     target = task.draw(image, annotation)
     if target.size != image.size:

@@ -86,7 +86,7 @@ def paint(pixels: np.ndarray, mask: np.ndarray, color: RGB, opacity: float) -> N
     pixels[mask] = mixed.astype(np.uint8)
 
 
-def moved_shares(
+def coverage(
     image: np.ndarray, answer: np.ndarray, colors: Iterable[RGB], opacity: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """How far each pixel moved from `image` toward each of `colors` in `answer`, as a share of `opacity`.

@@ -7,8 +7,8 @@ from typing import ClassVar
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.sample import Edit
 from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
+from instructdiffusion_pipeline.types import Edit
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Editing:
             raise ValueError(f'`text` must say what to edit, as "make it winter" does; got {self.text!r}.')
 
     @classmethod
-    def pick(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
+    def from_annotation(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
         """The question that the data set asks."""
         return cls(edit.instruction)
 

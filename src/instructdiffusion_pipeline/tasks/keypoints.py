@@ -11,17 +11,17 @@ import torch
 from PIL import Image, ImageDraw
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
-from instructdiffusion_pipeline.sample import Joint, Joints
-from instructdiffusion_pipeline.tasks import NothingToAsk
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
     check_colors,
-    moved_shares,
+    coverage,
     paint,
     visible_colors,
 )
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import a, listing, the
+from instructdiffusion_pipeline.types import Joint, Joints
 
 RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
@@ -83,11 +83,11 @@ class Keypoints:
             raise ValueError(f"`colors` may ask for at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
 
     @classmethod
-    def pick(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
+    def from_annotation(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
         """One to five joints at random, in distinct colours that show where the joints are.
 
         A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not. Raises
-        `NothingToAsk` if that leaves none.
+        `EmptyAnnotation` if that leaves none.
         """
         radius = disc_radius(image.size)
         inside = [
@@ -97,7 +97,7 @@ class Keypoints:
             or (-radius <= joint.x < image.width + radius and -radius <= joint.y < image.height + radius)
         ]
         if not inside:
-            raise NothingToAsk(f"`joints` must hold one inside the {image.width} x {image.height} pixels; none is.")
+            raise EmptyAnnotation(f"`joints` must hold one inside the {image.width} x {image.height} pixels; none is.")
         names = rng.sample(inside, min(len(inside), rng.randint(1, MAX_JOINTS)))
         colors: dict[str, str] = {}
         for name in names:
@@ -137,7 +137,7 @@ class Keypoints:
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
-        shares, evidence = moved_shares(frame.source, frame.answer, colors, 1.0)
+        shares, evidence = coverage(frame.source, frame.answer, colors, 1.0)
         radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))
         joints: dict[str, Joint | None] = {}
         for index, name in enumerate(self.colors):

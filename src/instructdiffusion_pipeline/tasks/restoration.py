@@ -10,7 +10,7 @@ from PIL import Image
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
 
-Defect = Literal["noise", "blur", "watermark"]
+Degradation = Literal["noise", "blur", "watermark"]
 TEMPLATES: dict[str, list[str]] = {
     "noise": [
         "remove the noise",
@@ -48,9 +48,9 @@ TEMPLATES: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Restoration:
-    """Asks to take a `defect` out of a picture. Raises a ValueError for one that is not known."""
+    """Asks to take a `degradation` out of a picture. Raises a ValueError for one that is not known."""
 
-    defect: Defect
+    degradation: Degradation
 
     family: ClassVar[str] = "restoration"
     # The original's watermark removal example; it publishes none for noise or blur.
@@ -61,12 +61,14 @@ class Restoration:
     }
 
     def __post_init__(self) -> None:
-        if self.defect not in TEMPLATES:
-            raise ValueError(f"`defect` must be one of {', '.join(get_args(Defect))}; got {self.defect!r}.")
+        if self.degradation not in TEMPLATES:
+            raise ValueError(
+                f"`degradation` must be one of {', '.join(get_args(Degradation))}; got {self.degradation!r}."
+            )
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """One wording of the question; without `rng` always the same."""
-        templates = TEMPLATES[self.defect]
+        templates = TEMPLATES[self.degradation]
         return rng.choice(templates) if rng else templates[0]
 
     def draw(self, image: Image.Image, clean: Image.Image) -> Image.Image:

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
-from instructdiffusion_pipeline.sample import Masks
-from instructdiffusion_pipeline.tasks import NothingToAsk
-from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, check_colors, moved_shares, paint, visible_colors
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
+from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, check_colors, coverage, paint, visible_colors
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
+from instructdiffusion_pipeline.types import Masks
 
 OPACITY = 0.5  # share of the colour in a painted pixel
 READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
@@ -70,12 +70,12 @@ class Segmentation:
         check_colors(self.colors, MASK_COLORS)
 
     @classmethod
-    def pick(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
+    def from_annotation(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
         """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a colour that shows."""
         present = [name for name, mask in masks.items() if mask.any()]
         absent = [name for name, mask in masks.items() if not mask.any()]
         if not masks:
-            raise NothingToAsk("`masks` must name at least one object; it is empty.")
+            raise EmptyAnnotation("`masks` must name at least one object; it is empty.")
         name = rng.choice(absent if absent and (not present or rng.random() < ABSENT_SHARE) else present)
         return cls({name: rng.choice(visible_colors(image, masks[name], MASK_COLORS))})
 
@@ -113,7 +113,7 @@ class Segmentation:
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [MASK_COLORS[color] for color in self.colors.values()]
-        shares, _ = moved_shares(frame.source, frame.answer, colors, OPACITY)
+        shares, _ = coverage(frame.source, frame.answer, colors, OPACITY)
         return {
             name: Mask.from_margin(frame.place(share - 0.5, outside=-0.5))
             for name, share in zip(self.colors, shares, strict=True)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.identity import claim, fingerprint
-from instructdiffusion_pipeline.training.data import PictureSamples, content
+from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint
+from instructdiffusion_pipeline.training.data import ImageDataset, content
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
 SHARD = 1024  # samples in a file
 
 
-class CachedSamples(Dataset):
+class CachedDataset(Dataset):
     """Encoded samples, shown in a new order each epoch, which `seed` fixes; memory-mapped, read when they are needed.
 
     With `only`, names out of `sources`, the others are left out; a ValueError says which of these are unknown.
@@ -55,7 +55,7 @@ class CachedSamples(Dataset):
 
 
 def cache_samples(
-    samples: PictureSamples,
+    samples: ImageDataset,
     count: int,
     pipeline: DiffusionPipeline,
     folder: str | PathLike[str],
@@ -63,7 +63,7 @@ def cache_samples(
     batch_size: int = 32,
     num_workers: int = 0,
     seed: int = 0,
-) -> CachedSamples:
+) -> CachedDataset:
     """Encode the first `count` samples into `folder`, or go on where an earlier call was stopped.
 
     Their crops and wordings are drawn once, so `count` may be several epochs of `samples`. `embeddings` False stores
@@ -87,7 +87,7 @@ def cache_samples(
         "content": content(samples, count),
         "encoders": fingerprint(pipeline.vae, *([pipeline.text_encoder] if embeddings else [])),
     }
-    claim(folder, "cache.json", about, "the same samples")
+    check_run_config(folder, "cache.json", about, "the same samples")
     with tqdm(total=count, desc="caching") as bar:
         for start in range(0, count, SHARD):
             stop = min(start + SHARD, count)
@@ -96,7 +96,7 @@ def cache_samples(
                 loader = DataLoader(samples, batch_size, sampler=range(start, stop), num_workers=num_workers)
                 encode_shard(loader, encoders, path)
             bar.update(stop - start)
-    return CachedSamples(folder, seed)
+    return CachedDataset(folder, seed)
 
 
 def encode_shard(loader: DataLoader, encoders: FrozenEncoders, path: Path) -> None:

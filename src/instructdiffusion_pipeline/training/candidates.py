@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.identity import claim, pipeline_fingerprint
+from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
+from instructdiffusion_pipeline.image_grid import save_image, stack, strip, write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.sheets import stack, strip, write_picture, write_text
+from instructdiffusion_pipeline.types import Sample
 
 # (guidance_scale, image_guidance_scale): twenty, around those that the original edits and segments with
 GRID = tuple((text, image) for text in (3.0, 4.0, 5.0, 6.5, 8.0) for image in (1.0, 1.25, 1.5, 1.75))
@@ -56,7 +56,7 @@ def make_candidates(
         "samples": len(samples),
         "instructions": hashlib.sha256("\n".join(sample.instruction for sample in samples).encode()).hexdigest()[:16],
     }
-    claim(folder, "run.json", run, "candidates of the same run")
+    check_run_config(folder, "run.json", run, "candidates of the same run")
     lines = [
         json.dumps({"id": f"{index:06d}", "instruction": sample.instruction}) for index, sample in enumerate(samples)
     ]
@@ -99,10 +99,10 @@ def answer(
         )
         for number, picture in zip(samples, pictures, strict=True):
             name = f"{number:06d}_{place:02d}_s{text:g}_i{image:g}.png"
-            write_picture(folder / "candidates" / name, picture)
+            save_image(folder / "candidates" / name, picture)
             panels[number].append((name.removesuffix(".png"), picture))
     for number, sample in samples.items():
-        write_picture(folder / "inputs" / f"{number:06d}.png", sample.image)
+        save_image(folder / "inputs" / f"{number:06d}.png", sample.image)
         first = strip(f'{number:06d}: "{sample.instruction}"', [("input", sample.image), ("target", sample.target)])
         rows = [strip("", panels[number][start : start + ROW]) for start in range(0, len(grid), ROW)]
-        write_picture(folder / "sheets" / f"{number:06d}.png", stack([first, *rows]))
+        save_image(folder / "sheets" / f"{number:06d}.png", stack([first, *rows]))

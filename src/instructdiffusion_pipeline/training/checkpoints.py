@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from instructdiffusion_pipeline.identity import differences
+from instructdiffusion_pipeline.fingerprint import differences
 
 # What a run may change when it goes on, because the weights do not depend on it.
 FREE = {

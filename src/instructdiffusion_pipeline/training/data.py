@@ -18,7 +18,7 @@ PROBES = 16  # samples, about, that stand for all
 
 
 class TrainingSamples(Protocol):
-    """What `train` takes: `PictureSamples`, or `CachedSamples` of them. Positions do not end; `len` is an epoch."""
+    """What `train` takes: `ImageDataset`, or `CachedDataset` of them. Positions do not end; `len` is an epoch."""
 
     sources: list[str]
 
@@ -27,7 +27,7 @@ class TrainingSamples(Protocol):
     def __getitem__(self, position: int) -> Batch: ...
 
 
-class PictureSamples(Dataset):
+class ImageDataset(Dataset):
     """A mixture's samples as pictures [3, H, W], 8 bits, and token ids [77].
 
     An item also has its `position`, the number of its `source` in `sources`, and how many samples were `skipped` to

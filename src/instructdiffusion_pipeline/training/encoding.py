@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTextModel
 
-Batch = dict[str, Any]  # tensors, and in a batch of the loop its Draws
+Batch = dict[str, Any]  # tensors, and in a batch of the loop its StepNoise
 
 
 class FrozenEncoders:

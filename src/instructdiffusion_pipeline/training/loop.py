@@ -17,19 +17,19 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.identity import fingerprint
+from instructdiffusion_pipeline.fingerprint import fingerprint
+from instructdiffusion_pipeline.image_grid import save_image
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.sheets import write_picture
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.config import TrainingConfig
 from instructdiffusion_pipeline.training.data import TrainingSamples, content, tokenize
-from instructdiffusion_pipeline.training.draws import WithDraws
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 from instructdiffusion_pipeline.training.loss import change_weights
+from instructdiffusion_pipeline.training.metrics import TrainingMetrics, show
 from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
+from instructdiffusion_pipeline.training.noise import NoiseCollator
 from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
-from instructdiffusion_pipeline.training.watch import Watch, show
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,7 +101,7 @@ def train(
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=config.num_workers,
-        collate_fn=WithDraws(
+        collate_fn=NoiseCollator(
             config.seed, latent_shape(first, pipeline), scheduler.config.num_train_timesteps, config.timestep_bias
         ),
         pin_memory=device.type == "cuda",
@@ -130,7 +130,7 @@ def train(
         pipeline.to(device)
     empty_ids = tokenize(pipeline.tokenizer, "").to(device)
     empty_text = empty_ids if config.train_text_encoder else encoders.embed(empty_ids[None])[0]
-    watch, seen = Watch(dataset.sources, device), []
+    watch, seen = TrainingMetrics(dataset.sources, device), []
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
         # a. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
@@ -193,7 +193,7 @@ def train(
                 sheet = validation_sheet(pipeline, validation, config.text_to_image)
             if accelerator.is_main_process:
                 (folder / "validation").mkdir(parents=True, exist_ok=True)
-                write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
+                save_image(folder / "validation" / f"step-{step:06d}.png", sheet)
                 show(accelerator.trackers, sheet, step)
 
     # 4. Hand over the average.

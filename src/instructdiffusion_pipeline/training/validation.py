@@ -10,10 +10,10 @@ from PIL import Image
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.mixture import Mixture
+from instructdiffusion_pipeline.image_grid import stack, strip
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.sample import Sample
-from instructdiffusion_pipeline.sheets import stack, strip
-from instructdiffusion_pipeline.tasks import NothingToAsk, make_sample
+from instructdiffusion_pipeline.tasks import EmptyAnnotation, make_sample
+from instructdiffusion_pipeline.types import Sample
 
 SEED = 0
 
@@ -27,7 +27,7 @@ class ValidationQuestion:
     settings: Mapping[str, Any]
 
 
-def one_of_each_family(
+def validation_questions(
     mixture: Mixture, settings_by_family: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[ValidationQuestion]:
     """The first sample of each family in `mixture`, with the family's preset and what `settings_by_family` changes."""
@@ -37,8 +37,8 @@ def one_of_each_family(
             rng = random.Random(SEED)
             try:
                 image, annotation = source.read(index, rng)
-                lesson = source.pick(image, annotation, rng)
-            except (UnreadableSample, NothingToAsk):
+                lesson = source.make_task(image, annotation, rng)
+            except (UnreadableSample, EmptyAnnotation):
                 continue
             if lesson.family not in questions:
                 settings = {**lesson.preset, **(settings_by_family or {}).get(lesson.family, {})}

@@ -1,0 +1,239 @@
+"""People and their joints: COCO's keypoint JSON (COCO, CrowdPose, AI Challenger) and MPII's own JSON.
+
+Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    coco_pictures,
+    entries,
+    lacking,
+    read_annotations,
+    read_image,
+    require_samples,
+)
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+from instructdiffusion_pipeline.types import Joint, Joints
+
+CROWDPOSE_JOINTS = (
+    "left shoulder", "right shoulder", "left elbow", "right elbow", "left wrist", "right wrist", "left hip",
+    "right hip", "left knee", "right knee", "left ankle", "right ankle", "head top", "neck",
+)  # fmt: skip
+AIC_JOINTS = (
+    "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist", "right hip",
+    "right knee", "right ankle", "left hip", "left knee", "left ankle", "head top", "neck",
+)  # fmt: skip
+MPII_JOINTS = (
+    "right ankle", "right knee", "right hip", "left hip", "left knee", "left ankle", "pelvis", "thorax", "upper neck",
+    "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
+)  # fmt: skip
+
+UNIT = 200  # pixels, of a scale
+PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
+NOT_FINITE = "a number that is not finite"
+CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person in a picture; all in pixels of it, (0, 0) the middle of the top left one.
+
+    The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
+    `area` is that of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the JSON
+    (of MPII, the place in it).
+    """
+
+    joints: Joints
+    center: tuple[float, float]
+    scale: tuple[float, float]
+    area: float | None
+    image_id: int
+    id: int
+
+
+def center_and_scale(box: Sequence[float]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The square region, padded, around a box (left, top, width, height): what `Person` calls center and scale."""
+    left, top, width, height = box
+    side = max(width, height) / UNIT * PADDING
+    return (left + width / 2, top + height / 2), (side, side)
+
+
+class CocoKeypoints:
+    """People of a COCO keypoint JSON, one item a person.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder that its file names start from.
+        joints: names of the joints, in the order of the JSON's `keypoints`.
+
+    A joint of visibility 0 is None; one that is hidden but labelled (1) has its place.
+    """
+
+    def __init__(
+        self,
+        annotations: str | PathLike[str],
+        images: str | PathLike[str],
+        joints: tuple[str, ...] = COCO_JOINTS,
+    ):
+        content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
+        self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
+        categories = entries(content, annotations, "categories")
+        people = {category.get("id") for category in categories if category.get("name") == "person"}
+        pictures = coco_pictures(content, annotations, self.skipped)
+        missing = {id for id, picture in pictures.items() if not (self.folder / picture["file_name"]).is_file()}
+        kept = []
+        for item in entries(content, annotations, "annotations"):
+            picture = pictures.get(item.get("image_id"), {})
+            why = (
+                lacking(item, "id", "image_id", "category_id")
+                or (item["category_id"] not in people and "another category than person")
+                or (item.get("iscrowd") and "a crowd")
+                or (not any((item.get("keypoints") or ())[2::3]) and "no labelled joint")
+                or (not picture and "a picture that the JSON lacks")
+                or (item["image_id"] in missing and "a missing file")
+                or (not all(map(picture.get, ("width", "height"))) and "no size of its picture")
+                or (len(item.get("bbox") or ()) != 4 and "no box")
+                or (not finite([*item["keypoints"], *item["bbox"], item.get("area") or 0]) and NOT_FINITE)
+                or (clean_box(item, picture) is None and "an empty box")
+            )
+            if why:
+                name = picture.get("file_name", f"image {item.get('image_id')}")
+                self.skipped.append((f"{name}, annotation {item.get('id')}", why))
+                continue
+            if len(item["keypoints"]) != 3 * len(joints):
+                raise ValueError(
+                    f"`joints` must name as many joints as {annotations} holds; got {len(joints)}, and annotation"
+                    f" {item['id']} holds {len(item['keypoints']) / 3:g}."
+                )
+            kept.append(item)
+        require_samples(annotations, kept, self.skipped)
+        # Arrays, because AI Challenger has 380,000 people.
+        self._files = [pictures[item["image_id"]]["file_name"] for item in kept]
+        self._sizes = np.array([[pictures[item["image_id"]][side] for side in ("width", "height")] for item in kept])
+        self._ids = np.array([(item["image_id"], item["id"]) for item in kept])
+        self._keypoints = np.array([item["keypoints"] for item in kept], np.float32).reshape(len(kept), -1, 3)
+        self._boxes = np.array([clean_box(item, pictures[item["image_id"]]) for item in kept], np.float32)
+        self._areas = np.array([area(item) for item in kept], np.float32)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Person]:
+        width, height = self._sizes[index].tolist()
+        image = read_image(self.folder / self._files[index], turn=False, size=(width, height))
+        center, scale = center_and_scale(self._boxes[index].tolist())
+        joints = named_joints(self.joints, self._keypoints[index].tolist())
+        return image, Person(joints, center, scale, float(self._areas[index]), *map(int, self._ids[index]))
+
+    def name(self, index: int) -> str:
+        return f"{self._files[index]}, annotation {self._ids[index][1]}"
+
+
+def finite(numbers: Any) -> bool:
+    """Whether all are finite: Python reads NaN from JSON too, and null, which becomes a NaN here."""
+    return bool(np.isfinite(np.array(numbers, float)).all())
+
+
+def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """The annotation's box (left, top, width, height), cut to the picture as the original does; None if empty."""
+    left, top, width, height = item["bbox"]
+    left, top = max(0, left), max(0, top)
+    right = min(picture["width"] - 1, left + max(0, width - 1))
+    bottom = min(picture["height"] - 1, top + max(0, height - 1))
+    flat = item.get("area") is not None and item["area"] <= 0
+    empty = flat or right < left or bottom < top or (right, bottom) == (left, top)
+    return None if empty else (left, top, right - left, bottom - top)
+
+
+def area(item: dict[str, Any]) -> float:
+    """The person's area in pixels."""
+    return item["area"] if item.get("area") is not None else CROWDPOSE_FILL * item["bbox"][2] * item["bbox"][3]
+
+
+def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[str, Joint | None]:
+    """Joints by name from rows of (x, y, visibility)."""
+    return {name: Joint(x, y) if seen > 0 else None for name, (x, y, seen) in zip(names, keypoints, strict=True)}
+
+
+class MpiiKeypoints:
+    """People of an MPII JSON as HRNet and Simple Baselines use it: train.json, valid.json; one item a person.
+
+    `annotations` is a list of {image, center, scale, joints [16][2], joints_vis [16]}, counted from 1 as in Matlab.
+    The region is moved down by 15 pixels per unit of scale and enlarged by 1.25, so that no limb is cut.
+    """
+
+    def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
+        self.folder, self.skipped = Path(images), Skipped()
+        self._items: list[tuple[int, dict[str, Any]]] = []
+        content = read_annotations(Path(annotations), "a JSON file of MPII people")
+        for place, item in enumerate(entries(content, annotations)):
+            why = (
+                lacking(item, "image", "center", "scale", "joints", "joints_vis")
+                or (item["center"][0] < 0 and "no centre")
+                or (not 0 < item["scale"] < np.inf and "no scale")
+                or (not any(item["joints_vis"]) and "no labelled joint")
+                or ({len(item["joints"]), len(item["joints_vis"])} != {len(MPII_JOINTS)} and "not 16 joints")
+                or (not finite([item["center"], *item["joints"]]) and NOT_FINITE)
+                or (not (self.folder / item["image"]).is_file() and "a missing file")
+            )
+            if why:
+                self.skipped.append((f"{item.get('image')}, annotation {place}", why))
+            else:
+                self._items.append((place, item))
+        require_samples(annotations, self._items, self.skipped)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Person]:
+        place, item = self._items[index]
+        image = read_image(self.folder / item["image"], turn=False)
+        x, y = item["center"]
+        center = (x - 1, y + 15 * item["scale"] - 1)
+        scale = (item["scale"] * PADDING,) * 2
+        rows = [[x - 1, y - 1, seen] for (x, y), seen in zip(item["joints"], item["joints_vis"], strict=True)]
+        return image, Person(named_joints(MPII_JOINTS, rows), center, scale, None, place, place)
+
+    def name(self, index: int) -> str:
+        place, item = self._items[index]
+        return f"{item['image']}, annotation {place}"
+
+
+def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
+    """COCO: annotations/person_keypoints_{split}.json, and pictures in {split}/ or images/{split}/."""
+    root = Path(root)
+    folder = root / split if (root / split).is_dir() else root / "images" / split
+    return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", folder)
+
+
+def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
+    """CrowdPose: json/crowdpose_{split}.json and images/; splits train, val, trainval, test."""
+    root = Path(root)
+    return CocoKeypoints(root / "json" / f"crowdpose_{split}.json", root / "images", CROWDPOSE_JOINTS)
+
+
+def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
+    """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
+    root = Path(root)
+    folders = {
+        "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
+        "val": "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911",
+    }
+    if split not in folders:
+        raise ValueError(f"`split` must be one of {', '.join(folders)}; got {split!r}.")
+    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folders[split], AIC_JOINTS)
+
+
+def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:
+    """MPII: annot/{split}.json and images/; splits train, valid, trainval."""
+    root = Path(root)
+    return MpiiKeypoints(root / "annot" / f"{split}.json", root / "images")

@@ -1,0 +1,119 @@
+"""Pictures that carry marks, and captions that name them: what the adaptation stage teaches a text-to-image model.
+
+So it knows coloured discs, boxes and veils as things that words ask for, before it learns where to put them (Geng et
+al., CVPR 2024, section 3.3).
+"""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, paint, visible_colors
+from instructdiffusion_pipeline.tasks.keypoints import RADIUS
+from instructdiffusion_pipeline.tasks.segmentation import OPACITY
+from instructdiffusion_pipeline.tasks.wording import a, listing
+
+MOST = 3  # marks on one picture
+WORDS = 35  # of a caption, so that the marks come before the 77th token
+SIDES = (0.15, 0.5)  # of boxes and patches, as shares of the picture's
+CORNERS = 9  # of a patch's outline
+COLORS = {"disc": KEYPOINT_COLORS, "box": KEYPOINT_COLORS, "patch": MASK_COLORS}
+NOUNS = {
+    "disc": ["disc", "dot", "round mark"],
+    "box": ["box", "frame", "rectangle"],
+    "patch": ["veil", "patch", "tint"],
+}
+
+# {caption}: the picture's own; {marks}: "a red disc and a yellow box"
+TEMPLATES = [
+    "{caption}, with {marks}",
+    "{caption}, with {marks} drawn on it",
+    "{caption}; {marks} on top",
+    "{marks} over a picture: {caption}",
+    "{caption}, marked by {marks}",
+    "a picture with {marks}, showing {caption}",
+]
+
+
+Place = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+class Mark(NamedTuple):
+    """A disc, box or patch of a named colour, and the place that it fills."""
+
+    kind: str
+    color: str
+    box: Place
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One to three marks in different colours, at random places of a picture whose caption is `text`.
+
+    Discs are those of keypoints and patches are mixed in half and half as masks are; boxes are outlines.
+    """
+
+    text: str
+    marks: tuple[Mark, ...]
+
+    family: ClassVar[str] = "adaptation"
+    # Without an input picture this is plain guidance of 7.5.
+    preset: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 50,
+        "guidance_scale": 7.0,
+        "image_guidance_scale": 0.5,
+    }
+
+    @classmethod
+    def from_annotation(cls, image: Image.Image, caption: str, rng: random.Random) -> "Adaptation":
+        """Marks for a picture, in colours that show on it as far as they go round."""
+        marks: list[Mark] = []
+        for _ in range(rng.randint(1, MOST)):
+            kind = rng.choice(list(COLORS))
+            box = random_box(image.size, kind, rng)
+            free = COLORS[kind].keys() - {mark.color for mark in marks}
+            showing = free.intersection(visible_colors(image, shape(kind, box, image.size), COLORS[kind]))
+            marks.append(Mark(kind, rng.choice(sorted(showing or free)), box))
+        return cls(" ".join(caption.split()[:WORDS]).rstrip(". "), tuple(marks))
+
+    def draw(self, image: Image.Image, caption: str) -> Image.Image:
+        """The RGB `image` with the marks on it, the later over the earlier."""
+        pixels = np.array(image)
+        for mark in self.marks:
+            opacity = OPACITY if mark.kind == "patch" else 1.0
+            paint(pixels, shape(mark.kind, mark.box, image.size), COLORS[mark.kind][mark.color], opacity)
+        return Image.fromarray(pixels)
+
+    def instruction(self, rng: random.Random | None = None) -> str:
+        """The caption, and the marks in words; without `rng` always the same."""
+        names = [a(f"{mark.color} {rng.choice(NOUNS[mark.kind]) if rng else mark.kind}") for mark in self.marks]
+        template = rng.choice(TEMPLATES) if rng else TEMPLATES[0]
+        return template.format(caption=self.text, marks=listing(names))
+
+
+def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Place:
+    """Where a mark goes, wholly inside a picture of `size` pixels."""
+    sides = [rng.uniform(*SIDES) * length for length in size] if kind != "disc" else [2 * RADIUS * min(size)] * 2
+    left, top = (rng.uniform(0, length - side) for length, side in zip(size, sides, strict=True))
+    return left, top, left + sides[0], top + sides[1]
+
+
+def shape(kind: str, box: Place, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of a mark, bool [height, width]. A patch's outline hangs on its place, so it stays the same."""
+    canvas = Image.new("1", size)
+    pen = ImageDraw.Draw(canvas)
+    if kind == "disc":
+        pen.ellipse(box, 1)
+    elif kind == "box":
+        pen.rectangle(box, outline=1, width=max(1, round(min(size) / 85)))  # 3 pixels at 256
+    else:
+        rng, (left, top, right, bottom) = random.Random(str(box)), box
+        angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+        reach = np.array([rng.uniform(0.5, 1) for _ in angles])
+        x = (left + right) / 2 + reach * np.cos(angles) * (right - left) / 2
+        y = (top + bottom) / 2 + reach * np.sin(angles) * (bottom - top) / 2
+        pen.polygon(list(zip(x.tolist(), y.tolist(), strict=True)), 1)
+    return np.array(canvas)

@@ -1,0 +1,271 @@
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import tiny
+from folders import reasons, same, save_image, write_broken, write_json
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, spoken
+from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
+
+LABELS = """0: unlabeled
+1: person
+18: dog
+157: sky-other
+171: wall-brick
+172: wall-concrete
+173: wall-other
+"""
+# What COCO's list of 91 things has and its pictures never got, with the numbers of COCO-Stuff's labels.txt.
+NEVER_DRAWN = """12: street sign
+26: hat
+29: shoe
+30: eye glasses
+45: plate
+66: mirror
+68: window
+69: desk
+71: door
+83: blender
+91: hair brush
+"""
+
+
+def write_stuff(root, name="1", values=((0, 170), (172, 255)), split="train2017"):
+    label = np.kron(np.array(values, np.uint8), np.ones((15, 20), np.uint8))
+    save_image(root / "images" / split / f"{name}.jpg", tiny.picture(40, 30))
+    save_image(root / "annotations" / split / f"{name}.png", Image.fromarray(label))
+    (root / "labels.txt").write_text(LABELS + NEVER_DRAWN)
+
+
+def test_coco_stuff(tmp_path):
+    write_stuff(tmp_path)
+    image, masks = CocoStuff(tmp_path)[0]
+    assert same(image, tiny.picture(40, 30))
+    # A picture may well show a mirror that nobody drew, so it must not be called absent.
+    assert set(masks) == {"person", "dog", "sky", "brick wall", "concrete wall", "wall"}
+    quarters = {name: mask[::15, ::20].astype(int).tolist() for name, mask in masks.items()}
+    assert quarters["person"] == [[1, 0], [0, 0]] and quarters["brick wall"] == [[0, 1], [0, 0]]
+    assert quarters["wall"] == [[0, 1], [1, 0]]  # brick, and others
+    assert masks["dog"] is masks["sky"] and not masks["dog"].any()
+
+
+def test_classes_are_said_as_people_say_them():
+    said = {"wall-brick": "brick wall", "sky-other": "sky", "door-stuff": "door", "traffic light": "traffic light"}
+    said |= {"window-blind": "window blind", "playingfield": "playing field"}
+    assert {label: spoken(label) for label in said} == said
+
+
+def test_what_coco_stuff_lacks_is_named(tmp_path):
+    write_stuff(tmp_path)
+    write_stuff(tmp_path, "2", values=((255, 255), (255, 255)))
+    write_stuff(tmp_path, "3")
+    write_broken(tmp_path / "images" / "train2017" / "3.jpg")
+    write_stuff(tmp_path, "4")
+    save_image(tmp_path / "annotations" / "train2017" / "4.png", tiny.picture(20, 30).convert("L"))
+    write_stuff(tmp_path, "5")
+    (tmp_path / "annotations" / "train2017" / "5.png").unlink()
+    write_stuff(tmp_path, "6")
+    (tmp_path / "images" / "train2017" / "6.jpg").unlink()
+    write_stuff(tmp_path, "7")
+    write_broken(tmp_path / "annotations" / "train2017" / "7.png")
+    dataset = CocoStuff(tmp_path)
+    assert dataset.skipped == [("5.jpg", "no label PNG"), ("6.png", "a missing file")]
+    dataset[0]
+    for index, cause in [
+        (1, "2.png: no pixel is labelled"),
+        (2, "3.jpg"),
+        (3, r"4.png: is of \(20, 30\) pixels"),
+        (4, "7.png"),
+    ]:
+        with pytest.raises(UnreadableSample, match=cause):
+            dataset[index]
+    with pytest.raises(ValueError, match="val2017: no sample is left"):
+        CocoStuff(tmp_path, "val2017")
+
+
+def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
+    write_stuff(tmp_path)
+    path = tmp_path / "annotations" / "train2017" / "1.png"
+    label = Image.open(path)
+    _, expected = CocoStuff(tmp_path)[0]
+    label.putpalette([(7 * value + 3) % 256 for value in range(768)])
+    save_image(path, label)
+    assert Image.open(path).mode == "P"
+    _, masks = CocoStuff(tmp_path)[0]
+    assert all((masks[name] == mask).all() for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "I;16", "RGB", "RGBA"])
+def test_a_label_of_colors_is_unreadable(mode, tmp_path):
+    write_stuff(tmp_path)
+    save_image(tmp_path / "annotations" / "train2017" / "1.png", Image.new(mode, (40, 30)))
+    with pytest.raises(UnreadableSample, match=rf"1.png: .*grey \(mode L\) or have a palette \(P\); got mode {mode}"):
+        CocoStuff(tmp_path)[0]
+
+
+def test_class_names_that_cannot_be_read_are_named(tmp_path):
+    write_stuff(tmp_path)
+    (tmp_path / "labels.txt").write_text("person: 1\n")
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError.*person'):
+        CocoStuff(tmp_path)
+    (tmp_path / "labels.txt").unlink()
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got FileNotFoundError'):
+        CocoStuff(tmp_path)
+
+
+SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
+OTHER = [15, 5, 30, 5, 30, 15, 15, 15]
+
+
+def reference(ref_id, ann_id, *said, image_id=5, split="train"):
+    sentences = [{"sent": text, "raw": text, "sent_id": number} for number, text in enumerate(said)]
+    return {"ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "split": split, "sentences": sentences}
+
+
+def write_references(root, references, name="refs(unc).p", images=True):
+    rle = coco_mask.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))
+    crowd = {"size": [30, 40], "counts": [0, 30, 30 * 39]}  # the first column, run lengths not compressed
+    outlines = [[SQUARE], [OTHER, SQUARE], crowd, {"size": rle["size"], "counts": rle["counts"].decode()}, []]
+    instances = {
+        "images": [{"id": id, "file_name": f"{id}.jpg", "width": 40, "height": 30} for id in (5, 6, 7)],
+        "annotations": [{"id": id, "image_id": 5, "segmentation": item} for id, item in enumerate(outlines, 1)],
+    }
+    write_json(root / "instances.json", instances)
+    save_image(root / "images" / "5.jpg", tiny.picture(40, 30))
+    write_broken(root / "images" / "7.jpg")
+    path = root / name
+    path.write_bytes(pickle.dumps(references, protocol=2)) if path.suffix == ".p" else write_json(path, references)
+    return path, root / "images"
+
+
+def rectangle(left, right, top=5, bottom=15):
+    mask = np.zeros((30, 40), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+@pytest.mark.parametrize("name", ["refs(unc).p", "refs(umd).p", "refs(google).p", "grefs(unc).json"])
+def test_referring_expressions(name, tmp_path):
+    items = [
+        reference(1, 1, "Left Cat ", "orange one"),
+        reference(2, 2, "the long box"),
+        reference(3, 3, "a crowd"),
+        reference(4, 4, "a line"),
+        reference(9, 1, "cat", split="testA"),
+    ]
+    dataset = ReferringExpressions(*write_references(tmp_path, items, name))
+    assert len(dataset) == 4 and dataset.name(0) == "5.jpg, reference 1" and not dataset.skipped
+    image, masks = dataset[0]
+    assert same(image, tiny.picture(40, 30)) and list(masks) == ["left cat", "orange one"]
+    assert (masks["left cat"] == rectangle(10, 20)).all() and masks["left cat"] is masks["orange one"]
+    # two polygons that overlap: their union
+    assert (dataset[1][1]["the long box"] == rectangle(10, 30)).all()
+    assert (dataset[2][1]["a crowd"] == rectangle(0, 1, 0, 30)).all()
+    assert (dataset[3][1]["a line"] == np.eye(30, 40, dtype=bool)).all()
+    assert len(ReferringExpressions(*write_references(tmp_path, items, name), split="testA")) == 1
+
+
+def test_grefcoco_names_several_objects_or_none(tmp_path):
+    items = [reference(1, [1, 3], "both"), reference(2, [-1], "the zebra")]
+    dataset = ReferringExpressions(*write_references(tmp_path, items, "grefs(unc).json"))
+    assert (dataset[0][1]["both"] == rectangle(10, 20) | rectangle(0, 1, 0, 30)).all()
+    absent = dataset[1][1]["the zebra"]
+    assert absent.shape == (30, 40) and not absent.any()
+
+
+def test_what_references_lack_is_named(tmp_path):
+    items = [
+        reference(1, 1, "cat", image_id=7),
+        reference(2, 1, "cat", image_id=6),
+        reference(3, 1, "cat", image_id=8),
+        reference(4, 5, "an empty outline"),
+        reference(5, 99, "an unknown object"),
+        reference(6, 1, " "),
+        reference(7, None, "cat"),
+        {key: value for key, value in reference(8, 1, "cat").items() if key != "sentences"},
+    ]
+    dataset = ReferringExpressions(*write_references(tmp_path, items))
+    assert ("reference 2", "a missing file") in dataset.skipped
+    assert reasons(dataset) == [
+        "a missing file",
+        "a picture that instances.json lacks",
+        "no 'ann_id'",
+        "no 'sentences'",
+        "no outline",
+        "no outline",
+        "no sentence",
+    ]
+    with pytest.raises(UnreadableSample, match="7.jpg"):
+        dataset[0]
+    with pytest.raises(ValueError, match=r"refs\(unc\).p, split 'val': no sample is left to use; skipped none"):
+        ReferringExpressions(*write_references(tmp_path, items), split="val")
+
+
+def test_a_picture_of_another_size_than_its_outlines_is_unreadable(tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")])
+    save_image(images / "5.jpg", tiny.picture(80, 60))
+    with pytest.raises(
+        UnreadableSample, match=r"5.jpg: is of \(80, 60\) pixels, but of \(40, 30\) in its annotations"
+    ):
+        ReferringExpressions(path, images)[0]
+
+
+@pytest.mark.parametrize("name, what", [("instances.json", "COCO instances"), ("grefs(unc).json", "references")])
+def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
+    (tmp_path / name).write_text("[")
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got JSONDecodeError")):
+        ReferringExpressions(path, images)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got FileNotFoundError")):
+        ReferringExpressions(path, images)
+
+
+@pytest.mark.parametrize("name, under", [("instances.json", " under 'images'"), ("grefs(unc).json", "")])
+def test_references_of_another_shape_are_named(name, under, tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
+    write_json(tmp_path / name, {"refs": []})
+    with pytest.raises(ValueError, match=re.escape(f"{name} must hold a list of objects{under}; got {{'refs': []}}")):
+        ReferringExpressions(path, images)
+
+
+def test_an_outline_without_a_size_of_its_picture_is_skipped(tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")])
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    del instances["images"][0]["height"], instances["annotations"][1]["segmentation"]
+    write_json(tmp_path / "instances.json", instances)
+    with pytest.raises(ValueError, match="skipped 1 with no 'height'"):
+        ReferringExpressions(path, images)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    victim = tmp_path / "made by a pickle"
+    path, images = write_references(tmp_path, [reference(1, 1, "cat") | {"extra": Malicious(victim)}])
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: it wants to run \w+.mkdir. Only pickles of lists"):
+        ReferringExpressions(path, images)
+    assert not victim.exists()
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match=r"refs\(unc\).p"):
+        ReferringExpressions(path, images)
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 1, "cat")])
+    text = "(lp0\n(dp1\nS'ref_id'\nI1\nsS'ann_id'\nI1\nsS'image_id'\nL5L\nsS'split'\nS'train'\nsS'sentences'\n"
+    path.write_text(text + "(lp2\n(dp3\nS'sent'\nS'the cat'\nsasa.")
+    assert list(ReferringExpressions(path, images)[0][1]) == ["the cat"]

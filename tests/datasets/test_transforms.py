@@ -1,0 +1,166 @@
+import random
+
+import numpy as np
+import pytest
+import tiny
+from folders import Recorded, same
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.keypoints import AIC_JOINTS, CROWDPOSE_JOINTS, MPII_JOINTS, Person
+from instructdiffusion_pipeline.datasets.transforms import (
+    PersonCrop,
+    Resize,
+    SquareCrop,
+    flip_joints,
+    half_body,
+    swap_sides,
+)
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+from instructdiffusion_pipeline.types import Edit, Joint
+
+SEEDS = st.integers(0, 10**6)
+
+
+def person(joints, center=(60, 50), scale=0.5):
+    return Person(joints, center, (scale, scale), None, 1, 1)
+
+
+def dots(*places, size=(120, 100)):
+    """Bright dots of 5 x 5 pixels on black."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    for x, y in places:
+        pixels[y - 2 : y + 3, x - 2 : x + 3] = 255
+    return Image.fromarray(pixels)
+
+
+def brightest(image):
+    """The centre of all brightness."""
+    light = np.asarray(image.convert("L"), float)
+    rows, columns = np.indices(light.shape)
+    return (columns * light).sum() / light.sum(), (rows * light).sum() / light.sum()
+
+
+@pytest.mark.parametrize("names", [COCO_JOINTS, CROWDPOSE_JOINTS, AIC_JOINTS, MPII_JOINTS])
+def test_flipping_twice_changes_nothing_and_once_swaps_sides(names):
+    joints = {name: Joint(number, 2 * number) if number % 3 else None for number, name in enumerate(names)}
+    flipped = flip_joints(joints, 120)
+    assert set(flipped) == set(names) and flip_joints(flipped, 120) == joints
+    for name, joint in joints.items():
+        assert flipped[swap_sides(name)] == (joint and Joint(119 - joint.x, joint.y))
+    assert swap_sides("left wrist") == "right wrist" and swap_sides("head top") == "head top"
+
+
+@given(x=st.integers(30, 90), y=st.integers(25, 75), seed=SEEDS)
+def test_joints_follow_the_pixels(x, y, seed):
+    joints = {"left wrist": Joint(x, y), "nose": None}
+    try:
+        crop, placed = PersonCrop(size=128)(dots((x, y)), person(joints), random.Random(seed))
+    except UnreadableSample:
+        assume(False)
+    assert placed["nose"] is None and set(placed) in ({"left wrist", "nose"}, {"right wrist", "nose"})
+    joint = placed.get("left wrist") or placed["right wrist"]
+    assume(8 < joint.x < 119 and 8 < joint.y < 119)
+    assert brightest(crop) == pytest.approx(joint[:2], abs=0.35)
+
+
+def test_without_jitter_a_person_is_centred():
+    joints = {"nose": Joint(60, 50)}
+    crop, placed = PersonCrop(size=64, jitter=False)(dots((60, 50)), person(joints), random.Random(0))
+    assert crop.size == (64, 64) and placed == {"nose": Joint(32, 32)}
+
+
+def test_a_crop_without_joints_is_unreadable():
+    with pytest.raises(UnreadableSample, match="annotation 1: no joint is left in the crop"):
+        PersonCrop(jitter=False)(dots((60, 50)), person({"nose": Joint(-70, 50)}), random.Random(0))
+
+
+@pytest.mark.parametrize("chance, angles", [(0.0, 1), (0.6, 1), (0.601, 0), (0.9, 0)])
+def test_a_person_is_turned_in_six_of_ten_cases(chance, angles):
+    # scale, whether to turn, the angle if so, whether to flip: another draw than these fails
+    rng = Recorded(("gauss", 0.0), ("random", chance), *[("gauss", 1.0)] * angles, ("random", 0.9))
+    _, placed = PersonCrop(size=100)(dots((60, 50)), person({"nose": Joint(60, 40)}), rng)
+    root = 100 / 2**0.5 / 10  # 10 pixels above the middle, turned by 45 degrees
+    assert placed["nose"] == pytest.approx((50 - root, 50 - root, 1) if angles else (50, 40, 1))
+    assert not rng.choices
+
+
+@pytest.mark.parametrize(
+    "above, below, drawn, half",
+    [
+        (5, 3, 0.6, "lower"), (5, 3, 0.4, "upper"), (3, 3, 0.4, "upper"), (3, 6, 0.6, "lower"),
+        (5, 2, 0.6, "upper"), (2, 3, 0.4, "lower"), (2, 3, 0.6, "lower"), (2, 2, 0.4, "upper"),
+    ],
+)  # fmt: skip
+def test_a_half_of_three_joints_can_be_chosen_and_one_of_two_only_if_both_are(above, below, drawn, half):
+    names = [*COCO_JOINTS[:above], *COCO_JOINTS[-below:]]
+    joints = {name: Joint(10 * number, 200 * (number >= above)) for number, name in enumerate(names)}
+    (_, y), _ = half_body(joints, Recorded(("gauss", drawn)))
+    assert y == {"upper": 0, "lower": 200}[half]
+
+
+def test_half_bodies():
+    joints = {name: Joint(10 * number, number) for number, name in enumerate(COCO_JOINTS)}
+    found = {half_body(joints, random.Random(seed)) for seed in range(50)}
+    # eleven joints of the upper body span 100 pixels, six of the lower 50; half as much again
+    assert found == {((50.0, 5.0), 150.0), ((135.0, 13.5), 75.0)}
+    few = {"nose": Joint(1, 2), "left hip": Joint(3, 4), "left knee": None}
+    assert half_body(few, random.Random(0)) is None
+    sides = {
+        half: PersonCrop(half_body=half)(dots((60, 50)), person(joints), random.Random(1))[1] for half in (0.0, 1.0)
+    }
+    assert sides[0.0] != sides[1.0]
+
+
+@given(
+    width=st.integers(20, 80),
+    height=st.integers(20, 80),
+    seed=SEEDS,
+    resize=st.booleans(),
+    size=st.sampled_from([16, 32, 48]),
+)
+def test_picture_clean_picture_and_masks_are_cut_alike(width, height, seed, resize, size):
+    image = tiny.picture(width, height, seed)
+    mask = np.asarray(image)[..., 0] > 128
+    shown = Image.fromarray(np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255)
+    crop = SquareCrop(size, flip=0.5, resize=resize)
+    picture, clean = crop(image, image, random.Random(seed))
+    assert picture.size == (size, size) and same(picture, clean)
+    other, edit = crop(image, Edit("make it winter", image), random.Random(seed))
+    assert same(other, picture) and same(edit.edited, picture)
+    absent = np.zeros_like(mask)
+    other, masks = crop(image, {"cat": mask, "dog": absent, "cow": absent}, random.Random(seed))
+    assert same(other, picture) and masks["cat"].shape == (size, size) and masks["dog"] is masks["cow"]
+    if min(width, height) == size:
+        assert same(Image.fromarray(masks["cat"].astype(np.uint8) * 255).convert("RGB"), crop_of(crop, shown, seed))
+
+
+def crop_of(crop, image, seed):
+    return crop(image, image, random.Random(seed))[0]
+
+
+@pytest.mark.parametrize("side, size", [(200, 256), (256, 256), (300, 256), (77, 64), (64, 77)])
+def test_masks_are_resized_as_pillow_finds_the_nearest_pixel(side, size):
+    mask = np.random.default_rng(0).random((side, side)) < 0.5
+    image = tiny.picture(side, side)
+    _, masks = SquareCrop(size)(image, {"cat": mask}, random.Random(0))
+    pillow = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    assert (masks["cat"] == np.asarray(pillow)).all()
+
+
+def test_nothing_that_names_a_side_is_flipped():
+    image, mask = tiny.picture(32, 32), np.eye(32, dtype=bool)
+    always = SquareCrop(32, flip=1.0)
+    for name, flips in [("cat", True), ("cat on the left", False), ("rightmost dog", False), ("bright sky", True)]:
+        crop, masks = always(image, {name: mask}, random.Random(0))
+        assert same(crop, image) != flips and (masks[name][0, 0] != flips)
+        crop, edit = Resize(32, flip=1.0)(image, Edit(f"remove the {name}", image), random.Random(0))
+        assert same(crop, image) != flips and same(edit.edited, crop)
+
+
+def test_edits_of_another_size_or_shape_are_squashed_together():
+    edit = Edit("make it winter", tiny.picture(50, 40))
+    crop, squashed = Resize(32)(tiny.picture(40, 30), edit, random.Random(0))
+    assert crop.size == squashed.edited.size == (32, 32)

@@ -1,0 +1,300 @@
+"""The runner on real, tiny components: killed and resumed, refused, scored, and shown."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_tiny
+import tiny
+import torch
+from PIL import Image, ImageOps
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline, ask
+from instructdiffusion_pipeline.evaluation import Case, Example, evaluate
+from instructdiffusion_pipeline.image_grid import MARGIN, PANEL
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.types import Joint
+
+SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """Every file of an evaluation, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An evaluation that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("evaluation") / "whole"
+    run_tiny.run(folder)
+    return folder
+
+
+@pytest.fixture
+def torn(whole, tmp_path):
+    """Makes what a kill would leave after so many bytes of records."""
+
+    def tear(size: int) -> Path:
+        folder = tmp_path / f"torn-{size}"
+        shutil.copytree(whole, folder)
+        for path in [*folder.glob("*.png"), folder / "table.md", folder / "results.json"]:
+            path.unlink()
+        os.truncate(folder / "records.jsonl", size)
+        return folder
+
+    return tear
+
+
+def kill_after(folder: Path, lines: int, delay: float) -> None:
+    """Start an evaluation in a process of its own and kill it some seconds after it wrote so many records."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, run_tiny.__file__, str(folder)], env=environment, stderr=subprocess.PIPE)
+    path = folder / "records.jsonl"
+    while child.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+        time.sleep(0.001)
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
+
+
+@pytest.mark.parametrize("moment", ["half-way", "at random"])
+def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment):
+    count = len(run_tiny.cases())
+    lines, delay = (count // 2, 0.0) if moment == "half-way" else (random.randrange(count // 2), random.random() / 20)
+    kill_after(tmp_path, lines, delay)
+    left = (tmp_path / "records.jsonl").read_bytes().count(b"\n")
+    assert lines <= left < count and not (tmp_path / "table.md").exists()
+    run_tiny.run(tmp_path)
+    resumed, expected = outcome(tmp_path), outcome(whole)
+    assert resumed.keys() == expected.keys()
+    assert [name for name in expected if resumed[name] != expected[name]] == []
+
+
+def test_a_torn_line_and_an_incomplete_batch_are_done_again(whole, torn):
+    lines = (whole / "records.jsonl").read_bytes().splitlines(keepends=True)
+    for size in (sum(map(len, lines[:9])) + 10, sum(map(len, lines)) - 1):
+        folder = torn(size)
+        run_tiny.run(folder)
+        assert outcome(folder) == outcome(whole), f"cut after {size} bytes"
+
+
+def test_a_complete_run_asks_nothing_again(whole, torn, monkeypatch):
+    folder = torn((whole / "records.jsonl").stat().st_size)
+    for path in (folder / "answers").iterdir():
+        os.utime(path, (1, 1))
+    run_tiny.run(folder)
+    assert outcome(folder) == outcome(whole)
+    assert {path.stat().st_mtime for path in (folder / "answers").iterdir()} == {1}
+
+
+def test_every_case_has_one_record_in_order(whole):
+    assert [(record["index"], record["name"]) for record in records(whole)] == [
+        (index, case.name) for index, case in enumerate(run_tiny.cases())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "changes"),
+    [
+        ("seed", {"seed": 6}),
+        ("settings", {"settings_by_family": {"editing": {"num_inference_steps": 3}}}),
+        ("batch_size", {"batch_size": 3}),
+        ("resolution", {"resolution": 128}),
+        ("cases", {"cases": run_tiny.cases()[:-1]}),
+    ],
+)
+def test_records_of_another_run_are_refused(whole, word, changes):
+    before = outcome(whole)
+    with pytest.raises(ValueError, match=f"`folder` must be new .*, {word} was "):
+        run_tiny.run(whole, **changes)
+    assert outcome(whole) == before
+
+
+def test_records_of_another_model_are_refused(whole):
+    pipe = run_tiny.model()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ValueError, match="model was "):
+        run_tiny.run(whole, pipeline=pipe)
+
+
+def test_records_without_run_json_are_refused(tmp_path):
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="without the run.json"):
+        run_tiny.run(tmp_path)
+
+
+def test_cases_need_names_of_their_own(tmp_path):
+    with pytest.raises(ValueError, match="unique names; .* cat 0"):
+        run_tiny.run(tmp_path, cases=run_tiny.cases()[:1] * 2)
+    with pytest.raises(ValueError, match="unique rows' file names"):
+        run_tiny.run(tmp_path, cases=[Case("a", "one row", None), Case("b", "one, row", None)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_scored_is_counted_and_named(whole):
+    (noise,) = (row for row in json.loads((whole / "results.json").read_text())["rows"] if row["row"] == "noise")
+    assert noise["samples"] == 5
+    failed = {failure["name"]: failure["error"] for failure in noise["failed"]}
+    assert failed.keys() == {"broken file", "long strip", "other size"}
+    assert failed["broken file"] == "OSError: the file is cut off"
+    assert "too elongated" in failed["long strip"] and "(64, 64); it is (32, 64)" in failed["other size"]
+    table = (whole / "table.md").read_text()
+    assert all(f"- {name}: {error}" in table for name, error in failed.items())
+    assert [line for line in table.splitlines() if line.startswith("| noise | PSNR |")][0].endswith("| 5 | 3 |")
+
+
+def test_a_run_in_which_nothing_can_be_scored_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="all 1 failed"):
+        run_tiny.run(tmp_path, cases=[Case("broken", "noise", run_tiny.unreadable)])
+    assert "- broken: OSError" in (tmp_path / "table.md").read_text()
+
+
+def saved_answer(folder: Path, index: int, number: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / "answers" / f"{index:06d}-{number}.png")).astype(int)
+
+
+def test_an_answer_is_that_of_the_case_alone_with_a_seed_of_its_own(whole):
+    """Neighbours in the batch change nothing that shows."""
+    pipe = run_tiny.model()
+    for index, case in enumerate(run_tiny.cases()):
+        if case.row in ("editing", "keypoints"):
+            example = case.open()
+            for number, task in enumerate(example.tasks):
+                state = np.random.SeedSequence((5, index, number)).generate_state(1, np.uint64)
+                generator = torch.Generator().manual_seed(int(state[0]))
+                answer = ask(pipe, example.image, task, 64, generator=generator, **run_tiny.QUICK)
+                assert np.abs(saved_answer(whole, index, number) - np.asarray(answer.picture)).max() <= 1
+
+
+def test_no_two_cases_and_no_two_questions_of_one_share_their_noise(tmp_path):
+    twice = Example(tiny.picture(64, 64), [Segmentation({"cat": "blue"})] * 2, {"cat": run_tiny.blob(1)})
+    run_tiny.run(tmp_path, cases=[Case(name, "cats", partial(Example, *twice)) for name in ("one", "another")])
+    answers = [saved_answer(tmp_path, index, number) for index in (0, 1) for number in (0, 1)]
+    for first, second in itertools.combinations(answers, 2):
+        assert np.abs(first - second).max() > 10
+
+
+def test_all_joints_of_a_person_are_scored_together(whole):
+    people = [record for record in records(whole) if record["row"] == "keypoints"]
+    for record in people:
+        assert len(record["measures"]["model"]["joints"]) == 17
+        assert len(list((whole / "answers").glob(f"{record['index']:06d}-*.png"))) == 4
+    (row,) = (row for row in json.loads((whole / "results.json").read_text())["rows"] if row["row"] == "keypoints")
+    assert row["samples"] == 1 and {"AP", "AP50", "PCK@0.05 of the side"} <= row["scores"].keys()
+
+
+@pytest.fixture(scope="module")
+def shipped() -> InstructDiffusionPipeline:
+    pipeline = InstructDiffusionPipeline.from_pretrained(SHIPPED)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def through_vae(pipeline: InstructDiffusionPipeline, picture: Image.Image) -> Image.Image:
+    """The VAE by itself, for a picture whose sides are multiples of 64."""
+    pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 127.5 - 1
+    decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
+    return Image.fromarray(((decoded[0].clamp(-1, 1) / 2 + 0.5) * 255).movedim(0, -1).numpy().astype(np.uint8))
+
+
+def test_the_ceiling_is_what_the_vae_leaves_of_a_perfect_answer(shipped, tmp_path):
+    image = Image.fromarray(data.coffee()).resize((128, 128))
+    mask = np.zeros((128, 128), bool)
+    mask[30:90, 20:70] = True
+    segment, point = Segmentation({"cat": "blue"}), Keypoints({"nose": "green", "left wrist": "red"})
+    joints = {"nose": Joint(40.0, 60.0), "left wrist": Joint(88.0, 34.0)}
+    noisy = add_noise(image, 25, np.random.default_rng(0))
+    examples = [
+        Example(image, [segment], {"cat": mask}),
+        Example(image, [point], joints),
+        Example(noisy, [Restoration("noise")], image),
+    ]
+    families = ("segmentation", "keypoints", "restoration")
+    evaluate(
+        shipped,
+        [Case(family, family, partial(Example, *example)) for family, example in zip(families, examples, strict=True)],
+        tmp_path,
+        {family: run_tiny.QUICK for family in families},
+        resolution=128,
+    )
+    masks, points, restored = (record["measures"] for record in records(tmp_path))
+
+    found = segment.read(image, through_vae(shipped, segment.draw(image, {"cat": mask})))["cat"].pixels
+    assert masks["ceiling"]["masks"] == [["cat", (found & mask).sum(), (found | mask).sum(), mask.sum()]]
+    assert (found & mask).sum() / (found | mask).sum() > 0.9
+    read = point.read(image, through_vae(shipped, point.draw(image, joints)))
+    assert points["ceiling"]["joints"]["nose"] == pytest.approx(read["nose"], abs=0.01)
+    assert np.hypot(read["nose"].x - 40, read["nose"].y - 60) < 2
+    for of, picture in {
+        "ceiling": through_vae(shipped, image),
+        "input": noisy,
+        "input through the VAE": through_vae(shipped, noisy),
+    }.items():
+        expected = peak_signal_noise_ratio(np.asarray(image), np.asarray(picture))
+        assert restored[of]["picture"]["PSNR"] == pytest.approx(expected, abs=0.01), of
+    answer = Image.open(tmp_path / "answers" / "000002-0.png")
+    expected = peak_signal_noise_ratio(np.asarray(image), np.asarray(answer))
+    assert restored["model"]["picture"]["PSNR"] == pytest.approx(expected, abs=0.01)
+
+
+def test_outside_the_box_pictures_are_not_scored_and_masks_are_missed(tmp_path):
+    """At working size 64 the answer to 128 x 80 pixels shows the columns 24 to 104 and the rows 15 to 65."""
+    image = tiny.picture(128, 80)
+    pixels = np.array(image)
+    pixels[:15], pixels[65:], pixels[:, :24], pixels[:, 104:] = 0, 0, 0, 0
+    mask = np.zeros((80, 128), bool)
+    mask[:10] = True
+    cases = [
+        Case("picture", "pictures", partial(Example, image, [Restoration("noise")], Image.fromarray(pixels))),
+        Case("mask", "masks", partial(Example, image, [Segmentation({"sky": "red"})], {"sky": mask})),
+    ]
+    run_tiny.run(tmp_path, cases=cases)
+    picture, masks = records(tmp_path)
+    assert picture["box"] == [24, 15, 104, 65]
+    assert picture["measures"]["input"]["picture"] == {"PSNR": 100, "SSIM": 1}
+    ((_, intersection, union, truth),) = masks["measures"]["ceiling"]["masks"]
+    assert intersection == 0 and union >= truth == 1280
+
+
+@pytest.mark.parametrize("row, middle, last", [("editing", 1, 2), ("noise", 2, 4)])
+def test_contact_sheets_show_best_median_and_worst(whole, row, middle, last):
+    assert {path.stem for path in whole.glob("*.png")} == {"segmentation-blobs", "noise", "editing", "keypoints"}
+    scored = [record for record in records(whole) if record["row"] == row and "score_key" in record]
+    ranked = sorted(scored, key=lambda record: -record["score_key"])
+    merits = [record["score_key"] for record in ranked]
+    assert len(ranked) == last + 1 and len(set(merits)) == len(merits)
+    cases = run_tiny.cases()
+    sheet = np.asarray(Image.open(whole / f"{row}.png"))
+    height = sheet.shape[0] // 3
+    for place, record in enumerate([ranked[0], ranked[middle], ranked[last]]):
+        example = cases[record["index"]].open()
+        answer = Image.open(whole / "answers" / f"{record['index']:06d}-0.png")
+        truth = example.truth.edited if row == "editing" else example.truth
+        strip = sheet[place * height : (place + 1) * height]
+        for column, picture in ((0, example.image), (1, answer), (3, truth)):
+            panel = np.asarray(ImageOps.contain(picture, (PANEL, PANEL)))
+            left = MARGIN + column * (PANEL + MARGIN)
+            # A caption of one line each: the panels end one and a half margins above the next strip.
+            top = height - PANEL - 3 * MARGIN // 2
+            assert (strip[top : top + panel.shape[0], left : left + panel.shape[1]] == panel).all()

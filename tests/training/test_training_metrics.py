@@ -1,0 +1,46 @@
+import math
+
+import numpy as np
+import tiny
+import torch
+from accelerate.tracking import GeneralTracker
+
+from instructdiffusion_pipeline.training.metrics import TrainingMetrics, peak_memory, show
+
+
+def test_a_line_has_the_means_since_the_line_before():
+    watch = TrainingMetrics(["a", "b"], torch.device("cpu"))
+    watch.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]))
+    first = watch.line()
+    assert (first["loss"], first["loss/a"], first["loss/b"], first["samples skipped"]) == (3, 1.5, 6, 2)
+    watch.add(torch.tensor([5.0]), torch.tensor([0]), torch.tensor([1]))
+    second = watch.line()
+    assert (second["loss"], second["samples skipped"]) == (5, 3) and "loss/b" not in second
+    assert math.isfinite(second["samples per second"])
+
+
+def test_memory_is_counted_in_bytes():
+    before = peak_memory(torch.device("cpu"))
+    block = np.ones(int(1.5 * before), np.uint8)
+    assert peak_memory(torch.device("cpu")) >= len(block)
+
+
+class WithPictures(GeneralTracker):
+    name, requires_logging_directory, main_process_only = "pictures", False, False
+
+    def __init__(self):
+        self.seen = []
+
+    @property
+    def tracker(self):
+        return self.seen
+
+    def log_images(self, values, step=None):
+        self.seen.append((step, values["validation"].shape))
+
+
+def test_trackers_that_take_no_pictures_are_left_alone():
+    tracker = WithPictures()
+    show([GeneralTracker(_blank=True), tracker], tiny.picture(20, 10), step=7)
+    assert tracker.seen == [(7, (1, 10, 20, 3))]
+    assert not hasattr(GeneralTracker, "log_images"), "accelerate's base class"
