@@ -66,7 +66,7 @@ def build(
                 family = task_class.family
                 with gr.Tab(family):
                     asked = component()
-                    preset = task_class.preset | presets.get(family, {})
+                    settings = task_class.settings | presets.get(family, {})
                     settings = [
                         gr.Slider(1, 100, preset["num_inference_steps"], step=1, label="steps"),
                         gr.Slider(0, 15, preset["guidance_scale"], step=0.1, label="guidance scale"),

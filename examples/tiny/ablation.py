@@ -24,7 +24,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, export, load_p
 from instructdiffusion_pipeline.evaluation import Case, evaluate, examples_from
 from instructdiffusion_pipeline.evaluation.report import number
 from instructdiffusion_pipeline.fingerprint import check_run_config
-from instructdiffusion_pipeline.image_grid import write_text
+from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.training import CachedDataset, train
 
 SOURCES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from instructdiffusion_pipeline.image_grid import write_text
+from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 
 

@@ -32,17 +32,3 @@ def stack(strips: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(part, (0, top))
         top += part.height
     return sheet
-
-
-def save_image(path: Path, picture: Image.Image) -> None:
-    """Write aside and rename, so that a half-written picture never has its name."""
-    partial = path.with_suffix(".partial.png")
-    picture.save(partial)
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside and rename."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -2,8 +2,8 @@ import pickle
 
 import numpy as np
 import pytest
-import test_masks
-import test_people
+import test_segmentation_datasets
+import test_keypoints_datasets
 import tiny
 from folders import save_image, write_json
 from numpy.lib.stride_tricks import sliding_window_view
@@ -14,12 +14,12 @@ from instructdiffusion_pipeline.datasets.transforms import PersonCrop
 
 def write_all(root):
     """A few sources of each family, each with one or two samples."""
-    content = test_people.people(test_people.annotation(7, area=300))
+    content = test_keypoints_datasets.people(test_people.annotation(7, area=300))
     write_json(root / "coco" / "annotations" / "person_keypoints_train2017.json", content)
     save_image(root / "coco" / "images" / "train2017" / "000000000001.jpg")
-    test_masks.write_stuff(root / "coco-stuff")
-    references = [test_masks.reference(1, 1, "left cat")]
-    path, images = test_masks.write_references(root / "coco_2014" / "refcoco", references)
+    test_segmentation_datasets.write_stuff(root / "coco-stuff")
+    references = [test_segmentation_datasets.reference(1, 1, "left cat")]
+    path, images = test_segmentation_datasets.write_references(root / "coco_2014" / "refcoco", references)
     images.rename(root / "coco_2014" / "images")
     (root / "coco_2014" / "images" / "train2014").mkdir()
     (root / "coco_2014" / "images" / "5.jpg").rename(root / "coco_2014" / "images" / "train2014" / "5.jpg")

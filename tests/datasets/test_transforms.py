@@ -142,7 +142,7 @@ def crop_of(crop, image, seed):
 
 
 @pytest.mark.parametrize("side, size", [(200, 256), (256, 256), (300, 256), (77, 64), (64, 77)])
-def test_masks_are_resized_as_pillow_finds_the_nearest_pixel(side, size):
+def test_segmentation_datasets_are_resized_as_pillow_finds_the_nearest_pixel(side, size):
     mask = np.random.default_rng(0).random((side, side)) < 0.5
     image = tiny.picture(side, side)
     _, masks = SquareCrop(size)(image, {"cat": mask}, random.Random(0))

@@ -54,10 +54,10 @@ def test_overlay_is_half_before_and_half_after():
     assert np.array_equal(shown[:, 62:], np.asarray(PLAIN)[:, 62:])
 
 
-@pytest.mark.parametrize("defect", TEMPLATES)
-def test_wordings_of_a_defect(defect):
-    wordings = {Restoration(defect).instruction(random.Random(seed)) for seed in range(300)}
-    assert wordings == set(TEMPLATES[defect]) and Restoration(defect).instruction() == f"remove the {defect}"
+@pytest.mark.parametrize("degradation", TEMPLATES)
+def test_wordings_of_a_defect(degradation):
+    wordings = {Restoration(degradation).instruction(random.Random(seed)) for seed in range(300)}
+    assert wordings == set(TEMPLATES[degradation]) and Restoration(degradation).instruction() == f"remove the {degradation}"
 
 
 def test_questions_that_make_no_sense_are_refused():

@@ -20,7 +20,7 @@ from instructdiffusion_pipeline.evaluation.examples import Case, Example
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, score_key
 from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint, pipeline_fingerprint
-from instructdiffusion_pipeline.image_grid import save_image
+from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
 from instructdiffusion_pipeline.readout import LearnedReading
 from instructdiffusion_pipeline.tasks import Task

@@ -11,7 +11,8 @@ from PIL import Image
 
 from instructdiffusion_pipeline.evaluation.examples import Case
 from instructdiffusion_pipeline.evaluation.scoring import Scores, summarize, truth_picture
-from instructdiffusion_pipeline.image_grid import save_image, stack, strip, write_text
+from instructdiffusion_pipeline.files import save_image, write_text
+from instructdiffusion_pipeline.image_grid import stack, strip
 
 IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
 NOTES = """\

@@ -17,7 +17,7 @@ class TrainingTask(Protocol):
     """
 
     family: ClassVar[str]  # what settings and presets call it
-    preset: ClassVar[dict[str, float]]  # what the original samples the family with
+    settings: ClassVar[dict[str, float]]  # what the original samples the family with
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """The question in words."""

@@ -61,7 +61,7 @@ class Adaptation:
 
     family: ClassVar[str] = "adaptation"
     # Without an input picture this is plain guidance of 7.5.
-    preset: ClassVar[dict[str, float]] = {
+    settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 50,
         "guidance_scale": 7.0,
         "image_guidance_scale": 0.5,

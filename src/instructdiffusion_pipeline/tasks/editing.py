@@ -18,7 +18,7 @@ class Editing:
     text: str
 
     family: ClassVar[str] = "editing"
-    preset: ClassVar[dict[str, float]] = {
+    settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 5.0,
         "image_guidance_scale": 1.25,

@@ -71,7 +71,7 @@ class Keypoints:
     colors: Mapping[str, str]
 
     family: ClassVar[str] = "keypoints"
-    preset: ClassVar[dict[str, float]] = {
+    settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 6.0,
         "image_guidance_scale": 0.5,

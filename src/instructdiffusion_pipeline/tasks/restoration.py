@@ -54,7 +54,7 @@ class Restoration:
 
     family: ClassVar[str] = "restoration"
     # The original's watermark removal example; it publishes none for noise or blur.
-    preset: ClassVar[dict[str, float]] = {
+    settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 1.0,
         "image_guidance_scale": 1.0,

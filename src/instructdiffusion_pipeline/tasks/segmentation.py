@@ -60,7 +60,7 @@ class Segmentation:
     colors: Mapping[str, str]
 
     family: ClassVar[str] = "segmentation"
-    preset: ClassVar[dict[str, float]] = {
+    settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 7.5,
         "image_guidance_scale": 1.5,

@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
-from instructdiffusion_pipeline.image_grid import save_image, stack, strip, write_text
+from instructdiffusion_pipeline.files import save_image, write_text
+from instructdiffusion_pipeline.image_grid import stack, strip
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.types import Sample
 

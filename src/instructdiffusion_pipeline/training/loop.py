@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from instructdiffusion_pipeline.fingerprint import fingerprint
-from instructdiffusion_pipeline.image_grid import save_image
+from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.conditioning import drop_conditioning

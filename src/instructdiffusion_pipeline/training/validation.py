@@ -41,7 +41,7 @@ def validation_questions(
             except (UnreadableSample, EmptyAnnotation):
                 continue
             if lesson.family not in questions:
-                settings = {**lesson.preset, **(settings_by_family or {}).get(lesson.family, {})}
+                settings = {**lesson.settings, **(settings_by_family or {}).get(lesson.family, {})}
                 sample = make_sample(lesson, image, annotation, rng)
                 questions[lesson.family] = ValidationQuestion(f"{lesson.family}: {source.name}", sample, settings)
             break

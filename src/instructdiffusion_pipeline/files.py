@@ -1,0 +1,45 @@
+"""Files and folders that appear complete or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image
+
+
+@contextmanager
+def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` at the end of the block, and removed if the block raises.
+
+    The block writes a file or a folder at the temporary path, which has the name of `path` inside a new hidden folder
+    beside it. A process that is killed leaves that folder (`.NAME.*`), which may be deleted. An existing file at
+    `path` is replaced; an existing folder with content is an OSError.
+
+    ```python
+    with atomic_write("scores.json") as partial:
+        partial.write_text("{}")
+    ```
+    """
+    path = Path(path)
+    # On the same file system as the target, so that the rename copies nothing.
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield scratch / path.name
+        (scratch / path.name).replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8 through `atomic_write`."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_image(path: str | PathLike[str], image: Image.Image) -> None:
+    """Save a picture through `atomic_write`, in the format that the suffix of `path` names."""
+    with atomic_write(path) as partial:
+        image.save(partial)
