@@ -2,7 +2,8 @@
 
 import diffusers
 
-from .ask import FAMILIES, Answer, ask, ask_batch, load_presets, model_resolution
+from .ask import Answer, ask, ask_batch
+from .datasets.mixture import Mixture, Source
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
     Guidance,
@@ -12,36 +13,41 @@ from .pipeline_instruct_diffusion import (
     upright_rgb,
     working_size,
 )
-from .readout import LearnedReading
+from .tasks.colors import KEYPOINT_COLORS, MASK_COLORS
 from .tasks.editing import Editing
-from .tasks.keypoints import Keypoints
+from .tasks.keypoints import COCO_JOINTS, Keypoints
 from .tasks.restoration import Restoration
 from .tasks.segmentation import Mask, Segmentation
-from .types import Joint
+from .types import Edit, Joint, Sample
+
+__version__ = "0.1.0"
 
 __all__ = [
-    "FAMILIES",
     "Answer",
+    "COCO_JOINTS",
+    "Edit",
     "Editing",
     "Guidance",
     "InstructDiffusionPipeline",
     "InstructDiffusionPipelineOutput",
     "Joint",
+    "KEYPOINT_COLORS",
     "Keypoints",
-    "LearnedReading",
+    "MASK_COLORS",
     "Mask",
+    "Mixture",
     "Restoration",
+    "Sample",
     "Segmentation",
+    "Source",
     "WorkingSize",
     "ask",
     "ask_batch",
     "export",
-    "load_presets",
     "push",
-    "model_resolution",
     "upright_rgb",
     "working_size",
 ]
 
-# `DiffusionPipeline.from_pretrained` looks here for the class that a saved folder names.
+# `DiffusionPipeline.from_pretrained` looks up the class that a saved folder names in diffusers.
 diffusers.InstructDiffusionPipeline = InstructDiffusionPipeline

@@ -5,17 +5,21 @@ arXiv 2309.03895). This file stands on its own: it is the very file that a repos
 """
 
 import inspect
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import (
@@ -29,7 +33,14 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import USE_PEFT_BACKEND, BaseOutput, logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import (
+    USE_PEFT_BACKEND,
+    BaseOutput,
+    logging,
+    replace_example_docstring,
+    scale_lora_layers,
+    unscale_lora_layers,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import ImageOps
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -38,6 +49,21 @@ logger = logging.get_logger(__name__)
 
 Box = tuple[float, float, float, float]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# The paper's settings for editing, used where neither the caller nor the model names a value.
+DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers.utils import load_image
+        >>> from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+        >>> pipe = InstructDiffusionPipeline.from_pretrained("path/to/model", dtype=torch.float16).to("cuda")
+        >>> image = pipe("make it winter", load_image("photo.jpg"), generator=torch.manual_seed(0)).images[0]
+        >>> image.save("winter.png")
+        ```
+"""
 
 
 class Guidance(NamedTuple):
@@ -64,7 +90,7 @@ class Guidance(NamedTuple):
         return [name for name, weight in self._asdict().items() if weight != 0]
 
     def combine(self, predictions: torch.Tensor) -> torch.Tensor:
-        """The guided prediction (N, 4, h, w), from those of the K `branches` one after another (K * N, 4, h, w)."""
+        """The guided prediction (N, C, h, w), from those of the K `branches` one after another (K * N, C, h, w)."""
         parts = predictions.chunk(len(self.branches))
         return sum(getattr(self, name) * part for name, part in zip(self.branches, parts, strict=True))
 
@@ -89,12 +115,12 @@ def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
     return left, top, left + crop_width, top + crop_height
 
 
-def working_size(width: int, height: int, resolution: int | None, vae_scale_factor: int = 8) -> WorkingSize:
-    """The size the model works at for an input of `width` x `height` pixels, and the box the answer to it shows.
+def working_size(width: int, height: int, resolution: int, vae_scale_factor: int = 8) -> WorkingSize:
+    """The size at which the model works for an input of `width` x `height` pixels, and the box that its answer shows.
 
-    With a `resolution` both sides are multiples of 64 and the long one comes near `resolution`. The picture is fitted
-    to that size and the answer fitted back; each time the centre is kept and what sticks out is cropped, so the answer
-    shows the box that survives both. Without (`None`) the picture is stretched to the next smaller multiples of
+    With a `resolution` above 0 both sides are multiples of 64 and the long side is near `resolution`. The picture is
+    fitted to that size and the answer is fitted back. Each fit crops to the centre, so the answer shows the box that
+    remains after both crops. With a `resolution` of 0 the picture is resized to the next smaller multiples of
     `vae_scale_factor`, at least one, and nothing is cropped.
 
     Raises:
@@ -102,22 +128,23 @@ def working_size(width: int, height: int, resolution: int | None, vae_scale_fact
     """
     if width < 1 or height < 1:
         raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
-    if resolution is None:
-        rounded_width, rounded_height = (
-            max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height)
+    if not isinstance(resolution, Integral) or isinstance(resolution, bool) or (resolution < 16 and resolution != 0):
+        raise ValueError(
+            f"`resolution` must be 0 (the picture's own size) or an integer of at least 16, but is {resolution!r}."
         )
-        return WorkingSize((rounded_width, rounded_height), (0.0, 0.0, float(width), float(height)))
-    if not isinstance(resolution, int) or resolution < 16:
-        raise ValueError(f"`resolution` must be None or at least 16 pixels, but is {resolution!r}.")
+    resolution = int(resolution)
+    if resolution == 0:
+        own_width, own_height = (max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height))
+        return WorkingSize((own_width, own_height), (0.0, 0.0, float(width), float(height)))
     short_side, long_side = min(width, height), max(width, height)
-    # In integers: floating point lands just beside a multiple of 64 for one size in seventeen, and is a block off.
+    # Integer arithmetic: floating point misses a multiple of 64 for one size in seventeen, and loses a block.
     short = 64 * -(-short_side * resolution // (64 * long_side))
     long = 64 * (long_side * short // (64 * short_side))
     size = (short, long) if width < height else (long, short)
     if long > 4 * resolution:
         raise ValueError(
             f"`image` of {width} x {height} pixels is too elongated for `resolution={resolution}`: it would become"
-            f" {size[0]} x {size[1]}, and no side may pass four times the resolution. Crop it or raise `resolution`."
+            f" {size[0]} x {size[1]}, and no side may exceed four times the resolution. Crop it or raise `resolution`."
         )
     left, top, right, bottom = centre_crop((width, height), size)
     x, y = (right - left) / size[0], (bottom - top) / size[1]
@@ -148,14 +175,16 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
         return [picture for item in image for picture in _as_pictures(item)]
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
-        image = torch.from_numpy(image).movedim(-1, -3)
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.dtype.kind in "fu":
+        # torch takes neither negative strides nor foreign byte orders.
+        native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
+        image = torch.from_numpy(native).movedim(-1, -3)
     if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and len(image) > 0:
         return [image] if image.ndim == 3 else list(image)
     received = f"{type(image).__name__} of shape {tuple(image.shape)}" if hasattr(image, "shape") else repr(image)
     raise ValueError(
         "`image` must be a PIL picture, a tensor (3, H, W) or (B, 3, H, W), an array (H, W, 3) or (B, H, W, 3), image"
-        f" latents (B, 4, h, w), or a non-empty list of these, but holds {received}."
+        f" latents (B, C, h, w), or a non-empty list of these, but holds {received}."
     )
 
 
@@ -188,7 +217,7 @@ class InstructDiffusionPipelineOutput(BaseOutput):
     """
     Args:
         images: the answers. A list of PIL pictures, each in the size of its input; or, at working size, an array
-            (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, 4, h, w), multiplied by the VAE's scaling
+            (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, C, h, w), multiplied by the VAE's scaling
             factor.
         nsfw_content_detected: one `bool` an answer, or `None` without a safety checker. Flagged answers are black.
     """
@@ -215,16 +244,21 @@ class InstructDiffusionPipeline(
         vae: encodes the input and decodes the answer.
         text_encoder: CLIP text model; the instruction enters as its last hidden state.
         tokenizer: the tokenizer that belongs to `text_encoder`.
-        unet: takes 8 channels: 4 of noisy latents and 4 of image latents.
+        unet: takes twice the VAE's latent channels, noisy latents and image latents: 8 for Stable Diffusion 1.5.
         scheduler: the model was made for `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
-        safety_checker: blackens answers that it takes for offensive; needs `feature_extractor`.
+        safety_checker: blackens answers that it classifies as offensive; needs `feature_extractor`.
         feature_extractor: prepares pictures for `safety_checker` and `image_encoder`.
-        image_encoder: encodes the pictures shown to an IP-Adapter.
+        image_encoder: encodes the pictures given to an IP-Adapter.
+        readout: a `UNet2DModel` that reads masks and joints from answers. `instructdiffusion_pipeline.ask` uses it;
+            the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
+        task_settings: call arguments that suit this model, by task family, for example
+            `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
+            `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->readout"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "readout"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
 
@@ -238,7 +272,9 @@ class InstructDiffusionPipeline(
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        readout: UNet2DModel | None = None,
         requires_safety_checker: bool = False,
+        task_settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if safety_checker is None and requires_safety_checker:
@@ -256,24 +292,57 @@ class InstructDiffusionPipeline(
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
+            readout=readout,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        task_settings = {} if task_settings is None else task_settings
+        if not isinstance(task_settings, Mapping) or not all(isinstance(s, Mapping) for s in task_settings.values()):
+            raise ValueError(
+                '`task_settings` must map task families to call arguments, as {"editing": {"guidance_scale": 4.0}}'
+                f" does, but is {task_settings!r}."
+            )
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker,
+            task_settings={family: dict(settings) for family, settings in task_settings.items()},
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         # Sizes are this pipeline's business (`working_size`); the processor only changes between value ranges.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """The settings of a folder. One that carries this file names the class in a list, [file, class]: undone here.
+        """Read a model's `model_index.json`, and replace a class name of the form [file, class] by the class alone.
 
-        diffusers takes such a list as an order to run the folder's code, which it does only if trusted. Who asks for
-        this class by name has its code already. Every way to load, from a folder or from the Hub, reads through here.
+        A folder with that form carries this file, and diffusers would run the folder's copy of it, which needs trust.
+        A caller of this class has the code already. All ways of loading, from a folder or the Hub, use this method.
         """
         settings = super()._dict_from_json_file(json_file)
         name = settings.get("_class_name")
         if isinstance(name, list) and name[-1] == "InstructDiffusionPipeline":
             settings["_class_name"] = name[-1]
         return settings
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json`. If this class came from a folder's own file, the new folder carries it again.
+
+        `save_pretrained` and `push_to_hub` call this method. Without the file, a pipeline that was loaded with
+        `trust_remote_code=True` could be saved but not loaded where the package is not installed.
+        """
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # The package in which diffusers keeps the code of folders and repositories.
+        if type(self).__module__.startswith("diffusers_modules."):
+            code, index = Path(inspect.getfile(type(self))), Path(save_directory, self.config_name)
+            shutil.copyfile(code, index.with_name(code.name))
+            config = json.loads(index.read_text(encoding="utf-8"))
+            config["_class_name"] = [code.stem, type(self).__name__]
+            index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def default_resolution(self) -> int:
+        """The size in pixels that the UNet was made for: 512 for Stable Diffusion 1.5."""
+        sample_size = self.unet.config.sample_size
+        if sample_size is None:
+            raise ValueError("`resolution` must be given: the configuration of `unet` has no `sample_size`.")
+        return self.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
     @property
     def guidance_scale(self) -> float:
@@ -296,13 +365,14 @@ class InstructDiffusionPipeline(
         return self._interrupt
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 5.0,
-        image_guidance_scale: float = 1.25,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         resolution: int | None = None,
         strength: float = 1.0,
@@ -324,53 +394,65 @@ class InstructDiffusionPipeline(
         """
         Answers `prompt` about `image`.
 
-        Prompts, negative prompts and images may be single or in lists; lists are equally long, and what is single
-        serves all. B is the number of samples this makes, N = B * num_images_per_prompt the number of answers.
+        Prompts, negative prompts and images may be single or lists of one length; a single one serves all samples. B
+        is the number of samples of the call, N = B * num_images_per_prompt the number of answers.
 
         Args:
-            prompt: the instruction. Past 77 tokens it is cut, with a warning that says what was lost.
+            prompt: the instruction. Tokens past the 77th are cut, with a warning that quotes them.
             image: a picture: PIL (any mode; EXIF orientation is applied, transparency dropped, 16-bit values scaled
-                down), tensor (3, H, W) or (B, 3, H, W) or array (H, W, 3) or (B, H, W, 3) in [0, 1]; or image latents
-                (B, 4, h, w): the mode of the VAE's posterior, not multiplied by its scaling factor.
-            num_inference_steps: denoising steps, at least 1.
-            guidance_scale: text scale s_T: how much the instruction counts. Any number; see `Guidance`.
-            image_guidance_scale: image scale s_I: how much the input picture counts. 1/2 for both is plain sampling.
-            negative_prompt: what stands in for the empty text in the branch without instruction.
-            resolution: length near which the long side is brought for the model, in pixels; see `working_size`. `None`
-                keeps the picture's own size, rounded down to the VAE's factor.
-            strength: share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, starting
-                from the image latents, noised; if that is all the steps, as by default, from pure noise.
-            num_images_per_prompt: answers a sample.
-            eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; other schedulers do not use it.
-            generator: one for the whole call, or a list of N. One on the CPU draws the same noise on any device.
-            latents: standard normal noise (N, 4, h, w) to start from in place of `generator`'s.
-            prompt_embeds: (1 or B, 77, D), in place of `prompt`.
-            negative_prompt_embeds: (1 or B, 77, D), in place of `negative_prompt`.
-            ip_adapter_image: what to show to the IP-Adapters: one picture each, or one list of pictures each.
-            ip_adapter_image_embeds: in its place, for each IP-Adapter (2, K, D), first the negative embeddings of K
-                pictures, then the positive ones; (2 * B, K, D) where samples differ, all the negative ones first; or
-                (1, K, D), the positive ones alone, for which the negative ones are zeros.
-            output_type: "pil" for 8-bit pictures in the size of their input, "np", "pt" or "latent" for working size.
+                down), a tensor (3, H, W) or (B, 3, H, W) or an array (H, W, 3) or (B, H, W, 3), with floating-point
+                values in [0, 1] or 8-bit values; or a tensor of image latents (B, C, h, w): the mode of the VAE's
+                posterior, not multiplied by its scaling factor. C is 4 for Stable Diffusion 1.5.
+            num_inference_steps: denoising steps, at least 1. `None` for this and for the two scales takes the model's
+                own value (`pipe.config.task_settings["editing"]`), else the paper's: 100, 5.0 and 1.25.
+            guidance_scale: text scale s_T: how much the instruction counts. Any finite number; see `Guidance`.
+            image_guidance_scale: image scale s_I: how much the input picture counts. 1/2 for both scales is plain
+                sampling.
+            negative_prompt: replaces the empty text in the branch without instruction.
+            resolution: the long side at which the model works, in pixels; see `working_size`. `None` is the size that
+                the model was made for (`pipe.default_resolution`), 0 the picture's own size, rounded down to the
+                VAE's factor. Image latents take `None` or 0.
+            strength: the share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, from
+                the noised image latents. 1.0 runs all steps from pure noise.
+            num_images_per_prompt: answers per sample.
+            eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; only DDIM-like schedulers use it.
+            generator: one generator for the call, or a list of N. A CPU generator draws the same noise on any device.
+            latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
+            prompt_embeds: (1 or B, 77, D), instead of `prompt`.
+            negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
+            ip_adapter_image: the input of the IP-Adapters: for each one picture or one list of pictures.
+            ip_adapter_image_embeds: instead of `ip_adapter_image`, for each IP-Adapter (2, K, D): the negative
+                embeddings of K pictures, then the positive ones; (2 * B, K, D) if samples differ, all negative ones
+                first; or (1, K, D), the positive ones alone, with zeros as the negative ones.
+            output_type: "pil" for 8-bit pictures in the size of their input; "np", "pt" or "latent" for working size.
             return_dict: whether to return an [`InstructDiffusionPipelineOutput`] or a plain tuple of its fields.
-            cross_attention_kwargs: for the attention processors; its "scale" is the scale of LoRA layers, and reaches
-                those of the text encoder, too.
-            clip_skip: how many of the text encoder's last layers to leave out.
+            cross_attention_kwargs: passed to the attention processors. Its "scale" is the scale of LoRA layers, also
+                of those in the text encoder.
+            clip_skip: how many of the text encoder's last layers to skip.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
-                tensors to go on with. It may also set `_guidance_scale`, `_image_guidance_scale` and `_interrupt`.
-            callback_on_step_end_tensor_inputs: which tensors to hand it, out of `_callback_tensor_inputs`: latents and
-                image_latents (N, 4, h, w) in float32, prompt_embeds and negative_prompt_embeds (N, 77, D).
+                tensors to continue with. It may set `_guidance_scale`, `_image_guidance_scale` and `_interrupt`.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives, out of
+                `_callback_tensor_inputs`: latents and image_latents (N, C, h, w) in float32, prompt_embeds and
+                negative_prompt_embeds (N, 77, D).
+
+        Examples:
 
         Returns:
-            [`InstructDiffusionPipelineOutput`] or `tuple`: the N answers, and what the safety checker says of them.
+            [`InstructDiffusionPipelineOutput`] or `tuple`: the N answers, and the verdicts of the safety checker.
 
         Raises:
             ValueError: if an argument does not fit; the message names it. Pictures of one call must share a working
-                size, and none may be so elongated that its long side passes four times `resolution`.
+                size, and the long side of a working size must not exceed four times `resolution`.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
-        # 0. Check inputs, before anything slow runs.
+        # 0. Resolve the defaults and check inputs, before anything slow runs.
+        settings = DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
+        num_inference_steps = settings["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        guidance_scale = settings["guidance_scale"] if guidance_scale is None else guidance_scale
+        if image_guidance_scale is None:
+            image_guidance_scale = settings["image_guidance_scale"]
         self.check_inputs(
             prompt,
             image,
@@ -384,6 +466,7 @@ class InstructDiffusionPipeline(
             negative_prompt_embeds,
             ip_adapter_image,
             ip_adapter_image_embeds,
+            generator,
             output_type,
             clip_skip,
             callback_on_step_end_tensor_inputs,
@@ -415,11 +498,11 @@ class InstructDiffusionPipeline(
             ip_adapter_image, ip_adapter_image_embeds, device, batch_size, num_images_per_prompt
         )
 
-        # 4. Encode the pictures with the VAE, each only once: (N, 4, h, w).
+        # 4. Encode the pictures with the VAE, each only once: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
         image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
 
-        # 5. Lay out the steps, and the noise they start from: (N, 4, h, w).
+        # 5. Lay out the steps, and the noise they start from: (N, C, h, w).
         timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
         self._num_timesteps = len(timesteps)
         started_late = len(timesteps) < len(self.scheduler.timesteps)
@@ -437,7 +520,7 @@ class InstructDiffusionPipeline(
                 guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
                 branches = guidance.branches
 
-                # The K branches one after another: (K * N, 8, h, w), noisy latents first; no image means zeros.
+                # The K branches one after another: (K * N, 2 * C, h, w), noisy latents first; no image means zeros.
                 noisy_latents = self.scheduler.scale_model_input(latents, t)
                 pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
                 texts = [negative_prompt_embeds if b == "no_text" else prompt_embeds for b in branches]
@@ -455,7 +538,7 @@ class InstructDiffusionPipeline(
                     return_dict=False,
                 )[0]
 
-                # One guided prediction (N, 4, h, w), and with it to the next noise level.
+                # One guided prediction (N, C, h, w), and with it to the next noise level.
                 prediction = guidance.combine(predictions.to(latents.dtype))
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
@@ -478,7 +561,7 @@ class InstructDiffusionPipeline(
         if output_type != "latent":
             images = self.decode_latents(latents)
             images, nsfw_content_detected = self.run_safety_checker(images, device)
-            images = self.postprocess_image(images, output_type, answer_sizes, crop=resolution is not None)
+            images = self.postprocess_image(images, output_type, answer_sizes, crop=resolution != 0)
 
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -499,11 +582,15 @@ class InstructDiffusionPipeline(
         negative_prompt_embeds: torch.Tensor | None,
         ip_adapter_image: PipelineImageInput | None,
         ip_adapter_image_embeds: list[torch.Tensor] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         clip_skip: int | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raises a ValueError that names the argument, what it got and what would be right."""
+        for name in ("vae", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` must be a component of this pipeline to answer, but is None.")
         self._check_text("prompt", prompt, prompt_embeds)
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
@@ -512,10 +599,10 @@ class InstructDiffusionPipeline(
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_prompt", num_images_per_prompt),
         ):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, but is {count!r}.")
+            if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {count!r}.")
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if scale is None or not math.isfinite(scale):
+            if not isinstance(scale, Real) or not math.isfinite(scale):
                 raise ValueError(f"`{name}` must be a finite number, but is {scale!r}.")
         layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
         if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
@@ -528,6 +615,9 @@ class InstructDiffusionPipeline(
             raise ValueError(
                 f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise one of the two."
             )
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -539,7 +629,7 @@ class InstructDiffusionPipeline(
         if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
             raise ValueError(
                 f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
-                f" but takes {self.unet.config.in_channels}: it was not made for InstructDiffusion."
+                f" but takes {self.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
             )
 
         if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
@@ -564,18 +654,18 @@ class InstructDiffusionPipeline(
             raise ValueError(f"`{name}_embeds` must have the shape (B, 77, D), but has {tuple(embeds.shape)}.")
 
     def preprocess_image(
-        self, image: PipelineImageInput, resolution: int | None
+        self, image: PipelineImageInput, resolution: int | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
         Brings pictures to the size the model works at.
 
         Args:
             image: one of the kinds `__call__` takes.
-            resolution: see `working_size`.
+            resolution: see `working_size`; `None` is `default_resolution`.
 
         Returns:
-            The pictures (B, 3, H, W) in [-1, 1], or image latents as they came; and for each the (width, height) that
-            a PIL answer to it has.
+            The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of a PIL
+            answer to it.
 
         Raises:
             ValueError: if a picture is not readable as one, or if their working sizes differ.
@@ -584,14 +674,15 @@ class InstructDiffusionPipeline(
         channels = self.vae.config.latent_channels
         image_latents = [p for p in pictures if isinstance(p, torch.Tensor) and p.shape[0] == channels]
         if len(image_latents) == len(pictures):
-            if resolution is not None:
-                raise ValueError(f"`resolution` must be None for image latents, but is {resolution}.")
+            if resolution:
+                raise ValueError(f"`resolution` must be None or 0 for image latents, but is {resolution}.")
             shapes = [tuple(latents.shape) for latents in image_latents]
             if len(set(shapes)) > 1:
                 raise ValueError(f"`image` must hold image latents of one shape, but holds {shapes}.")
             height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
             return torch.stack(image_latents), [(width, height)] * len(shapes)
 
+        resolution = self.default_resolution if resolution is None else resolution
         answer_sizes, sizes, tensors = [], [], []
         for picture in pictures:
             if isinstance(picture, PIL.Image.Image):
@@ -605,11 +696,10 @@ class InstructDiffusionPipeline(
             if len(set(sizes)) > 1:
                 continue  # Only the sizes are still of interest, for the message.
             if isinstance(picture, PIL.Image.Image):
-                fitted = _fitted(picture, sizes[0], crop=resolution is not None)
+                fitted = _fitted(picture, sizes[0], crop=resolution != 0)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
             else:
-                self._check_range(picture)
-                tensors.append(_resized(picture, sizes[0], crop=resolution is not None))
+                tensors.append(_resized(self._unit_range(picture), sizes[0], crop=resolution != 0))
         if len(set(sizes)) > 1:
             raise ValueError(
                 "`image` must hold pictures that share a working size, but they come in"
@@ -619,12 +709,16 @@ class InstructDiffusionPipeline(
         return self.image_processor.preprocess(torch.stack(tensors)), answer_sizes
 
     @staticmethod
-    def _check_range(picture: torch.Tensor) -> None:
+    def _unit_range(picture: torch.Tensor) -> torch.Tensor:
+        """A picture tensor with floating-point values in [0, 1]; 8-bit values are divided by 255."""
+        if picture.dtype == torch.uint8:
+            return picture / 255
         if not picture.is_floating_point() or not (picture.min() >= 0 and picture.max() <= 1):
             raise ValueError(
-                "`image` must hold floating-point values in [0, 1] if it is a tensor or an array, but holds"
-                f" {picture.dtype} values from {picture.min().item()} to {picture.max().item()}."
+                "`image` must hold floating-point values in [0, 1] or 8-bit values if it is a tensor or an array, but"
+                f" holds {picture.dtype} values from {picture.min().item()} to {picture.max().item()}."
             )
+        return picture
 
     def encode_prompt(
         self,
@@ -765,7 +859,7 @@ class InstructDiffusionPipeline(
         return torch.stack([self.image_encoder(half, output_hidden_states=True).hidden_states[-2] for half in both])
 
     def encode_image_latents(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Image latents (B, 4, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled. Latents stay."""
+        """Image latents (B, C, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled. Latents stay."""
         if pixels.shape[1] == self.vae.config.latent_channels:
             return pixels.to(device, torch.float32)
         return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
@@ -786,7 +880,7 @@ class InstructDiffusionPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Where denoising starts (N, 4, h, w): pure noise, or the image latents noised as at timestep `start` (1,).
+        """Where denoising starts (N, C, h, w): pure noise, or the image latents noised as at timestep `start` (1,).
 
         Latents stay in float32 whatever the UNet computes in, so that a seed draws the same noise in every precision.
         """
@@ -806,7 +900,7 @@ class InstructDiffusionPipeline(
         return self.scheduler.add_noise(image_latents, noise, start)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, 4, h, w)."""
+        """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0].float(), "pt")
 

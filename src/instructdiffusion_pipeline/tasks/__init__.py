@@ -1,12 +1,14 @@
 """One file a task family: its wording, its sampling preset, how answers are drawn and how they are read."""
 
 import random
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.types import Sample
+
+Reading = TypeVar("Reading")
 
 
 class TrainingTask(Protocol):
@@ -26,13 +28,13 @@ class TrainingTask(Protocol):
         """The picture that answers it, for training."""
 
 
-class Task(TrainingTask, Protocol):
+class Task(TrainingTask, Protocol[Reading]):
     """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
 
-    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Any:
+    def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Reading:
         """What an answer says, in pixels of `image`; `box` is the part of it that `answer` shows."""
 
-    def overlay(self, image: Image.Image, reading: Any) -> Image.Image:
+    def overlay(self, image: Image.Image, reading: Reading) -> Image.Image:
         """A picture of a reading on its input."""
 
 
