@@ -11,7 +11,7 @@ A data set reads `(image, annotation)`. What an annotation is depends on the fam
 A task then turns it into a `Sample` (see `tasks`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,3 +45,25 @@ class Edit(NamedTuple):
 
 Joints = Mapping[str, Joint | None]
 Masks = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pose(Mapping[str, Joint | None]):
+    """The true `joints` of a person, in pixels, and what the keypoint AP needs besides.
+
+    `area`, in square pixels, is the area of the person's mask in COCO, 0.53 of the box in CrowdPose, the box in AI
+    Challenger; `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but not AP.
+    """
+
+    joints: Joints
+    area: float | None = None
+    sigmas: Mapping[str, float] | None = None
+
+    def __getitem__(self, name: str) -> Joint | None:
+        return self.joints[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.joints)
+
+    def __len__(self) -> int:
+        return len(self.joints)

@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.datasets.keypoints import COCO_SIGMAS
 from instructdiffusion_pipeline.evaluation import Case, Example, evaluate, whole_person
-from instructdiffusion_pipeline.evaluation.metrics import COCO_SIGMAS, Pose
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
-from instructdiffusion_pipeline.types import Edit, Joint
+from instructdiffusion_pipeline.types import Edit, Joint, Pose
 
 BATCH = 4
 QUICK = {"num_inference_steps": 2, "guidance_scale": 0.5, "image_guidance_scale": 0.5}

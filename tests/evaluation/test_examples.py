@@ -5,12 +5,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.keypoints import Person
+from instructdiffusion_pipeline.datasets.keypoints import COCO_SIGMAS, Person
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.evaluation import EvaluationPersonCrop, examples_from, whole_person
-from instructdiffusion_pipeline.evaluation.metrics import COCO_SIGMAS, Pose, keypoint_ap
+from instructdiffusion_pipeline.datasets.transforms import EvaluationPersonCrop
+from instructdiffusion_pipeline.evaluation import examples_from, whole_person
+from instructdiffusion_pipeline.evaluation.metrics import keypoint_ap
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
-from instructdiffusion_pipeline.types import Joint
+from instructdiffusion_pipeline.types import Joint, Pose
 
 
 class Blobs:

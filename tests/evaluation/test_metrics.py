@@ -4,24 +4,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools.cocoeval import Params
 from scipy.ndimage import gaussian_filter
 from skimage import data
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from instructdiffusion_pipeline.datasets.keypoints import AIC_JOINTS, CROWDPOSE_JOINTS
-from instructdiffusion_pipeline.evaluation import Example, metrics
-from instructdiffusion_pipeline.evaluation.metrics import (
+from instructdiffusion_pipeline.datasets.keypoints import (
+    AIC_JOINTS,
     AIC_SIGMAS,
     COCO_SIGMAS,
+    CROWDPOSE_JOINTS,
     CROWDPOSE_SIGMAS,
-    Overlap,
-    Pose,
-    keypoint_ap,
 )
+from instructdiffusion_pipeline.evaluation import Example, metrics
+from instructdiffusion_pipeline.evaluation.metrics import Overlap, keypoint_ap
 from instructdiffusion_pipeline.evaluation.scoring import measure, summarize
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.types import Joint
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, Keypoints
+from instructdiffusion_pipeline.types import Joint, Pose
 
 AREA = 3000.0
 
@@ -80,7 +80,8 @@ def test_ap_needs_areas_and_one_set_of_joints():
 
 
 def test_sigmas_are_the_published_ones():
-    assert list(COCO_SIGMAS.values())[:5] == pytest.approx([0.026, 0.025, 0.025, 0.035, 0.035])
+    assert tuple(COCO_SIGMAS) == COCO_JOINTS
+    assert list(COCO_SIGMAS.values()) == pytest.approx(Params("keypoints").kpt_oks_sigmas)
     # crowdposetools has tenths, each joint's left one and right one alike
     pairs = {"shoulder": 0.79, "elbow": 0.72, "wrist": 0.62, "hip": 1.07, "knee": 0.87, "ankle": 0.89}
     both = {f"{side} {name}": tenths for name, tenths in pairs.items() for side in ("left", "right")}

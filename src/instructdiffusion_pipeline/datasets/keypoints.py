@@ -37,6 +37,27 @@ MPII_JOINTS = (
     "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
 )  # fmt: skip
 
+# OKS sigmas: how far annotators differ in placing a joint, relative to the square root of the person's area. COCO's are
+# those of pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
+# the sources of crowdposetools and of AI_Challenger_2017's keypoint_eval.py, which writes twice the sigma).
+COCO_SIGMAS: dict[str, float] = {
+    "nose": 0.026, "left eye": 0.025, "right eye": 0.025, "left ear": 0.035, "right ear": 0.035,
+    "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
+    "right wrist": 0.062, "left hip": 0.107, "right hip": 0.107, "left knee": 0.087, "right knee": 0.087,
+    "left ankle": 0.089, "right ankle": 0.089,
+}  # fmt: skip
+CROWDPOSE_SIGMAS: dict[str, float] = {
+    "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
+    "right wrist": 0.062, "left hip": 0.107, "right hip": 0.107, "left knee": 0.087, "right knee": 0.087,
+    "left ankle": 0.089, "right ankle": 0.089, "head top": 0.079, "neck": 0.079,
+}  # fmt: skip
+AIC_SIGMAS: dict[str, float] = {
+    "right shoulder": 0.01388152, "right elbow": 0.01515228, "right wrist": 0.01057665, "left shoulder": 0.01417709,
+    "left elbow": 0.01497891, "left wrist": 0.01402144, "right hip": 0.03909642, "right knee": 0.03686941,
+    "right ankle": 0.01981803, "left hip": 0.03843971, "left knee": 0.03412318, "left ankle": 0.02415081,
+    "head top": 0.01291456, "neck": 0.01236173,
+}  # fmt: skip
+
 UNIT = 200  # pixels, of a scale
 PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
 NOT_FINITE = "a number that is not finite"

@@ -6,7 +6,7 @@ Each is a callable `(image, annotation, rng) -> (image, annotation)` without sta
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.keypoints import UNIT, Person
-from instructdiffusion_pipeline.types import Edit, Joint, Joints
+from instructdiffusion_pipeline.types import Edit, Joint, Joints, Pose
 
 OTHER_SIDE = {"left": "right", "right": "left"}
 LOWER_BODY = {"pelvis", "hip", "knee", "ankle"}
@@ -51,6 +51,22 @@ class PersonCrop:
         if not any(joint is None or min(joint[:2]) >= 0 and max(joint[:2]) < self.size for joint in placed.values()):
             raise UnreadableSample(f"annotation {person.id}", "no joint is left in the crop")
         return warp(image, turn, self.size), placed
+
+
+@dataclass(frozen=True)
+class EvaluationPersonCrop:
+    """Cuts one person out for an evaluation, `size` pixels square, and turns a `Person` into a `Pose`.
+
+    `sigmas` are the OKS sigmas of the data set's joints.
+    """
+
+    size: int = 256
+    sigmas: Mapping[str, float] | None = None
+
+    def __call__(self, image: Image.Image, person: Person, rng: random.Random) -> tuple[Image.Image, Pose]:
+        crop, joints = PersonCrop(self.size, jitter=False)(image, person, rng)
+        zoom = self.size / (UNIT * person.scale[0])
+        return crop, Pose(joints, person.area and person.area * zoom**2, self.sigmas)
 
 
 def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], float] | None:

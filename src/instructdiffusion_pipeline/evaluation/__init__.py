@@ -6,12 +6,11 @@ scores, `scoring` applies them to readings, and `report` writes the table. `clas
 
 from .baselines import classical
 from .evaluator import evaluate, through_vae
-from .examples import Case, EvaluationPersonCrop, Example, examples_from, whole_person
+from .examples import Case, Example, examples_from, whole_person
 
 __all__ = [
     "Case",
     "Example",
-    "EvaluationPersonCrop",
     "examples_from",
     "classical",
     "evaluate",

@@ -1,7 +1,7 @@
 """What an evaluation asks: cases, opened one at a time, so that a data set need not fit in memory."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -9,10 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.keypoints import UNIT, Person
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.datasets.transforms import PersonCrop
-from instructdiffusion_pipeline.evaluation.metrics import Pose
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, most_visible_first
 from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS, Keypoints
@@ -74,16 +71,3 @@ def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list
     colors = most_visible_first(image, KEYPOINT_COLORS)
     groups = np.array_split(list(joints), -(-len(joints) // MAX_JOINTS))
     return [Keypoints({str(name): color for name, color in zip(group, colors, strict=False)}) for group in groups]
-
-
-@dataclass(frozen=True)
-class EvaluationPersonCrop:
-    """The geometry of an evaluation: a person in a square of `size` pixels, with what AP takes (`sigmas` by joint)."""
-
-    size: int = 256
-    sigmas: Mapping[str, float] | None = None
-
-    def __call__(self, image: Image.Image, person: Person, rng: random.Random) -> tuple[Image.Image, Pose]:
-        crop, joints = PersonCrop(self.size, jitter=False)(image, person, rng)
-        zoom = self.size / (UNIT * person.scale[0])
-        return crop, Pose(joints, person.area and person.area * zoom**2, self.sigmas)

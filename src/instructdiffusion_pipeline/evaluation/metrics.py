@@ -3,8 +3,7 @@
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,55 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval, Params
+from pycocotools.cocoeval import COCOeval
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPImageProcessor, CLIPModel
 
-from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, coco_keypoints
-from instructdiffusion_pipeline.types import Joint, Joints
-
-# How far annotators differ in placing a joint, as a share of the root of a person's area: what OKS counts in. COCO's
-# come with pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
-# the sources of crowdposetools and of AI_Challenger_2017's keypoint_eval.py, which writes twice the sigma).
-COCO_SIGMAS: dict[str, float] = dict(zip(COCO_JOINTS, Params("keypoints").kpt_oks_sigmas.tolist(), strict=True))
-CROWDPOSE_SIGMAS: dict[str, float] = {
-    "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
-    "right wrist": 0.062, "left hip": 0.107, "right hip": 0.107, "left knee": 0.087, "right knee": 0.087,
-    "left ankle": 0.089, "right ankle": 0.089, "head top": 0.079, "neck": 0.079,
-}  # fmt: skip
-AIC_SIGMAS: dict[str, float] = {
-    "right shoulder": 0.01388152, "right elbow": 0.01515228, "right wrist": 0.01057665, "left shoulder": 0.01417709,
-    "left elbow": 0.01497891, "left wrist": 0.01402144, "right hip": 0.03909642, "right knee": 0.03686941,
-    "right ankle": 0.01981803, "left hip": 0.03843971, "left knee": 0.03412318, "left ankle": 0.02415081,
-    "head top": 0.01291456, "neck": 0.01236173,
-}  # fmt: skip
+from instructdiffusion_pipeline.tasks.keypoints import coco_keypoints
+from instructdiffusion_pipeline.types import Joint, Joints, Pose
 
 NOWHERE = Joint(-1e4, -1e4, 0.0)  # COCO writes (0, 0) for a joint not found; in a small picture that may be close
 IDENTICAL = 100.0  # dB of two equal pictures, whose PSNR is infinite, so that means stay finite
 
 STRAY = 0.001  # of a picture's pixels: what a VAE alone makes of a picture reads as a few painted ones
-
-
-@dataclass(frozen=True)
-class Pose(Mapping[str, Joint | None]):
-    """The true `joints` of a person, in pixels, and what OKS measures them by.
-
-    `area`, in square pixels, is that of the person's mask in COCO, 0.53 of the box in CrowdPose, the box in AI
-    Challenger; `sigmas` has a share for each joint. Without the two there is a PCK, but no AP.
-    """
-
-    joints: Joints
-    area: float | None = None
-    sigmas: Mapping[str, float] | None = None
-
-    def __getitem__(self, name: str) -> Joint | None:
-        return self.joints[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.joints)
-
-    def __len__(self) -> int:
-        return len(self.joints)
 
 
 def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, float] | None:

@@ -12,12 +12,12 @@ from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import metrics
 from instructdiffusion_pipeline.evaluation.examples import Example
-from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap, Pose
+from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
 from instructdiffusion_pipeline.tasks.segmentation import Mask
-from instructdiffusion_pipeline.types import Joint
+from instructdiffusion_pipeline.types import Joint, Pose
 
 Scores = dict[str, float | None]
 
