@@ -58,7 +58,7 @@ class Run:
             num_inference_steps=steps,
             guidance_scale=self.meta["cfg_text"],
             image_guidance_scale=self.meta["cfg_image"],
-            resolution=self.meta["resolution"] if from_command_line else None,
+            resolution=self.meta["resolution"] if from_command_line else 0,
             strength=(steps - skipped) / steps,
             generator=torch.Generator("cpu").manual_seed(self.meta["seed"]),
             callback_on_step_end=self.watch,

@@ -68,7 +68,7 @@ def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
     return torch.from_numpy(as_array(picture)).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("resolution", [None, 64])
+@pytest.mark.parametrize("resolution", [0, 64])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -79,14 +79,32 @@ def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
         lambda picture: [as_array(picture)],
         lambda picture: [as_tensor(picture)[None]],
         lambda picture: [picture],
+        np.asarray,
+        lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+        lambda picture: np.asarray(picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT))[:, ::-1],
+        lambda picture: as_array(picture).astype(">f4"),
+        lambda picture: np.asfortranarray(as_array(picture)),
     ],
 )
-def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int | None) -> None:
+def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int) -> None:
     """At another size a PIL picture is rounded to 8 bits in between, which the others are not."""
     picture = tiny.picture(32, 40)
     expected = pipe(**tiny.inputs(image=picture, resolution=resolution)).images
     answer = pipe(**tiny.inputs(image=kind(picture), resolution=resolution)).images
-    assert abs(answer - expected).max() <= (1e-6 if resolution is None else 2e-2)
+    assert abs(answer - expected).max() <= (1e-6 if resolution == 0 else 2e-2)
+
+
+def test_integers_of_numpy_count(pipe: InstructDiffusionPipeline) -> None:
+    expected = pipe(**tiny.inputs(resolution=64)).images
+    numbers = {"num_inference_steps": np.int64(2), "resolution": np.int32(64), "guidance_scale": np.float32(5.0)}
+    assert np.array_equal(pipe(**tiny.inputs(**numbers, num_images_per_prompt=np.int64(1))).images, expected)
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "scheduler"])
+def test_a_missing_component_is_named(name: str) -> None:
+    pipe = InstructDiffusionPipeline(**(tiny.components() | {name: None}))
+    with pytest.raises(ValueError, match=f"`{name}` must be a component of this pipeline"):
+        pipe(**tiny.inputs())
 
 
 def test_a_tensor_answers_in_its_own_size_as_pil(pipe: InstructDiffusionPipeline) -> None:
@@ -202,19 +220,21 @@ LATENTS = torch.zeros(1, 4, 16, 16)
         ({"image": [tiny.picture(), torch.zeros(4, 16, 16)]}, "`image` must have 3 channels, .* but has 4"),
         ({"image": torch.zeros(3, 0, 8)}, "`image` must be at least 1 x 1 pixel, but is 8 x 0"),
         (
-            {"image": np.zeros((8, 8, 3), np.uint8)},
-            r"`image` must hold floating-point values in \[0, 1\] .* holds torch.uint8 values",
+            {"image": np.zeros((8, 8, 3), np.uint16)},
+            r"`image` must hold floating-point values in \[0, 1\] .* holds torch.uint16 values",
         ),
         ({"image": torch.full((3, 8, 8), -0.1)}, r"`image` must hold floating-point values in \[0, 1\] .* from -0.1"),
         ({"image": torch.full((3, 8, 8), torch.nan)}, r"`image` must hold floating-point values in \[0, 1\] .* nan"),
-        ({"image": LATENTS, "resolution": 64}, "`resolution` must be None for image latents, but is 64"),
+        ({"image": LATENTS, "resolution": 64}, "`resolution` must be None or 0 for image latents, but is 64"),
         ({"image": [LATENTS, LATENTS[..., :8]]}, "`image` must hold image latents of one shape"),
-        ({"resolution": 0}, "`resolution` must be None or at least 16 pixels, but is 0"),
+        ({"resolution": 8}, "`resolution` must be 0 .* or an integer of at least 16, but is 8"),
+        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, but is 0"),
+        ({"generator": [0]}, r"`generator` must be .* but is \[0\]"),
         ({"image": tiny.picture(400, 10), "resolution": 64}, "`image` of 400 x 10 pixels is too elongated"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, but is 0"),
-        ({"num_inference_steps": 2.0}, "`num_inference_steps` must be a whole number of at least 1, but is 2.0"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a whole number of at least 1, but is 0"),
-        ({"guidance_scale": None}, "`guidance_scale` must be a finite number, but is None"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, but is 0"),
+        ({"num_inference_steps": 2.0}, "`num_inference_steps` must be an integer of at least 1, but is 2.0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1, but is 0"),
+        ({"guidance_scale": "5"}, "`guidance_scale` must be a finite number, but is '5'"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, but is nan"),
         ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a finite number, but is inf"),
         ({"clip_skip": 2}, "`clip_skip` must be at least 0 and below the text encoder's 2 layers, but is 2"),

@@ -1,4 +1,4 @@
-"""The learned reading: what goes in, what comes out, and where it is put."""
+"""The readout: its inputs, its outputs, and its place in a pipeline."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,22 @@ from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
-from instructdiffusion_pipeline import Keypoints, LearnedReading, Restoration, Segmentation, ask
-from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, MASK, asked, peak, planes
+from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Restoration, Segmentation, ask
+from instructdiffusion_pipeline.readout import (
+    CHANNELS,
+    HEATMAP,
+    MASK,
+    asked_colors,
+    heatmap_peak,
+    read_with_readout,
+    readout_inputs,
+)
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.types import Joint
 
 
 def network(**changes):
-    """A network of the smallest size."""
+    """A readout of the smallest size."""
     torch.manual_seed(0)
     settings = {
         "sample_size": 64,
@@ -28,11 +36,11 @@ def network(**changes):
         "norm_num_groups": 4,
         "add_attention": False,
     }
-    return UNet2DModel(**settings | changes)
+    return UNet2DModel(**settings | changes).eval()
 
 
 class Copy(UNet2DModel):
-    """A network that passes on the reading by colour."""
+    """A readout that returns the reading by colour."""
 
     def forward(self, sample, timestep):
         share = sample[:, -1:]
@@ -43,7 +51,7 @@ class Copy(UNet2DModel):
 def by_color():
     unet = network()
     unet.__class__ = Copy
-    return LearnedReading(unet)
+    return unet
 
 
 @pytest.fixture
@@ -53,11 +61,11 @@ def scene():
     return tiny.picture(64, 64), mask
 
 
-def test_a_network_that_copies_the_reading_by_colour_gives_its_masks(by_color, scene):
+def test_a_readout_that_copies_the_reading_by_colour_gives_its_masks(by_color, scene):
     image, mask = scene
     task = Segmentation({"cat": "blue", "dog": "red"})
     answer = task.draw(image, {"cat": mask, "dog": ~mask})
-    found = by_color(task, image, answer)
+    found = read_with_readout(by_color, task, image, answer)
     assert found.keys() == {"cat", "dog"}
     assert (found["cat"].pixels == mask).mean() > 0.98
     assert (found["dog"].pixels == ~mask).mean() > 0.98
@@ -67,7 +75,7 @@ def test_joints_come_back_where_the_discs_are(by_color, scene):
     image, _ = scene
     task = Keypoints({"nose": "red", "left wrist": "green", "right wrist": "blue"})
     joints = {"nose": Joint(20, 31), "left wrist": Joint(50, 12), "right wrist": None}
-    found = by_color(task, image, task.draw(image, joints))
+    found = read_with_readout(by_color, task, image, task.draw(image, joints))
     assert found["right wrist"] is None
     for name in ("nose", "left wrist"):
         assert np.hypot(found[name].x - joints[name].x, found[name].y - joints[name].y) < 1
@@ -77,9 +85,13 @@ def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
     image, mask = scene
     cat, nose = Segmentation({"cat": "blue"}), Keypoints({"nose": "red"})
     painted, marked = cat.draw(image, {"cat": mask}), nose.draw(image, {"nose": Joint(20, 31)})
-    unsure, sure = (by_color(cat, image, Image.blend(image, painted, share))["cat"] for share in (0.52, 0.65))
+    unsure, sure = (
+        read_with_readout(by_color, cat, image, Image.blend(image, painted, share))["cat"] for share in (0.52, 0.65)
+    )
     assert not unsure.pixels.any() and (sure.pixels == mask).mean() > 0.95
-    unsure, sure = (by_color(nose, image, Image.blend(image, marked, share))["nose"] for share in (0.45, 0.65))
+    unsure, sure = (
+        read_with_readout(by_color, nose, image, Image.blend(image, marked, share))["nose"] for share in (0.45, 0.65)
+    )
     assert unsure is None and sure is not None
 
 
@@ -91,7 +103,7 @@ def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
     task = Segmentation({"cat": "green"})
     box = (64.0, 0.0, 192.0, 128.0)
     answer = task.draw(image, {"cat": mask}).crop(tuple(map(int, box))).resize((64, 64), Image.Resampling.LANCZOS)
-    found = by_color(task, image, answer, box)["cat"].pixels
+    found = read_with_readout(by_color, task, image, answer, box)["cat"].pixels
     assert found.shape == mask.shape
     assert (found & mask).sum() / (found | mask).sum() > 0.9
     assert not found[:, :64].any() and not found[:, 192:].any()
@@ -100,22 +112,15 @@ def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (300, 200)])
 def test_any_size_can_be_read(size):
     image = tiny.picture(*size)
-    found = LearnedReading(network())(Segmentation({"cat": "blue"}), image, image)
+    found = read_with_readout(network(), Segmentation({"cat": "blue"}), image, image)
     assert found["cat"].pixels.shape == size[::-1]
-
-
-def test_pictures_are_read_by_their_task(scene):
-    image, _ = scene
-    reading = LearnedReading(network())
-    answer = Image.new("RGB", (64, 64), "gray")
-    assert reading(Restoration("noise"), image, answer) == answer
 
 
 def test_it_is_given_both_pictures_the_colour_and_the_reading_by_colour(scene):
     image, mask = scene
     task = Segmentation({"cat": "yellow"})
     answer = task.draw(image, {"cat": mask})
-    (given,) = planes(Frame.of(image, answer), *asked(task))
+    (given,) = readout_inputs(Frame.of(image, answer), *asked_colors(task))
     assert given.shape == (CHANNELS, 64, 64)
     for channels, picture in ((given[:3], image), (given[3:6], answer)):
         np.testing.assert_allclose((channels.permute(1, 2, 0) + 1) * 127.5, np.asarray(picture), atol=1e-3)
@@ -127,37 +132,54 @@ def test_it_is_given_both_pictures_the_colour_and_the_reading_by_colour(scene):
 @pytest.mark.parametrize(("x", "y"), [(20.0, 30.0), (20.4, 30.7), (0.0, 0.0), (1.3, 62.0), (63.0, 40.5)])
 def test_a_peak_is_found_to_a_fraction_of_a_pixel(x, y):
     rows, columns = np.indices((64, 64))
-    found = peak(np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 4.5))
+    found = heatmap_peak(np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 4.5))
     assert found[:2] == pytest.approx((x, y), abs=0.35), "half a pixel at the rim, where one side cannot be seen"
     if 3 < x < 60 and 3 < y < 60:
         assert found[:2] == pytest.approx((x, y), abs=0.1)
     assert 0.8 < found[2] <= 1
 
 
-def test_it_is_saved_and_loaded_beside_a_model(tmp_path, scene):
+def test_another_network_is_refused(scene):
     image, _ = scene
-    reading = LearnedReading(network())
-    assert LearnedReading.beside(tmp_path) is None
-    with pytest.raises(OSError):
-        LearnedReading.from_pretrained(tmp_path)
-    reading.unet.save_pretrained(tmp_path / "reading")
-    again = LearnedReading.beside(tmp_path)
-    weights = again.unet.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in reading.unet.state_dict().items())
-    task = Segmentation({"cat": "blue"})
-    first, second = (each(task, image, image)["cat"] for each in (reading, again))
-    assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)
+    with pytest.raises(ValueError, match="must take 10 channels and give 2, but takes 3 and gives 2"):
+        read_with_readout(network(in_channels=3), Segmentation({"cat": "blue"}), image, image)
 
 
-def test_another_network_is_refused():
-    with pytest.raises(ValueError, match="must take 10 channels and give 2; it takes 3 and gives 2"):
-        LearnedReading(network(in_channels=3))
-
-
-def test_answers_are_read_by_it_when_it_is_given(pipe, by_color):
+def test_ask_reads_with_the_pipelines_readout_unless_told_otherwise(pipe, by_color):
     image, task = tiny.picture(150, 100), Keypoints({"nose": "red"})
     settings = {"resolution": 64, "num_inference_steps": 2}
-    answer = ask(pipe, image, task, reading=by_color, generator=tiny.generator(), **settings)
-    assert answer.data == by_color(task, image, answer.picture, answer.box)
-    plain = ask(pipe, image, task, generator=tiny.generator(), **settings)
+    pipe.register_modules(readout=by_color)
+    answer = ask(pipe, image, task, generator=tiny.generator(), **settings)
+    assert answer.data == read_with_readout(by_color, task, image, answer.picture, answer.box)
+    plain = ask(pipe, image, task, generator=tiny.generator(), use_readout=False, **settings)
     assert plain.picture == answer.picture and plain.data == task.read(image, answer.picture, answer.box)
+
+
+def test_pictures_are_read_by_their_task(pipe):
+    pipe.register_modules(readout=network())
+    answer = ask(pipe, tiny.picture(64, 64), Restoration("noise"), num_inference_steps=2, generator=tiny.generator())
+    assert answer.data == answer.picture
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_follows_the_precision_of_its_pipeline(pipe, scene, dtype):
+    image, mask = scene
+    pipe.register_modules(readout=network())
+    task = Segmentation({"cat": "blue"})
+    exact = read_with_readout(pipe.readout, task, image, task.draw(image, {"cat": mask}))["cat"]
+    pipe.to(dtype)
+    assert pipe.readout.dtype == dtype
+    half = read_with_readout(pipe.readout, task, image, task.draw(image, {"cat": mask}))["cat"]
+    assert half.pixels.shape == exact.pixels.shape and half.confidence == pytest.approx(exact.confidence, abs=0.05)
+
+
+def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
+    image, _ = scene
+    pipe.register_modules(readout=network())
+    pipe.save_pretrained(tmp_path)
+    again = InstructDiffusionPipeline.from_pretrained(tmp_path)
+    weights = again.readout.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in pipe.readout.state_dict().items())
+    task = Segmentation({"cat": "blue"})
+    first, second = (read_with_readout(each.readout, task, image, image)["cat"] for each in (pipe, again))
+    assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)

@@ -76,6 +76,7 @@ def inputs(**changes: Any) -> dict[str, Any]:
     call = {
         "prompt": "tint the cat blue",
         "image": picture(),
+        "resolution": 0,  # the picture's own 32 x 32 pixels
         "num_inference_steps": 2,
         "generator": generator(),
         "output_type": "np",

@@ -175,7 +175,7 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
         return [picture for item in image for picture in _as_pictures(item)]
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.dtype.kind in "fu":
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.dtype.kind in "fiub":
         # torch takes neither negative strides nor foreign byte orders.
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         image = torch.from_numpy(native).movedim(-1, -3)
@@ -713,12 +713,16 @@ class InstructDiffusionPipeline(
         """A picture tensor with floating-point values in [0, 1]; 8-bit values are divided by 255."""
         if picture.dtype == torch.uint8:
             return picture / 255
-        if not picture.is_floating_point() or not (picture.min() >= 0 and picture.max() <= 1):
-            raise ValueError(
-                "`image` must hold floating-point values in [0, 1] or 8-bit values if it is a tensor or an array, but"
-                f" holds {picture.dtype} values from {picture.min().item()} to {picture.max().item()}."
-            )
-        return picture
+        if not picture.is_floating_point():
+            found = f"{picture.dtype} values"
+        elif not (picture.min() >= 0 and picture.max() <= 1):
+            found = f"values from {picture.min().item()} to {picture.max().item()}"
+        else:
+            return picture
+        raise ValueError(
+            "`image` must hold floating-point values in [0, 1] or 8-bit values if it is a tensor or an array, but"
+            f" holds {found}."
+        )
 
     def encode_prompt(
         self,

@@ -1,7 +1,7 @@
 """The readout: a light U-Net that reads masks and joints from a model's answers (Geng et al., CVPR 2024).
 
-The paper used such a network but did not publish it. Reading by colour (`task.read`) assumes that the model painted the
-exact colour; a readout is trained on answers as one model gives them. It is the component `readout` of a pipeline.
+The paper used such a network but did not publish it. Reading by colour (`task.read`) assumes that the model paints
+the exact colour; a readout is trained on the answers of its model. It is the component `readout` of a pipeline.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,105 @@
+"""A model knows its own settings: where they come from, which one counts, and that they survive saving."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Restoration, ask
+
+OWN = {"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}, "glow": {"num_inference_steps": 4}}
+
+
+@pytest.fixture
+def tuned() -> InstructDiffusionPipeline:
+    pipe = InstructDiffusionPipeline(**tiny.components(), task_settings=OWN)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: InstructDiffusionPipeline, **settings: Any) -> np.ndarray:
+    inputs = tiny.inputs(**settings)
+    return pipe(**{name: inputs[name] for name in inputs if name != "num_inference_steps" or name in settings}).images
+
+
+def test_a_call_takes_the_models_own_settings_then_the_papers(tuned, pipe):
+    assert np.array_equal(run(tuned), run(pipe, num_inference_steps=3, guidance_scale=2.0, image_guidance_scale=1.25))
+    assert np.array_equal(run(tuned, guidance_scale=7.0), run(pipe, num_inference_steps=3, guidance_scale=7.0))
+    pipe(**tiny.inputs(num_inference_steps=None))
+    assert pipe.num_timesteps == 100 and (pipe.guidance_scale, pipe.image_guidance_scale) == (5.0, 1.25)
+
+
+def test_a_zero_is_a_setting(tuned):
+    assert not np.array_equal(run(tuned, guidance_scale=0.0), run(tuned))
+
+
+def test_ask_and_the_pipeline_agree_without_settings(tuned):
+    answer = ask(tuned, tiny.picture(), Editing("make it winter"), generator=tiny.generator())
+    assert tuned.num_timesteps == 3
+    direct = tuned("make it winter", tiny.picture(), generator=tiny.generator()).images[0]
+    assert np.array_equal(answer.picture, direct)
+
+
+def test_the_callers_setting_overrides_the_models_and_the_tasks(tuned):
+    ask(tuned, tiny.picture(), Editing("make it winter"), generator=tiny.generator(), num_inference_steps=2)
+    assert tuned.num_timesteps == 2 and tuned.guidance_scale == 2.0
+    ask(tuned, tiny.picture(), Restoration("blur"), generator=tiny.generator(), num_inference_steps=2)
+    assert tuned.guidance_scale == 1.0, "the model has none for restoration"
+
+
+@dataclass(frozen=True)
+class Glow:
+    """A fifth task, registered nowhere."""
+
+    family: ClassVar[str] = "glow"
+    settings: ClassVar[dict[str, Any]] = {"num_inference_steps": 5, "guidance_scale": 3.0, "resolution": 0}
+
+    def instruction(self, rng=None):
+        return "let it glow"
+
+    def read(self, image, answer, box=None):
+        return answer
+
+    def overlay(self, image, reading):
+        return reading
+
+
+def test_a_fifth_task_brings_its_settings_and_a_model_may_override_them(tuned, pipe):
+    image = tiny.picture(50, 34)
+    answer = ask(pipe, image, Glow(), generator=tiny.generator())
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (5, 3.0)
+    assert answer.box == (0, 0, 50, 34) and answer.data.size == (50, 34)
+    ask(tuned, image, Glow(), generator=tiny.generator())
+    assert (tuned.num_timesteps, tuned.guidance_scale) == (4, 3.0)
+
+
+def test_settings_and_readout_survive_saving(tuned, tmp_path):
+    from diffusers import UNet2DModel
+
+    tuned.register_modules(readout=UNet2DModel(sample_size=16, block_out_channels=(32,) * 4))
+    tuned.save_pretrained(tmp_path)
+    again = InstructDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    assert again.config.task_settings == OWN
+    assert again.readout.dtype == torch.float16
+    assert InstructDiffusionPipeline.from_pipe(again).config.task_settings == OWN
+    bare = InstructDiffusionPipeline.from_pretrained(tmp_path, readout=None)
+    assert bare.readout is None
+
+
+@pytest.mark.parametrize("wrong", ["fast", {"editing": 3}, [("editing", {})]])
+def test_settings_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="`task_settings` must map task families to call arguments"):
+        InstructDiffusionPipeline(**tiny.components(), task_settings=wrong)
+
+
+def test_the_default_resolution_is_the_size_the_model_was_made_for(pipe):
+    photograph = Image.new("RGB", (4000, 3000))
+    array = pipe(**tiny.inputs(image=photograph, resolution=None, num_inference_steps=1)).images
+    assert pipe.default_resolution == 32 and array.shape == (1, 64, 64, 3), "64 is the smallest side of the rule"
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="`resolution` must be given"):
+        pipe(**tiny.inputs(resolution=None))
