@@ -1,0 +1,153 @@
+"""What the command line scripts share: exit statuses, loading a model, reading a picture, and protecting files."""
+
+import argparse
+import errno
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from safetensors import SafetensorError
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, upright_rgb
+
+FAILURES = (OSError, ValueError, FloatingPointError, HTTPError, SafetensorError, torch.OutOfMemoryError)
+# How C++ and Rust code reports a write that failed: safetensors, and torch in three places.
+FAILED_WRITES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
+
+
+class UsageError(ValueError):
+    """A bad command line argument: `run_script` ends with exit status 2."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`, and end the process with a one-line message and an exit status if it fails.
+
+    The statuses are 2 for a bad argument (`UsageError` or argparse's own), 1 for other failures, 130 for Ctrl-C and
+    141 if the reader of the output has gone away. Programming errors, such as TypeError, keep their traceback.
+
+    ```python
+    if __name__ == "__main__":
+        run_script(main)
+    ```
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        # At exit Python flushes the standard output once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except UsageError as error:
+        fail(error, 2)
+    except Exception as error:
+        if is_disk_full(error):
+            fail(f"disk full: {error}", 1)
+        if not isinstance(error, FAILURES):
+            raise
+        fail(error, 1)
+
+
+def fail(message: object, status: int) -> NoReturn:
+    """End the process with one line on the standard error output."""
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    sys.exit(status)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, reported by Python or by C++ and Rust code."""
+    return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FAILED_WRITES)
+
+
+def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer in a range, both ends included."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum or (maximum is not None and value > maximum):
+            limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, but is {value}")
+        return value
+
+    return integer
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, but is {text}")
+    return value
+
+
+def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
+    """Load the model that `--model` names: in half precision on a GPU, in float32 on a CPU.
+
+    Args:
+        model: a folder or a Hub id.
+
+    Raises:
+        UsageError: there is no such folder and no such repository.
+        OSError: the Hub cannot be reached, or a file cannot be read.
+    """
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"--model: must be the folder of a pipeline, but {model} has no model_index.json.")
+    if not folder.exists():
+        try:
+            validate_repo_id(str(model))
+        except HFValidationError:
+            raise UsageError(f"--model: must be a folder or a Hub id; there is no folder {model}.") from None
+    cuda = torch.cuda.is_available()
+    try:
+        pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
+    except OSError as error:
+        if folder.exists():
+            raise
+        cause = error.__cause__ or error
+        unknown = isinstance(cause, RepositoryNotFoundError | OfflineModeIsEnabled)
+        message = f"--model: must be a folder or a Hub id; there is no folder {model}, and the Hub answers: {cause}"
+        raise (UsageError if unknown else OSError)(message) from error
+    return pipeline.to("cuda" if cuda else "cpu")
+
+
+def open_image(option: str, path: Path) -> Image.Image:
+    """Read a picture: upright, RGB. A picture that is large enough to be a decompression bomb is refused.
+
+    Raises:
+        UsageError: `path`, the value of the command line's `option`, cannot be read as a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return upright_rgb(Image.open(path))
+    # Pillow reports a damaged PNG file as a SyntaxError.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UsageError(f"{option}: {path} cannot be read as a picture ({error}).") from error
+
+
+def check_output(option: str, path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Check that the file `path`, the value of the command line's `option`, may be written.
+
+    Raises:
+        UsageError: the folder does not exist, the file is one of `inputs`, or it exists and `overwrite` is False.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{option}: must be in an existing folder, but there is no folder {path.parent}.")
+    if not path.exists():
+        return
+    if any(path.samefile(source) for source in inputs):
+        raise UsageError(f"{option}: must not be an input of this script, but is {path}.")
+    if path.is_dir():
+        raise UsageError(f"{option}: must be a file, but {path} is a folder.")
+    if not overwrite:
+        raise UsageError(f"{option}: {path} exists; name another file, or give --overwrite to replace it.")
