@@ -1,20 +1,31 @@
+import json
 import pickle
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import test_segmentation_datasets
 import test_keypoints_datasets
+import test_segmentation_datasets
 import tiny
 from folders import save_image, write_json
 from numpy.lib.stride_tricks import sliding_window_view
 
-from instructdiffusion_pipeline.datasets.specs import ORIGINAL, original_mixture
+from instructdiffusion_pipeline.datasets.keypoints import COCO_SIGMAS
+from instructdiffusion_pipeline.datasets.specs import (
+    DATASETS,
+    load_sources,
+    load_test_sources,
+    original_mixture,
+    parse_entries,
+)
 from instructdiffusion_pipeline.datasets.transforms import PersonCrop
 
 
 def write_all(root):
     """A few sources of each family, each with one or two samples."""
-    content = test_keypoints_datasets.people(test_people.annotation(7, area=300))
+    content = test_keypoints_datasets.people(test_keypoints_datasets.annotation(7, area=300))
     write_json(root / "coco" / "annotations" / "person_keypoints_train2017.json", content)
     save_image(root / "coco" / "images" / "train2017" / "000000000001.jpg")
     test_segmentation_datasets.write_stuff(root / "coco-stuff")
@@ -51,17 +62,101 @@ def test_noise_is_cut_out_of_its_picture_pixel_by_pixel(tmp_path):
 
 def test_half_bodies_are_cocos_alone_in_three_of_ten_cases():
     halves = {
-        name: item.geometry.half_body for name, item in ORIGINAL.items() if isinstance(item.geometry, PersonCrop)
+        name: spec.transform.half_body for name, spec in DATASETS.items() if isinstance(spec.transform, PersonCrop)
     }
     assert halves == {"coco": 0.3, "mpii": 0, "crowdpose": 0, "aic": 0}
 
 
 def test_names_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match="`names` must be out of mpii, coco, .*; got COCO"):
-        original_mixture(tmp_path, ["coco", "COCO"])
+    with pytest.raises(ValueError, match="`names` must be out of mpii, coco, .*; got COCO, table"):
+        original_mixture(tmp_path, ["coco", "COCO", "table"])
 
 
 def test_weights_are_the_originals():
-    weights = {name: ingredient.weight for name, ingredient in ORIGINAL.items() if ingredient.weight != 1}
+    weights = {name: spec.weight for name, spec in DATASETS.items() if spec.weight != 1}
     expected = {"aic": 0.1, "gopro": 2, "reds": 0.2, "sidd": 20, "clwd": 0.2, "instructpix2pix": 0.2, "gier": 2}
-    assert weights == expected and len(ORIGINAL) == 17
+    assert weights == expected and sum(spec.folder is not None for spec in DATASETS.values()) == 17
+
+
+def test_training_never_reads_the_split_that_is_evaluated():
+    same = {name for name, spec in DATASETS.items() if spec.train_split == spec.test_split}
+    assert same == {"table"}, "a table is a folder of the user's own, which has one split"
+
+
+def test_evaluation_reads_the_other_split_without_flips_and_knows_the_sigmas(tmp_path):
+    content = test_keypoints_datasets.people(test_keypoints_datasets.annotation(7, area=300))
+    for split in ("train2017", "val2017"):
+        write_json(tmp_path / "annotations" / f"person_keypoints_{split}.json", content)
+    save_image(tmp_path / "images" / "val2017" / "000000000001.jpg")
+    (source,) = load_test_sources([f"coco={tmp_path}"], 96)
+    assert source.name == "coco val2017"
+    reads = [source.read(0, random.Random(seed)) for seed in range(8)]
+    assert {image.tobytes() for image, _ in reads} == {reads[0][0].tobytes()} and reads[0][0].size == (96, 96)
+    assert reads[0][1].sigmas == COCO_SIGMAS and reads[0][1].area > 0
+    with pytest.raises(ValueError, match="no sample is left"):
+        load_sources([f"coco={tmp_path}"], 96)  # only val2017 has pictures
+
+
+@pytest.mark.parametrize("key", ["captions", "coco-captions", "preferences"])
+def test_what_is_for_training_only_is_not_evaluated(tmp_path, key):
+    with pytest.raises(ValueError, match=f"--data {key}: this data set can be trained on, but not evaluated on"):
+        load_test_sources([f"{key}={tmp_path}"], 64, "train")
+
+
+def names(*entries):
+    return [entry.name for entry in parse_entries(entries)]
+
+
+def test_folders_of_one_data_set_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("cats", "dogs, and more=less", "old/cats", "gopro"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert names("table=cats", "gopro=gopro") == ["table", "gopro"]
+    assert names("table=cats", "table=dogs, and more=less", "gopro=gopro") == [
+        "table:cats",
+        "table:dogs, and more=less",
+        "gopro",
+    ]
+    assert names("table=cats", "table=old/cats", "table=gopro") == ["table:cats", "table:old/cats", "table:gopro"]
+    assert names("table=owner/cats", "table=someone/dogs") == ["table:cats", "table:dogs"], "Hub ids"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_entries(["table=~/cats"])[0].folder == tmp_path / "cats"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["photos=cats"], "--data must be NAME=FOLDER with a NAME out of mpii, .*; got 'photos=cats'"),
+        (["cats"], "--data must be NAME=FOLDER .*; got 'cats'"),
+        (["table="], "--data must be NAME=FOLDER .*; got 'table='"),
+        (["gopro=owner/name"], "--data gopro: there is no folder owner/name"),
+        (["table=/nowhere/at/all"], "--data table: there is no folder /nowhere/at/all"),
+        (["table=cats", "gopro=cats", "table=./cats/"], "--data table=./cats/ is given twice"),
+    ],
+)
+def test_entries_that_cannot_be_meant_are_refused(tmp_path, monkeypatch, entries, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(ValueError, match=message):
+        parse_entries(entries)
+
+
+def test_a_table_has_the_columns_it_is_told(tmp_path):
+    save_image(tmp_path / "a.png", tiny.picture(32, 32, 1))
+    save_image(tmp_path / "b.png", tiny.picture(32, 32, 2))
+    row = {"input_file_name": "a.png", "words": "turn it", "output_file_name": "b.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    ((source, weight),) = load_sources(
+        [f"table={tmp_path}"], 32, {"image": "input", "instruction": "words", "edited": "output"}
+    )
+    image, edit = source.read(0, random.Random(0))
+    assert (weight, edit.instruction) == (1, "turn it")
+    np.testing.assert_array_equal(image, tiny.picture(32, 32, 1))
+    np.testing.assert_array_equal(edit.edited, tiny.picture(32, 32, 2))
+
+
+def test_the_table_of_data_sets_needs_no_extra_of_evaluation():
+    blocked = "import sys; sys.modules |= dict.fromkeys(('pycocotools', 'skimage', 'datasets'))\n"
+    subprocess.run(
+        [sys.executable, "-c", blocked + "import instructdiffusion_pipeline.datasets.specs"], check=True, timeout=300
+    )

@@ -1,7 +1,7 @@
 """One file an on-disk format: it reads `(image, annotation)` as the source publishes it, and knows nothing else.
 
-`geometry` crops, turns and flips what was read; `mixture` turns it into training samples; `recipes` has the mixture of
-the original.
+`transforms` crops, resizes and flips what was read; `mixture` turns it into training samples; `specs` is the table of
+all data sets that can be trained on and evaluated on.
 """
 
 import json

@@ -60,6 +60,7 @@ class Mixture:
     and the position alone, so ranks and workers may share positions out as they like.
 
     Attributes:
+        counts: how many samples of each source an epoch shows.
         skipped: how often each item could not be read or left nothing to ask, by source and name; of this process
             alone.
     """
@@ -78,12 +79,12 @@ class Mixture:
                 some = ", ".join(f"{what}: {why}" for what, why in lost[:SHOWN])
                 logger.warning("%s: %d entries cannot be used, such as %s", source.name, len(lost), some)
         self._lengths = [len(source.dataset) for source in self.sources]
-        self._counts = [max(1, round(weight * len(source.dataset))) for source, weight in sources]
+        self.counts = [max(1, round(weight * len(source.dataset))) for source, weight in sources]
         self._ends = np.cumsum(self._lengths)
         self._plan: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return sum(self.counts)
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(len(self)))
@@ -120,7 +121,7 @@ class Mixture:
     def _order(self, epoch: int) -> np.ndarray:
         """What an epoch shows, [len(self)]: places in all sources laid end to end."""
         parts = []
-        for number, (length, count) in enumerate(zip(self._lengths, self._counts, strict=True)):
+        for number, (length, count) in enumerate(zip(self._lengths, self.counts, strict=True)):
             # Each source runs through permutation after permutation of itself; an epoch takes the next `count` of it.
             first, last = epoch * count, (epoch + 1) * count
             rounds = range(first // length, -(-last // length))

@@ -1,91 +1,224 @@
-"""The mixture that the original trains on, with the weights of its published configuration.
+"""The data sets that can be trained on and evaluated on, in one table, and the mixture that the original trains on.
 
-Of its sixteen sources IEIW was never released; RefCOCO+ and RefCOCOg are not among them, but read like RefCOCO.
+The splits, transforms and weights of training are those of the original's published configuration. Of its sixteen
+sources IEIW was never released. RefCOCO+ and RefCOCOg are not among them, but have the format of RefCOCO.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructdiffusion_pipeline.datasets import AnnotatedImages
+from instructdiffusion_pipeline.datasets.captions import coco_captions, img2dataset
 from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
-from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.datasets.keypoints import aic, coco, crowdpose, mpii
+from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.datasets.keypoints import (
+    AIC_SIGMAS,
+    COCO_SIGMAS,
+    CROWDPOSE_SIGMAS,
+    aic,
+    coco,
+    crowdpose,
+    mpii,
+)
 from instructdiffusion_pipeline.datasets.mixture import FixedTask, MakeTask, Mixture, Source
+from instructdiffusion_pipeline.datasets.preferences import load_preferences
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 from instructdiffusion_pipeline.datasets.restoration import clwd, gopro, reds, sidd
-from instructdiffusion_pipeline.datasets.transforms import PersonCrop, Resize, SquareCrop
+from instructdiffusion_pipeline.datasets.transforms import EvaluationPersonCrop, PersonCrop, Resize, SquareCrop
+from instructdiffusion_pipeline.tasks.adaptation import Adaptation
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
+COCO_SPLITS = ("train2017", "val2017")
+Transform = PersonCrop | EvaluationPersonCrop | SquareCrop | Resize
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How one source is read, from its folder, and what is asked of it how often."""
+    """How a data set is read, cropped and asked about, in training and in evaluation.
 
-    folder: str
-    read: Callable[[Path], AnnotatedImages[Any]]
+    Attributes:
+        read: reads a split of a folder: `read(folder, split)`.
+        make_task: chooses the question about a sample.
+        transform: crops and flips a sample for training.
+        test_transform: does so for evaluation, and adds the OKS sigmas of joints; None: pictures stay whole.
+        train_split: the split to train on.
+        test_split: the split to evaluate on; None: the data set is for training only.
+        weight: multiplies the length of the data set in a mixture.
+        folder: of the data set in `original_mixture`; None: it is not part of that.
+    """
+
+    read: Callable[..., AnnotatedImages[Any]]
     make_task: MakeTask
-    geometry: PersonCrop | SquareCrop | Resize
+    transform: Transform
+    test_transform: Transform | None = None
+    train_split: str = "train"
+    test_split: str | None = "test"
     weight: float = 1.0
+    folder: str | None = None
 
-    def source(self, name: str, folder: Path, size: int | None = None) -> tuple[Source, float]:
-        """What `folder` holds as a source with its weight; `size` of its pictures in pixels (default: 256)."""
-        dataset = self.read(folder)
-        geometry = replace(self.geometry, size=size) if size else self.geometry
+    def source(self, name: str, folder: Path, size: int = 256, **columns: str) -> tuple[Source, float]:
+        """The training split of `folder` as a source, its pictures `size` pixels square, and its weight."""
+        dataset = self.read(folder, self.train_split, **columns)
         # The original draws one of a pair's instructions at random: a pair with five must not count five times.
         repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
-        return Source(name, dataset, self.make_task, geometry), self.weight / repeats
+        return Source(name, dataset, self.make_task, replace(self.transform, size=size)), self.weight / repeats
+
+    def test_source(self, name: str, folder: Path, size: int, split: str | None = None, **columns: str) -> Source:
+        """The test split of `folder`, or another `split`, as a source called "name split"."""
+        chosen = split or self.test_split
+        if chosen is None or self.test_split is None:
+            raise ValueError(f"--data {name}: this data set can be trained on, but not evaluated on.")
+        transform = self.test_transform and replace(self.test_transform, size=size)
+        return Source(f"{name} {chosen}", self.read(folder, chosen, **columns), self.make_task, transform)
 
 
-def refer(name: str) -> Callable[[Path], ReferringExpressions]:
-    """A reader of references in a folder coco_2014: {name} there, and pictures in images/train2014."""
-    return lambda root: ReferringExpressions(root / name, root / "images" / "train2014")
+def table(folder: Path, split: str, **columns: str) -> HubTable:
+    """Pairs of pictures that Hugging Face's `load_dataset` reads; `columns` are those of `HubTable`."""
+    from datasets import load_dataset  # of the extra `data`
+
+    return HubTable(load_dataset(str(folder), split=split), **columns)
 
 
+KEYPOINTS, SEGMENTATION = Keypoints.from_annotation, Segmentation.from_annotation
+EDITING, CAPTION = Editing.from_annotation, Adaptation.from_annotation
 DEBLUR, DENOISE, UNMARK = (FixedTask(Restoration(defect)) for defect in ("blur", "noise", "watermark"))
 FLIPPED = SquareCrop(flip=0.5)
 
-ORIGINAL = {
-    "mpii": DatasetSpec("mpii", mpii, Keypoints.from_annotation, PersonCrop()),
-    "coco": DatasetSpec("coco", coco, Keypoints.from_annotation, PersonCrop(half_body=0.3)),
-    "crowdpose": DatasetSpec("crowdpose", crowdpose, Keypoints.from_annotation, PersonCrop()),
-    "aic": DatasetSpec("aic", aic, Keypoints.from_annotation, PersonCrop(), 0.1),
-    "coco-stuff": DatasetSpec("coco-stuff", CocoStuff, Segmentation.from_annotation, FLIPPED),
+
+def referring(name: str) -> DatasetSpec:
+    """References in {folder}/{name} to the pictures in {folder}/images/train2014."""
+
+    def read(folder: Path, split: str) -> ReferringExpressions:
+        return ReferringExpressions(folder / name, folder / "images" / "train2014", split)
+
     # A referring expression says where things are: no flips.
-    "grefcoco": DatasetSpec(
-        "coco_2014", refer("grefcoco/grefs(unc).json"), Segmentation.from_annotation, SquareCrop()
+    return DatasetSpec(read, SEGMENTATION, SquareCrop(), test_split="val", folder="coco_2014")
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    "mpii": DatasetSpec(mpii, KEYPOINTS, PersonCrop(), EvaluationPersonCrop(), test_split="valid", folder="mpii"),
+    "coco": DatasetSpec(
+        coco, KEYPOINTS, PersonCrop(half_body=0.3), EvaluationPersonCrop(256, COCO_SIGMAS), *COCO_SPLITS, folder="coco"
     ),
-    "refcoco": DatasetSpec("coco_2014", refer("refcoco/refs(unc).p"), Segmentation.from_annotation, SquareCrop()),
-    "refcoco+": DatasetSpec("coco_2014", refer("refcoco+/refs(unc).p"), Segmentation.from_annotation, SquareCrop()),
-    "refcocog": DatasetSpec("coco_2014", refer("refcocog/refs(umd).p"), Segmentation.from_annotation, SquareCrop()),
-    "gopro": DatasetSpec("GoPro", gopro, DEBLUR, FLIPPED, 2),
-    "reds": DatasetSpec("REDS", reds, DEBLUR, FLIPPED, 0.2),
-    # Noise is of single pixels: resizing would take it out.
-    "sidd": DatasetSpec("SIDD", sidd, DENOISE, SquareCrop(flip=0.5, resize=False), 20),
-    "clwd": DatasetSpec("CLWD", clwd, UNMARK, FLIPPED, 0.2),
+    "crowdpose": DatasetSpec(
+        crowdpose, KEYPOINTS, PersonCrop(), EvaluationPersonCrop(256, CROWDPOSE_SIGMAS), folder="crowdpose"
+    ),
+    "aic": DatasetSpec(
+        aic, KEYPOINTS, PersonCrop(), EvaluationPersonCrop(256, AIC_SIGMAS), "train", "val", 0.1, folder="aic"
+    ),
+    "coco-stuff": DatasetSpec(CocoStuff, SEGMENTATION, FLIPPED, None, *COCO_SPLITS, folder="coco-stuff"),
+    "grefcoco": referring("grefcoco/grefs(unc).json"),
+    "refcoco": referring("refcoco/refs(unc).p"),
+    "refcoco+": referring("refcoco+/refs(unc).p"),
+    "refcocog": referring("refcocog/refs(umd).p"),
+    "gopro": DatasetSpec(gopro, DEBLUR, FLIPPED, SquareCrop(), weight=2, folder="GoPro"),
+    "reds": DatasetSpec(reds, DEBLUR, FLIPPED, SquareCrop(), test_split="val", weight=0.2, folder="REDS"),
+    # Resizing would remove noise.
+    "sidd": DatasetSpec(
+        sidd, DENOISE, SquareCrop(flip=0.5, resize=False), SquareCrop(resize=False), "train", "val", 20, folder="SIDD"
+    ),
+    "clwd": DatasetSpec(clwd, UNMARK, FLIPPED, SquareCrop(), weight=0.2, folder="CLWD"),
     "instructpix2pix": DatasetSpec(
-        "clip-filtered-dataset", InstructPix2Pix, Editing.from_annotation, Resize(flip=0.5), 0.2
+        InstructPix2Pix, EDITING, Resize(flip=0.5), Resize(), weight=0.2, folder="clip-filtered-dataset"
     ),
-    "gier": DatasetSpec("GIER_editing_data", gier, Editing.from_annotation, Resize(), 2),
-    "gqa-inpaint": DatasetSpec("gqa-inpaint", gqa_inpaint, Editing.from_annotation, Resize()),
-    "magicbrush": DatasetSpec("MagicBrush", magicbrush, Editing.from_annotation, Resize(flip=0.5)),
+    "gier": DatasetSpec(gier, EDITING, Resize(), Resize(), weight=2, folder="GIER_editing_data"),
+    "gqa-inpaint": DatasetSpec(gqa_inpaint, EDITING, Resize(), Resize(), folder="gqa-inpaint"),
+    "magicbrush": DatasetSpec(magicbrush, EDITING, Resize(flip=0.5), Resize(), test_split="dev", folder="MagicBrush"),
+    "table": DatasetSpec(table, EDITING, Resize(), Resize(), test_split="train"),
+    "preferences": DatasetSpec(lambda folder, _: load_preferences(folder), EDITING, Resize(), test_split=None),
+    "captions": DatasetSpec(lambda folder, _: img2dataset(folder), CAPTION, SquareCrop(), test_split=None),
+    "coco-captions": DatasetSpec(coco_captions, CAPTION, SquareCrop(), train_split="train2017", test_split=None),
 }
 
 
-def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
-    """Those sources of the original's training data that `names`, keys of `ORIGINAL`, pick.
+class Entry(NamedTuple):
+    """A data set of a command line: its key in `DATASETS`, its folder, and a `name` that no other entry has."""
 
-    Each source lies in a folder of `root`, in the layout that its reader describes: mpii, coco, crowdpose, aic,
-    coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog, grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD,
-    clip-filtered-dataset, GIER_editing_data, gqa-inpaint, MagicBrush.
+    key: str
+    folder: Path
+    name: str
+
+
+def parse_entries(entries: Sequence[str]) -> list[Entry]:
+    """Entries "NAME=FOLDER" of a command line's --data. FOLDER may hold any characters, commas and "=" too.
+
+    Several folders of one NAME are told apart as "NAME:folder name", or by their whole paths where two folders share
+    their name. Raises a ValueError for an unknown NAME, a folder that does not exist, and for a repeated entry.
+    """
+    pairs: list[tuple[str, Path]] = []
+    for entry in entries:
+        key, _, folder = entry.partition("=")
+        if key not in DATASETS or not folder:
+            raise ValueError(f"--data must be NAME=FOLDER with a NAME out of {', '.join(DATASETS)}; got {entry!r}.")
+        path = Path(folder).expanduser()
+        if not path.exists() and not (key == "table" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
+            raise ValueError(f"--data {key}: there is no folder {folder}.")
+        if (key, path.resolve()) in [(other, known.resolve()) for other, known in pairs]:
+            raise ValueError(f"--data {entry} is given twice; name each folder once.")
+        pairs.append((key, path))
+    keys = Counter(key for key, _ in pairs)
+    short = Counter(f"{key}:{path.resolve().name}" for key, path in pairs)
+
+    def name(key: str, path: Path) -> str:
+        by_folder = f"{key}:{path.resolve().name}"
+        return key if keys[key] == 1 else by_folder if short[by_folder] == 1 else f"{key}:{path}"
+
+    return [Entry(key, path, name(key, path)) for key, path in pairs]
+
+
+def load_sources(
+    entries: Sequence[str], size: int, columns: Mapping[str, str] | None = None
+) -> list[tuple[Source, float]]:
+    """The training splits of entries "NAME=FOLDER" (see `parse_entries`), as sources with their weights.
+
+    Args:
+        entries: as on the command line.
+        size: side of the training pictures, in pixels.
+        columns: names of the columns of every `table`, by the arguments of `HubTable`.
+    """
+    return [
+        DATASETS[entry.key].source(entry.name, entry.folder, size, **columns_of(entry, columns))
+        for entry in parse_entries(entries)
+    ]
+
+
+def load_test_sources(
+    entries: Sequence[str], size: int, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[Source]:
+    """The test splits of entries "NAME=FOLDER", or another `split`, as sources called "NAME SPLIT".
+
+    `entries` and `columns` are those of `load_sources`; `size` is the working size in pixels. Raises a ValueError for
+    a data set that is for training only.
+    """
+    return [
+        DATASETS[entry.key].test_source(entry.name, entry.folder, size, split, **columns_of(entry, columns))
+        for entry in parse_entries(entries)
+    ]
+
+
+def columns_of(entry: Entry, columns: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The `columns` if the entry is a table."""
+    return (columns or {}) if entry.key == "table" else {}
+
+
+def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
+    """The data sets `names` of the original's mixture, with its weights, at 256 x 256 pixels.
+
+    `names` are keys of `DATASETS` that have a `folder`. Each data set lies in that folder of `root`, in the layout
+    that its reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
+    grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD, clip-filtered-dataset, GIER_editing_data, gqa-inpaint,
+    MagicBrush.
     """
     names = list(names)
-    unknown = sorted(set(names) - ORIGINAL.keys())
-    if unknown:
-        raise ValueError(f"`names` must be out of {', '.join(ORIGINAL)}; got {', '.join(unknown)}.")
-    return Mixture([ORIGINAL[name].source(name, Path(root) / ORIGINAL[name].folder) for name in names], seed)
+    folders = {name: Path(root, spec.folder) for name, spec in DATASETS.items() if spec.folder}
+    if unknown := sorted(set(names) - folders.keys()):
+        raise ValueError(f"`names` must be out of {', '.join(folders)}; got {', '.join(unknown)}.")
+    return Mixture([DATASETS[name].source(name, folders[name]) for name in names], seed)
