@@ -72,7 +72,9 @@ def train(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
     denoiser = Denoiser(pipeline, config)
-    optimizer = make_optimizer(trained_parameters(denoiser), config)
+    trained, present = trained_parameters(denoiser), list(denoiser.parameters())
+    accelerator.print(f"Trained parameters: {count(trained):,} of {count(present):,}")
+    optimizer = make_optimizer(trained, config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -248,6 +250,11 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
             raise ValueError(
                 f"`dataset` has pictures of {width} x {height} pixels; both must be multiples of {factor}."
             )
+
+
+def count(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """The numbers in all `parameters`."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size:
