@@ -1,7 +1,7 @@
-"""InstructDiffusion as a diffusers pipeline: one model, many vision tasks, asked for in words and answered in pixels.
+"""InstructDiffusion as a diffusers pipeline: one model for many vision tasks, instructed by text, answering in pixels.
 
-The method is that of "InstructDiffusion: A Generalist Modeling Interface for Vision Tasks" (Geng et al., CVPR 2024,
-arXiv 2309.03895). This file stands on its own: it is the very file that a repository on the Hub carries.
+The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tasks" (Geng et al., CVPR 2024, arXiv
+2309.03895). This file imports nothing from its package, because Hub repositories carry a copy of it.
 """
 
 import inspect
@@ -67,12 +67,12 @@ EXAMPLE_DOC_STRING = """
 
 
 class Guidance(NamedTuple):
-    """What each of the three predictions weighs in the guided one (arXiv 2309.03895).
+    """The weights of the three predictions in the guided prediction (arXiv 2309.03895).
 
         eps = 1/2 (no_text + no_image) + s_T (both - no_text) + s_I (both - no_image)
 
-    `both` sees the instruction and the picture, `no_text` the picture alone, `no_image` the instruction alone. Sorted
-    by prediction this is an affine combination: the weights sum to 1. Scales of (1/2, 1/2) are plain sampling.
+    `both` is conditioned on the instruction and the picture, `no_text` on the picture alone, `no_image` on the
+    instruction alone. The weights sum to 1. Scales of (1/2, 1/2) are plain conditional sampling.
     """
 
     both: float
@@ -86,20 +86,20 @@ class Guidance(NamedTuple):
 
     @property
     def branches(self) -> list[str]:
-        """The predictions that count. One that weighs exactly nothing need not be computed."""
+        """The predictions with a weight other than zero; the others need not be computed."""
         return [name for name, weight in self._asdict().items() if weight != 0]
 
     def combine(self, predictions: torch.Tensor) -> torch.Tensor:
-        """The guided prediction (N, C, h, w), from those of the K `branches` one after another (K * N, C, h, w)."""
+        """The guided prediction (N, C, h, w) from those of the K `branches`, concatenated (K * N, C, h, w)."""
         parts = predictions.chunk(len(self.branches))
         return sum(getattr(self, name) * part for name, part in zip(self.branches, parts, strict=True))
 
 
 class WorkingSize(NamedTuple):
-    """The size at which the model sees a picture, and which part of the picture its answer shows.
+    """The size at which the model works, and the part of the picture that its answer shows.
 
-    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. The box is that of an answer
-    fitted back, as PIL pictures are; what array, tensor and latent answers show is `centre_crop(input_size, size)`.
+    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. The box is valid for PIL
+    answers, which are fitted back to the input. Array, tensor and latent answers show `centre_crop(input_size, size)`.
     """
 
     size: tuple[int, int]
@@ -107,7 +107,7 @@ class WorkingSize(NamedTuple):
 
 
 def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The largest centred box of `size` that has the proportions of `target`: what `ImageOps.fit` keeps."""
+    """The largest centred box of `size` with the proportions of `target`: the part that `ImageOps.fit` keeps."""
     width, height = size
     crop_width = min(width, height * target[0] / target[1])
     crop_height = min(height, width * target[1] / target[0])
@@ -153,10 +153,10 @@ def working_size(width: int, height: int, resolution: int, vae_scale_factor: int
 
 
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in 8-bit RGB, turned the way its EXIF orientation asks for. Transparency is dropped, not blended."""
+    """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
-        # Pillow opens 16-bit files in modes that start with I, and would clip everything above 255 to white.
+        # Pillow opens 16-bit files in modes that start with I, and `convert` would clip values above 255 to white.
         levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535
         if not (levels.min() >= 0 and levels.max() <= white):
             raise ValueError(
@@ -170,7 +170,7 @@ def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
-    """Whatever was passed as `image`, as a flat list: PIL pictures as they are, arrays as tensors (C, H, W)."""
+    """The argument `image` as a flat list: PIL pictures unchanged, arrays as tensors (C, H, W)."""
     if isinstance(image, PIL.Image.Image):
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
@@ -189,7 +189,7 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
 
 
 def _resized(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
-    """A picture tensor (3, H, W) in [0, 1] at another (width, height), by the filter that PIL pictures get."""
+    """A picture tensor (3, H, W) in [0, 1] resized to (width, height) with the same filter as PIL pictures."""
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
     channels = [_fitted(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
@@ -203,7 +203,7 @@ def _fitted(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.
 
 
 def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> torch.Tensor:
-    """Repeats (1 or batch_size, ...) to (batch_size * copies, ...), the copies of one sample next to each other."""
+    """Repeats (1 or batch_size, ...) to (batch_size * copies, ...); the copies of one sample are adjacent."""
     if tensor.shape[0] not in (1, batch_size):
         raise ValueError(
             f"`{name}` has {tensor.shape[0]} entries, but this call makes {batch_size} samples: prompts, negative"
@@ -219,7 +219,7 @@ class InstructDiffusionPipelineOutput(BaseOutput):
         images: the answers. A list of PIL pictures, each in the size of its input; or, at working size, an array
             (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, C, h, w), multiplied by the VAE's scaling
             factor.
-        nsfw_content_detected: one `bool` an answer, or `None` without a safety checker. Flagged answers are black.
+        nsfw_content_detected: one `bool` per answer, or `None` without a safety checker. Flagged answers are black.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -235,10 +235,10 @@ class InstructDiffusionPipeline(
     FromSingleFileMixin,
 ):
     """
-    Answers an instruction about a picture with a picture: edits, restored photographs, masks and keypoints.
+    Pipeline that answers an instruction about a picture with a picture: edits, restored photographs, masks, keypoints.
 
     The method is InstructDiffusion (Geng et al., CVPR 2024, arXiv 2309.03895). LoRA weights, IP-Adapters, textual
-    inversions and single-file checkpoints load the way they do in diffusers' Stable Diffusion pipelines.
+    inversions and single-file checkpoints load as in diffusers' Stable Diffusion pipelines.
 
     Args:
         vae: encodes the input and decodes the answer.
@@ -305,7 +305,7 @@ class InstructDiffusionPipeline(
             task_settings={family: dict(settings) for family, settings in task_settings.items()},
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        # Sizes are this pipeline's business (`working_size`); the processor only changes between value ranges.
+        # `working_size` decides the size; the processor only converts between value ranges.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
 
     @classmethod
@@ -346,22 +346,22 @@ class InstructDiffusionPipeline(
 
     @property
     def guidance_scale(self) -> float:
-        """Text scale s_T. Callbacks change it through `_guidance_scale`; every step reads it anew."""
+        """Text scale s_T. Each step reads it, so a callback may change `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def image_guidance_scale(self) -> float:
-        """Image scale s_I. Callbacks change it through `_image_guidance_scale`; every step reads it anew."""
+        """Image scale s_I. Each step reads it, so a callback may change `_image_guidance_scale`."""
         return self._image_guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """How often the current call runs the UNet; heun-like schedulers run it more than once a step."""
+        """The number of UNet evaluations of the current call; Heun-like schedulers need several per step."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked, through `_interrupt`, to leave out the remaining steps."""
+        """Whether the remaining steps are skipped. A callback may set `_interrupt`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -476,10 +476,10 @@ class InstructDiffusionPipeline(
         self._interrupt = False
         device = self._execution_device
 
-        # 1. Bring the pictures to the size they share while the model works: (1 or B, 3, H, W) in [-1, 1].
+        # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
         pixels, answer_sizes = self.preprocess_image(image, resolution)
 
-        # 2. Encode the texts with the text encoder: twice (1 or B, 77, D), with and without the instruction.
+        # 2. Encode the instruction and the negative prompt: (1 or B, 77, D) each.
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             device,
@@ -490,7 +490,7 @@ class InstructDiffusionPipeline(
             clip_skip=clip_skip,
         )
 
-        # 3. Let all conditions have one entry per answer, N = B * num_images_per_prompt.
+        # 3. Expand all conditions to one entry per answer, N = B * num_images_per_prompt.
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
         prompt_embeds = _expand("prompt", prompt_embeds, batch_size, num_images_per_prompt)
         negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, num_images_per_prompt)
@@ -498,11 +498,11 @@ class InstructDiffusionPipeline(
             ip_adapter_image, ip_adapter_image_embeds, device, batch_size, num_images_per_prompt
         )
 
-        # 4. Encode the pictures with the VAE, each only once: (N, C, h, w).
+        # 4. Encode each picture once with the VAE: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
         image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
 
-        # 5. Lay out the steps, and the noise they start from: (N, C, h, w).
+        # 5. Prepare the timesteps and the initial latents: (N, C, h, w).
         timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
         self._num_timesteps = len(timesteps)
         started_late = len(timesteps) < len(self.scheduler.timesteps)
@@ -516,11 +516,11 @@ class InstructDiffusionPipeline(
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                # Decided anew in every step, because callbacks may change the scales. K is 1, 2 or 3.
+                # Decided in every step, because callbacks may change the scales. There are K = 1, 2 or 3 branches.
                 guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
                 branches = guidance.branches
 
-                # The K branches one after another: (K * N, 2 * C, h, w), noisy latents first; no image means zeros.
+                # Concatenate the K branches: (K * N, 2 * C, h, w), noisy latents first. No image is zeros.
                 noisy_latents = self.scheduler.scale_model_input(latents, t)
                 pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
                 texts = [negative_prompt_embeds if b == "no_text" else prompt_embeds for b in branches]
@@ -538,7 +538,7 @@ class InstructDiffusionPipeline(
                     return_dict=False,
                 )[0]
 
-                # One guided prediction (N, C, h, w), and with it to the next noise level.
+                # Combine the predictions (N, C, h, w) and step to the next noise level.
                 prediction = guidance.combine(predictions.to(latents.dtype))
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
@@ -555,7 +555,7 @@ class InstructDiffusionPipeline(
                 if (i + 1) % order == 0 or i == len(timesteps) - 1:
                     progress_bar.update()
 
-        # 7. Decode the answers with the VAE: (N, 3, H, W) in [0, 1], looked at by the safety checker.
+        # 7. Decode the answers with the VAE, (N, 3, H, W) in [0, 1], and run the safety checker.
         nsfw_content_detected = None
         images: Any = latents.to(dtype)
         if output_type != "latent":
@@ -587,7 +587,7 @@ class InstructDiffusionPipeline(
         clip_skip: int | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Raises a ValueError that names the argument, what it got and what would be right."""
+        """Raises a ValueError that names the argument, its value and what would be valid."""
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be a component of this pipeline to answer, but is None.")
@@ -657,7 +657,7 @@ class InstructDiffusionPipeline(
         self, image: PipelineImageInput, resolution: int | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
-        Brings pictures to the size the model works at.
+        Resizes pictures to their working size.
 
         Args:
             image: one of the kinds `__call__` takes.
@@ -694,7 +694,7 @@ class InstructDiffusionPipeline(
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
             sizes.append(working_size(*answer_sizes[-1], resolution, self.vae_scale_factor).size)
             if len(set(sizes)) > 1:
-                continue  # Only the sizes are still of interest, for the message.
+                continue  # The call fails; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):
                 fitted = _fitted(picture, sizes[0], crop=resolution != 0)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
@@ -736,13 +736,13 @@ class InstructDiffusionPipeline(
         clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encodes the instruction and what stands in its place in the branch without one.
+        Encodes the instruction and the negative prompt.
 
         Args:
             prompt: the instruction or a list of B; `None` if `prompt_embeds` is given.
-            device: where to encode; the pipeline's own by default.
-            num_images_per_prompt: how often to repeat each embedding.
-            negative_prompt: takes the place of the empty text; one, or a list of B.
+            device: the device to encode on; by default the pipeline's.
+            num_images_per_prompt: the number of copies of each embedding.
+            negative_prompt: replaces the empty text; one, or a list of B.
             prompt_embeds: (B, 77, D), to be used instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), to be used instead of `negative_prompt`.
             lora_scale: scale of the text encoder's LoRA layers while it runs.
@@ -778,7 +778,7 @@ class InstructDiffusionPipeline(
     def _encode_text(
         self, text: str | list[str], device: torch.device, lora_scale: float | None, clip_skip: int | None
     ) -> torch.Tensor:
-        """Text encoder states (B, 77, D)."""
+        """Hidden states of the text encoder (B, 77, D)."""
         if self.text_encoder is None:
             raise ValueError("`prompt_embeds` and `negative_prompt_embeds` must be given: there is no text encoder.")
         texts = self.maybe_convert_prompt([text] if isinstance(text, str) else text, self.tokenizer)
@@ -786,9 +786,9 @@ class InstructDiffusionPipeline(
         ids = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         for whole in self.tokenizer(texts).input_ids:
             if len(whole) > limit:
-                # The end token takes the last place, so the text is lost from that place on.
+                # The end token takes the last position, so the text is cut from there on.
                 lost = self.tokenizer.decode(whole[limit - 1 : -1])
-                logger.warning(f"CLIP reads {limit} tokens of a prompt and not the rest of this one: {lost!r}")
+                logger.warning(f"CLIP reads at most {limit} tokens; this part of the prompt was cut: {lost!r}")
         with self._lora_scaled(lora_scale):
             states = self.text_encoder(ids.input_ids.to(device), output_hidden_states=clip_skip is not None)
         if clip_skip is None:
@@ -799,7 +799,7 @@ class InstructDiffusionPipeline(
 
     @contextmanager
     def _lora_scaled(self, scale: float | None) -> Iterator[None]:
-        """Scales the LoRA layers of the text encoder for a while. The UNet does so itself."""
+        """Scales the LoRA layers of the text encoder inside the block. The UNet scales its own."""
         if scale is None or not USE_PEFT_BACKEND:
             yield
             return
@@ -818,7 +818,7 @@ class InstructDiffusionPipeline(
         batch_size: int,
         num_images_per_prompt: int,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each IP-Adapter the negative and the positive embeddings (B * num_images_per_prompt, K, ...)."""
+        """The negative and positive embeddings (B * num_images_per_prompt, K, ...) for each IP-Adapter."""
         if ip_adapter_image is None and ip_adapter_image_embeds is None:
             return []
         adapters = self.unet.encoder_hid_proj.image_projection_layers
@@ -835,7 +835,7 @@ class InstructDiffusionPipeline(
         pairs = []
         for embeds in given:
             if len(embeds) == 1:
-                # The positive one alone. Pooled embeddings have zeros as their negative.
+                # The positive one alone; the negative of pooled embeddings is zeros.
                 embeds = torch.cat([torch.zeros_like(embeds), embeds])
             elif len(embeds) % 2 == 1:
                 raise ValueError(
@@ -850,7 +850,7 @@ class InstructDiffusionPipeline(
         return pairs
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
-        """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the states before the last layer."""
+        """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the penultimate hidden states."""
         if self.image_encoder is None or self.feature_extractor is None:
             raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
         if not isinstance(image, torch.Tensor):
@@ -863,13 +863,16 @@ class InstructDiffusionPipeline(
         return torch.stack([self.image_encoder(half, output_hidden_states=True).hidden_states[-2] for half in both])
 
     def encode_image_latents(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Image latents (B, C, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled. Latents stay."""
+        """Image latents (B, C, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled.
+
+        Image latents are returned unchanged.
+        """
         if pixels.shape[1] == self.vae.config.latent_channels:
             return pixels.to(device, torch.float32)
         return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
 
     def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
-        """The timesteps to run: all of them, or the last `round(num_inference_steps * strength)` steps' worth."""
+        """The timesteps to run: those of the last `round(num_inference_steps * strength)` steps."""
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         skipped = num_inference_steps - round(num_inference_steps * strength)
         first = skipped * self.scheduler.order
@@ -884,14 +887,14 @@ class InstructDiffusionPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Where denoising starts (N, C, h, w): pure noise, or the image latents noised as at timestep `start` (1,).
+        """The initial latents (N, C, h, w): pure noise, or the image latents noised to the timestep `start` (1,).
 
-        Latents stay in float32 whatever the UNet computes in, so that a seed draws the same noise in every precision.
+        Latents are float32 in every precision of the UNet, so that a seed always draws the same noise.
         """
         shape = image_latents.shape
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
-                f"`generator` must be one or a list of {shape[0]}, one an answer, but has {len(generator)}."
+                f"`generator` must be one or a list of {shape[0]}, one per answer, but has {len(generator)}."
             )
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
@@ -909,7 +912,7 @@ class InstructDiffusionPipeline(
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0].float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
-        """The pictures (N, 3, H, W) with offensive ones blackened, and which those are; without a checker as is."""
+        """The pictures (N, 3, H, W) with offensive ones replaced by black, and the verdicts (None without a checker)."""
         if self.safety_checker is None:
             return images, None
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
@@ -919,13 +922,13 @@ class InstructDiffusionPipeline(
     def postprocess_image(
         self, images: torch.Tensor, output_type: str, answer_sizes: list[tuple[int, int]], crop: bool
     ) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-        """Pictures (N, 3, H, W) in [0, 1] as they are, as array (N, H, W, 3), or as PIL pictures sized like inputs."""
+        """Converts pictures (N, 3, H, W) in [0, 1] to `output_type`; PIL pictures get the sizes of their inputs."""
         if output_type == "pt":
             return images
         arrays = VaeImageProcessor.pt_to_numpy(images)
         if output_type == "np":
             return arrays
-        # The original cuts the fraction off instead of rounding; a seed gives its picture only if this does, too.
+        # The original truncates instead of rounding; its pictures can be reproduced only in the same way.
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
         return [_fitted(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)]
