@@ -912,7 +912,7 @@ class InstructDiffusionPipeline(
         return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0].float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
-        """The pictures (N, 3, H, W) with offensive ones replaced by black, and the verdicts (None without a checker)."""
+        """The pictures (N, 3, H, W), offensive ones replaced by black, and the verdicts (None without a checker)."""
         if self.safety_checker is None:
             return images, None
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
