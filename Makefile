@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	touch $@
 
 demo: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py --overwrite
 
 test: setup
 	$(PYTEST) -n 2

@@ -150,4 +150,4 @@ def check_output(option: str, path: Path, overwrite: bool, inputs: Iterable[Path
     if path.is_dir():
         raise UsageError(f"{option}: must be a file, but {path} is a folder.")
     if not overwrite:
-        raise UsageError(f"{option}: {path} exists; name another file, or give --overwrite to replace it.")
+        raise UsageError(f"{option}: {path} exists; --overwrite replaces it.")
