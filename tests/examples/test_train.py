@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,15 +14,19 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from diffusers import UNet2DModel
 from hub_server import running_hub
 from safetensors.torch import load_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import run_script
 
 SCRIPT = tiny.ROOT / "examples" / "train.py"
 CONFIGS = tiny.ROOT / "examples" / "accelerate"
 GOLDEN = tiny.ROOT / "tests" / "fixtures" / "golden" / "model"
 UNET = "unet/diffusion_pytorch_model.safetensors"
+READOUT = "readout/diffusion_pytorch_model.safetensors"
+SETTINGS = {"editing": {"num_inference_steps": 2}}
 
 # By its path: examples/tiny has a script of the same name.
 spec = importlib.util.spec_from_file_location("train_from_the_command_line", SCRIPT)
@@ -33,8 +38,17 @@ spec.loader.exec_module(script)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "model"
-    InstructDiffusionPipeline(**tiny.components()).save_pretrained(folder)
-    (folder / "presets.json").write_text(json.dumps({"editing": {"num_inference_steps": 2}}))
+    readout = UNet2DModel(
+        sample_size=8,
+        in_channels=6,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    InstructDiffusionPipeline(**tiny.components(), readout=readout, task_settings=SETTINGS).save_pretrained(folder)
     return folder
 
 
@@ -56,14 +70,27 @@ def table(tmp_path_factory):
     return folder
 
 
+def new_folder(path):
+    path.mkdir(parents=True)
+    return path
+
+
 def arguments(init, data, output, **settings):
     settings = {"init": init, "data": data, "output_dir": output, "max_train_steps": 2, "batch_size": 2} | settings
     return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
 
 
-def call(monkeypatch, *args, **settings):
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(*args, **settings)])
-    script.main()
+def call(monkeypatch, *args, more=(), **settings):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(*args, **settings), *more])
+    run_script(script.main)
+
+
+def refused(monkeypatch, capfd, *args, **settings):
+    """What the script says when it refuses its arguments: one line."""
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *args, **settings)
+    assert stop.value.code == 2
+    return capfd.readouterr().err.splitlines()[-1]
 
 
 def run(*args, launch=(), env=None, **settings):
@@ -72,21 +99,23 @@ def run(*args, launch=(), env=None, **settings):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch, cached):
+def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch, capfd, cached):
     settings = {"cache_samples": 4} if cached else {}
     call(monkeypatch, model, f"table={table}", tmp_path / "run", learning_rate=1e-3, ema_decay=0.5, **settings)
     trained = tmp_path / "run" / "model"
     pipe = InstructDiffusionPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(**tiny.inputs()).images.shape == (1, 32, 32, 3)
-    assert json.loads((trained / "presets.json").read_text()) == {"editing": {"num_inference_steps": 2}}
+    assert pipe.config.task_settings == SETTINGS
+    assert (trained / READOUT).read_bytes() == (model / READOUT).read_bytes()
     before, after = load_file(model / UNET), load_file(trained / UNET)
     assert max((before[name] - after[name]).abs().max() for name in before) > 1e-4
     assert [path.name for path in (tmp_path / "run" / "validation").iterdir()] == ["step-000002.png"]
     config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
     assert config["learning_rate"] == 1e-3 and config["sources"] == ["table"]
-    with pytest.raises(SystemExit, match="model is there already"):
-        call(monkeypatch, model, f"table={table}", tmp_path / "run")
+    assert "run/model exists, from a run that has ended" in refused(
+        monkeypatch, capfd, model, f"table={table}", tmp_path / "run"
+    )
 
 
 def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, monkeypatch):
@@ -159,16 +188,61 @@ def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_pa
     assert max((single[name] - both[name]).abs().max() for name in before) <= 1e-5
 
 
-def test_bad_data_is_refused_by_name(model, table, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="--data must be NAME=FOLDER with a NAME out of mpii, .*; got 'photos=x'"):
-        call(monkeypatch, model, "photos=x", tmp_path / "run")
-    with pytest.raises(SystemExit, match="--data table: there is no folder nowhere"):
-        call(monkeypatch, model, "table=nowhere", tmp_path / "run")
+@pytest.mark.parametrize("repeated", [True, False])
+def test_every_entry_of_data_is_trained_on(model, table, tmp_path, monkeypatch, capsys, repeated):
+    """As `--data A --data B`, and as `--data A B`."""
+    cats = shutil.copytree(table, tmp_path / "cats")
+    lines = (table / "metadata.jsonl").read_text().splitlines()
+    (cats / "metadata.jsonl").write_text("\n".join(lines[:2]))
+    gopro = tmp_path / "gopro"
+    for part in ("blur", "sharp"):
+        tiny.picture(40, 48).save(new_folder(gopro / "train" / "clip" / part) / "1.png")
+    more = [f"table={cats}", f"gopro={gopro}"]
+    more = [part for entry in more for part in ("--data", entry)] if repeated else ["--data", *more]
+    call(monkeypatch, model, f"table={table}", tmp_path / "run", more=more)
+    config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
+    first = f"table:{table.name}"
+    assert config["sources"] == [first, "table:cats", "gopro"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # GoPro's weight of the original is 2: its one pair is two of the 4 + 2 + 2 samples of an epoch.
+    start = lines.index([first, "4", "1", "50.0%"])
+    assert lines[start + 1 : start + 3] == [["table:cats", "2", "1", "25.0%"], ["gopro", "1", "2", "25.0%"]]
+    assert " ".join(lines[start + 3]) == "2 updates of 2 samples are 0.5 epochs of 8 samples."
+    unet = load_file(model / UNET)
+    numbers = sum(tensor.numel() for tensor in unet.values())
+    assert f"Trained parameters: {numbers:,} of {numbers:,}".split() in lines
+
+
+def test_columns_of_a_table_are_named_by_options(model, tmp_path, monkeypatch, capfd):
+    for name in "ab":
+        tiny.picture(48, 40).save(tmp_path / f"{name}.png")
+    row = {"before_file_name": "a.png", "words": "turn it", "after_file_name": "b.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    output = tmp_path.with_name(tmp_path.name + "-run")
+    assert "has no column" in refused(monkeypatch, capfd, model, f"table={tmp_path}", output)
+    columns = {"image_column": "before", "instruction_column": "words", "target_column": "after"}
+    call(monkeypatch, model, f"table={tmp_path}", output, **columns)
+    assert (output / "model").is_dir()
+
+
+def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, capfd):
+    def says(init, data, **settings):
+        return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
+
+    assert "--data must be NAME=FOLDER with a NAME out of mpii, " in says(model, "photos=x")
+    assert "--data table: there is no folder nowhere" in says(model, "table=nowhere")
+    twice = says(model, f"table={table}", more=["--data", f"table={table}"])
+    assert f"--data table={table} is given twice" in twice
     for init in ("nofile.ckpt", "some/nofile.safetensors", "/no/such/folder"):
-        with pytest.raises(SystemExit, match=f"--init: there is no file or folder {init}"):
-            call(monkeypatch, init, f"table={table}", tmp_path / "run")
-    with pytest.raises(SystemExit, match="`batch_size` must be 1 or more; got 0"):
-        call(monkeypatch, model, f"table={table}", tmp_path / "run", batch_size=0)
+        assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
+    assert "`batch_size` must be 1 or more; got 0" in says(model, f"table={table}", batch_size=0)
+    assert "Repo id must" in says(model, f"table={table}", push_to="not/a/name")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_refuses_does_so_before_the_training(model, table, tmp_path):
+    refused = run(model, f"table={table}", tmp_path / "run", push_to="you/mine", env={"HF_HUB_OFFLINE": "1"})
+    assert refused.returncode == 1 and "offline" in refused.stderr.splitlines()[-1].lower(), refused.stderr
     assert not (tmp_path / "run").exists()
 
 
