@@ -1,11 +1,12 @@
-"""Training throughput beside diffusers' InstructPix2Pix recipe: same model, pictures, batch, precision and optimizer.
+"""Compare training throughput with that of diffusers' InstructPix2Pix recipe.
 
-python examples/benchmark.py --model small --output benchmark.json
+    python examples/benchmark.py --model small --output benchmark.json
 
-Three rows: the recipe; `train` on pictures; `train` on cached latents and embeddings. They take turns, round after
-round, and ratios are of one round, so that whatever else the machine does falls on all three; without a GPU, seconds
-are those of the processor (of all threads of this process), which others who use it stretch little. A turn is timed
-after a warm-up and ends without a checkpoint. Pictures are noise; so are weights, but for `--model tiny`.
+The report has three rows: the recipe; `train` on pictures; `train` on cached latents and embeddings. All use the same
+model, pictures, batch size, precision and optimizer. They run in turn for several rounds, and a ratio compares two
+turns of one round, so that other load on the machine affects both.
+With a GPU, wall time is measured; without one, processor time of this process. Each turn warms up before it is timed
+and saves no checkpoint. The pictures are noise. The weights are random, except with `--model tiny`.
 """
 
 import argparse
@@ -35,52 +36,65 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import check_output, integer, run_script
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_start, train
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_for_training, train
 from instructdiffusion_pipeline.training.data import tokenize
-from instructdiffusion_pipeline.training.encoding import Batch
+from instructdiffusion_pipeline.training.encoding import Batch, StepNoise
 from instructdiffusion_pipeline.training.metrics import peak_memory
-from instructdiffusion_pipeline.training.noise import StepNoise
 from instructdiffusion_pipeline.types import Edit
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 PICTURES = 64
-DROPOUT = 0.05  # the recipe's conditioning_dropout_prob, as its documentation sets it
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP a second, dense, of NVIDIA's data sheets
+DROPOUT = 0.05  # conditioning_dropout_prob in the recipe's documentation
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP per second, from NVIDIA's data sheets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["tiny", "small", "full"], default="small", help="full is for CUDA")
-    parser.add_argument("--size", type=int, help="side of the pictures, pixels (default: 64 for tiny, else 128)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=6, help="timed in each turn, after a third as many to warm up")
-    parser.add_argument("--output", type=Path, help="file for the figures as JSON")
+    parser.add_argument(
+        "--model",
+        choices=["tiny", "small", "full"],
+        default="small",
+        help="the model that ships; Stable Diffusion 1.5, a quarter as wide (default); or full width, for a GPU",
+    )
+    parser.add_argument(
+        "--size", type=integer(8), help="side of the pictures, in pixels (default: 64 for tiny, 128 otherwise)"
+    )
+    parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update (default: 8)")
+    parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
+    parser.add_argument("--rounds", type=integer(1), default=5, help="turns of each row (default: 5)")
+    parser.add_argument(
+        "--updates", type=integer(1), default=6, help="timed updates per turn, after a third as many to warm up"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args()
+    if args.output:
+        check_output("--output", args.output, args.overwrite)
     cuda = torch.cuda.is_available()
     args.size = args.size or (64 if args.model == "tiny" else 128)
     config = TrainingConfig(
-        max_train_steps=10**6,  # a turn ends when it has been timed
+        max_train_steps=10**6,  # `timed` ends the turn
         checkpointing_steps=10**6,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         mixed_precision="bf16" if cuda else "no",
     )
-    about = {name: value for name, value in vars(args).items() if name != "output"}
+    about = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
     about |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "precision": config.mixed_precision}
     report = about | compare(build(args.model), args.size, config, args.rounds, args.updates)
     print(", ".join(f"{name} {value}" for name, value in about.items()), table(report), sep="\n\n")
     if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(args.output, json.dumps(report, indent=2) + "\n")
 
 
 def compare(
     pipeline: InstructDiffusionPipeline, size: int, config: TrainingConfig, rounds: int, updates: int
 ) -> dict[str, Any]:
-    """Figures of the three rows, on pictures of `size` x `size` pixels; the first row is what ratios refer to."""
+    """Time the three rows on pictures of `size` x `size` pixels. Ratios refer to the first row."""
     device = Accelerator(mixed_precision=config.mixed_precision).device
     samples = ImageDataset(
         Mixture([(Source("noise", Pictures(size), Editing.from_annotation), 1)]), pipeline.tokenizer
@@ -111,8 +125,11 @@ def compare(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of `compare` as Markdown."""
-    lines = ["| | samples a second | of the recipe's | peak memory, GB | of the bf16 peak |", "|---|---|---|---|---|"]
+    """The report of `compare` as a Markdown table."""
+    lines = [
+        "| | samples per second | ratio to the recipe | peak memory, GB | share of bf16 peak |",
+        "|---|---|---|---|---|",
+    ]
     for row in report["rows"]:
         rate, ratios, share = median(row["samples_per_second"]), row["ratios"], row["share_of_bf16_peak"]
         lines.append(
@@ -121,12 +138,12 @@ def table(report: dict[str, Any]) -> str:
         )
     cached, seconds = report["cached_samples"], report["caching_seconds"]
     return "\n".join(
-        [*lines, "", f"Caching, once: {cached} samples in {seconds:.1f} s, {cached / seconds:.2f} a second."]
+        [*lines, "", f"Caching {cached} samples took {seconds:.1f} s, {cached / seconds:.2f} per second."]
     )
 
 
 def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, config: TrainingConfig) -> None:
-    """What diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py does with --use_ema, in its order."""
+    """The training loop of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py with --use_ema."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, dtype = accelerator.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     unet = pipeline.unet.train().requires_grad_(True)
@@ -161,15 +178,20 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, con
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Items of `ImageDataset` as the recipe's loader gives them, with pictures [B, 3, H, W] from -1 to 1."""
+    """Batch items of `ImageDataset` as the recipe does: pictures [B, 3, H, W] from -1 to 1."""
     batch = default_collate([{name: item[name] for name in ("image", "target", "input_ids")} for item in items])
     return batch | {name: 2 * (batch[name] / 255) - 1 for name in ("image", "target")}
 
 
 def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Batch) -> StepNoise:
-    """What the recipe draws for a batch, on the `device` itself."""
+    """Draw the noise of a batch on `device`, as the recipe does."""
     count, _, height, width = batch["target"].shape
-    shape = count, 4, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    shape = (
+        count,
+        pipeline.vae.config.latent_channels,
+        height // pipeline.vae_scale_factor,
+        width // pipeline.vae_scale_factor,
+    )
     return StepNoise(
         posterior_noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
         dropout=torch.rand(count, device=device),
@@ -181,7 +203,7 @@ def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Ba
 def recipe_loss(
     unet: torch.nn.Module, pipeline: InstructDiffusionPipeline, batch: Batch, draws: StepNoise
 ) -> torch.Tensor:
-    """The recipe's loss of a `batch` of `collate`, a scalar."""
+    """The recipe's loss for a `batch` from `collate`, a scalar."""
     vae, text_encoder = pipeline.vae, pipeline.text_encoder
     posterior = vae.encode(batch["target"].to(vae.dtype)).latent_dist
     latents = vae.config.scaling_factor * (posterior.mean + posterior.std * draws.posterior_noise)
@@ -189,22 +211,28 @@ def recipe_loss(
     embeds = text_encoder(batch["input_ids"])[0]
     image_latents = vae.encode(batch["image"].to(vae.dtype)).latent_dist.mode()
 
-    empties_text = draws.dropout < 2 * DROPOUT
-    empty_text = text_encoder(tokenize(pipeline.tokenizer, "")[None].to(vae.device))[0]  # anew each time, as it does
+    empties_text = draws.random_p < 2 * DROPOUT
+    empty_text = text_encoder(tokenize(pipeline.tokenizer, "")[None].to(vae.device))[
+        0
+    ]  # in every step, as the recipe does
     embeds = torch.where(empties_text[:, None, None], empty_text, embeds)
-    zeroes_image = (draws.dropout >= DROPOUT) & (draws.dropout < 3 * DROPOUT)
+    zeroes_image = (draws.random_p >= DROPOUT) & (draws.random_p < 3 * DROPOUT)
     image_latents = image_latents * ~zeroes_image[:, None, None, None]
 
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        target = pipeline.scheduler.get_velocity(latents, draws.noise, draws.timesteps)
+    else:
+        target = draws.noise
     prediction = unet(torch.cat([noisy_latents, image_latents], dim=1), draws.timesteps, embeds).sample
-    return F.mse_loss(prediction.float(), draws.noise.float())
+    return F.mse_loss(prediction.float(), target.float())
 
 
 class Timed(Exception):
-    """A turn has made the updates that were to be timed."""
+    """Ends a turn once its updates have been timed."""
 
 
 def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[float, int]:
-    """Seconds of `updates` updates of `turn`, after a third as many to warm up, and its peak memory in bytes."""
+    """Seconds that `turn` takes for `updates` updates after its warm-up, and its peak memory in bytes."""
     first, made, stamps = 1 + updates // 3, 0, []
     clock = time.perf_counter if device.type == "cuda" else time.process_time
 
@@ -235,8 +263,9 @@ def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[
 
 
 def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
-    """Floating-point operations of forward and backward for one sample, whose latents are `side` x `side`."""
-    latents, timestep = torch.randn(1, 8, side, side, device=unet.device), torch.zeros(1, device=unet.device)
+    """Floating-point operations of forward and backward pass for one sample with latents of `side` x `side`."""
+    latents = torch.randn(1, unet.config.in_channels, side, side, device=unet.device)
+    timestep = torch.zeros(1, device=unet.device)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, device=unet.device)
     with FlopCounterMode(display=False) as counter:
         unet.train().requires_grad_(True)(latents, timestep, text).sample.sum().backward()
@@ -244,7 +273,7 @@ def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
 
 
 class Pictures(list):
-    """Pictures of noise, `size` x `size` pixels, each with another as its edit."""
+    """Editing pairs of noise pictures, `size` x `size` pixels."""
 
     skipped: list[tuple[str, str]] = []
 
@@ -258,9 +287,9 @@ class Pictures(list):
 
 
 def build(model: str) -> InstructDiffusionPipeline:
-    """The model that ships, or Stable Diffusion 1.5 with random weights: `full`, or `small`, a quarter as wide."""
+    """The model that ships, or Stable Diffusion 1.5 with random weights, for "small" a quarter as wide."""
     if model == "tiny":
-        return load_start(TINY_MODEL)
+        return load_for_training(TINY_MODEL)
     torch.manual_seed(0)
     part, groups, heads = {"small": (4, 16, 6), "full": (1, 32, 12)}[model]
     tokenizer = CLIPTokenizer.from_pretrained(TINY_MODEL, subfolder="tokenizer")
@@ -292,9 +321,9 @@ def build(model: str) -> InstructDiffusionPipeline:
 
 
 def copy_of(pipeline: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
-    """The same model with weights of its own, which a turn may train, move and cast."""
+    """A copy of the model that a turn may train, move and cast."""
     return type(pipeline)(**copy.deepcopy(pipeline.components))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,52 +1,68 @@
-"""The alignment stage's first half: answers of a model to many guidance settings, to pick the best from.
+"""Make candidates for the alignment stage: many answers to each question, from which people pick the best.
 
     python examples/candidates.py --model out/run/model --data table=my-pictures --samples 1000 --output out/candidates
 
-Look at out/candidates/sheets, and move the best of out/candidates/candidates into out/candidates/picks: none, one or
-two of each sample. Then fine-tune on them:
+Look at the sheets in out/candidates/sheets. For each sample, move the best one or two pictures from
+out/candidates/candidates into out/candidates/picks, or none if all are bad. Then fine-tune on the picks:
 
     python examples/train.py --recipe alignment --init out/run/model --data preferences=out/candidates \\
         --max_train_steps 300 --output_dir out/aligned
+
+A run that was stopped continues if it is started again with the same options.
 """
 
 import argparse
 from pathlib import Path
 
-from edit import TINY_MODEL, load
-from train import source
+from instructdiffusion_pipeline import Mixture
+from instructdiffusion_pipeline.cli import finite, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources, parse_entries
+from instructdiffusion_pipeline.training.candidates import GUIDANCE_GRID, make_candidates
 
-from instructdiffusion_pipeline import model_resolution
-from instructdiffusion_pipeline.datasets.mixture import Mixture
-from instructdiffusion_pipeline.training.candidates import GRID, make_candidates
+TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER", help="as in train.py")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--resolution", type=int, help="side of the pictures (default: what the model was trained at)")
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=sorted({text for text, _ in GRID}))
-    parser.add_argument("--image_guidance_scales", type=float, nargs="+", default=sorted({image for _, image in GRID}))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-
-    pipeline = load(args.model)
-    pipeline.set_progress_bar_config(disable=True)
-    grid = [(text, image) for text in args.guidance_scales for image in args.image_guidance_scales]
-    try:
-        mixture = Mixture(
-            [source(entry, args.resolution or model_resolution(pipeline)) for entry in args.data], args.seed
+    parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub id (default: the model that ships)")
+    parser.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help=f"data set with pictures and instructions; may be repeated; NAME is one of {', '.join(DATASETS)}",
+    )
+    parser.add_argument("--samples", type=integer(1), default=1000, help="number of questions (default: 1000)")
+    parser.add_argument(
+        "--resolution", type=integer(16), help="side of the pictures (default: the size the model was made for)"
+    )
+    text_scales, image_scales = (sorted(set(scales)) for scales in zip(*GUIDANCE_GRID, strict=True))
+    for name, scales in (("--guidance_scales", text_scales), ("--image_guidance_scales", image_scales)):
+        parser.add_argument(
+            name,
+            type=finite,
+            nargs="+",
+            default=scales,
+            help=f"each is combined with each of the other kind (default: {' '.join(map(str, scales))})",
         )
-        samples = [mixture[position] for position in range(min(args.samples, len(mixture)))]
-        make_candidates(pipeline, samples, args.output, grid, args.steps, args.batch_size, args.seed)
-    except (OSError, ValueError) as error:
+    parser.add_argument("--steps", type=integer(1), default=100, help="denoising steps of an answer (default: 100)")
+    parser.add_argument("--batch_size", type=integer(1), default=4, help="questions per call (default: 4)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed of samples and noise (default: 0)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the candidates")
+    args = parser.parse_args()
+    try:
+        parse_entries(args.data)
+    except ValueError as error:
         parser.error(str(error))
-    print(f"Look at {args.output / 'sheets'}, and move the best of candidates/ into picks/.")
+
+    pipe = load_pipeline(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    mixture = Mixture(load_sources(args.data, args.resolution or pipe.default_resolution), args.seed)
+    samples = [mixture[position] for position in range(min(args.samples, len(mixture)))]
+    grid = [(text, image) for text in args.guidance_scales for image in args.image_guidance_scales]
+    make_candidates(pipe, samples, args.output, grid, args.steps, args.batch_size, args.seed)
+    print(f"The sheets are in {args.output / 'sheets'}. Move the best candidates into {args.output / 'picks'}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
