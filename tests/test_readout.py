@@ -183,3 +183,32 @@ def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
     task = Segmentation({"cat": "blue"})
     first, second = (read_with_readout(each.readout, task, image, image)["cat"] for each in (pipe, again))
     assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_it_works_offloaded(pipe, scene, offload):
+    image, _ = scene
+    pipe.register_modules(readout=network())
+    task, settings = Segmentation({"cat": "blue"}), {"num_inference_steps": 2}
+    before = ask(pipe, image, task, generator=tiny.generator(), **settings)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    for _ in range(2):
+        after = ask(pipe, image, task, generator=tiny.generator(), **settings)
+        assert np.array_equal(before.data["cat"].pixels, after.data["cat"].pixels)
+        assert before.data["cat"].confidence == pytest.approx(after.data["cat"].confidence)
+
+
+def test_it_works_offloaded_layer_by_layer(scene):
+    """Its weights are on the device "meta" until they are needed, so its device says nothing of where inputs go."""
+    from accelerate import cpu_offload
+
+    image, _ = scene
+    readout, task = network(), Segmentation({"cat": "blue"})
+    before = read_with_readout(readout, task, image, image)["cat"]
+    cpu_offload(readout, torch.device("cpu"), offload_buffers=True)
+    assert readout.device.type == "meta"
+    after = read_with_readout(readout, task, image, image)["cat"]
+    assert np.array_equal(before.pixels, after.pixels) and before.confidence == pytest.approx(after.confidence)
