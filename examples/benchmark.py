@@ -194,7 +194,7 @@ def draw_on(device: torch.device, pipeline: InstructDiffusionPipeline, batch: Ba
     )
     return StepNoise(
         posterior_noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
-        dropout=torch.rand(count, device=device),
+        random_p=torch.rand(count, device=device),
         timesteps=torch.randint(0, pipeline.scheduler.config.num_train_timesteps, (count,), device=device),
         noise=torch.randn(shape, device=device, dtype=pipeline.vae.dtype),
     )
