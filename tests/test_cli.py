@@ -62,7 +62,9 @@ def test_a_failure_ends_with_one_line_and_a_status(error, status, message, capsy
     assert capsys.readouterr().err == message + "\n"
 
 
-@pytest.mark.parametrize("error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), RuntimeError()]
+)
 def test_a_programming_error_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         run_script(raiser(error))
@@ -161,7 +163,12 @@ def test_what_is_no_picture_is_refused(tmp_path):
     tiny.picture(64, 64).save(whole)
     damaged = bytearray(whole.read_bytes())
     damaged[damaged.index(b"IDAT") + 40] ^= 255
-    cases = {"text.png": b"text", "empty.png": b"", "cut.png": whole.read_bytes()[:3000], "damaged.png": bytes(damaged)}
+    cases = {
+        "text.png": b"text",
+        "empty.png": b"",
+        "cut.png": whole.read_bytes()[:3000],
+        "damaged.png": bytes(damaged),
+    }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     for name in (*cases, "missing.png", "."):
