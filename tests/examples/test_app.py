@@ -1,6 +1,6 @@
 """The page, served on this machine and asked through its own API as a browser would."""
 
-import edit
+import demo
 import numpy as np
 import pytest
 import torch
@@ -9,24 +9,31 @@ from PIL import Image
 pytest.importorskip("gradio", reason="`make test-app` runs these where gradio is installed")
 
 import app
-from demo import OVERLAYS
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from skimage import data
 
-from instructdiffusion_pipeline import Editing, Keypoints, LearnedReading, Restoration, Segmentation, ask, load_presets
+from instructdiffusion_pipeline import (
+    Editing,
+    InstructDiffusionPipeline,
+    Keypoints,
+    Restoration,
+    Segmentation,
+    ask,
+)
+from instructdiffusion_pipeline.cli import load_pipeline
 
 SETTINGS = {"num_inference_steps": 6, "guidance_scale": 1.0, "image_guidance_scale": 0.5}
 
 
 @pytest.fixture(scope="module")
 def model():
-    pipeline = edit.load(str(edit.TINY_MODEL))
-    return pipeline, load_presets(edit.TINY_MODEL), LearnedReading.beside(edit.TINY_MODEL)
+    return load_pipeline(app.TINY_MODEL)
 
 
 @pytest.fixture(scope="module")
 def client(model):
-    page = app.build(*model)
+    page = app.build(model)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     yield Client(url, verbose=False)
     page.close()
@@ -36,9 +43,8 @@ def client(model):
 def photograph(tmp_path_factory):
     """A sunflower and a figure over the same photograph."""
     path = tmp_path_factory.mktemp("pictures") / "photograph.png"
-    image, sunflower = app.overlaid(app.data.rocket(), "figure", (0, 0)), Image.open(OVERLAYS / "sunflower.png")
-    image.paste(sunflower, (0, 120), sunflower.convert("RGBA"))
-    image.save(path)
+    image = demo.with_overlay(demo.square(data.rocket(), 256), "figure", (0, 0))
+    demo.with_overlay(image, "sunflower", (0, 120)).save(path)
     return path
 
 
@@ -58,9 +64,8 @@ def put(client, family, photograph, asked, seed=1):
 )
 def test_an_answer_is_the_one_that_ask_gives(client, model, photograph, asked, task):
     words, answer, overlay, found = put(client, task.family, photograph, asked)
-    pipeline, _, reading = model
     generator = torch.Generator().manual_seed(1)
-    expected = ask(pipeline, Image.open(photograph), task, reading=reading, generator=generator, **SETTINGS)
+    expected = ask(model, Image.open(photograph), task, generator=generator, **SETTINGS)
     assert words == task.instruction()
     np.testing.assert_array_equal(Image.open(answer), expected.picture)
     np.testing.assert_array_equal(Image.open(overlay), expected.overlay)
@@ -81,7 +86,9 @@ def test_an_answer_is_the_one_that_ask_gives(client, model, photograph, asked, t
 
 def test_colours_that_show_on_the_picture_come_first():
     red = Image.new("RGB", (64, 64), (250, 10, 10))
-    first, *_, last = app.colored(red, [f"thing {i}" for i in range(len(app.MASK_COLORS))], app.MASK_COLORS).values()
+    first, *_, last = app.assign_colors(
+        red, [f"thing {i}" for i in range(len(app.MASK_COLORS))], app.MASK_COLORS
+    ).values()
     assert first == "purple" and last == "red"
 
 
@@ -113,7 +120,24 @@ def test_a_picture_of_sixteen_bits_is_not_blown_out(client, tmp_path):
     assert 90 < np.asarray(Image.open(answer)).mean() < 165
 
 
-def test_a_model_s_own_settings_are_where_the_sliders_start(model):
-    sliders = [part.value for part in app.build(*model).blocks.values() if isinstance(part, app.gr.Slider)]
-    families = [model[1][family] for family in ("segmentation", "keypoints", "restoration", "editing")]
-    assert sliders == [value for family in families for value in family.values()]
+def slider_values(pipe):
+    """The values at which the sliders start, tab by tab."""
+    page = app.build(pipe)
+    return [part.value for part in page.blocks.values() if isinstance(part, app.gr.Slider)]
+
+
+def test_the_sliders_start_at_the_model_s_own_settings(model):
+    own = model.config.task_settings
+    families = [own[family] for family in ("segmentation", "keypoints", "restoration", "editing")]
+    assert slider_values(model) == [value for settings in families for value in settings.values()]
+
+
+def test_the_sliders_start_at_the_task_s_settings_where_the_model_has_none(model):
+    pipe = InstructDiffusionPipeline(**model.components, task_settings={"keypoints": {"guidance_scale": 2.0}})
+    paper = [100, 7.5, 1.5, 100, 2.0, 0.5, 100, 1.0, 1.0, 100, 5.0, 1.25]
+    assert slider_values(pipe) == paper
+
+
+def test_the_first_picture_is_the_demo_s():
+    expected = demo.with_overlay(demo.square(data.chelsea(), 256), "sunflower", (10, 10))
+    assert np.abs(np.asarray(app.example_picture(), int) - np.asarray(expected, int)).mean() < 2
