@@ -1,4 +1,4 @@
-"""The benchmark in miniature: both sides train the same, and the report is whole. No figure of it is judged here."""
+"""A small run of the benchmark: both sides train alike, and the report is complete. Its figures are not judged."""
 
 import dataclasses
 import json
@@ -6,16 +6,19 @@ import sys
 
 import benchmark
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import run_script
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train
-from instructdiffusion_pipeline.training.noise import draw
+from instructdiffusion_pipeline.training.encoding import draw_step_noise
 
 BATCH = 8
 OPTIONS = "--model tiny --size 32 --batch_size 2 --rounds 2 --updates 1"
@@ -24,9 +27,26 @@ CONFIG = TrainingConfig(max_train_steps=2, batch_size=BATCH, ema_decay=0)
 
 @pytest.fixture(autouse=True)
 def _any_precision():
-    """accelerate fixes the precision with the first call in a process; here each test has its own."""
+    """Lets each test choose a precision; accelerate fixes it with the first call in a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def pipe(request):
+    """A model as Stable Diffusion 1.5, and one as the model that ships: velocity and eight latent channels."""
+    parts = tiny.components()
+    if request.param == "v_prediction":
+        parts["scheduler"] = type(parts["scheduler"]).from_config(
+            parts["scheduler"].config, prediction_type=request.param
+        )
+        for part, channels in (
+            ("vae", {"latent_channels": 8}),
+            ("unet", {"in_channels": 16, "out_channels": 8}),
+        ):
+            torch.manual_seed(0)
+            parts[part] = type(parts[part]).from_config(parts[part].config, **channels).eval()
+    return InstructDiffusionPipeline(**parts)
 
 
 @pytest.fixture
@@ -36,19 +56,19 @@ def samples(pipe):
     )
 
 
-def drawn(seed, positions):
+def drawn(pipe, seed, positions):
     """What `train` draws for a model of tests/tiny.py."""
-    return draw(seed, positions, torch.Size([4, 16, 16]), 1000)
+    return draw_step_noise(seed, positions, torch.Size([pipe.vae.config.latent_channels, 16, 16]), 1000)
 
 
-@pytest.fixture(scope="module")
-def seed():
-    """StepNoise that drop each condition and never fall where the two sides differ.
+@pytest.fixture
+def seed(pipe):
+    """A seed whose batch drops each condition, and drops none where the two sides differ.
 
-    From 0.05 to 0.1 the recipe drops both conditions, and `train`, as the original, one of them.
+    From 0.05 to 0.1 the recipe drops both conditions, while `train`, like the original, drops one.
     """
     for seed in range(1000):
-        first, dropout = drawn(seed, range(BATCH)).dropout, drawn(seed, range(2 * BATCH)).dropout
+        first, dropout = (drawn(pipe, seed, range(count)).random_p for count in (BATCH, 2 * BATCH))
         agrees = not ((dropout >= 0.05) & (dropout < 0.1)).any()
         if agrees and (first < 0.05).any() and ((first >= 0.1) & (first < 0.15)).any():
             return seed
@@ -60,7 +80,7 @@ def test_both_sides_have_the_same_loss_for_the_same_draws(pipe, samples, tmp_pat
     peer = benchmark.copy_of(pipe)
     peer.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
-        recipe = benchmark.recipe_loss(peer.unet, peer, batch, drawn(seed, range(BATCH))).item()
+        recipe = benchmark.recipe_loss(peer.unet, peer, batch, drawn(pipe, seed, range(BATCH))).item()
     config = dataclasses.replace(CONFIG, max_train_steps=1, seed=seed, report_to="tensorboard")
     train(pipe, samples, config, tmp_path)
     events = EventAccumulator(str(tmp_path / "logs" / "instructdiffusion"))
@@ -70,7 +90,7 @@ def test_both_sides_have_the_same_loss_for_the_same_draws(pipe, samples, tmp_pat
 
 def test_both_sides_make_the_same_updates_of_the_same_draws(pipe, samples, tmp_path, seed, monkeypatch):
     batches = iter([range(BATCH), range(BATCH, 2 * BATCH)])
-    monkeypatch.setattr(benchmark, "draw_on", lambda *_: drawn(seed, next(batches)))
+    monkeypatch.setattr(benchmark, "draw_on", lambda *_: drawn(pipe, seed, next(batches)))
     start, peer = benchmark.copy_of(pipe).unet.state_dict(), benchmark.copy_of(pipe)
     benchmark.train_recipe(peer, samples, CONFIG)
     train(pipe, samples, dataclasses.replace(CONFIG, seed=seed), tmp_path)
@@ -92,6 +112,24 @@ def test_the_report_has_three_rows_and_parses(pipe, tmp_path, monkeypatch, capsy
     assert [row["name"] for row in report["rows"]] == names and report["rows"][0]["ratios"] == [1, 1]
     assert all(len(row["samples_per_second"]) == 2 and min(row["samples_per_second"]) > 0 for row in report["rows"])
     assert report["unet_flop_per_sample"] > 0
+
+
+def test_the_report_of_the_model_that_ships(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PICTURES", 2)
+    output = tmp_path / "figures.json"
+    options = "--model tiny --size 64 --batch_size 1 --rounds 1 --updates 1"
+    monkeypatch.setattr(sys, "argv", f"benchmark.py {options} --output {output}".split())
+    benchmark.main()
+    assert len(json.loads(output.read_text())["rows"]) == 3
+
+
+def test_an_existing_report_is_kept_without_overwrite(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "figures.json"
+    output.write_text("old")
+    monkeypatch.setattr(sys, "argv", f"benchmark.py --output {output}".split())
+    with pytest.raises(SystemExit) as exit:
+        run_script(benchmark.main)
+    assert exit.value.code == 2 and "figures.json exists" in capsys.readouterr().err and output.read_text() == "old"
 
 
 def test_a_turn_is_timed_after_its_warm_up_and_ended(pipe, samples):
