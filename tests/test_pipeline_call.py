@@ -8,7 +8,12 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -272,3 +277,49 @@ def test_a_generator_on_the_cpu_gives_the_same_answer_on_cuda(pipe: InstructDiff
         pytest.skip("needs a CUDA device")
     expected = pipe(**tiny.inputs()).images
     assert abs(pipe.to("cuda")(**tiny.inputs()).images - expected).max() < 1e-2
+
+
+def test_custom_timesteps_and_sigmas_replace_the_number_of_steps(pipe: InstructDiffusionPipeline) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    expected = pipe(**tiny.inputs(num_inference_steps=4)).images
+    timesteps, sigmas = pipe.scheduler.timesteps.tolist(), pipe.scheduler.sigmas[:-1].tolist()
+    for custom in ({"timesteps": [round(t) for t in timesteps]}, {"sigmas": sigmas}, {"sigmas": np.array(sigmas)}):
+        images = pipe(**tiny.inputs(num_inference_steps=None, **custom)).images
+        # The scheduler finds timesteps of sigmas, and sigmas of timesteps, by interpolation.
+        assert np.abs(images - expected).max() <= 1 / 255 / 2 and pipe.num_timesteps == 4
+    pipe(**tiny.inputs(num_inference_steps=None, sigmas=sigmas, strength=0.5))
+    assert pipe.num_timesteps == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": [500, 1]}, "Only one of `num_inference_steps`, `timesteps` and `sigmas` may be given"),
+        ({"num_inference_steps": None, "timesteps": [500, 1], "sigmas": [1.0]}, "Only one of"),
+        ({"num_inference_steps": None, "timesteps": [500, 1]}, "EulerAncestralDiscreteScheduler takes no custom"),
+    ],
+)
+def test_schedules_that_contradict_are_refused(pipe: InstructDiffusionPipeline, change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny.inputs(**change))
+
+
+@pytest.mark.parametrize("wrong", [[], 5, "abc"])
+def test_schedules_that_are_none_are_refused(pipe: InstructDiffusionPipeline, wrong: Any) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="`sigmas` must be a non-empty list of numbers"):
+        pipe(**tiny.inputs(num_inference_steps=None, sigmas=wrong))
+
+
+def test_the_current_timestep_is_that_of_the_step(pipe: InstructDiffusionPipeline) -> None:
+    seen = []
+    pipe(**tiny.inputs(callback_on_step_end=lambda p, i, t, k: seen.append(p.current_timestep == t)))
+    assert seen == [True, True] and pipe.current_timestep is None
+
+
+def test_encode_prompt_takes_the_arguments_of_diffusers_by_position(pipe: InstructDiffusionPipeline) -> None:
+    embeds, negative = pipe.encode_prompt("a cat", pipe.device, 2, True, "fog")
+    assert len(embeds) == len(negative) == 2
+    assert torch.equal(negative[:1], pipe.encode_prompt("fog")[0])
+    alone, nothing = pipe.encode_prompt("a cat", pipe.device, 1, False)
+    assert nothing is None and torch.equal(alone, embeds[:1])

@@ -385,6 +385,12 @@ def test_pictures_and_their_embeddings_answer_alike(pipe: InstructDiffusionPipel
         pixels = pipe.feature_extractor(picture, return_tensors="pt").pixel_values
         positive = pipe.image_encoder(pixels).image_embeds[None]
     expected = answer(pipe, ip_adapter_image=picture)
+    # The recipe of diffusers' documentation: encode once, save, pass the embeddings.
+    encoded = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe.device, 1, True)
+    assert [len(embeds) for embeds in encoded] == [2]
+    assert difference(answer(pipe, ip_adapter_image_embeds=encoded), expected) == 0
+    positive = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe.device, 1, False)
+    assert torch.equal(positive[0], encoded[0][1:])
     assert difference(answer(pipe, ip_adapter_image=[picture]), expected) == 0
     assert difference(answer(pipe, ip_adapter_image=pixels), expected) == 0
     assert difference(answer(pipe, ip_adapter_image_embeds=[positive]), expected) <= 1e-5

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,12 +67,25 @@ def test_callbacks_change_the_scales_half_way(pipe: InstructDiffusionPipeline) -
     assert batches[4:] == [3]  # The next call starts from its own scales.
 
 
-def test_a_callback_of_diffusers_changes_the_scales(pipe: InstructDiffusionPipeline) -> None:
+@pytest.mark.parametrize("prompts", [["tint the cat blue"], ["tint the cat blue", "make it winter", "remove it"]])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_cutoff_callback_of_diffusers_ends_guidance(
+    pipe: InstructDiffusionPipeline, prompts: list[str], several: bool
+) -> None:
+    """After the cutoff one branch runs, each sample with its own prompt, as a callback of our own would have it."""
     batches = unet_batches(pipe)
     callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
-    pipe(**tiny.inputs(image_guidance_scale=0.5, callback_on_step_end=callback))
-    assert batches == [2, 2]
-    assert pipe.guidance_scale == 0.0
+    call = {"prompt": prompts, "num_inference_steps": 3}
+    ended = pipe(
+        **tiny.inputs(**call, callback_on_step_end=MultiPipelineCallbacks([callback]) if several else callback)
+    ).images
+    assert batches == [3 * len(prompts), len(prompts), len(prompts)]
+    assert not pipe.do_classifier_free_guidance
+
+    def end(pipeline: InstructDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> None:
+        pipeline._guidance_scale = pipeline._image_guidance_scale = 0.5
+
+    assert np.array_equal(pipe(**tiny.inputs(**call, callback_on_step_end=end)).images, ended)
 
 
 @pytest.mark.parametrize(("scales", "branches"), BRANCHES)

@@ -4,11 +4,13 @@ The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tas
 2309.03895). This file imports nothing from its package, because Hub repositories carry a copy of it.
 """
 
+import functools
 import inspect
 import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import (
     FromSingleFileMixin,
@@ -30,7 +32,10 @@ from diffusers.loaders import (
 )
 from diffusers.models import ImageProjection
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
+    retrieve_latents,
+    retrieve_timesteps,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import (
@@ -212,6 +217,35 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
 
 
+# Ids of the pipelines and schedulers that are in a call now; both keep the state of the call.
+_in_call: set[int] = set()
+_in_call_lock = threading.Lock()
+
+
+def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a call while the pipeline or its scheduler is in another one, whose steps it would disturb."""
+
+    @functools.wraps(call)
+    def exclusive_call(self: "InstructDiffusionPipeline", *args: Any, **kwargs: Any) -> Any:
+        ids = {id(self), id(self.scheduler)}
+        with _in_call_lock:
+            if ids & _in_call:
+                raise RuntimeError(
+                    "This pipeline or its scheduler is in a call already, in another thread or in a callback of its"
+                    " own. For a second call at the same time make a pipeline that shares all components but the"
+                    " scheduler: InstructDiffusionPipeline.from_pipe(pipe,"
+                    " scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))"
+                )
+            _in_call.update(ids)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            with _in_call_lock:
+                _in_call.difference_update(ids)
+
+    return exclusive_call
+
+
 @dataclass
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
@@ -355,6 +389,16 @@ class InstructDiffusionPipeline(
         return self._image_guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the scales differ from plain conditional sampling, (1/2, 1/2)."""
+        return (self._guidance_scale, self._image_guidance_scale) != (0.5, 0.5)
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the step that runs now; `None` outside of a call."""
+        return self._current_timestep
+
+    @property
     def num_timesteps(self) -> int:
         """The number of UNet evaluations of the current call; Heun-like schedulers need several per step."""
         return self._num_timesteps
@@ -364,6 +408,7 @@ class InstructDiffusionPipeline(
         """Whether the remaining steps are skipped. A callback may set `_interrupt`."""
         return self._interrupt
 
+    @_exclusive
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -375,6 +420,8 @@ class InstructDiffusionPipeline(
         image_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         resolution: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -412,6 +459,10 @@ class InstructDiffusionPipeline(
             resolution: the long side at which the model works, in pixels; see `working_size`. `None` is the size that
                 the model was made for (`pipe.default_resolution`), 0 the picture's own size, rounded down to the
                 VAE's factor. Image latents take `None` or 0.
+            timesteps: custom timesteps, in descending order, instead of `num_inference_steps`; for schedulers whose
+                `set_timesteps` takes them.
+            sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
+                `set_timesteps` takes them.
             strength: the share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, from
                 the noised image latents. 1.0 runs all steps from pure noise.
             num_images_per_prompt: answers per sample.
@@ -430,7 +481,8 @@ class InstructDiffusionPipeline(
                 of those in the text encoder.
             clip_skip: how many of the text encoder's last layers to skip.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
-                tensors to continue with. It may set `_guidance_scale`, `_image_guidance_scale` and `_interrupt`.
+                tensors to continue with, or `None`. It may set `_guidance_scale`, `_image_guidance_scale` and
+                `_interrupt`.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback receives, out of
                 `_callback_tensor_inputs`: latents and image_latents (N, C, h, w) in float32, prompt_embeds and
                 negative_prompt_embeds (N, 77, D).
@@ -446,10 +498,13 @@ class InstructDiffusionPipeline(
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callbacks = getattr(callback_on_step_end, "callbacks", [callback_on_step_end])
+        cuts_off_guidance = any(isinstance(callback, SDCFGCutoffCallback) for callback in callbacks)
 
         # 0. Resolve the defaults and check inputs, before anything slow runs.
         settings = DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
-        num_inference_steps = settings["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            num_inference_steps = settings["num_inference_steps"]
         guidance_scale = settings["guidance_scale"] if guidance_scale is None else guidance_scale
         if image_guidance_scale is None:
             image_guidance_scale = settings["image_guidance_scale"]
@@ -459,6 +514,8 @@ class InstructDiffusionPipeline(
             num_inference_steps,
             guidance_scale,
             image_guidance_scale,
+            timesteps,
+            sigmas,
             strength,
             num_images_per_prompt,
             negative_prompt,
@@ -474,6 +531,7 @@ class InstructDiffusionPipeline(
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
         self._interrupt = False
+        self._current_timestep: torch.Tensor | None = None
         device = self._execution_device
 
         # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
@@ -494,28 +552,30 @@ class InstructDiffusionPipeline(
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
         prompt_embeds = _expand("prompt", prompt_embeds, batch_size, num_images_per_prompt)
         negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, num_images_per_prompt)
-        ip_adapter_embeds = self.prepare_ip_adapter_image_embeds(
-            ip_adapter_image, ip_adapter_image_embeds, device, batch_size, num_images_per_prompt
-        )
+        ip_adapter_embeds = [
+            [_expand("ip_adapter_image_embeds", half, batch_size, num_images_per_prompt) for half in embeds.chunk(2)]
+            for embeds in self.prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, device)
+        ]
 
         # 4. Encode each picture once with the VAE: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
         image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
 
         # 5. Prepare the timesteps and the initial latents: (N, C, h, w).
-        timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
-        self._num_timesteps = len(timesteps)
-        started_late = len(timesteps) < len(self.scheduler.timesteps)
-        latents = self.prepare_latents(image_latents, timesteps[:1] if started_late else None, generator, latents)
+        schedule = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, strength, device)
+        self._num_timesteps = len(schedule)
+        started_late = len(schedule) < len(self.scheduler.timesteps)
+        latents = self.prepare_latents(image_latents, schedule[:1] if started_late else None, generator, latents)
 
         # 6. Denoise.
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
         order, dtype = self.scheduler.order, self.unet.dtype
-        with self.progress_bar(total=-(-len(timesteps) // order)) as progress_bar:
-            for i, t in enumerate(timesteps):
+        with self.progress_bar(total=-(-len(schedule) // order)) as progress_bar:
+            for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
+                self._current_timestep = t
                 # Decided in every step, because callbacks may change the scales. There are K = 1, 2 or 3 branches.
                 guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
                 branches = guidance.branches
@@ -546,14 +606,20 @@ class InstructDiffusionPipeline(
                     tensors = {}
                     for name in callback_on_step_end_tensor_inputs:
                         tensors[name] = locals()[name]
-                    changed = callback_on_step_end(self, i, t, tensors)
+                    changed = callback_on_step_end(self, i, t, tensors) or {}
+                    if cuts_off_guidance and changed["prompt_embeds"] is not prompt_embeds:
+                        # The callback writes what disables guidance in Stable Diffusion, and keeps one prompt only.
+                        self._guidance_scale = self._image_guidance_scale = 0.5
+                        del changed["prompt_embeds"]
                     latents = changed.pop("latents", latents)
                     prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
                     image_latents = changed.pop("image_latents", image_latents)
 
-                if (i + 1) % order == 0 or i == len(timesteps) - 1:
+                if (i + 1) % order == 0 or i == len(schedule) - 1:
                     progress_bar.update()
+
+        self._current_timestep = None
 
         # 7. Decode the answers with the VAE, (N, 3, H, W) in [0, 1], and run the safety checker.
         nsfw_content_detected = None
@@ -572,9 +638,11 @@ class InstructDiffusionPipeline(
         self,
         prompt: str | list[str] | None,
         image: PipelineImageInput | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         guidance_scale: float,
         image_guidance_scale: float,
+        timesteps: list[int] | None,
+        sigmas: list[float] | None,
         strength: float,
         num_images_per_prompt: int,
         negative_prompt: str | list[str] | None,
@@ -595,10 +663,23 @@ class InstructDiffusionPipeline(
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
             raise ValueError("`image` must be given: the picture that `prompt` is about.")
-        for name, count in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
+        schedules = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        given = [name for name, value in schedules.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "Only one of `num_inference_steps`, `timesteps` and `sigmas` may be given, but this call has"
+                f" {' and '.join(given)}."
+            )
+        num_steps: Any = num_inference_steps
+        for name, custom in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if custom is None:
+                continue
+            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(f"`{name}` must be None: {type(self.scheduler).__name__} takes no custom {name}.")
+            if not isinstance(custom, (list, tuple, np.ndarray)) or len(custom) == 0:
+                raise ValueError(f"`{name}` must be a non-empty list of numbers, but is {custom!r}.")
+            num_steps = len(custom)
+        for name, count in (("num_inference_steps", num_steps), ("num_images_per_prompt", num_images_per_prompt)):
             if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {count!r}.")
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
@@ -611,9 +692,9 @@ class InstructDiffusionPipeline(
             )
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
-        if round(num_inference_steps * strength) == 0:
+        if round(num_steps * strength) == 0:
             raise ValueError(
-                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise one of the two."
+                f"`strength` of {strength} leaves none of {num_steps} steps to run; raise one of the two."
             )
         generators = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
@@ -729,12 +810,13 @@ class InstructDiffusionPipeline(
         prompt: str | list[str] | None,
         device: torch.device | None = None,
         num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Any]:
         """
         Encodes the instruction and the negative prompt.
 
@@ -742,6 +824,7 @@ class InstructDiffusionPipeline(
             prompt: the instruction or a list of B; `None` if `prompt_embeds` is given.
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
+            do_classifier_free_guidance: whether to encode the negative prompt too.
             negative_prompt: replaces the empty text; one, or a list of B.
             prompt_embeds: (B, 77, D), to be used instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), to be used instead of `negative_prompt`.
@@ -749,7 +832,8 @@ class InstructDiffusionPipeline(
             clip_skip: how many of the text encoder's last layers to leave out.
 
         Returns:
-            Two tensors (B * num_images_per_prompt, 77, D), with and without the instruction.
+            The embeddings of the instruction and of the negative prompt, (B * num_images_per_prompt, 77, D) each.
+            Without `do_classifier_free_guidance` the second is returned as given.
 
         Raises:
             ValueError: if the numbers or shapes of the two do not fit together.
@@ -759,20 +843,21 @@ class InstructDiffusionPipeline(
             if prompt is None:
                 raise ValueError("`prompt` or `prompt_embeds` must be given, but both are None.")
             prompt_embeds = self._encode_text(prompt, device, lora_scale, clip_skip)
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode_text(negative_prompt or "", device, lora_scale, clip_skip)
-
-        if prompt_embeds.shape[1:] != negative_prompt_embeds.shape[1:]:
-            raise ValueError(
-                "`prompt_embeds` and `negative_prompt_embeds` must have the same length and width, but have the shapes"
-                f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
-            )
         dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
-        batch_size = max(prompt_embeds.shape[0], negative_prompt_embeds.shape[0])
+        batch_size = prompt_embeds.shape[0]
+        if do_classifier_free_guidance:
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds = self._encode_text(negative_prompt or "", device, lora_scale, clip_skip)
+            if prompt_embeds.shape[1:] != negative_prompt_embeds.shape[1:]:
+                raise ValueError(
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same length and width, but have the"
+                    f" shapes {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+                )
+            batch_size = max(batch_size, negative_prompt_embeds.shape[0])
+            negative_prompt_embeds = _expand(
+                "negative_prompt", negative_prompt_embeds.to(device, dtype), batch_size, num_images_per_prompt
+            )
         prompt_embeds = _expand("prompt", prompt_embeds.to(device, dtype), batch_size, num_images_per_prompt)
-        negative_prompt_embeds = _expand(
-            "negative_prompt", negative_prompt_embeds.to(device, dtype), batch_size, num_images_per_prompt
-        )
         return prompt_embeds, negative_prompt_embeds
 
     def _encode_text(
@@ -813,14 +898,31 @@ class InstructDiffusionPipeline(
     def prepare_ip_adapter_image_embeds(
         self,
         ip_adapter_image: Any,
-        ip_adapter_image_embeds: list[torch.Tensor] | None,
-        device: torch.device,
-        batch_size: int,
-        num_images_per_prompt: int,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The negative and positive embeddings (B * num_images_per_prompt, K, ...) for each IP-Adapter."""
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[torch.Tensor]:
+        """
+        Encodes the input of the IP-Adapters, for `ip_adapter_image_embeds` of `__call__`.
+
+        Args:
+            ip_adapter_image: for each IP-Adapter one picture or one list of K pictures.
+            ip_adapter_image_embeds: embeddings as `__call__` takes them, instead of `ip_adapter_image`.
+            device: the device to encode on; by default the pipeline's.
+            num_images_per_prompt: the number of copies of each embedding.
+            do_classifier_free_guidance: whether to return the negative embeddings too.
+
+        Returns:
+            For each IP-Adapter a tensor (2 * B * num_images_per_prompt, K, ...), the negative embeddings first;
+            without `do_classifier_free_guidance` the positive ones alone.
+
+        Raises:
+            ValueError: if the number of inputs is not the number of IP-Adapters, or embeddings do not come in pairs.
+        """
         if ip_adapter_image is None and ip_adapter_image_embeds is None:
             return []
+        device = device or self._execution_device
         adapters = self.unet.encoder_hid_proj.image_projection_layers
         given = ip_adapter_image if ip_adapter_image_embeds is None else ip_adapter_image_embeds
         given = given if isinstance(given, list) else [given]
@@ -832,7 +934,7 @@ class InstructDiffusionPipeline(
                 self.encode_ip_adapter_image(image, device, pooled=isinstance(adapter, ImageProjection))
                 for image, adapter in zip(given, adapters, strict=True)
             ]
-        pairs = []
+        prepared = []
         for embeds in given:
             if len(embeds) == 1:
                 # The positive one alone; the negative of pooled embeddings is zeros.
@@ -842,12 +944,9 @@ class InstructDiffusionPipeline(
                     "`ip_adapter_image_embeds` must hold negative embeddings and as many positive ones, but has an odd"
                     f" number of entries: its shape is {tuple(embeds.shape)}."
                 )
-            negative, positive = (
-                _expand("ip_adapter_image_embeds", half.to(device), batch_size, num_images_per_prompt)
-                for half in embeds.chunk(2)
-            )
-            pairs.append((negative, positive))
-        return pairs
+            negative, positive = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0).chunk(2)
+            prepared.append(torch.cat([negative, positive]) if do_classifier_free_guidance else positive)
+        return prepared
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
         """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the penultimate hidden states."""
@@ -871,14 +970,24 @@ class InstructDiffusionPipeline(
             return pixels.to(device, torch.float32)
         return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
 
-    def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
+    def prepare_timesteps(
+        self,
+        num_inference_steps: int | None,
+        timesteps: list[int] | None,
+        sigmas: list[float] | None,
+        strength: float,
+        device: torch.device,
+    ) -> torch.Tensor:
         """The timesteps to run: those of the last `round(num_inference_steps * strength)` steps."""
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        skipped = num_inference_steps - round(num_inference_steps * strength)
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        # Heun-like schedulers list a timestep for each UNet evaluation, so their number is not that of the steps.
+        custom = timesteps if sigmas is None else sigmas
+        num_steps: Any = num_inference_steps if custom is None else len(custom)
+        skipped = num_steps - round(num_steps * strength)
         first = skipped * self.scheduler.order
         if first > 0 and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
-        return self.scheduler.timesteps[first:]
+        return schedule[first:]
 
     def prepare_latents(
         self,

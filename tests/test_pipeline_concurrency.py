@@ -1,0 +1,63 @@
+"""A pipeline and its scheduler keep the state of one call: a second one at the same time is refused."""
+
+import threading
+
+import numpy as np
+import pytest
+import tiny
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+
+
+def sibling(pipe: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other = InstructDiffusionPipeline.from_pipe(pipe, scheduler=scheduler)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_a_call_inside_its_own_callback_is_refused_and_the_pipeline_works_on(pipe):
+    expected = pipe(**tiny.inputs()).images
+
+    def callback(pipeline, step, timestep, tensors):
+        pipeline(**tiny.inputs())
+
+    with pytest.raises(RuntimeError, match="in a call already"):
+        pipe(**tiny.inputs(callback_on_step_end=callback))
+    assert np.array_equal(pipe(**tiny.inputs()).images, expected)
+
+
+def test_two_pipelines_of_one_scheduler_are_refused(pipe):
+    other = InstructDiffusionPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    with pytest.raises(RuntimeError, match="its scheduler is in a call already"):
+        pipe(**tiny.inputs(callback_on_step_end=lambda *_: other(**tiny.inputs()) and {}))
+
+
+def test_a_pipeline_with_a_scheduler_of_its_own_may_run_meanwhile(pipe):
+    expected, other, found = pipe(**tiny.inputs()).images, sibling(pipe), []
+
+    def callback(pipeline, step, timestep, tensors):
+        found.append(other(**tiny.inputs()).images)
+
+    assert np.array_equal(pipe(**tiny.inputs(callback_on_step_end=callback)).images, expected)
+    assert len(found) == 2 and all(np.array_equal(images, expected) for images in found)
+
+
+def test_threads_get_the_exact_picture_or_an_error(pipe):
+    expected, wrong, refused = pipe(**tiny.inputs()).images, [], []
+
+    def call() -> None:
+        for _ in range(10):
+            try:
+                if not np.array_equal(pipe(**tiny.inputs()).images, expected):
+                    wrong.append(1)
+            except RuntimeError:
+                refused.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and refused and len(refused) < 40
