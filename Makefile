@@ -1,15 +1,15 @@
-# Two commands work on a fresh machine: `make demo` and `make test`. Each sets up its own virtual environment first.
+# `make demo` and `make test` work on a fresh machine: they create a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One thread a process: small models gain little from more, and crawl when others use the cores they wait for.
+# One thread per process: small models gain little from more, and slow down a lot when other processes use the cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow test-app quality setup clean
 
 setup: $(VENV)/.ready
 
-# torch first: another package's open range would fetch whatever build is newest.
+# torch is installed first, so that the other packages do not install another version of it.
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	$(PYTEST) -n 2
 
-# Gradio wants Pillow below 13, whose resizing differs from the one the original's numbers were recorded with.
+# Gradio needs Pillow below 13. Its resizing differs from the version that the golden data were recorded with.
 $(VENV)-app/.ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)-app
 	grep -v '^pillow==' constraints.txt > $(VENV)-app/constraints.txt

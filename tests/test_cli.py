@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,17 @@ def test_a_reader_that_goes_away_is_no_error():
     os.close(read)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 141 and b"Traceback" not in stderr and b"BrokenPipe" not in stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device that is always full")
+def test_output_to_a_full_disk_ends_with_one_line():
+    code = "from instructdiffusion_pipeline.cli import run_script\nrun_script(lambda: print('done'))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: disk full: [Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize(

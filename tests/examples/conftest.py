@@ -12,7 +12,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]
 
 @pytest.fixture(scope="session")
 def tiny_train():
-    """The recipe's train.py, which shares its name with the script beside it."""
+    """examples/tiny/train.py, as a module of another name than examples/train.py."""
     spec = importlib.util.spec_from_file_location("tiny_train", EXAMPLES / "tiny" / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -21,7 +21,7 @@ def tiny_train():
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory):
-    """What `fetch` would leave: grey photographs and white discs, so that pixels tell what was laid where."""
+    """A folder as `fetch` leaves it, with grey photographs and white discs as objects: white pixels are objects."""
     root = tmp_path_factory.mktemp("work") / "world"
     for part in ("photographs", "objects/fluent", "objects/noto", "objects/twemoji"):
         (root / part).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The page, served on this machine and asked through its own API as a browser would."""
+"""The web page, served on this machine and called through its API as a browser would."""
 
 import demo
 import numpy as np

@@ -1,4 +1,4 @@
-"""The model that ships is what this code writes and loads, and does some of each family on photographs new to it."""
+"""The model that ships: its files, and what it can do in each family on photographs it was not trained on."""
 
 import math
 import random
@@ -47,7 +47,7 @@ def answers(model):
 
 @pytest.fixture
 def photographs():
-    """Middle squares of photographs that no recipe trains on, in the model's size."""
+    """Middle squares of photographs that it was not trained on, at its working size."""
     pictures = []
     for pixels in (data.coffee(), data.chelsea(), data.astronaut()):
         image = Image.fromarray(pixels)
