@@ -282,7 +282,7 @@ def test_a_generator_on_the_cpu_gives_the_same_answer_on_cuda(pipe: InstructDiff
 def test_custom_timesteps_and_sigmas_replace_the_number_of_steps(pipe: InstructDiffusionPipeline) -> None:
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     expected = pipe(**tiny.inputs(num_inference_steps=4)).images
-    timesteps, sigmas = pipe.scheduler.timesteps.tolist(), pipe.scheduler.sigmas[:-1].tolist()
+    timesteps, sigmas = pipe.scheduler.timesteps.tolist(), pipe.scheduler.sigmas.tolist()
     for custom in ({"timesteps": [round(t) for t in timesteps]}, {"sigmas": sigmas}, {"sigmas": np.array(sigmas)}):
         images = pipe(**tiny.inputs(num_inference_steps=None, **custom)).images
         # The scheduler finds timesteps of sigmas, and sigmas of timesteps, by interpolation.

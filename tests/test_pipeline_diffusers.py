@@ -389,8 +389,8 @@ def test_pictures_and_their_embeddings_answer_alike(pipe: InstructDiffusionPipel
     encoded = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe.device, 1, True)
     assert [len(embeds) for embeds in encoded] == [2]
     assert difference(answer(pipe, ip_adapter_image_embeds=encoded), expected) == 0
-    positive = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe.device, 1, False)
-    assert torch.equal(positive[0], encoded[0][1:])
+    alone = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe.device, 1, False)
+    assert torch.equal(alone[0], encoded[0][1:])
     assert difference(answer(pipe, ip_adapter_image=[picture]), expected) == 0
     assert difference(answer(pipe, ip_adapter_image=pixels), expected) == 0
     assert difference(answer(pipe, ip_adapter_image_embeds=[positive]), expected) <= 1e-5

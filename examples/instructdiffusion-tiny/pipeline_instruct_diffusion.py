@@ -670,7 +670,6 @@ class InstructDiffusionPipeline(
                 "Only one of `num_inference_steps`, `timesteps` and `sigmas` may be given, but this call has"
                 f" {' and '.join(given)}."
             )
-        num_steps: Any = num_inference_steps
         for name, custom in (("timesteps", timesteps), ("sigmas", sigmas)):
             if custom is None:
                 continue
@@ -678,8 +677,10 @@ class InstructDiffusionPipeline(
                 raise ValueError(f"`{name}` must be None: {type(self.scheduler).__name__} takes no custom {name}.")
             if not isinstance(custom, (list, tuple, np.ndarray)) or len(custom) == 0:
                 raise ValueError(f"`{name}` must be a non-empty list of numbers, but is {custom!r}.")
-            num_steps = len(custom)
-        for name, count in (("num_inference_steps", num_steps), ("num_images_per_prompt", num_images_per_prompt)):
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        for name, count in counts.items():
+            if count is None and name == "num_inference_steps":
+                continue
             if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {count!r}.")
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
@@ -692,10 +693,6 @@ class InstructDiffusionPipeline(
             )
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
-        if round(num_steps * strength) == 0:
-            raise ValueError(
-                f"`strength` of {strength} leaves none of {num_steps} steps to run; raise one of the two."
-            )
         generators = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
@@ -980,11 +977,15 @@ class InstructDiffusionPipeline(
     ) -> torch.Tensor:
         """The timesteps to run: those of the last `round(num_inference_steps * strength)` steps."""
         schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        # Heun-like schedulers list a timestep for each UNet evaluation, so their number is not that of the steps.
-        custom = timesteps if sigmas is None else sigmas
-        num_steps: Any = num_inference_steps if custom is None else len(custom)
-        skipped = num_steps - round(num_steps * strength)
-        first = skipped * self.scheduler.order
+        if num_inference_steps is None:
+            # Heun-like schedulers list a timestep for each UNet evaluation; `order` is the evaluations of a step.
+            num_inference_steps = -(-len(schedule) // self.scheduler.order)
+        kept = round(num_inference_steps * strength)
+        if kept == 0:
+            raise ValueError(
+                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise one of the two."
+            )
+        first = (num_inference_steps - kept) * self.scheduler.order
         if first > 0 and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         return schedule[first:]
