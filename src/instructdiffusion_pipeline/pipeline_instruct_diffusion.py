@@ -246,6 +246,19 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
     return exclusive_call
 
 
+def add_code(folder: str | os.PathLike[str]) -> None:
+    """Copy this file into a saved model's folder, and name it in the folder's `model_index.json`.
+
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then needs diffusers alone.
+    """
+    code, index = Path(__file__), Path(folder, InstructDiffusionPipeline.config_name)
+    shutil.copyfile(code, index.with_name(code.name))
+    config = json.loads(index.read_text(encoding="utf-8"))
+    # diffusers looks for the class in the folder's own file if the name has the form [file, class].
+    config["_class_name"] = [code.stem, InstructDiffusionPipeline.__name__]
+    index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
@@ -356,19 +369,15 @@ class InstructDiffusionPipeline(
         return settings
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`. If this class came from a folder's own file, the new folder carries it again.
+        """Write `model_index.json`; called by `save_pretrained` and `push_to_hub`.
 
-        `save_pretrained` and `push_to_hub` call this method. Without the file, a pipeline that was loaded with
-        `trust_remote_code=True` could be saved but not loaded where the package is not installed.
+        If a folder or Hub repository brought this class (`trust_remote_code=True`), the new folder gets the code too.
+        Otherwise it could not be loaded where the package is not installed.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        # The package in which diffusers keeps the code of folders and repositories.
-        if type(self).__module__.startswith("diffusers_modules."):
-            code, index = Path(inspect.getfile(type(self))), Path(save_directory, self.config_name)
-            shutil.copyfile(code, index.with_name(code.name))
-            config = json.loads(index.read_text(encoding="utf-8"))
-            config["_class_name"] = [code.stem, type(self).__name__]
-            index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # diffusers imports the code of folders and repositories as modules of this package.
+        if __name__.startswith("diffusers_modules."):
+            add_code(save_directory)
 
     @property
     def default_resolution(self) -> int:
