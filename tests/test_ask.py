@@ -25,6 +25,7 @@ TASKS = [Segmentation({"cat": "red"}), Keypoints({"nose": "blue"}), Restoration(
 def test_every_family_gives_a_typed_answer_in_pixels_of_the_input(pipe, task):
     image = tiny.picture(width=150, height=100).convert("RGBA")
     answer = ask(pipe, image, task, resolution=64, generator=tiny.generator(), **FAST)
+    assert answer.instruction == task.instruction()
     assert answer.picture.size == answer.image.size == answer.overlay.size == (150, 100)
     assert answer.box == working_size(150, 100, 64, pipe.vae_scale_factor).box
     if isinstance(task, Segmentation):

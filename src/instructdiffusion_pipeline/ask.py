@@ -27,6 +27,7 @@ class Answer(Generic[Reading]):
     Attributes:
         task: the question.
         image: the input, RGB, upright.
+        instruction: the prompt that the model was given.
         picture: the model's answer, in the size of the input. It shows the `box` of the input.
         box: (left, top, right, bottom) in pixels of the input.
         data: the reading, typed by the task, in pixels of the input: `dict[str, Mask]` for `Segmentation`,
@@ -36,6 +37,7 @@ class Answer(Generic[Reading]):
 
     task: Task[Reading]
     image: Image.Image
+    instruction: str
     picture: Image.Image
     box: Box
     data: Reading
@@ -122,12 +124,13 @@ def ask_batch(
     resolution = settings.get("resolution")
     resolution = pipeline.default_resolution if resolution is None else resolution
     answers = []
-    for image, task, picture, flag in zip(images, tasks, pictures, flags or [False] * len(images), strict=True):
+    flags = flags or [False] * len(images)
+    for image, task, prompt, picture, flag in zip(images, tasks, prompts, pictures, flags, strict=True):
         box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
         data: Any
         if use_readout and pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
             data = read_with_readout(pipeline.readout, task, image, picture, box)
         else:
             data = task.read(image, picture, box)
-        answers.append(Answer(task, image, picture, box, data, flag))
+        answers.append(Answer(task, image, prompt, picture, box, data, flag))
     return answers
