@@ -6,7 +6,7 @@ import tiny
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.preferences import load_preferences
-from instructdiffusion_pipeline.training.candidates import GRID, make_candidates
+from instructdiffusion_pipeline.training.candidates import GUIDANCE_GRID, make_candidates
 from instructdiffusion_pipeline.types import Sample
 
 SAMPLES = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"paint {i}") for i in range(3)]
@@ -39,7 +39,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
     assert not untouched.exists(), "what was moved is not made again"
     assert again.pop("picks/000000_00_s1.5_i1.png") == whole.pop("candidates/000000_00_s1.5_i1.png")
     assert again == whole
-    with pytest.raises(ValueError, match="same run; of .*, seed was 0 and is 1"):
+    with pytest.raises(ValueError, match="same run; in .*, seed was 0 and is 1"):
         make_candidates(pipe, SAMPLES, tmp_path, **SMALL, seed=1)
     with pytest.raises(ValueError, match="at least one sample"):
         make_candidates(pipe, [], tmp_path / "none")
@@ -61,4 +61,4 @@ def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
 
 
 def test_the_grid_is_the_papers_twenty():
-    assert len(set(GRID)) == 20
+    assert len(set(GUIDANCE_GRID)) == 20

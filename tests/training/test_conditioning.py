@@ -3,8 +3,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from instructdiffusion_pipeline.training.conditioning import drop_conditioning
-from instructdiffusion_pipeline.training.noise import draw
+from instructdiffusion_pipeline.training.encoding import draw_step_noise, drop_conditioning
 
 
 def dropped(draws):
@@ -17,7 +16,7 @@ def dropped(draws):
 
 
 def test_shares_on_a_hundred_thousand_draws():
-    no_text, no_image = dropped(draw(0, range(100_000), torch.Size([1, 1, 1]), 1000).dropout)
+    no_text, no_image = dropped(draw_step_noise(0, range(100_000), torch.Size([1, 1, 1]), 1000).random_p)
     # five standard deviations of a binomial share of 0.075 are 0.0042
     assert abs(no_text.float().mean() - 0.075) < 0.0042
     assert abs(no_image.float().mean() - 0.075) < 0.0042

@@ -7,8 +7,7 @@ from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, cache, cache_samples
 from instructdiffusion_pipeline.training.data import pixels, tokenize
-from instructdiffusion_pipeline.training.encoding import FrozenEncoders
-from instructdiffusion_pipeline.training.noise import draw
+from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 
 SHAPE = torch.Size([4, 16, 16])
 
@@ -33,7 +32,7 @@ def test_pictures_of_several_sizes_are_refused(pipe):
         Source(name, Pairs(2, side=side), Editing.from_annotation) for name, side in (("small", 32), ("large", 64))
     ]
     samples = ImageDataset(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
-    with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) of \((32|64)"):
+    with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) has \((32|64)"):
         [samples[position] for position in range(4)]
 
 
@@ -56,20 +55,20 @@ def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, ca
 
 
 def test_draws_hang_on_seed_and_position_alone():
-    together = draw(3, [0, 1, 2, 3], SHAPE, 1000)
-    apart = [draw(3, [position], SHAPE, 1000) for position in range(4)]
+    together = draw_step_noise(3, [0, 1, 2, 3], SHAPE, 1000)
+    apart = [draw_step_noise(3, [position], SHAPE, 1000) for position in range(4)]
     for number, column in enumerate(together):
         assert torch.equal(column, torch.cat([one[number] for one in apart]))
-    other = draw(4, [0], SHAPE, 1000)
+    other = draw_step_noise(4, [0], SHAPE, 1000)
     assert not torch.equal(other.noise, apart[0].noise) and not torch.equal(apart[0].noise, apart[1].noise)
 
 
 def test_draws_have_their_distributions():
-    draws = draw(0, range(2000), torch.Size([1, 4, 4]), 1000)
+    draws = draw_step_noise(0, range(2000), torch.Size([1, 4, 4]), 1000)
     for noise in (draws.noise, draws.posterior_noise):
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert abs((draws.noise * draws.posterior_noise).mean()) < 0.03, "independent"
-    for uniform in (draws.dropout, draws.timesteps / 1000):
+    for uniform in (draws.random_p, draws.timesteps / 1000):
         assert torch.allclose(
             uniform.quantile(torch.tensor([0.1, 0.5, 0.9])), torch.tensor([0.1, 0.5, 0.9]), atol=0.04
         )
@@ -90,7 +89,7 @@ def test_encoding_is_the_pipelines(pipe, samples):
 
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_a_cache_holds_what_encoding_gives(pipe, samples, tmp_path, embeddings, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 4)
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
     cached = cache_samples(samples, 10, pipe, tmp_path, embeddings=embeddings, batch_size=3)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3 and len(cached) == 10 and cached.sources == samples.sources
     encoders = FrozenEncoders(pipe.vae, pipe.text_encoder if embeddings else None)
@@ -128,12 +127,12 @@ def test_a_cache_of_some_sources_alone_shows_all_of_theirs(pipe, samples, tmp_pa
         assert sorted(shown(many, range(epoch * len(many), (epoch + 1) * len(many)))) == wanted
     assert int(many[len(many)]["position"]) == len(many)
     assert shown(CachedDataset(tmp_path, only={"many", "two"}), range(12)) == shown(cached, range(12))
-    with pytest.raises(ValueError, match=r"`only` must name some of .*; got few"):
+    with pytest.raises(ValueError, match=r"`only` must be names of .*; got few"):
         CachedDataset(tmp_path, only={"few"})
 
 
 def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 2)
+    monkeypatch.setattr(cache, "SHARD_SIZE", 2)
     cache_samples(samples, 5, pipe, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     whole = [file.read_bytes() for file in files]
@@ -173,10 +172,10 @@ def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
 def test_a_bias_draws_late_timesteps_more_often_and_nothing_else_differs(power):
-    biased, plain = (draw(0, range(4000), torch.Size([1, 1, 1]), 1000, bias) for bias in (power, 1.0))
+    biased, plain = (draw_step_noise(0, range(4000), torch.Size([1, 1, 1]), 1000, bias) for bias in (power, 1.0))
     assert biased.timesteps.min() >= 0 and biased.timesteps.max() <= 999
     for share in (0.25, 0.5, 0.75, 0.9):
         assert (biased.timesteps < 1000 * share).float().mean() == pytest.approx((share + share**power) / 2, abs=0.03)
     assert len(biased.timesteps[biased.timesteps < 300].unique()) > 200, "none is skipped"
-    for name in ("posterior_noise", "dropout", "noise"):
+    for name in ("posterior_noise", "random_p", "noise"):
         assert torch.equal(getattr(biased, name), getattr(plain, name))

@@ -10,7 +10,7 @@ from pairs import mixture
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train, widen
+from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, expand_conv_in, train
 from instructdiffusion_pipeline.training.metrics import peak_memory
 
 
@@ -25,7 +25,7 @@ def test_full_size_is_widened_and_trained(tmp_path):
     noisy, image, text = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768)
     with torch.no_grad():
         narrow = unet(noisy, 500, text).sample
-        wide = widen(unet)(torch.cat([noisy, image], dim=1), 500, text).sample
+        wide = expand_conv_in(unet)(torch.cat([noisy, image], dim=1), 500, text).sample
     assert torch.equal(narrow, wide)
     assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964 + 4 * 320 * 9
 

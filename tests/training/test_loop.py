@@ -23,15 +23,14 @@ from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import (
     ImageDataset,
     TrainingConfig,
-    ValidationQuestion,
+    ValidationExample,
     cache_samples,
     save_lora,
     train,
 )
-from instructdiffusion_pipeline.training.encoding import FrozenEncoders
+from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 from instructdiffusion_pipeline.training.loss import denoising_loss
-from instructdiffusion_pipeline.training.noise import draw
-from instructdiffusion_pipeline.training.validation import validation_sheet
+from instructdiffusion_pipeline.training.validation import validation_grid
 
 TWO_PROCESSES = tiny.ROOT / "examples" / "accelerate" / "two_processes_cpu.yaml"
 SCRIPT = Path(__file__).parent / "train_tiny.py"
@@ -118,7 +117,7 @@ def losses(pipe, dataset, positions=64):
     batch = torch.utils.data.default_collate([dataset[position] for position in range(positions)])
     batch = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    draws = draw(99, range(positions), batch["target_mean"].shape[1:], 1000)
+    draws = draw_step_noise(99, range(positions), batch["target_mean"].shape[1:], 1000)
     with torch.no_grad():
         return denoising_loss(
             pipe.unet,
@@ -233,7 +232,7 @@ def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
     other = dataclasses.replace(FEW, learning_rate=1e-2, seed=3)
     with pytest.raises(ValueError, match="another run: learning_rate was 0.0001 and is 0.01, seed was 0 and is 3"):
         train(pipe, two_samples, other, tmp_path, resume="latest")
-    with pytest.raises(ValueError, match='`output_dir` has .*checkpoint-2 of an earlier run; resume="latest"'):
+    with pytest.raises(ValueError, match='`output_dir` has .*checkpoint-2 of an earlier run. Give resume="latest"'):
         train(pipe, two_samples, FEW, tmp_path)
     with pytest.raises(ValueError, match='`resume` must be "latest" or the folder of a checkpoint; .*checkpoint-7'):
         train(pipe, two_samples, FEW, tmp_path, resume=tmp_path / "checkpoint-7")
@@ -273,7 +272,7 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
         train(pipe, odd, FEW, tmp_path / "out")
     clean = InstructDiffusionPipeline(**tiny.components())
     clean.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(ValueError, match='must predict "epsilon" or "v_prediction"; its scheduler says \'sample\''):
+    with pytest.raises(ValueError, match='prediction_type "epsilon" or "v_prediction"; got \'sample\''):
         train(clean, two_samples, FEW, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     train(pipe, two_samples, FEW, tmp_path / "out")  # a refusal leaves other precisions open
@@ -288,8 +287,8 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
         ({"timestep_bias": 0.0}, "`timestep_bias` must be above 0; got 0.0"),
         ({"change_weight": -1.0}, "`change_weight` must be above 0; got -1.0"),
         ({"change_weight": 10.0, "text_to_image": True}, "`change_weight` must be None with `text_to_image`"),
-        ({"ema_decay": 1.0}, "`ema_decay` must be from 0 to below 1"),
-        ({"lr_warmup_steps": 5}, '`lr_warmup_steps` has no meaning with "constant"'),
+        ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and below 1"),
+        ({"lr_warmup_steps": 5}, '`lr_warmup_steps` must be 0 with lr_scheduler "constant"'),
         ({"lora_rank": 0}, "`lora_rank` must be 1 or more"),
         ({"lora_rank": 4, "train_text_encoder": True}, "`train_text_encoder` must be False"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no, bf16, fp16; got 'fp8'"),
@@ -303,29 +302,89 @@ def test_settings_out_of_range_are_refused(settings, words):
 
 def test_validation_pictures_have_fixed_noise_and_do_not_disturb_training(pipe, samples, tmp_path):
     sample = samples.mixture[0]
-    question = ValidationQuestion("editing", sample, {"num_inference_steps": 2})
+    example = ValidationExample("editing", sample, {"num_inference_steps": 2})
     config = dataclasses.replace(FEW, max_train_steps=4, learning_rate=1e-3, validation_steps=2, ema_decay=0.5)
-    train(pipe, samples, config, tmp_path / "shown", validation=[question, question])
-    sheets = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "shown" / "validation").iterdir())]
-    assert len(sheets) == 2 and (sheets[0] != sheets[1]).any()
-    for sheet in sheets:
-        upper, lower = np.split(sheet, 2)
-        assert (upper == lower).all(), "the same question with the same noise"
+    train(pipe, samples, config, tmp_path / "shown", validation=[example, example])
+    grids = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "shown" / "validation").iterdir())]
+    assert len(grids) == 2 and (grids[0] != grids[1]).any()
+    for grid in grids:
+        upper, lower = np.split(grid, 2)
+        assert (upper == lower).all(), "the same example with the same noise"
 
     still = InstructDiffusionPipeline(**tiny.components())
     train(still, samples, config, tmp_path / "hidden")
     shown, hidden = pipe.unet.state_dict(), still.unet.state_dict()
     assert all(torch.equal(shown[name], hidden[name]) for name in hidden)
-    # The last sheet is of the weights that the run hands over: the average.
-    assert (np.asarray(validation_sheet(pipe, [question, question])) == sheets[-1]).all()
+    # The last grid is of the weights that the run returns: the average.
+    assert (np.asarray(validation_grid(pipe, [example, example])) == grids[-1]).all()
+
+
+def test_an_interrupted_validation_leaves_the_trained_weights_and_not_the_average(pipe, samples, tmp_path):
+    used = []
+
+    def interrupt(pipeline, step, timestep, tensors):
+        used.append(pipeline.unet.conv_in.weight.detach().clone())
+        raise KeyboardInterrupt
+
+    example = ValidationExample(
+        "editing", samples.mixture[0], {"num_inference_steps": 2, "callback_on_step_end": interrupt}
+    )
+    config = dataclasses.replace(FEW, learning_rate=1e-3, ema_decay=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        train(pipe, samples, config, tmp_path, validation=[example])
+    trained = load_file(tmp_path / "checkpoint-2" / "model.safetensors")["unet.conv_in.weight"]
+    assert torch.equal(pipe.unet.conv_in.weight, trained)
+    assert not torch.equal(used[0], trained), "validation uses the average"
+
+
+def test_checkpoints_leave_other_files_in_the_folder_alone(pipe, two_samples, tmp_path):
+    others = [tmp_path / name / "notes.txt" for name in ("partial", "checkpoint-1", ".checkpoint-2.other")]
+    for path in others:
+        path.parent.mkdir()
+        path.write_text("mine")
+    train(pipe, two_samples, dataclasses.replace(FEW, max_train_steps=4, checkpointing_steps=2), tmp_path)
+    assert all(path.read_text() == "mine" for path in others)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4"} | {path.parent.name for path in others}
+
+
+def test_sources_with_the_same_name_are_refused(pipe, tmp_path):
+    twins = [(Source("pairs", Pairs(2, first), Editing.from_annotation), 1) for first in (0, 50)]
+    with pytest.raises(ValueError, match="different names; these are used more than once: pairs"):
+        ImageDataset(Mixture(twins), pipe.tokenizer)
+
+    class Twins(torch.utils.data.Dataset):
+        sources = ["pairs", "others", "pairs"]
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, position):
+            return ImageDataset(mixture(), pipe.tokenizer)[position]
+
+    with pytest.raises(ValueError, match="different names; these are used more than once: pairs"):
+        train(pipe, Twins(), FEW, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_folders_of_one_data_set_have_losses_of_their_own(pipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = ["table (a)", "table (b)"]
+    twins = [(Source(name, Pairs(2, 50 * i), Editing.from_annotation), 1) for i, name in enumerate(names)]
+    config = dataclasses.replace(FEW, max_train_steps=1, batch_size=4, report_to="tensorboard")
+    train(pipe, ImageDataset(Mixture(twins), pipe.tokenizer), config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "logs" / "instructdiffusion"))
+    events.Reload()
+    (total,), *parts = ([e.value for e in events.Scalars(tag)] for tag in ("loss", *(f"loss/{n}" for n in names)))
+    assert parts[0] != parts[1] and np.mean(parts) == pytest.approx(total, rel=1e-5)
 
 
 def test_trackers_get_loss_of_each_source_rate_memory_and_pictures(pipe, samples, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = dataclasses.replace(FEW, max_train_steps=4, logging_steps=2, report_to="tensorboard")
-    question = ValidationQuestion("editing", samples.mixture[0], {"num_inference_steps": 1})
-    train(pipe, samples, config, tmp_path, validation=[question])
+    example = ValidationExample("editing", samples.mixture[0], {"num_inference_steps": 1})
+    train(pipe, samples, config, tmp_path, validation=[example])
     events = EventAccumulator(str(tmp_path / "logs" / "instructdiffusion"))
     events.Reload()
     values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

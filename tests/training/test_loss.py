@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file
 
-from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.data import tokenize
-from instructdiffusion_pipeline.training.loss import change_weights, denoising_loss
+from instructdiffusion_pipeline.training.encoding import drop_conditioning
+from instructdiffusion_pipeline.training.loss import denoising_loss, loss_weights
 
 # Where the weights whose gradients were recorded live in diffusers' UNet.
 GRADIENTS = {
@@ -115,7 +115,7 @@ def test_what_the_answer_changes_counts_more_and_the_whole_as_before():
     target = image.clone()
     target[0, :, 2:4, 5:7] += 1
     target[1] += 1
-    weights = change_weights(target, image, 10.0)
+    weights = loss_weights(target, image, 10.0)
     assert weights.shape == (3, 1, 16, 16)
     torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(3))
     changed = torch.zeros(16, 16, dtype=torch.bool)

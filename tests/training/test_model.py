@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.training import TrainingConfig, load_start, widen
-from instructdiffusion_pipeline.training.loop import whole_unet
+from instructdiffusion_pipeline.training import TrainingConfig, expand_conv_in, load_for_training
+from instructdiffusion_pipeline.training.loop import gather_unet
 from instructdiffusion_pipeline.training.model import Denoiser
 
 
@@ -26,7 +26,7 @@ def answers(dtype, size, seed=0):
     inputs = torch.tensor([5, 500, 999]), torch.randn(3, 77, 32, generator=generator).to(dtype)
     with torch.no_grad():
         narrow = unet(noisy, *inputs).sample
-        return narrow, widen(unet)(torch.cat([noisy, image], dim=1), *inputs).sample
+        return narrow, expand_conv_in(unet)(torch.cat([noisy, image], dim=1), *inputs).sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -39,19 +39,19 @@ def test_a_widened_unet_says_exactly_what_it_said(dtype, size):
 def test_widening_copies_the_bias_and_starts_the_new_channels_at_zero():
     unet = four_channels()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    wide = widen(unet)
+    wide = expand_conv_in(unet)
     after = wide.state_dict()
     assert wide.config.in_channels == 8
     assert torch.equal(after["conv_in.weight"][:, :4], before.pop("conv_in.weight"))
     assert not after["conv_in.weight"][:, 4:].any()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert widen(wide) is wide
-    with pytest.raises(ValueError, match="4 or 8 channels, .* got 9"):
-        widen(four_channels(in_channels=9))
+    assert expand_conv_in(wide) is wide
+    with pytest.raises(ValueError, match="4 input channels .* or 8 .* got 9"):
+        expand_conv_in(four_channels(in_channels=9))
 
 
 def test_the_new_channels_learn():
-    unet = widen(four_channels()).requires_grad_(True)
+    unet = expand_conv_in(four_channels()).requires_grad_(True)
     unet(torch.randn(1, 8, 16, 16), 10, torch.randn(1, 77, 32)).sample.square().mean().backward()
     assert unet.conv_in.weight.grad[:, 4:].abs().max() > 0
 
@@ -61,13 +61,13 @@ def test_starts_from_a_stable_diffusion_folder(tmp_path):
     StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(tmp_path / "sd")
-    pipe = load_start(tmp_path / "sd")
+    pipe = load_for_training(tmp_path / "sd")
     assert isinstance(pipe, InstructDiffusionPipeline) and pipe.unet.config.in_channels == 8
     assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     assert pipe.scheduler.config.timestep_spacing == "linspace"
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path / "wide")
-    again = load_start(tmp_path / "wide")
+    again = load_for_training(tmp_path / "wide")
     again.set_progress_bar_config(disable=True)
     first, second = (one(**tiny.inputs()).images for one in (pipe, again))
     assert first.shape == (1, 32, 32, 3) and (first == second).all()
@@ -75,13 +75,13 @@ def test_starts_from_a_stable_diffusion_folder(tmp_path):
 
 def test_starts_from_half_precision_in_float32(pipe, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
-    loaded = load_start(tmp_path / "half")
+    loaded = load_for_training(tmp_path / "half")
     assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
 
 
 def test_a_unet_in_shards_is_put_together(pipe):
     """What FSDP ends with, on weights that are not sharded, since accelerate does not shard on a CPU."""
     denoiser = Denoiser(pipe, TrainingConfig(max_train_steps=1))
-    whole = whole_unet(Accelerator(), denoiser, pipe.unet)
+    whole = gather_unet(Accelerator(), denoiser, pipe.unet)
     ours, theirs = whole.state_dict(), pipe.unet.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

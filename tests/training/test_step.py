@@ -13,16 +13,16 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, train
+from instructdiffusion_pipeline.training.encoding import draw_step_noise
 from instructdiffusion_pipeline.training.loss import denoising_loss
 from instructdiffusion_pipeline.training.model import Denoiser
-from instructdiffusion_pipeline.training.noise import draw
 
 CONFIG = TrainingConfig(max_train_steps=1, batch_size=16, learning_rate=1e-3, ema_decay=0, seed=3)
 
 
 def expected_inputs(pipe, samples, config):
     """Latents, image latents, embeddings, noise and timesteps of the first batch, in a few plain lines."""
-    draws = draw(config.seed, range(config.batch_size), torch.Size([4, 16, 16]), 1000)
+    draws = draw_step_noise(config.seed, range(config.batch_size), torch.Size([4, 16, 16]), 1000)
     rows = [samples.mixture[position] for position in range(config.batch_size)]
     with torch.no_grad():
         images, targets = (
@@ -30,7 +30,7 @@ def expected_inputs(pipe, samples, config):
             for side in ("image", "target")
         )
         latents = pipe.vae.config.scaling_factor * (targets.mean + targets.std * draws.posterior_noise)
-        no_text, no_image = draws.dropout < 0.075, (draws.dropout >= 0.075) & (draws.dropout < 0.15)
+        no_text, no_image = draws.random_p < 0.075, (draws.random_p >= 0.075) & (draws.random_p < 0.15)
         words = ["" if empty else row.instruction for row, empty in zip(rows, no_text, strict=True)]
         text = pipe.encode_prompt(words)[0]
     image_latents = images.mode() * ~no_image[:, None, None, None]
@@ -102,7 +102,9 @@ def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
         (tmp_path / "parts" / f"checkpoint-{late}").rename(tmp_path / f"checkpoint-{late}-moved")
     again = run(tmp_path / "parts", "latest", batch_size=2, gradient_accumulation_steps=2)
     assert max((whole[name] - again[name]).abs().max() for name in whole) < 1e-5
-    with pytest.raises(ValueError, match="has .*checkpoint-4, which is not .*checkpoint-3; move it away first"):
+    with pytest.raises(
+        ValueError, match="is .*checkpoint-3, but .* also has .*checkpoint-4. Move that one away first"
+    ):
         run(tmp_path / "parts", tmp_path / "parts" / "checkpoint-3")
 
 

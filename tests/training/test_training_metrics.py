@@ -5,16 +5,16 @@ import tiny
 import torch
 from accelerate.tracking import GeneralTracker
 
-from instructdiffusion_pipeline.training.metrics import TrainingMetrics, peak_memory, show
+from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_images, peak_memory
 
 
-def test_a_line_has_the_means_since_the_line_before():
-    watch = TrainingMetrics(["a", "b"], torch.device("cpu"))
-    watch.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]))
-    first = watch.line()
+def test_a_summary_has_the_means_since_the_one_before():
+    metrics = TrainingMetrics(["a", "b"], torch.device("cpu"))
+    metrics.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]))
+    first = metrics.summarize()
     assert (first["loss"], first["loss/a"], first["loss/b"], first["samples skipped"]) == (3, 1.5, 6, 2)
-    watch.add(torch.tensor([5.0]), torch.tensor([0]), torch.tensor([1]))
-    second = watch.line()
+    metrics.add(torch.tensor([5.0]), torch.tensor([0]), torch.tensor([1]))
+    second = metrics.summarize()
     assert (second["loss"], second["samples skipped"]) == (5, 3) and "loss/b" not in second
     assert math.isfinite(second["samples per second"])
 
@@ -41,6 +41,6 @@ class WithPictures(GeneralTracker):
 
 def test_trackers_that_take_no_pictures_are_left_alone():
     tracker = WithPictures()
-    show([GeneralTracker(_blank=True), tracker], tiny.picture(20, 10), step=7)
+    log_images([GeneralTracker(_blank=True), tracker], tiny.picture(20, 10), step=7)
     assert tracker.seen == [(7, (1, 10, 20, 3))]
     assert not hasattr(GeneralTracker, "log_images"), "accelerate's base class"

@@ -1,22 +1,22 @@
-"""Fine-tuning on diffusers' training utilities; `train` is the one call most people need."""
+"""Fine-tuning with diffusers and accelerate. `train` runs the training loop."""
 
 from instructdiffusion_pipeline.training.cache import CachedDataset, cache_samples
 from instructdiffusion_pipeline.training.config import RECIPES, TrainingConfig
 from instructdiffusion_pipeline.training.data import ImageDataset
 from instructdiffusion_pipeline.training.loop import train
-from instructdiffusion_pipeline.training.model import load_start, save_lora, widen
-from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_questions
+from instructdiffusion_pipeline.training.model import expand_conv_in, load_for_training, save_lora
+from instructdiffusion_pipeline.training.validation import ValidationExample, validation_examples
 
 __all__ = [
     "RECIPES",
     "CachedDataset",
     "ImageDataset",
     "TrainingConfig",
-    "ValidationQuestion",
+    "ValidationExample",
     "cache_samples",
-    "load_start",
-    "validation_questions",
+    "expand_conv_in",
+    "load_for_training",
     "save_lora",
     "train",
-    "widen",
+    "validation_examples",
 ]

@@ -1,4 +1,4 @@
-"""Latents and embeddings computed once, on disk, so that training runs the UNet alone."""
+"""A cache of latents and text embeddings on disk, so that a training step runs the UNet only."""
 
 import json
 from collections.abc import Collection
@@ -12,30 +12,40 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint
-from instructdiffusion_pipeline.training.data import ImageDataset, content
+from instructdiffusion_pipeline.training.data import ImageDataset, dataset_fingerprint
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
-SHARD = 1024  # samples in a file
+SHARD_SIZE = 1024  # samples per file
 
 
 class CachedDataset(Dataset):
-    """Encoded samples, shown in a new order each epoch, which `seed` fixes; memory-mapped, read when they are needed.
+    """The encoded samples in a folder, memory-mapped, in another order each epoch.
 
-    With `only`, names out of `sources`, the others are left out; a ValueError says which of these are unknown.
+    A sample has the mode of the input's posterior, and mean and standard deviation of the target's, from which every
+    epoch draws anew, [C, h, w]; and text embeddings [77, d] or token ids [77]. They are stored in half precision.
 
-    Each has the mode of the input's posterior, and mean and deviation of the target's, so that every epoch draws from
-    it afresh, [C, h, w]; and embeddings [77, d] or token ids [77]. Stored in half precision.
+    Args:
+        folder: written by `cache_samples`.
+        seed: fixes the order.
+        only: names of sources; the samples of other sources are left out.
+
+    Raises:
+        ValueError: `only` names an unknown source.
     """
 
     def __init__(self, folder: str | PathLike[str], seed: int = 0, only: Collection[str] | None = None):
-        about = json.loads((Path(folder) / "cache.json").read_text())
-        self.sources, self.seed = about["sources"], seed
-        self._shards = [load_file(shard_path(Path(folder), start)) for start in range(0, about["samples"], SHARD)]
-        self._places = np.arange(about["samples"])
+        description = json.loads((Path(folder) / "cache.json").read_text())
+        self.sources, self.seed = description["sources"], seed
+        count = description["samples"]
+        self._shards = [load_file(shard_path(Path(folder), start)) for start in range(0, count, SHARD_SIZE)]
+        self._places = np.arange(count)
         if only is not None:
             if unknown := sorted(set(only) - set(self.sources)):
-                raise ValueError(f"`only` must name some of {', '.join(self.sources)}; got {', '.join(unknown)}.")
+                raise ValueError(
+                    f"`only` must be names of {', '.join(self.sources)}; got {', '.join(unknown)}."
+                )
             numbers = torch.cat([shard["source"] for shard in self._shards])
             self._places = np.flatnonzero([self.sources[number] in only for number in numbers])
         self._order: tuple[int, np.ndarray] | None = None
@@ -47,7 +57,7 @@ class CachedDataset(Dataset):
         epoch, offset = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._places[np.random.default_rng((self.seed, epoch)).permutation(len(self))]
-        shard, place = divmod(int(self._order[1][offset]), SHARD)
+        shard, place = divmod(int(self._order[1][offset]), SHARD_SIZE)
         item = {name: tensor[place] for name, tensor in self._shards[shard].items() if name != "prompt_embeds"}
         if "text" in item:
             item["prompt_embeds"] = self._shards[shard]["prompt_embeds"][item.pop("text")]
@@ -64,33 +74,38 @@ def cache_samples(
     num_workers: int = 0,
     seed: int = 0,
 ) -> CachedDataset:
-    """Encode the first `count` samples into `folder`, or go on where an earlier call was stopped.
+    """Encode samples into a folder. A call that was stopped is continued by the next one.
 
-    Their crops and wordings are drawn once, so `count` may be several epochs of `samples`. `embeddings` False stores
-    token ids, for a text encoder that is trained; each text's embedding is stored once a file of 1,024 samples.
+    Args:
+        samples: the data. The crop and the wording of a sample are drawn once.
+        count: how many samples are encoded, from the first on; may be several epochs.
+        pipeline: has the encoders.
+        folder: new, or with a cache of the same samples.
+        embeddings: store text embeddings. False: token ids, for training the text encoder.
+        seed: fixes the order in which the cached samples are shown.
 
     Raises:
-        ValueError: `count` is not above 0, or `folder` holds a cache of something else.
+        ValueError: `count` is not above 0, or `folder` has a cache of other samples.
     """
     if count < 1:
         raise ValueError(f"`count` must be 1 or more; got {count}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     encoders = FrozenEncoders.of(pipeline, pipeline.device, pipeline.vae.dtype, with_text=embeddings)
-    about = {
+    description = {
         "samples": count,
         "sources": samples.sources,
         "seed": samples.mixture.seed,
         "epoch": len(samples),
         "size": list(samples.size),
         "embeddings": embeddings,
-        "content": content(samples, count),
+        "content": dataset_fingerprint(samples, count),
         "encoders": fingerprint(pipeline.vae, *([pipeline.text_encoder] if embeddings else [])),
     }
-    check_run_config(folder, "cache.json", about, "the same samples")
+    check_run_config(folder, "cache.json", description, "a cache of the same samples")
     with tqdm(total=count, desc="caching") as bar:
-        for start in range(0, count, SHARD):
-            stop = min(start + SHARD, count)
+        for start in range(0, count, SHARD_SIZE):
+            stop = min(start + SHARD_SIZE, count)
             path = shard_path(folder, start)
             if not path.exists():
                 loader = DataLoader(samples, batch_size, sampler=range(start, stop), num_workers=num_workers)
@@ -100,7 +115,7 @@ def cache_samples(
 
 
 def encode_shard(loader: DataLoader, encoders: FrozenEncoders, path: Path) -> None:
-    """Write one file of encoded samples, aside and renamed."""
+    """Write one file of encoded samples. The embedding of a text is stored once per file."""
     device, parts, texts = encoders.vae.device, [], []
     for batch in loader:
         ids = batch.pop("input_ids")
@@ -115,10 +130,10 @@ def encode_shard(loader: DataLoader, encoders: FrozenEncoders, path: Path) -> No
         distinct, columns["text"] = ids.unique(dim=0, return_inverse=True)
         embeds = [encoders.embed(part.to(device)).half().cpu() for part in distinct.split(32)]
         columns["prompt_embeds"] = torch.cat(embeds)
-    save_file(columns, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    with atomic_write(path) as partial:
+        save_file(columns, partial)
 
 
 def shard_path(folder: Path, start: int) -> Path:
-    """The file of the samples from `start` on."""
+    """The file of the samples that begin with number `start`."""
     return folder / f"{start:09d}.safetensors"

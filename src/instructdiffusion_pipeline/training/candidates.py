@@ -1,7 +1,7 @@
-"""The alignment stage's first half: many answers to each question, for people to pick the best from.
+"""Candidates for the alignment stage: many answers to each instruction, from which people pick the best.
 
-Geng et al., CVPR 2024, section 3.4: twenty guidance settings a sample, of which people keep none, one or two; about a
-thousand pictures. Fine-tuning on `datasets.picks.picks` of the folder is the second half.
+Geng et al., CVPR 2024, section 3.4: twenty guidance settings per sample, of which people keep none, one or two; about
+a thousand pictures. `datasets.preferences` reads the picked ones for fine-tuning.
 """
 
 import hashlib
@@ -15,36 +15,44 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
 from instructdiffusion_pipeline.files import save_image, write_text
+from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
 from instructdiffusion_pipeline.image_grid import stack, strip
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.types import Sample
 
-# (guidance_scale, image_guidance_scale): twenty, around those that the original edits and segments with
-GRID = tuple((text, image) for text in (3.0, 4.0, 5.0, 6.5, 8.0) for image in (1.0, 1.25, 1.5, 1.75))
-ROW = 5  # candidates in a row of the contact sheet
+# (guidance_scale, image_guidance_scale): twenty pairs around the original's settings for editing and segmentation
+GUIDANCE_GRID = tuple((text, image) for text in (3.0, 4.0, 5.0, 6.5, 8.0) for image in (1.0, 1.25, 1.5, 1.75))
+CANDIDATES_PER_ROW = 5  # of the contact sheet
 
 
 def make_candidates(
     pipeline: InstructDiffusionPipeline,
     samples: Sequence[Sample],
     folder: str | PathLike[str],
-    grid: Sequence[tuple[float, float]] = GRID,
+    grid: Sequence[tuple[float, float]] = GUIDANCE_GRID,
     num_inference_steps: int = 100,
     batch_size: int = 4,
     seed: int = 0,
 ) -> None:
-    """Answer each sample once with every guidance setting of `grid`, each time from other noise.
+    """Answer each sample with every guidance setting of `grid`, each from different noise.
 
-    `folder` gets samples.jsonl, inputs/{sample}.png, candidates/{sample}_{number}_{scales}.png, a contact sheet of
-    each sample in sheets/, and picks/, empty: whoever looks at the sheets moves the best candidates there. Targets
-    of `samples` are shown on the sheets. A run that was killed goes on where it was when it is called again.
+    A run that was stopped continues when it is called again.
 
-    Raises a ValueError if there are no samples, or `folder` holds candidates of another run.
+    Args:
+        pipeline: answers the instructions.
+        samples: inputs and instructions; the targets are shown on the contact sheets.
+        folder: gets samples.jsonl, inputs/{sample}.png, candidates/{sample}_{number}_{scales}.png, a contact sheet for
+            each sample in sheets/, and an empty folder picks/, into which people move the best candidates.
+        grid: pairs of `guidance_scale` and `image_guidance_scale`.
+        batch_size: samples per call of the pipeline.
+        seed: fixes the noise.
+
+    Raises:
+        ValueError: there are no samples, or `folder` has candidates of another run.
     """
     if not samples:
-        raise ValueError("`samples` must hold at least one sample; got none.")
+        raise ValueError("`samples` must have at least one sample; got none.")
     folder = Path(folder)
     for part in ("inputs", "candidates", "sheets", "picks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -66,15 +74,14 @@ def make_candidates(
     with tqdm(total=len(samples), desc="candidates") as bar:
         for start in range(0, len(samples), batch_size):
             numbers = range(start, min(start + batch_size, len(samples)))
-            # A sheet is the last file of its sample.
+            # The sheet of a sample is written last.
             if not all((folder / "sheets" / f"{number:06d}.png").exists() for number in numbers):
-                answer(
-                    pipeline, {number: samples[number] for number in numbers}, folder, grid, num_inference_steps, seed
-                )
+                batch = {number: samples[number] for number in numbers}
+                generate_candidates(pipeline, batch, folder, grid, num_inference_steps, seed)
             bar.update(len(numbers))
 
 
-def answer(
+def generate_candidates(
     pipeline: InstructDiffusionPipeline,
     samples: dict[int, Sample],
     folder: Path,
@@ -82,7 +89,7 @@ def answer(
     num_inference_steps: int,
     seed: int,
 ) -> None:
-    """All candidates of a few samples, by their numbers, with inputs and sheets."""
+    """Write the candidates, inputs and contact sheets of a batch of samples, given by their numbers."""
     panels: dict[int, list[tuple[str, Image.Image]]] = {number: [] for number in samples}
     for place, (text, image) in enumerate(grid):
         generators = [
@@ -105,5 +112,8 @@ def answer(
     for number, sample in samples.items():
         save_image(folder / "inputs" / f"{number:06d}.png", sample.image)
         first = strip(f'{number:06d}: "{sample.instruction}"', [("input", sample.image), ("target", sample.target)])
-        rows = [strip("", panels[number][start : start + ROW]) for start in range(0, len(grid), ROW)]
+        rows = [
+            strip("", panels[number][start : start + CANDIDATES_PER_ROW])
+            for start in range(0, len(grid), CANDIDATES_PER_ROW)
+        ]
         save_image(folder / "sheets" / f"{number:06d}.png", stack([first, *rows]))

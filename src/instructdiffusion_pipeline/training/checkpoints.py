@@ -1,18 +1,21 @@
-"""Checkpoints that survive a kill at any instant: written aside, renamed, and the oldest dropped after that."""
+"""Checkpoints that are complete even if a run is killed while it writes one."""
 
 import json
-import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import differences
 
-# What a run may change when it goes on, because the weights do not depend on it.
-FREE = {
-    "batch_size",  # `samples_per_step` counts
+# Settings that a resumed run may change, because the weights do not depend on them.
+CHANGEABLE_ON_RESUME = {
+    "batch_size",  # only `samples_per_step` must stay
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "num_workers",
@@ -25,58 +28,61 @@ FREE = {
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, settings: Mapping[str, Any], limit: int) -> Path:
-    """Write `checkpoint-<step>`, all that a run needs to go on, with its `settings`; keep the newest `limit`."""
-    final, partial = folder / f"checkpoint-{step}", folder / "partial"
+    """Write `checkpoint-<step>` with the state and `settings` of a run, and keep the newest `limit` checkpoints."""
+    checkpoint = folder / f"checkpoint-{step}"
+    with atomic_write(checkpoint) if accelerator.is_main_process else nullcontext() as partial:
+        (partial,) = broadcast_object_list([partial])  # all processes write into the main one's folder
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # each process writes a part
-    if accelerator.is_main_process:
-        (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        partial.rename(final)
         for older in list_checkpoints(folder)[:-limit]:
-            # Renamed first: one that is half deleted must not look like a checkpoint.
-            shutil.rmtree(older.rename(folder / "partial"))
+            # Moved first, so that a partly deleted folder does not look like a checkpoint.
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{older.name}.") as trash:
+                older.rename(Path(trash) / older.name)
     accelerator.wait_for_everyone()
-    return final
+    return checkpoint
 
 
 def find(folder: Path, resume: str | Path | None, settings: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that `resume` names: a folder, or "latest", which is None where there is none yet.
+    """Return the checkpoint that `resume` names: a folder, or "latest". None if there is nothing to resume.
 
-    Raises a ValueError if there is none of that name, if it is of another run, or if nothing is to be resumed and
-    `folder` has checkpoints all the same.
+    Raises:
+        ValueError: there is no such checkpoint, it belongs to another run, a newer one is in `folder`, or `folder` has
+            checkpoints although `resume` is None.
     """
     found = list_checkpoints(folder)
     if resume is None:
         if found:
             raise ValueError(
-                f'`output_dir` has {found[-1]} of an earlier run; resume="latest" goes on with it. Or name an empty'
-                " folder."
+                f'`output_dir` has {found[-1]} of an earlier run. Give resume="latest" to continue that run, or an'
+                " empty folder."
             )
         return None
     if resume == "latest" and not found:
         return None
     checkpoint = found[-1] if resume == "latest" else Path(resume)
     if not (checkpoint / "config.json").is_file():
-        raise ValueError(f'`resume` must be "latest" or the folder of a checkpoint; {checkpoint} is none.')
+        raise ValueError(f'`resume` must be "latest" or the folder of a checkpoint; got {checkpoint}.')
     if found and found[-1].resolve() != checkpoint.resolve():
-        raise ValueError(f"`resume`: `output_dir` has {found[-1]}, which is not {checkpoint}; move it away first.")
-    # A run without a schedule that ends may be made longer.
-    free = FREE | ({"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else set())
-    fixed = {name: value for name, value in settings.items() if name not in free}
+        raise ValueError(f"`resume` is {checkpoint}, but `output_dir` also has {found[-1]}. Move that one away first.")
+    # A constant learning rate does not depend on the length of the run.
+    changeable = CHANGEABLE_ON_RESUME | (
+        {"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else set()
+    )
+    fixed = {name: value for name, value in settings.items() if name not in changeable}
     if other := differences(json.loads((checkpoint / "config.json").read_text()), fixed):
         raise ValueError(f"`resume`: {checkpoint} belongs to another run: {other}.")
     return checkpoint
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many updates a checkpoint has behind it."""
+    """The number of updates in a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
-    whole = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
-    return sorted(whole, key=step_of)
+    """The checkpoints in `folder`, oldest first."""
+    found = (path.parent for path in folder.glob("checkpoint-*/config.json"))
+    return sorted((path for path in found if path.name.rpartition("-")[2].isdigit()), key=step_of)

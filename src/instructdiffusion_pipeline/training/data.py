@@ -1,7 +1,9 @@
-"""Samples as the tensors that the loop trains on."""
+"""Training samples as tensors."""
 
 import hashlib
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,11 +16,11 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
-PROBES = 16  # samples, about, that stand for all
+FINGERPRINT_SAMPLES = 16  # about as many samples represent a data set
 
 
 class TrainingSamples(Protocol):
-    """What `train` takes: `ImageDataset`, or `CachedDataset` of them. Positions do not end; `len` is an epoch."""
+    """What `train` takes: an `ImageDataset` or a `CachedDataset`. `len` is one epoch; positions go on beyond it."""
 
     sources: list[str]
 
@@ -28,15 +30,19 @@ class TrainingSamples(Protocol):
 
 
 class ImageDataset(Dataset):
-    """A mixture's samples as pictures [3, H, W], 8 bits, and token ids [77].
+    """The samples of a mixture as pictures [3, H, W], 8 bits, and token ids [77].
 
-    An item also has its `position`, the number of its `source` in `sources`, and how many samples were `skipped` to
-    find it. Raises a ValueError if pictures differ in size.
+    An item also has its `position`, the number of its `source` in `sources`, and the number of unreadable samples
+    that were `skipped` before it.
+
+    Raises:
+        ValueError: two sources have the same name, or pictures differ in size.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: CLIPTokenizer):
         self.mixture, self.tokenizer = mixture, tokenizer
         self.sources = [source.name for source in mixture.sources]
+        check_source_names(self.sources)
         self.size = mixture[0].image.size
 
     def __len__(self) -> int:
@@ -47,8 +53,8 @@ class ImageDataset(Dataset):
         sample, source = self.mixture[position], self.mixture.source_of(position).name
         if sample.image.size != self.size:
             raise ValueError(
-                f"`mixture` must have pictures of one size; its first is of {self.size} pixels, one of {source} of"
-                f" {sample.image.size}. Give each source a `geometry` of one size."
+                f"`mixture` must have pictures of one size; its first has {self.size} pixels, one of {source} has"
+                f" {sample.image.size}. Give all sources a `geometry` of the same size."
             )
         return {
             "image": pixels(sample.image),
@@ -60,10 +66,16 @@ class ImageDataset(Dataset):
         }
 
 
-def content(samples: TrainingSamples, count: int) -> str:
-    """A hash of a few of the first `count` samples, so that what changed is not taken for what was there before."""
+def check_source_names(sources: Sequence[str]) -> None:
+    """Raise a ValueError if two sources have the same name, as their losses could not be told apart."""
+    if repeated := [name for name, count in Counter(sources).items() if count > 1]:
+        raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
+
+
+def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
+    """A hash of some of the first `count` samples, which shows whether a data set has changed."""
     digest = hashlib.sha256()
-    for position in range(0, count, max(1, count // PROBES)):
+    for position in range(0, count, max(1, count // FINGERPRINT_SAMPLES)):
         for name, tensor in sorted(samples[position].items()):
             if name != "skipped":
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -71,17 +83,19 @@ def content(samples: TrainingSamples, count: int) -> str:
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as 8-bit levels [3, H, W]."""
+    """An RGB picture as a uint8 tensor [3, H, W]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
-    """Token ids [77], cut or padded to the length the text encoder was built for; a warning shows what was cut."""
+    """Token ids [77], padded or cut to the text encoder's length. A warning shows what was cut."""
     longest = tokenizer.model_max_length
     ids = tokenizer(text, padding="max_length", max_length=longest, return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) > longest:
         logger.warning(
-            "cut from an instruction of more than %d tokens: %r", longest, tokenizer.decode(ids[longest - 1 : -1])
+            "an instruction of more than %d tokens was cut; lost: %r",
+            longest,
+            tokenizer.decode(ids[longest - 1 : -1]),
         )
         ids = torch.cat([ids[: longest - 1], ids[-1:]])
     return ids

@@ -1,24 +1,32 @@
-"""The frozen encoders: pictures to posteriors, words to embeddings."""
+"""The inputs of a training step: encoded pictures and text, noise, and conditioning dropout."""
 
 import copy
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-Batch = dict[str, Any]  # tensors, and in a batch of the loop its StepNoise
+# Probabilities of the original implementation. A sample never loses both text and image.
+EMPTY_TEXT_PROBABILITY = 0.075
+ZERO_IMAGE_PROBABILITY = 0.075
+
+Batch = dict[str, Any]  # tensors; in a batch of the training loop also its StepNoise
 
 
 class FrozenEncoders:
-    """A pipeline's VAE and, unless that is trained too, its text encoder, in the precision of a run."""
+    """A pipeline's VAE and, unless it is trained too, its text encoder, in the precision of a run."""
 
     def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel | None):
         self.vae, self.text_encoder = vae, text_encoder
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, with_text: bool = True) -> Self:
-        """Encoders for `pipeline`: copies where the precision is another, so that its own weights keep theirs."""
+        """The encoders of `pipeline`. A module of another dtype is copied; the pipeline's own is unchanged."""
 
         def frozen(module: Any) -> Any:
             module = module if module.dtype == dtype else copy.deepcopy(module).to(dtype=dtype)
@@ -28,15 +36,15 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """`batch` with pictures turned into latents and token ids into embeddings, as far as it still has such.
+        """Return `batch` with its pictures encoded as latents and its token ids as embeddings, all float32.
 
-        `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior) and
-        `target_mean` and `target_std` (all of the target's), [B, C, h, w], none scaled; `input_ids` [B, 77] become
-        `prompt_embeds` [B, 77, d]. All are float32.
+        `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior),
+        `target_mean` and `target_std` (the target's posterior), each [B, C, h, w], not scaled. `input_ids` [B, 77]
+        become `prompt_embeds` [B, 77, d], unless the text encoder is trained. What is already encoded stays.
         """
         batch = dict(batch)
         if "target" in batch:
-            # One call a side: together they would need twice the memory, and on a CPU a third more time.
+            # Two calls: one call for both needs twice the memory and, on a CPU, a third more time.
             image, target = (
                 self.vae.encode(batch.pop(side).to(self.vae.dtype) / 127.5 - 1).latent_dist
                 for side in ("image", "target")
@@ -49,6 +57,79 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, 77, d] of token ids [B, 77], float32."""
+        """Embeddings [B, 77, d], float32, of token ids [B, 77]."""
         assert self.text_encoder is not None
         return self.text_encoder(input_ids).last_hidden_state.float()
+
+
+class StepNoise(NamedTuple):
+    """The random numbers of B samples in a training step.
+
+    Attributes:
+        posterior_noise: [B, C, h, w], samples the target's posterior.
+        random_p: [B], uniform in [0, 1), decides on conditioning dropout.
+        timesteps: [B], integers.
+        noise: [B, C, h, w], is added to the target latents.
+    """
+
+    posterior_noise: torch.Tensor
+    random_p: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
+def draw_step_noise(
+    seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int, timestep_bias: float = 1.0
+) -> StepNoise:
+    """Draw the noise of the samples at `positions`, for latents of `shape` [C, h, w], in the original's order.
+
+    Each sample's noise depends on `seed` and its position alone, so batch size, processes and workers do not change a
+    run. With a `timestep_bias` other than 1, half of the timesteps are uniform and the other half have the density
+    t^(`timestep_bias` - 1).
+    """
+    columns = []
+    for position in positions:
+        (state,) = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        posterior_noise = torch.randn(shape, generator=generator)
+        random_p = torch.rand((), generator=generator)
+        timestep = torch.randint(0, num_train_timesteps, (), generator=generator)
+        noise = torch.randn(shape, generator=generator)
+        if timestep_bias != 1 and torch.rand((), generator=generator) < 0.5:
+            late = torch.rand((), generator=generator) ** (1 / timestep_bias)
+            timestep = (num_train_timesteps * late).long().clamp(max=num_train_timesteps - 1)
+        columns.append((posterior_noise, random_p, timestep, noise))
+    return StepNoise(*map(torch.stack, zip(*columns, strict=True)))
+
+
+@dataclass(frozen=True)
+class NoiseCollator:
+    """A `collate_fn` that adds the samples' `StepNoise` as "step_noise", so that data loader workers draw it."""
+
+    seed: int
+    latent_shape: torch.Size
+    num_train_timesteps: int
+    timestep_bias: float = 1.0
+
+    def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> Batch:
+        positions = [int(item["position"]) for item in items]
+        noise = draw_step_noise(self.seed, positions, self.latent_shape, self.num_train_timesteps, self.timestep_bias)
+        return default_collate(list(items)) | {"step_noise": noise}
+
+
+def drop_conditioning(
+    text: torch.Tensor, image_latents: torch.Tensor, empty_text: torch.Tensor, random_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty the text or zero the image latents of some samples, for the three predictions that guidance combines.
+
+    Args:
+        text: token ids [B, 77] or embeddings [B, 77, d].
+        image_latents: [B, C, h, w].
+        empty_text: token ids [77] or embeddings [77, d] of the empty text.
+        random_p: [B], uniform in [0, 1). Below 0.075 the text is emptied, from 0.075 to 0.15 the image is zeroed.
+    """
+    empties_text = random_p < EMPTY_TEXT_PROBABILITY
+    zeroes_image = (random_p >= EMPTY_TEXT_PROBABILITY) & (random_p < EMPTY_TEXT_PROBABILITY + ZERO_IMAGE_PROBABILITY)
+    text = torch.where(empties_text.view(-1, *[1] * empty_text.dim()), empty_text, text)
+    image_latents = torch.where(zeroes_image[:, None, None, None], 0.0, image_latents)
+    return text, image_latents

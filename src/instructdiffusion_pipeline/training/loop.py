@@ -1,4 +1,4 @@
-"""One training loop, from top to bottom; accelerate brings precision, processes and devices."""
+"""The training loop, on accelerate."""
 
 import math
 import os
@@ -17,19 +17,17 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.fingerprint import fingerprint
 from instructdiffusion_pipeline.files import save_image
+from instructdiffusion_pipeline.fingerprint import fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training import checkpoints
-from instructdiffusion_pipeline.training.conditioning import drop_conditioning
 from instructdiffusion_pipeline.training.config import TrainingConfig
-from instructdiffusion_pipeline.training.data import TrainingSamples, content, tokenize
-from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
-from instructdiffusion_pipeline.training.loss import change_weights
-from instructdiffusion_pipeline.training.metrics import TrainingMetrics, show
-from instructdiffusion_pipeline.training.model import Denoiser, trained_parameters
-from instructdiffusion_pipeline.training.noise import NoiseCollator
-from instructdiffusion_pipeline.training.validation import ValidationQuestion, validation_sheet
+from instructdiffusion_pipeline.training.data import TrainingSamples, check_source_names, dataset_fingerprint, tokenize
+from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders, NoiseCollator, drop_conditioning
+from instructdiffusion_pipeline.training.loss import loss_weights
+from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_images
+from instructdiffusion_pipeline.training.model import Denoiser, trainable_parameters
+from instructdiffusion_pipeline.training.validation import ValidationExample, validation_grid
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,23 +38,35 @@ def train(
     config: TrainingConfig,
     output_dir: str | PathLike[str],
     resume: str | Path | None = None,
-    validation: Sequence[ValidationQuestion] = (),
+    validation: Sequence[ValidationExample] = (),
 ) -> InstructDiffusionPipeline:
-    """Train `pipeline` on `dataset` and return it with the averaged weights, or with low-rank additions.
+    """Train `pipeline` on `dataset`.
 
-    Checkpoints, validation pictures and logs go to `output_dir`. With `resume` ("latest", or the folder of a
-    checkpoint) a run that was killed goes on, and gives, on a CPU, the weights of one that was not. accelerate fixes
-    the precision for the whole process with the first call.
+    A resumed run gives the weights of an uninterrupted one; on a CPU they are equal bit by bit. accelerate fixes
+    `mixed_precision` for the whole process at the first call.
+
+    Args:
+        pipeline: trained in place, see `load_for_training`.
+        dataset: an `ImageDataset` or a `CachedDataset`.
+        config: the settings.
+        output_dir: gets checkpoints, validation pictures and logs.
+        resume: "latest", or the folder of a checkpoint, to continue a run.
+        validation: examples whose pictures are saved every `validation_steps` updates.
+
+    Returns:
+        The pipeline with the EMA weights (the last weights if `ema_decay` is 0), or with LoRA layers.
 
     Raises:
-        ValueError: settings cannot be had on this machine or with this data, or `output_dir` or `resume` hold
-            checkpoints of another run.
-        FloatingPointError: the loss, or without loss scaling a gradient, is not finite; no checkpoint is of after it.
+        ValueError: the settings do not fit the machine or the data, two sources have the same name, or the
+            checkpoints are those of another run.
+        FloatingPointError: a loss is not finite, or, without loss scaling, a gradient. No checkpoint contains the
+            failed update.
     """
-    # 1. The machine, and what is trained on it.
+    # 1. Set up the machine and the modules to train.
     first = dataset[0]
-    check_possible(config, pipeline, first)
-    # DeepSpeed would train in half precision what accelerate trains in float32; so it only gets the autocast below.
+    check_source_names(dataset.sources)
+    check_config(config, pipeline, first)
+    # With `mixed_precision` DeepSpeed would train the weights in half precision, so it only gets the autocast below.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if deepspeed else config.mixed_precision,
@@ -72,8 +82,8 @@ def train(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
     denoiser = Denoiser(pipeline, config)
-    trained, present = trained_parameters(denoiser), list(denoiser.parameters())
-    accelerator.print(f"Trained parameters: {count(trained):,} of {count(present):,}")
+    trained, present = trainable_parameters(denoiser), list(denoiser.parameters())
+    accelerator.print(f"Trained parameters: {count_parameters(trained):,} of {count_parameters(present):,}")
     optimizer = make_optimizer(trained, config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -82,20 +92,20 @@ def train(
         num_training_steps=config.max_train_steps,
     )
 
-    # 2. Where it goes on. What a sample is and draws hangs on its position, so resuming needs no state for it.
+    # 2. Resume. A sample and its noise depend on its position only, so the data needs no state of its own.
     samples_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     settings = asdict(config) | {
         "samples_per_step": samples_per_step,
         "samples": len(dataset),
         "sources": list(dataset.sources),
-        "content": content(dataset, len(dataset)),
+        "content": dataset_fingerprint(dataset, len(dataset)),
         "encoders": fingerprint(pipeline.vae, pipeline.text_encoder),
     }
     checkpoint = checkpoints.find(folder, resume, settings)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     if resume:
         accelerator.print(
-            f"Going on with {checkpoint}" if checkpoint else f"No checkpoint in {folder} yet: from the start"
+            f"Resuming from {checkpoint}" if checkpoint else f"No checkpoint in {folder}: starting from the beginning"
         )
     folder.mkdir(parents=True, exist_ok=True)
     loader: DataLoader = DataLoader(
@@ -109,21 +119,21 @@ def train(
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
-    parameters = trained_parameters(denoiser)
+    parameters = trainable_parameters(denoiser)
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         raise ValueError(
-            f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, but"
-            f" {accelerator.gradient_accumulation_steps} in accelerate's configuration; they must agree."
+            f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, but it is"
+            f" {accelerator.gradient_accumulation_steps} in accelerate's configuration; they must be equal."
         )
     if accelerator.distributed_type == DistributedType.FSDP and validation:
-        accelerator.print("No validation pictures with FSDP: no process has all weights.")
+        accelerator.print("Validation pictures are not made with FSDP, as no process has all weights.")
         validation = ()
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # it counts the batches of an update, of which there may have been another number
+        accelerator.step = 0  # counts the batches of an update, whose number may have changed
         if ema:
-            ema.to(device)  # a checkpoint is read to the CPU
+            ema.to(device)  # checkpoints are loaded to the CPU
 
     # 3. Train.
     if config.report_to:
@@ -132,27 +142,26 @@ def train(
         pipeline.to(device)
     empty_ids = tokenize(pipeline.tokenizer, "").to(device)
     empty_text = empty_ids if config.train_text_encoder else encoders.embed(empty_ids[None])[0]
-    watch, seen = TrainingMetrics(dataset.sources, device), []
+    metrics, seen = TrainingMetrics(dataset.sources, device), []
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
-        # a. Target latents are a scaled sample of the posterior; image latents its unscaled mode.
-        batch, draws = encoders.encode(batch), batch["draws"]
-        posterior_sample = batch["target_mean"] + batch["target_std"] * draws.posterior_noise
-        latents = pipeline.vae.config.scaling_factor * posterior_sample
+        # a. Target latents are a scaled sample of the posterior, image latents the mode of theirs, not scaled.
+        batch, noise = encoders.encode(batch), batch["step_noise"]
+        scale = pipeline.vae.config.scaling_factor
+        latents = scale * (batch["target_mean"] + batch["target_std"] * noise.posterior_noise)
         weights = None
         if config.change_weight is not None:
-            scale = pipeline.vae.config.scaling_factor
-            weights = change_weights(
+            weights = loss_weights(
                 scale * batch["target_mean"], scale * batch["image_latents"].float(), config.change_weight
             )
         text, image_latents = drop_conditioning(
             batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
             torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),
             empty_text,
-            draws.dropout,
+            noise.random_p,
         )
 
-        # b. Gradients; after the last batch of an update one step of the optimizer, and of the average.
+        # b. Compute gradients. After the last batch of an update, step the optimizer and the EMA.
         with accelerator.accumulate(denoiser):
             with torch.autocast(device.type, torch.bfloat16, enabled=deepspeed and config.mixed_precision == "bf16"):
                 losses = denoiser(
@@ -160,8 +169,8 @@ def train(
                     latents,
                     image_latents,
                     text,
-                    draws.noise,
-                    draws.timesteps,
+                    noise.noise,
+                    noise.timesteps,
                     config.min_snr_gamma,
                     weights,
                 )
@@ -181,38 +190,38 @@ def train(
         if ema:
             ema.step(parameters)
 
-        # c. What people watch, and what survives a kill.
-        watch.add(update["loss"], update["source"], update["skipped"])
+        # c. Save checkpoints, log, and make validation pictures.
+        metrics.add(update["loss"], update["source"], update["skipped"])
         bar.update()
-        bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=watch.skipped, refresh=False)
+        bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=metrics.skipped, refresh=False)
         last = step == config.max_train_steps
         if step % config.checkpointing_steps == 0 or last:
             checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
         if step % config.logging_steps == 0 or last:
-            accelerator.log(watch.line() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
+            accelerator.log(metrics.summarize() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
         if validation and (step % config.validation_steps == 0 or last):
-            with averaged(ema, parameters), accelerator.autocast():
-                sheet = validation_sheet(pipeline, validation, config.text_to_image)
+            with ema_weights(ema, parameters), accelerator.autocast():
+                grid = validation_grid(pipeline, validation, config.text_to_image)
             if accelerator.is_main_process:
                 (folder / "validation").mkdir(parents=True, exist_ok=True)
-                save_image(folder / "validation" / f"step-{step:06d}.png", sheet)
-                show(accelerator.trackers, sheet, step)
+                save_image(folder / "validation" / f"step-{step:06d}.png", grid)
+                log_images(accelerator.trackers, grid, step)
 
-    # 4. Hand over the average.
+    # 4. Return the pipeline with the EMA weights.
     bar.close()
     if ema:
         ema.copy_to(parameters)
     if accelerator.distributed_type == DistributedType.FSDP:
-        pipeline.unet = whole_unet(accelerator, denoiser, pipeline.unet)
+        pipeline.unet = gather_unet(accelerator, denoiser, pipeline.unet)
     accelerator.end_training()
     pipeline.unet.eval().requires_grad_(False)
     pipeline.text_encoder.eval().requires_grad_(False)
     return pipeline.to(device)
 
 
-def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
-    """Raise a ValueError for what would fail late, or quietly do something else; `first` is a sample of the data."""
-    # As accelerate itself decides; its own Accelerator would fix the precision for the whole process.
+def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
+    """Raise a ValueError if `config` does not fit the machine, the pipeline or `first`, a sample of the data."""
+    # PartialState finds the device as Accelerator does, but does not fix the precision of the process.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device.type
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) != state.num_processes:
@@ -220,31 +229,35 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
             f"{launched} processes were launched, but each would train alone; on CPUs set ACCELERATE_USE_CPU=true."
         )
     if config.mixed_precision == "fp16" and device == "cpu":
-        raise ValueError('`mixed_precision` is "fp16" on a CPU, where it would train in float32; use "bf16" or "no".')
+        raise ValueError('`mixed_precision` is "fp16" on a CPU, which does not support it; use "bf16" or "no".')
     if config.mixed_precision == "fp16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if (device, config.mixed_precision, compiler) == ("cpu", "bf16", "inductor"):
-        # Then 280 of the 326 gradients of the small UNet are zero (torch 2.13; in float32 none is); no loss shows it.
+        # 280 of the 326 gradients of the small UNet are zero then (torch 2.13), and none in float32.
         raise ValueError(
-            '`mixed_precision` is "bf16" on a CPU, where most gradients come out as zero with'
+            '`mixed_precision` is "bf16" on a CPU, where most gradients are zero with'
             ' ACCELERATE_DYNAMO_BACKEND=inductor; use "no", or do not compile.'
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
-    wanted = 2 * pipeline.vae.config.latent_channels
-    if (channels := pipeline.unet.config.in_channels) != wanted:
-        raise ValueError(f"`pipeline` must have a UNet of {wanted} input channels; got {channels}. See `load_start`.")
-    predicts = pipeline.scheduler.config.prediction_type
-    if predicts not in ("epsilon", "v_prediction"):
-        raise ValueError(f'`pipeline` must predict "epsilon" or "v_prediction"; its scheduler says {predicts!r}.')
+    expected = 2 * pipeline.vae.config.latent_channels
+    if (channels := pipeline.unet.config.in_channels) != expected:
+        raise ValueError(
+            f"`pipeline` must have a UNet with {expected} input channels; got {channels}. See `load_for_training`."
+        )
+    prediction_type = pipeline.scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f'`pipeline.scheduler` must have the prediction_type "epsilon" or "v_prediction"; got {prediction_type!r}.'
+        )
     if config.train_text_encoder and "prompt_embeds" in first:
         raise ValueError(
             "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."
         )
     if "target" in first:
         height, width = first["target"].shape[1:]
-        # The UNet halves at each level but the last, and its way up must meet its way down.
+        # Each level of the UNet but the last halves the latents.
         factor = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if height % factor or width % factor:
             raise ValueError(
@@ -252,13 +265,13 @@ def check_possible(config: TrainingConfig, pipeline: InstructDiffusionPipeline, 
             )
 
 
-def count(parameters: Sequence[torch.nn.Parameter]) -> int:
-    """The numbers in all `parameters`."""
+def count_parameters(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """The number of values in `parameters`."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size:
-    """[C, h, w] of the latents of a training sample, encoded or not."""
+    """The shape [C, h, w] of the latents of a training sample, encoded or not."""
     if "target_mean" in item:
         return item["target_mean"].shape
     height, width = item["target"].shape[1:]
@@ -267,7 +280,7 @@ def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, or the one of bitsandbytes, which keeps its moments in 8 bits."""
+    """AdamW, or the 8-bit AdamW of bitsandbytes."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     try:
@@ -278,20 +291,20 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
 
 
 def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], decay: float) -> EMAModel | None:
-    """The running average of `parameters`, saved with every checkpoint."""
+    """The moving average (EMA) of `parameters`, saved with every checkpoint; None if `decay` is 0."""
     if not decay:
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("`ema_decay` must be 0 with FSDP: checkpoints would have the average of one shard only.")
+        raise ValueError("`ema_decay` must be 0 with FSDP, as a checkpoint would have the average of one shard only.")
     ema = EMAModel(parameters, decay=decay, foreach=True)
     accelerator.register_for_checkpointing(ema)
     return ema
 
 
-def whole_unet(
+def gather_unet(
     accelerator: Accelerator, denoiser: torch.nn.Module, unet: UNet2DConditionModel
 ) -> UNet2DConditionModel:
-    """A UNet of the trained weights, of which `denoiser` holds shards. Only the first process gets their values."""
+    """A UNet with the trained weights, gathered from the shards of `denoiser`, in the main process only."""
     weights = accelerator.get_state_dict(denoiser)
     with torch.device("meta"):
         whole = UNet2DConditionModel.from_config(unet.config)
@@ -302,31 +315,34 @@ def whole_unet(
 
 
 @contextmanager
-def averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """The average in place of the weights."""
-    if ema:
-        ema.store(parameters)
+def ema_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Replace the weights by their average inside the block."""
+    if not ema:
+        yield
+        return
+    ema.store(parameters)
+    try:
         ema.copy_to(parameters)
-    yield
-    if ema:
+        yield
+    finally:
         ema.restore(parameters)
 
 
 def check_finite(
     update: dict[str, torch.Tensor], norm: torch.Tensor | float | None, step: int, folder: Path, sources: Sequence[str]
 ) -> None:
-    """Stop before an update whose losses or gradients are not finite, and say where to look."""
+    """Raise a FloatingPointError if losses or gradients of an update are not finite, and name its samples."""
     bad = ~torch.isfinite(update["loss"])
     if not bad.any() and (norm is None or math.isfinite(norm)):
         return
-    culprits = [
+    samples = [
         f"{sources[source]} at position {position}"
         for source, position in zip(update["source"][bad].tolist(), update["position"][bad].tolist(), strict=True)
     ]
-    what = f"the loss is not finite for {', '.join(culprits)}" if culprits else f"the norm of the gradients is {norm}"
+    problem = f"the loss is not finite for {', '.join(samples)}" if samples else f"the norm of the gradients is {norm}"
     seen = sorted({sources[source] for source in update["source"].tolist()})
     saved = checkpoints.list_checkpoints(folder)
     raise FloatingPointError(
-        f"update {step}: {what}. Its samples are from {', '.join(seen)}. The last good checkpoint is"
-        f" {saved[-1] if saved else 'none: none was written yet'}."
+        f"update {step}: {problem}. Its samples are from {', '.join(seen)}. The last good checkpoint is"
+        f" {saved[-1] if saved else 'not written yet'}."
     )

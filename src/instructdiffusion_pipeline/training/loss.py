@@ -1,8 +1,7 @@
-"""The training objective: mean squared error on what the UNet predicts.
+"""The training objective: mean squared error of the UNet's prediction.
 
-Epsilon in InstructDiffusion (Ho et al., 2020, equation 14; Geng et al., section 3.2). Where the scheduler's
-`prediction_type` says so it is velocity, alpha times epsilon less sigma times the latents (Salimans and Ho, 2022,
-appendix D).
+InstructDiffusion predicts epsilon (Ho et al., 2020, equation 14; Geng et al., section 3.2). With `prediction_type`
+"v_prediction" the UNet predicts velocity, alpha * epsilon - sigma * latents (Salimans and Ho, 2022, appendix D).
 """
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
-CHANGED = 0.1  # root mean square over channels of the difference of two scaled latents; of equal pictures it is 0
+# Root mean square over channels of the difference of two scaled latents; 0 for equal pictures.
+CHANGE_THRESHOLD = 0.1
 
 
 def denoising_loss(
@@ -26,30 +26,35 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Loss of each sample, float32, [B].
 
-    `latents` [B, C, h, w] are the target's, scaled; `image_latents` [B, C, h, w] the input's, unscaled;
-    `prompt_embeds` [B, 77, d]; `noise` like `latents`; `timesteps` [B], integers from 0 to 999; `weights`, of the
-    places in latents, [B, 1, h, w].
+    Args:
+        latents: of the target, scaled, [B, C, h, w].
+        image_latents: of the input, not scaled, [B, C, h, w].
+        prompt_embeds: [B, 77, d].
+        noise: [B, C, h, w].
+        timesteps: integers from 0 to 999, [B].
+        min_snr_gamma: gamma of Min-SNR weighting (Hang et al., 2023).
+        weights: of the squared errors, [B, 1, h, w].
     """
-    by_velocity = scheduler.config.prediction_type == "v_prediction"
+    predicts_velocity = scheduler.config.prediction_type == "v_prediction"
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    wanted = scheduler.get_velocity(latents, noise, timesteps) if by_velocity else noise
+    target = scheduler.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
     prediction = unet(torch.cat([noisy_latents, image_latents], dim=1), timesteps, prompt_embeds).sample
-    errors = F.mse_loss(prediction.float(), wanted.float(), reduction="none")
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
     loss = (errors if weights is None else weights * errors).mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps)
-        # Either way the error of the latents themselves counts min(snr, gamma) times: of it, errors of epsilon are
-        # snr times as large, those of velocity snr + 1 times.
-        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if by_velocity else snr)
+        # The squared error of the latents is weighted by min(snr, gamma). The squared error of epsilon is snr times
+        # that of the latents, the squared error of velocity is snr + 1 times that.
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if predicts_velocity else snr)
     return loss
 
 
-def change_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
-    """Weights [B, 1, h, w] of the places in scaled latents [B, C, h, w]: where the answer differs from the input.
+def loss_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
+    """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w]: `change_weight` where target and input differ.
 
-    They count `change_weight` times as much as the others, and the mean over a picture is 1: so a disc on a joint,
-    three places in two hundred, is not lost in the rest, and pictures that change everywhere are weighed as before.
+    The mean over a picture is 1. So a small change, such as a disc on a joint, counts more than the unchanged rest of
+    its picture, and a picture that changes everywhere has weights of 1.
     """
-    changed = (target - image).square().mean(1, keepdim=True).sqrt() > CHANGED
+    changed = (target - image).square().mean(1, keepdim=True).sqrt() > CHANGE_THRESHOLD
     weights = torch.where(changed, change_weight, 1.0)
     return weights / weights.mean(dim=(2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""What people watch while a model trains: loss of each source, rate, and memory."""
+"""What is logged during training: losses by source, throughput, memory and validation pictures."""
 
 import math
 import resource
@@ -14,48 +14,52 @@ from PIL import Image
 
 
 class TrainingMetrics:
-    """Sums up updates from one line in the trackers to the next."""
+    """Collects the losses of training samples between two log entries."""
 
     def __init__(self, sources: Sequence[str], device: torch.device):
         self.sources, self.device = sources, device
         self.skipped = 0
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._losses: dict[str, list[float]] = defaultdict(list)
-        self._since = time.perf_counter()
+        self._start = time.perf_counter()
 
     def add(self, losses: torch.Tensor, sources: torch.Tensor, skipped: torch.Tensor) -> None:
-        """The samples of one update, from all processes; each argument [N]."""
+        """Add the samples of one update, gathered from all processes; each argument is [N]."""
         self.skipped += int(skipped.sum())
         for loss, source in zip(losses.tolist(), sources.tolist(), strict=True):
             self._losses[self.sources[source]].append(loss)
 
-    def line(self) -> dict[str, float]:
-        """Mean loss, of each source too; samples a second; samples skipped and peak memory (GB) of the whole run."""
+    def summarize(self) -> dict[str, float]:
+        """Return the metrics since the last call, and reset them.
+
+        Mean loss, of all samples and by source, and samples per second. The number of skipped samples and the peak
+        memory (GB) are of the whole run.
+        """
         every = [loss for losses in self._losses.values() for loss in losses]
         values = {
             "loss": math.fsum(every) / len(every),
-            "samples per second": len(every) / (time.perf_counter() - self._since),
+            "samples per second": len(every) / (time.perf_counter() - self._start),
             "samples skipped": self.skipped,
             "peak memory, GB": peak_memory(self.device) / 1e9,
         }
         values |= {f"loss/{name}": math.fsum(losses) / len(losses) for name, losses in self._losses.items()}
-        self._start_anew()
+        self._reset()
         return values
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far: on the GPU if it trains on one, else resident."""
+    """Peak memory of this process in bytes: allocated on the GPU if `device` is one, otherwise resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes on Linux
 
 
-def show(trackers: Iterable[GeneralTracker], sheet: Image.Image, step: int) -> None:
-    """Send the validation pictures to those trackers that accelerate gives pictures (trackio is none of them)."""
+def log_images(trackers: Iterable[GeneralTracker], image: Image.Image, step: int) -> None:
+    """Send the grid of validation pictures to all trackers that take pictures (trackio does not)."""
     for tracker in trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, **layout)
+            tracker.log_images({"validation": np.asarray(image)[None]}, step=step, **layout)

@@ -1,4 +1,4 @@
-"""What training starts from, and what of it is trained."""
+"""The model at the start of training, and its trainable parameters."""
 
 from os import PathLike
 
@@ -12,18 +12,21 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 from instructdiffusion_pipeline.training.config import TrainingConfig
 from instructdiffusion_pipeline.training.loss import denoising_loss
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def load_start(model: str | PathLike[str]) -> InstructDiffusionPipeline:
-    """A pipeline to train, in float32, from a folder or Hub id: InstructDiffusion's, or Stable Diffusion's widened.
+def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
+    """Load a pipeline to train, in float32, from a folder or Hub id of InstructDiffusion or Stable Diffusion.
 
-    The scheduler becomes InstructDiffusion's, but predicts what the model's own does (epsilon or velocity); a safety
-    checker stays behind. Raises what `widen` raises.
+    A UNet without channels for image latents gets them (see `expand_conv_in`). The scheduler becomes
+    InstructDiffusion's and keeps the model's `prediction_type`. A safety checker is not loaded.
+
+    Raises:
+        ValueError: the UNet takes neither the latents nor twice their channels.
     """
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
     pipeline = InstructDiffusionPipeline.from_pretrained(
-        model, unet=widen(unet), safety_checker=None, requires_safety_checker=False, dtype=torch.float32
+        model, unet=expand_conv_in(unet), safety_checker=None, requires_safety_checker=False, dtype=torch.float32
     )
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="linspace"
@@ -31,19 +34,22 @@ def load_start(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     return pipeline
 
 
-def widen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`unet` with twice the input channels, for the image latents, as in InstructPix2Pix (Brooks et al., 2023, 3.2).
+def expand_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Add input channels for the image latents, as InstructPix2Pix does (Brooks et al., 2023, section 3.2).
 
-    Their weights are zero, so that its output does not change until it is trained. One that takes twice the channels
-    it gives is returned as it is. Raises a ValueError for any other number.
+    The new weights are zero, so the output is unchanged until the UNet is trained. A UNet that already has these
+    channels is returned unchanged.
+
+    Raises:
+        ValueError: the UNet has another number of input channels.
     """
     channels, latent_channels = unet.config.in_channels, unet.config.out_channels
     if channels == 2 * latent_channels:
         return unet
     if channels != latent_channels:
         raise ValueError(
-            f"`unet` must take {latent_channels} or {2 * latent_channels} channels, noisy latents or these and image"
-            f" latents; got {channels}."
+            f"`unet` must have {latent_channels} input channels (noisy latents) or {2 * latent_channels} (noisy and"
+            f" image latents); got {channels}."
         )
     narrow = unet.conv_in
     wide = nn.Conv2d(
@@ -59,14 +65,14 @@ def widen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class Denoiser(nn.Module):
-    """What is trained, as one module: the UNet, or low-rank additions to it, and the text encoder if it learns too."""
+    """The trained modules as one: the UNet or its LoRA layers, and the text encoder if it is trained."""
 
     def __init__(self, pipeline: InstructDiffusionPipeline, config: TrainingConfig):
         super().__init__()
-        # Trained in float32 whatever they were stored in; mixed precision casts as it goes.
+        # Weights are trained in float32; autocast does the rest in mixed precision.
         self.unet = pipeline.unet.float().train().requires_grad_(config.lora_rank is None)
         if config.lora_rank:
-            lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=ATTENTION)
+            lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGET_MODULES)
             self.unet.add_adapter(lora)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -85,19 +91,19 @@ class Denoiser(nn.Module):
         min_snr_gamma: float | None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each sample, [B]; `text` are token ids where the text encoder is trained, else embeddings."""
+        """Loss of each sample, [B]. `text`: token ids if the text encoder is trained, otherwise embeddings."""
         prompt_embeds = text if self.text_encoder is None else self.text_encoder(text).last_hidden_state
         return denoising_loss(
             self.unet, scheduler, latents, image_latents, prompt_embeds, noise, timesteps, min_snr_gamma, weights
         )
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those that the optimizer moves."""
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimizer updates."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def save_lora(pipeline: InstructDiffusionPipeline, folder: str | PathLike[str]) -> None:
-    """Write the low-rank additions of a trained UNet as `load_lora_weights` reads them, a few megabytes."""
+    """Write the LoRA layers of a trained UNet for `load_lora_weights`."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
     pipeline.save_lora_weights(folder, unet_lora_layers=layers)

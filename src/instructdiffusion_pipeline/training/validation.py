@@ -1,5 +1,6 @@
-"""Pictures that show how far training is: the same questions, with the same noise, every time."""
+"""Validation pictures: the same examples with the same noise at every stage of a run."""
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,54 +20,57 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class ValidationQuestion:
-    """A sample to show under a title, and what the pipeline is called with (steps and scales)."""
+class ValidationExample:
+    """A sample to show under a title, and the arguments of the pipeline's call (steps and scales)."""
 
     title: str
     sample: Sample
     settings: Mapping[str, Any]
 
 
-def validation_questions(
+def validation_examples(
     mixture: Mixture, settings_by_family: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[ValidationQuestion]:
-    """The first sample of each family in `mixture`, with the family's preset and what `settings_by_family` changes."""
-    questions: dict[str, ValidationQuestion] = {}
+) -> list[ValidationExample]:
+    """Take the first usable sample of each family in `mixture`.
+
+    Its settings are those of the task, overridden by `settings_by_family` (such as `pipeline.config.task_settings`).
+    """
+    examples: dict[str, ValidationExample] = {}
     for source in mixture.sources:
         for index in range(len(source.dataset)):
             rng = random.Random(SEED)
             try:
                 image, annotation = source.read(index, rng)
-                lesson = source.make_task(image, annotation, rng)
+                task = source.make_task(image, annotation, rng)
             except (UnreadableSample, EmptyAnnotation):
                 continue
-            if lesson.family not in questions:
-                settings = {**lesson.settings, **(settings_by_family or {}).get(lesson.family, {})}
-                sample = make_sample(lesson, image, annotation, rng)
-                questions[lesson.family] = ValidationQuestion(f"{lesson.family}: {source.name}", sample, settings)
+            if task.family not in examples:
+                settings = {**task.settings, **(settings_by_family or {}).get(task.family, {})}
+                sample = make_sample(task, image, annotation, rng)
+                examples[task.family] = ValidationExample(f"{task.family}: {source.name}", sample, settings)
             break
-    return list(questions.values())
+    return list(examples.values())
 
 
 @torch.no_grad()
-def validation_sheet(
-    pipeline: InstructDiffusionPipeline, questions: Sequence[ValidationQuestion], text_to_image: bool = False
+def validation_grid(
+    pipeline: InstructDiffusionPipeline, examples: Sequence[ValidationExample], text_to_image: bool = False
 ) -> Image.Image:
-    """A row for each question: input (zero latents if `text_to_image`), answer and target."""
-    pipeline = type(pipeline)(**pipeline.components)  # with a progress bar of its own to switch off
+    """A row for each example: input, answer and target. With `text_to_image` the input is zero latents, not shown."""
+    pipeline = copy.copy(pipeline)  # the modules are shared, the progress bar's settings are not
     pipeline.set_progress_bar_config(disable=True)
-    strips = []
-    for question in questions:
-        sample, factor = question.sample, pipeline.vae_scale_factor
+    rows = []
+    for example in examples:
+        sample, factor = example.sample, pipeline.vae_scale_factor
         width, height = sample.image.size
-        nothing = torch.zeros(1, pipeline.vae.config.latent_channels, height // factor, width // factor)
+        zeros = torch.zeros(1, pipeline.vae.config.latent_channels, height // factor, width // factor)
         (answer,), _ = pipeline(
             sample.instruction,
-            nothing if text_to_image else sample.image,
+            zeros if text_to_image else sample.image,
             generator=torch.Generator().manual_seed(SEED),
             return_dict=False,
-            **question.settings,
+            **example.settings,
         )
         panels = [(f'"{sample.instruction}"', answer), ("target", sample.target)]
-        strips.append(strip(question.title, panels if text_to_image else [("input", sample.image), *panels]))
-    return stack(strips)
+        rows.append(strip(example.title, panels if text_to_image else [("input", sample.image), *panels]))
+    return stack(rows)
