@@ -1,4 +1,4 @@
-"""Tells models and runs apart, so that a folder of one is not gone on with by another."""
+"""Fingerprints of models and runs, so that a folder is only continued by the run that began it."""
 
 import hashlib
 import json
@@ -13,38 +13,45 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 
 
 def fingerprint(*models: nn.Module, also: str = "") -> str:
-    """A hash of a thousand values or so of each weight, with its name, and of other words."""
+    """A hash of the names and about a thousand values of each weight of `models`, and of the text `also`."""
     digest = hashlib.sha256(also.encode())
     for model in models:
         for name, weight in model.named_parameters():
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
-            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+            values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+            digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """A hash of its weights, scheduler, precision and device, on all of which its answers depend."""
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    """A hash of all that answers depend on: weights, readout, scheduler, task settings, precision and device."""
+    parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+    if pipeline.readout is not None:
+        parts.append(pipeline.readout)
+    settings = json.dumps(pipeline.config.task_settings, sort_keys=True)
     scheduler = pipeline.scheduler.to_json_string()
-    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler}")
+    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler} {settings}")
 
 
 def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str) -> None:
-    """Note in the JSON file `name` of `folder` what its content is of.
+    """Write the configuration of a run to the JSON file `name` in `folder`, or compare it with the file that is there.
 
-    Raises a ValueError if that is there and of something else; `what` says in words what may be gone on with.
+    Args:
+        what: what the folder may have, for the error.
+
+    Raises:
+        ValueError: the file has another configuration.
     """
     written = folder / name
     if not written.exists():
         write_text(written, json.dumps(run, indent=2) + "\n")
     elif other := differences(json.loads(written.read_text()), run):
         raise ValueError(
-            f"`folder` must be new or hold {what}; of {folder}, {other}. Choose another folder, or delete this one."
+            f"`folder` must be new or have {what}; in {folder}, {other}. Choose another folder, or delete this one."
         )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What `now` says otherwise than `before` did, in words; empty if nothing."""
+    """The values of `now` that differ from `before`, as text; empty if there are none."""
     return ", ".join(
         f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
     )

@@ -1,4 +1,4 @@
-"""An evaluation of a model of random weights on 17 cases of all kinds; as a script, one that can be killed."""
+"""An evaluation of a model of random weights on 17 examples of all kinds; as a script, one that can be killed."""
 
 import random
 import sys
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.datasets.keypoints import COCO_SIGMAS
-from instructdiffusion_pipeline.evaluation import Case, Example, evaluate, whole_person
+from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, whole_person
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -41,7 +41,7 @@ def unreadable() -> Example:
     raise OSError("the file is cut off")
 
 
-def cases() -> list[Case]:
+def examples() -> list[LazyExample]:
     """Of every family, sizes mixed; one cannot be opened, one is too elongated, one has a truth of another size."""
     restore, edit = Restoration("noise"), Editing("make it winter")
     found = []
@@ -50,19 +50,21 @@ def cases() -> list[Case]:
         wide = tiny.picture(96, 64, seed)
         masks = {"cat": blob(seed) if seed % 3 else np.zeros((64, 64), bool)}
         found += [
-            Case(
+            LazyExample(
                 f"cat {seed}", "segmentation, blobs", partial(Example, image, [Segmentation({"cat": "blue"})], masks)
             ),
-            Case(f"noise {seed}", "noise", partial(Example, wide, [restore], wide.transpose(0))),
+            LazyExample(f"noise {seed}", "noise", partial(Example, wide, [restore], wide.transpose(0))),
         ]
         if seed < 3:
-            found.append(Case(f"edit {seed}", "editing", partial(Example, image, [edit], Edit(edit.text, other))))
+            found.append(
+                LazyExample(f"edit {seed}", "editing", partial(Example, image, [edit], Edit(edit.text, other)))
+            )
         if seed < 1:
-            found.append(Case(f"person {seed}", "keypoints", partial(person, image, seed)))
+            found.append(LazyExample(f"person {seed}", "keypoints", partial(person, image, seed)))
     found[5:5] = [
-        Case("broken file", "noise", unreadable),
-        Case("long strip", "noise", partial(Example, tiny.picture(640, 8), [restore], tiny.picture(640, 8))),
-        Case("other size", "noise", partial(Example, tiny.picture(64, 64), [restore], tiny.picture(32, 64))),
+        LazyExample("broken file", "noise", unreadable),
+        LazyExample("long strip", "noise", partial(Example, tiny.picture(640, 8), [restore], tiny.picture(640, 8))),
+        LazyExample("other size", "noise", partial(Example, tiny.picture(64, 64), [restore], tiny.picture(32, 64))),
     ]
     return found
 
@@ -85,7 +87,7 @@ def model() -> InstructDiffusionPipeline:
 def run(folder: Path, **changes):
     torch.set_num_threads(1)  # sums in another order would round differently
     pipeline = changes.pop("pipeline", None) or model()
-    call = {"cases": cases(), "settings_by_family": SETTINGS, "batch_size": BATCH, "seed": 5, "resolution": 64}
+    call = {"examples": examples(), "settings_by_family": SETTINGS, "batch_size": BATCH, "seed": 5, "resolution": 64}
     return evaluate(pipeline, folder=folder, **(call | changes))
 
 

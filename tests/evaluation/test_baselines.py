@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from tasks.scenes import photograph
 
-from instructdiffusion_pipeline.evaluation import Example, classical
+from instructdiffusion_pipeline.evaluation import Example, classical_baseline
 from instructdiffusion_pipeline.evaluation.metrics import psnr
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -33,11 +33,11 @@ def test_restores_a_photograph(defect, spoil, gain):
     for seed in range(4):
         clean = photograph(random.Random(seed), 96, 96)
         spoiled = spoil(clean)
-        restored = classical(Example(spoiled, [Restoration(defect)], clean))
+        restored = classical_baseline(Example(spoiled, [Restoration(defect)], clean))
         gains.append(psnr(clean, restored) - psnr(clean, spoiled))
     assert np.mean(gains) > gain
 
 
 def test_has_nothing_to_say_to_other_questions():
     image = photograph(random.Random(0), 96, 96)
-    assert classical(Example(image, [Segmentation({"cat": "red"})], {})) is None
+    assert classical_baseline(Example(image, [Segmentation({"cat": "red"})], {})) is None

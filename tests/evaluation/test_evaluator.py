@@ -11,22 +11,25 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import run_tiny
 import tiny
 import torch
+from diffusers import UNet2DModel
 from PIL import Image, ImageOps
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, ask
-from instructdiffusion_pipeline.evaluation import Case, Example, evaluate
+from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.image_grid import MARGIN, PANEL
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
 from instructdiffusion_pipeline.types import Joint
 
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
@@ -78,7 +81,7 @@ def kill_after(folder: Path, lines: int, delay: float) -> None:
 
 @pytest.mark.parametrize("moment", ["half-way", "at random"])
 def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment):
-    count = len(run_tiny.cases())
+    count = len(run_tiny.examples())
     lines, delay = (count // 2, 0.0) if moment == "half-way" else (random.randrange(count // 2), random.random() / 20)
     kill_after(tmp_path, lines, delay)
     left = (tmp_path / "records.jsonl").read_bytes().count(b"\n")
@@ -106,9 +109,9 @@ def test_a_complete_run_asks_nothing_again(whole, torn, monkeypatch):
     assert {path.stat().st_mtime for path in (folder / "answers").iterdir()} == {1}
 
 
-def test_every_case_has_one_record_in_order(whole):
+def test_every_example_has_one_record_in_order(whole):
     assert [(record["index"], record["name"]) for record in records(whole)] == [
-        (index, case.name) for index, case in enumerate(run_tiny.cases())
+        (index, lazy.name) for index, lazy in enumerate(run_tiny.examples())
     ]
 
 
@@ -119,7 +122,7 @@ def test_every_case_has_one_record_in_order(whole):
         ("settings", {"settings_by_family": {"editing": {"num_inference_steps": 3}}}),
         ("batch_size", {"batch_size": 3}),
         ("resolution", {"resolution": 128}),
-        ("cases", {"cases": run_tiny.cases()[:-1]}),
+        ("examples", {"examples": run_tiny.examples()[:-1]}),
     ],
 )
 def test_records_of_another_run_are_refused(whole, word, changes):
@@ -139,16 +142,120 @@ def test_records_of_another_model_are_refused(whole):
 
 def test_records_without_run_json_are_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="without the run.json"):
+    with pytest.raises(ValueError, match="without run.json"):
         run_tiny.run(tmp_path)
 
 
-def test_cases_need_names_of_their_own(tmp_path):
+def test_examples_need_unique_names(tmp_path):
     with pytest.raises(ValueError, match="unique names; .* cat 0"):
-        run_tiny.run(tmp_path, cases=run_tiny.cases()[:1] * 2)
-    with pytest.raises(ValueError, match="unique rows' file names"):
-        run_tiny.run(tmp_path, cases=[Case("a", "one row", None), Case("b", "one, row", None)])
+        run_tiny.run(tmp_path, examples=run_tiny.examples()[:1] * 2)
+    with pytest.raises(ValueError, match="unique file names; .* one-row"):
+        run_tiny.run(tmp_path, examples=[LazyExample("a", "one row", None), LazyExample("b", "one, row", None)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sources_with_the_same_name_are_refused_and_with_names_of_their_own_scored_apart(tmp_path):
+    class Cats:
+        skipped = []
+
+        def __init__(self, seed):
+            self.seed = seed
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return tiny.picture(64, 64, self.seed + index), {"cat": run_tiny.blob(self.seed + index)}
+
+        def name(self, index):
+            return f"{self.seed + index}.png"
+
+    def examples(*names):
+        sources = [Source(name, Cats(3 * i), Segmentation.from_annotation) for i, name in enumerate(names)]
+        return [lazy for source in sources for lazy in examples_from(source, 2)]
+
+    assert len({lazy.name for lazy in examples("table", "table")}) == 4, "names of examples do not show it"
+    with pytest.raises(ValueError, match="Sources must have different names; .* more than once: table"):
+        run_tiny.run(tmp_path, examples=examples("table", "table"))
+    assert list(tmp_path.iterdir()) == []
+    results = run_tiny.run(tmp_path, examples=examples("table (a)", "table (b)"))
+    assert [(row["row"], row["samples"]) for row in results["rows"]] == [("table (a)", 2), ("table (b)", 2)]
+    first, second = (row["scores"]["cIoU"]["model"] for row in results["rows"])
+    assert first != second
+
+
+def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_its_own(tmp_path):
+    class Everything(UNet2DModel):
+        """Finds every object everywhere, and every joint in the middle."""
+
+        def forward(self, inputs, timestep):
+            planes = torch.full_like(inputs[:, :2], 9.0)
+            planes[:, 1] = -9.0
+            planes[:, 1, inputs.shape[2] // 2, inputs.shape[3] // 2] = 9.0
+            return SimpleNamespace(sample=planes)
+
+    pipe = run_tiny.model()
+    pipe.register_modules(
+        readout=Everything(sample_size=64, in_channels=10, out_channels=2, block_out_channels=(32, 32, 32, 32))
+    )
+    examples = [lazy for lazy in run_tiny.examples() if lazy.name in ("cat 1", "person 0", "noise 1")]
+    results = run_tiny.run(tmp_path, pipeline=pipe, examples=examples)
+    of = {record["name"]: record["measures"] for record in records(tmp_path)}
+    truth = int(run_tiny.blob(1).sum())
+    assert of["cat 1"]["model"]["masks"] == [["cat", truth, 64 * 64, truth]]
+    assert np.allclose([joint[:2] for joint in of["person 0"]["model"]["joints"].values()], 32)
+    for name, kind in (("cat 1", "masks"), ("person 0", "joints")):
+        (lazy,) = (lazy for lazy in examples if lazy.name == name)
+        example, index = lazy.open(), examples.index(lazy)
+        expected = {}
+        for number, task in enumerate(example.tasks):
+            answer = Image.open(tmp_path / "answers" / f"{index:06d}-{number}.png")
+            expected |= task.read(example.image, answer, (0, 0, 64, 64))
+        found = of[name]["reading by color"][kind]
+        if kind == "joints":
+            assert found == {joint: place and list(place) for joint, place in expected.items()}
+        else:
+            pixels = expected["cat"].pixels
+            assert found[0][1:3] == [(pixels & run_tiny.blob(1)).sum(), (pixels | run_tiny.blob(1)).sum()]
+    assert of["noise 1"].keys() == {"model", "ceiling", "input", "input through the VAE"}
+    columns = {row["row"]: row["scores"] for row in results["rows"]}
+    assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
+    assert "reading by color" in (tmp_path / "table.md").read_text().splitlines()[0]
+    # The sheet shows the model's reading: everything is the cat.
+    sheet = np.asarray(Image.open(tmp_path / "segmentation-blobs.png"))
+    (example,) = (lazy.open() for lazy in examples if lazy.name == "cat 1")
+    shown = example.tasks[0].overlay(example.image, {"cat": Mask(np.ones((64, 64), bool), 1.0)})
+    panel = np.asarray(ImageOps.contain(shown, (PANEL, PANEL)))
+    left, top = MARGIN + 2 * (PANEL + MARGIN), sheet.shape[0] // 3 - PANEL - 3 * MARGIN // 2
+    assert (sheet[top : top + PANEL, left : left + PANEL] == panel).all()
+
+
+def test_records_of_another_readout_or_of_other_task_settings_are_refused(tmp_path):
+    pipe, examples = run_tiny.model(), run_tiny.examples()[:1]
+    run_tiny.run(tmp_path, pipeline=pipe, examples=examples)
+    readout = UNet2DModel(sample_size=64, in_channels=10, out_channels=2, block_out_channels=(32, 32, 32, 32))
+    for changes in ({"readout": readout}, {"task_settings": {"segmentation": {"num_inference_steps": 3}}}):
+        other = InstructDiffusionPipeline(**(pipe.components | changes))
+        with pytest.raises(ValueError, match="model was "):
+            run_tiny.run(tmp_path, pipeline=other, examples=examples)
+
+
+def test_the_models_own_settings_and_size_are_the_default_and_overrides_come_first(tmp_path):
+    own = {"num_inference_steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 0.7}
+    pipe = InstructDiffusionPipeline(**run_tiny.model().components, task_settings={"segmentation": own})
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.default_resolution == 128
+    examples = run_tiny.examples()[:1]
+    for folder, overrides in (("own", {}), ("other", {"guidance_scale": 0.5})):
+        settings = {"segmentation": overrides} if overrides else None
+        run_tiny.run(tmp_path / folder, pipeline=pipe, examples=examples, settings_by_family=settings, resolution=None)
+        example = examples[0].open()
+        state = np.random.SeedSequence((5, 0, 0)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        expected = pipe(
+            example.tasks[0].instruction(), example.image, generator=generator, resolution=128, **(own | overrides)
+        ).images[0]
+        assert (saved_answer(tmp_path / folder, 0, 0) == np.asarray(expected)).all()
 
 
 def test_what_cannot_be_scored_is_counted_and_named(whole):
@@ -157,15 +264,15 @@ def test_what_cannot_be_scored_is_counted_and_named(whole):
     failed = {failure["name"]: failure["error"] for failure in noise["failed"]}
     assert failed.keys() == {"broken file", "long strip", "other size"}
     assert failed["broken file"] == "OSError: the file is cut off"
-    assert "too elongated" in failed["long strip"] and "(64, 64); it is (32, 64)" in failed["other size"]
+    assert "too elongated" in failed["long strip"] and "(64, 64); got (32, 64)" in failed["other size"]
     table = (whole / "table.md").read_text()
     assert all(f"- {name}: {error}" in table for name, error in failed.items())
     assert [line for line in table.splitlines() if line.startswith("| noise | PSNR |")][0].endswith("| 5 | 3 |")
 
 
 def test_a_run_in_which_nothing_can_be_scored_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="all 1 failed"):
-        run_tiny.run(tmp_path, cases=[Case("broken", "noise", run_tiny.unreadable)])
+    with pytest.raises(ValueError, match="none of the 1 could be scored"):
+        run_tiny.run(tmp_path, examples=[LazyExample("broken", "noise", run_tiny.unreadable)])
     assert "- broken: OSError" in (tmp_path / "table.md").read_text()
 
 
@@ -173,22 +280,24 @@ def saved_answer(folder: Path, index: int, number: int) -> np.ndarray:
     return np.asarray(Image.open(folder / "answers" / f"{index:06d}-{number}.png")).astype(int)
 
 
-def test_an_answer_is_that_of_the_case_alone_with_a_seed_of_its_own(whole):
+def test_an_answer_is_that_of_ask_with_a_seed_of_its_own(whole):
     """Neighbours in the batch change nothing that shows."""
     pipe = run_tiny.model()
-    for index, case in enumerate(run_tiny.cases()):
-        if case.row in ("editing", "keypoints"):
-            example = case.open()
+    for index, lazy in enumerate(run_tiny.examples()):
+        if lazy.row in ("editing", "keypoints"):
+            example = lazy.open()
             for number, task in enumerate(example.tasks):
                 state = np.random.SeedSequence((5, index, number)).generate_state(1, np.uint64)
                 generator = torch.Generator().manual_seed(int(state[0]))
-                answer = ask(pipe, example.image, task, 64, generator=generator, **run_tiny.QUICK)
+                answer = ask(pipe, example.image, task, resolution=64, generator=generator, **run_tiny.QUICK)
                 assert np.abs(saved_answer(whole, index, number) - np.asarray(answer.picture)).max() <= 1
 
 
-def test_no_two_cases_and_no_two_questions_of_one_share_their_noise(tmp_path):
+def test_no_two_examples_and_no_two_tasks_of_one_share_their_noise(tmp_path):
     twice = Example(tiny.picture(64, 64), [Segmentation({"cat": "blue"})] * 2, {"cat": run_tiny.blob(1)})
-    run_tiny.run(tmp_path, cases=[Case(name, "cats", partial(Example, *twice)) for name in ("one", "another")])
+    run_tiny.run(
+        tmp_path, examples=[LazyExample(name, "cats", partial(Example, *twice)) for name in ("one", "another")]
+    )
     answers = [saved_answer(tmp_path, index, number) for index in (0, 1) for number in (0, 1)]
     for first, second in itertools.combinations(answers, 2):
         assert np.abs(first - second).max() > 10
@@ -233,7 +342,10 @@ def test_the_ceiling_is_what_the_vae_leaves_of_a_perfect_answer(shipped, tmp_pat
     families = ("segmentation", "keypoints", "restoration")
     evaluate(
         shipped,
-        [Case(family, family, partial(Example, *example)) for family, example in zip(families, examples, strict=True)],
+        [
+            LazyExample(family, family, partial(Example, *example))
+            for family, example in zip(families, examples, strict=True)
+        ],
         tmp_path,
         {family: run_tiny.QUICK for family in families},
         resolution=128,
@@ -265,11 +377,11 @@ def test_outside_the_box_pictures_are_not_scored_and_masks_are_missed(tmp_path):
     pixels[:15], pixels[65:], pixels[:, :24], pixels[:, 104:] = 0, 0, 0, 0
     mask = np.zeros((80, 128), bool)
     mask[:10] = True
-    cases = [
-        Case("picture", "pictures", partial(Example, image, [Restoration("noise")], Image.fromarray(pixels))),
-        Case("mask", "masks", partial(Example, image, [Segmentation({"sky": "red"})], {"sky": mask})),
+    examples = [
+        LazyExample("picture", "pictures", partial(Example, image, [Restoration("noise")], Image.fromarray(pixels))),
+        LazyExample("mask", "masks", partial(Example, image, [Segmentation({"sky": "red"})], {"sky": mask})),
     ]
-    run_tiny.run(tmp_path, cases=cases)
+    run_tiny.run(tmp_path, examples=examples)
     picture, masks = records(tmp_path)
     assert picture["box"] == [24, 15, 104, 65]
     assert picture["measures"]["input"]["picture"] == {"PSNR": 100, "SSIM": 1}
@@ -284,11 +396,11 @@ def test_contact_sheets_show_best_median_and_worst(whole, row, middle, last):
     ranked = sorted(scored, key=lambda record: -record["score_key"])
     merits = [record["score_key"] for record in ranked]
     assert len(ranked) == last + 1 and len(set(merits)) == len(merits)
-    cases = run_tiny.cases()
+    examples = run_tiny.examples()
     sheet = np.asarray(Image.open(whole / f"{row}.png"))
     height = sheet.shape[0] // 3
     for place, record in enumerate([ranked[0], ranked[middle], ranked[last]]):
-        example = cases[record["index"]].open()
+        example = examples[record["index"]].open()
         answer = Image.open(whole / "answers" / f"{record['index']:06d}-0.png")
         truth = example.truth.edited if row == "editing" else example.truth
         strip = sheet[place * height : (place + 1) * height]

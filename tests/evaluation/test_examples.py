@@ -35,20 +35,20 @@ def source(**changes):
     return Source(**{"name": "blobs", "dataset": Blobs(), "make_task": Segmentation.from_annotation} | changes)
 
 
-def test_a_seed_chooses_the_cases_and_the_questions():
-    cases, again = examples_from(source(), 12, seed=3), examples_from(source(), 12, seed=3)
-    assert [case.name for case in cases] == [case.name for case in again]
-    assert [case.open().tasks for case in cases] == [case.open().tasks for case in again]
-    assert [case.name for case in cases] != [case.name for case in examples_from(source(), 12, seed=4)]
-    assert {case.row for case in cases} == {"blobs"}
+def test_a_seed_chooses_the_examples_and_the_tasks():
+    examples, again = examples_from(source(), 12, seed=3), examples_from(source(), 12, seed=3)
+    assert [lazy.name for lazy in examples] == [lazy.name for lazy in again]
+    assert [lazy.open().tasks for lazy in examples] == [lazy.open().tasks for lazy in again]
+    assert [lazy.name for lazy in examples] != [lazy.name for lazy in examples_from(source(), 12, seed=4)]
+    assert {lazy.row for lazy in examples} == {"blobs"}
 
 
 def test_names_are_unique_even_if_the_data_sets_are_not():
-    cases = examples_from(source(), 100)
-    assert len({case.name for case in cases}) == len(cases) == 20
+    examples = examples_from(source(), 100)
+    assert len({lazy.name for lazy in examples}) == len(examples) == 20
 
 
-def test_nothing_is_read_before_a_case_is_opened_and_geometry_comes_before_the_question():
+def test_nothing_is_read_before_an_example_is_opened_and_geometry_comes_before_the_task():
     def mirrored(image, masks, rng):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), {name: mask[:, ::-1] for name, mask in masks.items()}
 
@@ -56,10 +56,10 @@ def test_nothing_is_read_before_a_case_is_opened_and_geometry_comes_before_the_q
         def __getitem__(self, index):
             raise OSError("cannot be read")
 
-    (case,) = examples_from(source(geometry=mirrored), 1)
-    index = int(case.name.split()[1].rstrip(":"))
+    (lazy,) = examples_from(source(geometry=mirrored), 1)
+    index = int(lazy.name.split()[1].rstrip(":"))
     image, masks = Blobs()[index]
-    example = case.open()
+    example = lazy.open()
     assert (np.asarray(example.image) == np.asarray(image)[:, ::-1]).all()
     assert (example.truth["blob"] == masks["blob"][:, ::-1]).all()
     (broken,) = examples_from(source(dataset=Broken()), 1)

@@ -75,7 +75,7 @@ def test_a_joint_that_was_not_found_gets_no_credit_even_in_the_corner():
 def test_ap_needs_areas_and_one_set_of_joints():
     with pytest.raises(ValueError, match="`poses` must all have an area"):
         keypoint_ap([Pose(pose().joints, None, COCO_SIGMAS)], [pose()])
-    with pytest.raises(ValueError, match="the sigmas of one set"):
+    with pytest.raises(ValueError, match="the same sigmas"):
         keypoint_ap([pose(), pose(sigmas=AIC_SIGMAS)], [pose(), pose()])
 
 
@@ -214,3 +214,11 @@ def test_clip_similarity_is_the_cosine_of_clips_own_embeddings(tmp_path):
     similarity = metrics.ClipSimilarity(tmp_path)
     assert similarity(*pictures) == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-5)
     assert similarity(pictures[0], pictures[0]) == pytest.approx(1, abs=1e-5)
+
+    elsewhere, seen = metrics.ClipSimilarity(tmp_path, device="meta"), []
+    elsewhere.model.vision_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["pixel_values"].device), with_kwargs=True
+    )
+    with pytest.raises(RuntimeError, match="meta"):  # tensors there have no values
+        elsewhere(*pictures)
+    assert {*seen, elsewhere.model.device} == {torch.device("meta")}

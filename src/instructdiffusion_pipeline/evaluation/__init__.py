@@ -1,19 +1,19 @@
-"""What a model is worth: its answers read, scored, and laid beside what its autoencoder alone would allow.
+"""Evaluation: ask a model about a data set, score its answers, and compare with what its VAE allows.
 
-Needs the extra `eval` (pycocotools, scikit-image). `cases` says what is asked, `runner` asks it, `metrics` has the
-scores, `scoring` applies them to readings, and `report` writes the table. `classical` is what one had before.
+Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and true answers, `evaluator` the run,
+`metrics` and `scoring` the scores, `report` the table, and `baselines` classical restoration methods.
 """
 
-from .baselines import classical
-from .evaluator import evaluate, through_vae
-from .examples import Case, Example, examples_from, whole_person
+from .baselines import classical_baseline
+from .evaluator import evaluate, vae_reconstruction
+from .examples import Example, LazyExample, examples_from, whole_person
 
 __all__ = [
-    "Case",
     "Example",
-    "examples_from",
-    "classical",
+    "LazyExample",
+    "classical_baseline",
     "evaluate",
-    "through_vae",
+    "examples_from",
+    "vae_reconstruction",
     "whole_person",
 ]

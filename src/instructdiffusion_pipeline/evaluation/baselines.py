@@ -1,4 +1,4 @@
-"""What one had before: a classical method for each defect of a picture, to compare a model with."""
+"""Classical baselines for restoration: non-local means, unsharp mask, inpainting."""
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -7,15 +7,15 @@ from skimage.restoration import denoise_nl_means, estimate_sigma, inpaint_biharm
 from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
-CHANGED = 4  # grey levels in one channel: what differs by more was changed
+CHANGE_THRESHOLD = 4  # grey levels; a pixel has changed if a channel differs by more
 
 
-def classical(example: Example) -> Image.Image | None:
-    """The restored picture of a case by a method that has learned nothing; None unless it is one of restoration.
+def classical_baseline(example: Example) -> Image.Image | None:
+    """Restore the picture of an example by a method without training. None if the task is not restoration.
 
-    Noise: non-local means (Buades et al., 2005) at a sigma estimated from the picture. Blur: an unsharp mask.
-    Watermark: biharmonic inpainting of all pixels that the mark changed, which it is told; so the clean picture must
-    be the marked one's but for the mark, and not have been through a JPEG of its own.
+    Noise: non-local means (Buades et al., 2005) with a sigma estimated from the picture. Blur: an unsharp mask.
+    Watermark: biharmonic inpainting of the pixels that differ from the clean picture, so the watermark's place is
+    known. Both pictures must be equal outside the watermark; a JPEG is not.
     """
     task = example.tasks[0]
     if not isinstance(task, Restoration):
@@ -34,11 +34,13 @@ def classical(example: Example) -> Image.Image | None:
 
 
 def inpaint(image: Image.Image, truth: Image.Image) -> Image.Image:
-    """`image` with all that differs from `truth` filled in from around it (biharmonic; Damelin and Hoang, 2018)."""
+    """Fill in the pixels of `image` that differ from `truth` (biharmonic inpainting; Damelin and Hoang, 2018)."""
     before, after = (np.asarray(picture, dtype=np.float64) for picture in (image, truth))
-    return to_image(inpaint_biharmonic(before / 255, np.abs(before - after).max(-1) > CHANGED, channel_axis=-1))
+    return to_image(
+        inpaint_biharmonic(before / 255, np.abs(before - after).max(-1) > CHANGE_THRESHOLD, channel_axis=-1)
+    )
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """From values of 0 to 1."""
+    """An array with values from 0 to 1 as a picture."""
     return Image.fromarray(np.round(255 * pixels.clip(0, 1)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What an evaluation asks: cases, opened one at a time, so that a data set need not fit in memory."""
+"""Examples of an evaluation, opened one at a time, so that a data set need not fit in memory."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from instructdiffusion_pipeline.types import Joints
 
 
 class Example(NamedTuple):
-    """An RGB picture, the questions about it, and its annotation, which answers them all.
+    """An RGB picture, the tasks to ask about it, and its annotation.
 
-    Several questions are read into one reading: a person's 17 joints take four, and are scored together.
+    The answers to several tasks are scored together: the 17 joints of a person take four tasks.
     """
 
     image: Image.Image
@@ -28,46 +28,52 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
-    """One sample of the table's `row`, all of which are of one family.
+class LazyExample:
+    """An example that is read when it is needed.
 
-    `name` is the case's own and stays the same from run to run. `open` may raise: such a case is counted as failed.
+    Attributes:
+        name: unique, and the same in every run.
+        row: the row of the table that it is counted in. The examples of a row are of one family.
+        open: reads the example. If it raises, the example is counted as failed.
+        source: where the example is from, if known. The examples of a row must be from one source.
     """
 
     name: str
     row: str
     open: Callable[[], Example]
+    source: Source | None = None
 
 
-Ask = Callable[[Image.Image, Any, random.Random], Sequence[Task]]
+MakeTasks = Callable[[Image.Image, Any, random.Random], Sequence[Task]]
 
 
-def examples_from(source: Source, count: int, seed: int = 0, ask: Ask | None = None) -> list[Case]:
-    """`count` cases out of a data set (all, if it has fewer), the same ones for a seed; their row is `source.name`.
+def examples_from(source: Source, count: int, seed: int = 0, make_tasks: MakeTasks | None = None) -> list[LazyExample]:
+    """Choose `count` examples of a source at random, or all if it has fewer. Their row is `source.name`.
 
-    `ask` chooses the questions about a picture; by default the one that `source.make_task` does.
+    `make_tasks` makes the tasks of a picture; by default there is one, from `source.make_task`.
     """
     length = len(source.dataset)
     chosen = sorted(random.Random(f"{seed}/{source.name}").sample(range(length), min(count, length)))
     return [
-        Case(
+        LazyExample(
             f"{source.name} {index}: {source.dataset.name(index)}",
             source.name,
-            partial(_open, source, index, seed, ask),
+            partial(_open, source, index, seed, make_tasks),
+            source,
         )
         for index in chosen
     ]
 
 
-def _open(source: Source, index: int, seed: int, ask: Ask | None) -> Example:
+def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -> Example:
     rng = random.Random(f"{seed}/{source.name}/{index}")
     image, truth = source.read(index, rng)
-    tasks = ask(image, truth, rng) if ask else [cast(Task, source.make_task(image, truth, rng))]
+    tasks = make_tasks(image, truth, rng) if make_tasks else [cast(Task, source.make_task(image, truth, rng))]
     return Example(image, tasks, truth)
 
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
-    """Questions for all joints of a person, at most `MAX_JOINTS` each, in colours that show on most of the picture."""
+    """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colours that differ from the picture's."""
     colors = most_visible_first(image, KEYPOINT_COLORS)
     groups = np.array_split(list(joints), -(-len(joints) // MAX_JOINTS))
     return [Keypoints({str(name): color for name, color in zip(group, colors, strict=False)}) for group in groups]

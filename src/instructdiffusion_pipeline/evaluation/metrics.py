@@ -1,4 +1,4 @@
-"""Scores of joints, masks and pictures, by the definitions the field uses."""
+"""Standard metrics of keypoints, masks and pictures."""
 
 import contextlib
 import io
@@ -18,17 +18,22 @@ from transformers import CLIPImageProcessor, CLIPModel
 from instructdiffusion_pipeline.tasks.keypoints import coco_keypoints
 from instructdiffusion_pipeline.types import Joint, Joints, Pose
 
-NOWHERE = Joint(-1e4, -1e4, 0.0)  # COCO writes (0, 0) for a joint not found; in a small picture that may be close
-IDENTICAL = 100.0  # dB of two equal pictures, whose PSNR is infinite, so that means stay finite
-
-STRAY = 0.001  # of a picture's pixels: what a VAE alone makes of a picture reads as a few painted ones
+# Stands for a joint that was not found. COCO uses (0, 0), which in a small picture may be near the true joint.
+NOT_FOUND = Joint(-1e4, -1e4, 0.0)
+MAX_PSNR = 100.0  # dB; the PSNR of two equal pictures is infinite, and means must be finite
+# Share of a picture's pixels. The VAE alone changes pictures so that a few pixels are read as painted.
+MAX_STRAY = 0.001
 
 
 def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, float] | None:
-    """COCO's keypoint AP, AP50 and AP75 (0 to 1), each person being a picture of its own, as with ground-truth boxes.
+    """COCO's keypoint AP, AP50 and AP75 (0 to 1), with each person in a picture of its own (ground-truth boxes).
 
-    All `poses` need an area and share their sigmas; `found` holds one reading for each. People without a labelled
-    joint do not count; None if there are no others.
+    Args:
+        poses: the true joints. All must have an area and the same sigmas. Poses without joints are left out.
+        found: the joints found, one reading for each pose.
+
+    Returns:
+        The scores by name, or None if no pose has joints.
     """
     pairs = [(pose, joints) for pose, joints in zip(poses, found, strict=True) if any(pose.values())]
     if not pairs:
@@ -36,9 +41,9 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
     sigmas = pairs[0][0].sigmas or {}
     names = tuple(sigmas)
     if not sigmas or any(pose.area is None or pose.sigmas != sigmas for pose, _ in pairs):
-        raise ValueError("`poses` must all have an area, and the sigmas of one set of joints.")
+        raise ValueError("`poses` must all have an area and the same sigmas.")
     truths, results = [], []
-    for number, (pose, joints) in enumerate(pairs, start=1):  # pycocotools takes the id 0 for "no match"
+    for number, (pose, joints) in enumerate(pairs, start=1):  # for pycocotools the id 0 means "no match"
         labelled = [pose.get(name) for name in names]
         truths.append(
             {
@@ -47,12 +52,12 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
                 "category_id": 1,
                 "iscrowd": 0,
                 "area": pose.area,
-                "bbox": [0, 0, 0, 0],  # read for people without a labelled joint only
+                "bbox": [0, 0, 0, 0],  # only used for people without joints
                 "num_keypoints": sum(map(bool, labelled)),
                 "keypoints": [value for joint in labelled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
             }
         )
-        results.append(coco_keypoints({name: joints.get(name) or NOWHERE for name in names}, number, names))
+        results.append(coco_keypoints({name: joints.get(name) or NOT_FOUND for name in names}, number, names))
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {
@@ -74,13 +79,13 @@ TORSO = ("left shoulder", "right hip")  # PCK of FLIC
 
 
 def length(pose: Joints, ends: tuple[str, str]) -> float | None:
-    """From one joint to another in pixels, as `HEAD` or `TORSO`; None if one of them is not labelled."""
+    """The distance in pixels of two joints, such as `HEAD` or `TORSO`; None if one of them is not labelled."""
     first, second = (pose.get(name) for name in ends)
     return float(np.hypot(first.x - second.x, first.y - second.y)) if first and second else None
 
 
 def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
-    """From each labelled joint of `pose` to where it was found, in shares of `reference`; infinite if it was not.
+    """Distances of the labelled joints of `pose` from the joints found, divided by `reference`; infinite if not found.
 
     The `reference` of PCK, in pixels, is the picture's side, or the `length` of the head or the torso.
     """
@@ -93,12 +98,12 @@ def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
 
 
 def pck(steps: Sequence[float], share: float) -> float | None:
-    """Percentage of correct keypoints (0 to 1): the part of `distances` up to `share`; None if there are none."""
+    """PCK (0 to 1): the share of `distances` that are at most `share`; None if there are no distances."""
     return sum(step <= share for step in steps) / len(steps) if steps else None
 
 
 class Overlap(NamedTuple):
-    """How a mask meets the true one of the object `name`, in pixels."""
+    """Intersection, union and true area of a mask and the true mask of the object `name`, in pixels."""
 
     name: str
     intersection: int
@@ -107,32 +112,32 @@ class Overlap(NamedTuple):
 
     @classmethod
     def of(cls, name: str, truth: np.ndarray, found: np.ndarray) -> "Overlap":
-        """From two bool arrays [height, width]. Where nothing is true, up to `STRAY` of the pixels count as none."""
+        """Compare bool arrays [height, width]. If `truth` is empty, up to `MAX_STRAY` of the pixels are ignored."""
         if truth.shape != found.shape:
             raise ValueError(f"the true mask of {name!r} must be {found.shape} like its picture; it is {truth.shape}.")
-        if not truth.any() and found.mean() <= STRAY:
+        if not truth.any() and found.mean() <= MAX_STRAY:
             return cls(name, 0, 0, 0)
         return cls(name, int((truth & found).sum()), int((truth | found).sum()), int(truth.sum()))
 
     @property
     def iou(self) -> float:
-        """Intersection over union; 1 if there is nothing and nothing was painted."""
+        """Intersection over union; 1 if both masks are empty."""
         return self.intersection / self.union if self.union else 1.0
 
 
 def mean_iou(overlaps: Sequence[Overlap]) -> float | None:
-    """mIoU: the mean over samples. An empty truth counts 1 if nothing is painted, else 0, as in gRefCOCO's gIoU."""
+    """mIoU: the mean over samples. An empty true mask gives 1 if nothing was found, otherwise 0 (gRefCOCO's gIoU)."""
     return sum(overlap.iou for overlap in overlaps) / len(overlaps) if overlaps else None
 
 
 def cumulated_iou(overlaps: Sequence[Overlap]) -> float | None:
-    """cIoU of referring segmentation: all intersections over all unions; None if all unions are empty."""
+    """cIoU of referring segmentation: sum of intersections over sum of unions; None if all unions are empty."""
     union = sum(overlap.union for overlap in overlaps)
     return sum(overlap.intersection for overlap in overlaps) / union if union else None
 
 
 def mean_class_iou(overlaps: Iterable[Overlap]) -> float | None:
-    """mcIoU of COCO-Stuff: the mean over names of the cumulated IoU; names with empty unions do not count."""
+    """mcIoU of COCO-Stuff: the mean over names of the cumulated IoU, without names whose unions are empty."""
     classes = defaultdict(list)
     for overlap in overlaps:
         classes[overlap.name].append(overlap)
@@ -141,19 +146,19 @@ def mean_class_iou(overlaps: Iterable[Overlap]) -> float | None:
 
 
 def no_target_accuracy(overlaps: Iterable[Overlap]) -> float | None:
-    """N-acc of gRefCOCO: the share of the empty truths where nothing is painted; None if no truth is empty."""
+    """N-acc of gRefCOCO: the share of empty true masks where nothing was found; None if no true mask is empty."""
     unions = [overlap.union for overlap in overlaps if overlap.truth == 0]
     return unions.count(0) / len(unions) if unions else None
 
 
 def psnr(truth: Image.Image, picture: Image.Image) -> float:
-    """Peak signal to noise ratio in dB of two RGB pictures of one size, at most `IDENTICAL`."""
+    """Peak signal-to-noise ratio in dB of two RGB pictures of one size, at most `MAX_PSNR`."""
     with np.errstate(divide="ignore"):
-        return min(IDENTICAL, float(peak_signal_noise_ratio(np.asarray(truth), np.asarray(picture))))
+        return min(MAX_PSNR, float(peak_signal_noise_ratio(np.asarray(truth), np.asarray(picture))))
 
 
 def ssim(truth: Image.Image, picture: Image.Image) -> float:
-    """Structural similarity (Wang et al. 2004, Gaussian window), mean over channels; sides from 11 pixels."""
+    """Structural similarity (Wang et al., 2004, Gaussian window), mean over channels. Sides: at least 11 pixels."""
     return float(
         structural_similarity(
             np.asarray(truth),
@@ -167,18 +172,22 @@ def ssim(truth: Image.Image, picture: Image.Image) -> float:
 
 
 class ClipSimilarity:
-    """Cosine of the CLIP embeddings of two pictures, -1 to 1 (CLIP-I of MagicBrush and others).
+    """Cosine similarity of the CLIP embeddings of two pictures, -1 to 1 (CLIP-I, as in MagicBrush).
 
-    `model` is a CLIP model's folder, or its Hub id, which is fetched if it is not there yet.
+    Args:
+        model: folder or Hub id of a CLIP model.
+        device: where the model runs, for example `pipeline.device`.
     """
 
-    def __init__(self, model: str | Path):
+    def __init__(self, model: str | Path, device: str | torch.device = "cpu"):
         self.name = Path(model).name
         self.processor = CLIPImageProcessor.from_pretrained(model)
         self.model = CLIPModel.from_pretrained(model).eval()
+        self.model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
 
     @torch.no_grad()
     def __call__(self, truth: Image.Image, picture: Image.Image) -> float:
         pixels = self.processor([truth, picture], return_tensors="pt").pixel_values  # [2, 3, side, side]
-        first, second = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
+        first, second = self.model.visual_projection(pooled)
         return float(torch.cosine_similarity(first, second, dim=0))

@@ -1,65 +1,70 @@
-"""What an evaluation leaves to look at: a table, JSON, and a contact sheet for each row."""
+"""The report of an evaluation: a table, JSON, and a contact sheet for each row."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DModel
 from PIL import Image
 
-from instructdiffusion_pipeline.evaluation.examples import Case
-from instructdiffusion_pipeline.evaluation.scoring import Scores, summarize, truth_picture
+from instructdiffusion_pipeline.evaluation.examples import LazyExample
+from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, read, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.image_grid import stack, strip
 
-IN_THEIR_UNIT = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # with so many decimals; all others in percent
+DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
+FIRST = ("model", "ceiling")  # share the first column of scores
 NOTES = """\
-In brackets: the ceiling, which is the score of the true answer passed through the VAE alone. AP, PCK, IoU and N-acc
-in percent, PSNR in dB. PCK is of labelled joints; the side is the picture's long one. mIoU is the mean over samples,
-where an empty truth counts 1 if nothing is painted (at most one pixel in 1,000), else 0; N-acc is the share of the
-empty truths where nothing is. Scores are in pixels of the input: masks and joints on all of it (what lies outside the
-part that answers show is missed), pictures on that part alone.
+The ceiling, in brackets, is the score of the true answer after encoding and decoding by the VAE, read by color. AP,
+PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled joints; "side" is the longer side of
+the picture. mIoU is the mean over samples; a sample without the object counts 1 if at most one pixel in 1,000 is
+painted, otherwise 0. N-acc is the share of such samples where nothing is painted. Masks and joints are scored on the
+whole input, and those outside the part that the answer shows count as missed. Pictures are scored on that part only.
 """
 
 
-def write(folder: Path, run: Mapping[str, Any], cases: Sequence[Case], records: Sequence[dict[str, Any]]) -> dict:
-    """Write results.json, table.md and ROW.png into `folder`; return the results."""
+def write(
+    folder: Path,
+    run: Mapping[str, Any],
+    examples: Sequence[LazyExample],
+    records: Sequence[dict[str, Any]],
+    readout: UNet2DModel | None,
+) -> dict:
+    """Write results.json, table.md and a contact sheet ROW.png for each row into `folder`, and return the results."""
     rows = [
         summary(name, [record for record in records if record["row"] == name])
-        for name in dict.fromkeys(case.row for case in cases)
+        for name in dict.fromkeys(example.row for example in examples)
     ]
     results = {"run": run, "rows": rows}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(folder / "table.md", table(rows))
     for row in rows:
         if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
-            save_image(folder / f"{file_name(row['row'])}.png", contact_sheet(folder / "answers", cases, scored))
+            sheet = contact_sheet(folder / "answers", examples, scored, readout)
+            save_image(folder / f"{file_name(row['row'])}.png", sheet)
     if not any(row["samples"] for row in rows):
-        raise ValueError(
-            f"`cases` must hold one that can be scored; all {len(records)} failed, see {folder}/table.md."
-        )
+        raise ValueError(f"`examples`: none of the {len(records)} could be scored, see {folder}/table.md.")
     return results
 
 
 def summary(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of the results: how many were scored and which were not, and each score of model, ceiling and input."""
+    """One row of the results: scores by metric and column, the number of samples, and the examples that failed."""
     scored = [record for record in records if "measures" in record]
     failed = [{"name": record["name"], "error": record["error"]} for record in records if "error" in record]
     scores: dict[str, Scores] = {}
-    for of in scored[0]["measures"] if scored else ():
-        for metric, value in summarize([record["measures"][of] for record in scored]).items():
-            scores.setdefault(metric, {})[of] = value
+    for column in scored[0]["measures"] if scored else ():
+        for metric, value in summarize([record["measures"][column] for record in scored]).items():
+            scores.setdefault(metric, {})[column] = value
     return {"row": name, "samples": len(scored), "scores": scores, "failed": failed}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown, with a column for everything that has a score, and below them what could not be scored."""
-    scored = [of for row in rows for values in row["scores"].values() for of in values]
-    columns = [
-        of for of in dict.fromkeys(["input", "input through the VAE", *scored]) if of not in ("model", "ceiling")
-    ]
+    """The rows as a Markdown table, followed by notes and the examples that failed."""
+    scored = [column for row in rows for values in row["scores"].values() for column in values]
+    columns = [name for name in dict.fromkeys(["input", "input through the VAE", *scored]) if name not in FIRST]
     lines = [f"| | metric | score (ceiling) | {' | '.join(columns)} | samples | failed |"]
     lines += [f"| --- | --- | --: |{' --: |' * len(columns)} --: | --: |"]
     for row in rows:
@@ -67,54 +72,72 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if not row["scores"]:
             lines.append(f"| {row['row']} | - | - | {'- | ' * len(columns)}{counts} |")
         for metric, values in row["scores"].items():
-            model, ceiling, *rest = (number(metric, values.get(of)) for of in ("model", "ceiling", *columns))
+            model, ceiling, *rest = (format_score(metric, values.get(name)) for name in (*FIRST, *columns))
             lines.append(f"| {row['row']} | {metric} | {model} ({ceiling}) | {' | '.join(rest)} | {counts} |")
     failed = [f"- {failure['name']}: {failure['error']}" for row in rows for failure in row["failed"]]
     return "\n".join([*lines, "", NOTES, *(["Not scored:", "", *failed, ""] if failed else [])])
 
 
-def number(metric: str, value: float | None) -> str:
-    """A score as the table shows it."""
+def format_score(metric: str, value: float | None) -> str:
+    """A score as it is shown in the table."""
     if value is None:
         return "-"
-    return f"{value:.{IN_THEIR_UNIT[metric]}f}" if metric in IN_THEIR_UNIT else f"{100 * value:.1f}"
+    return f"{value:.{DECIMALS[metric]}f}" if metric in DECIMALS else f"{100 * value:.1f}"
 
 
-def contact_sheet(answers: Path, cases: Sequence[Case], records: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """Best, median and worst of `records`: input, each question's answer, the reading, and the truth."""
+def contact_sheet(
+    answers: Path,
+    examples: Sequence[LazyExample],
+    records: Sequence[Mapping[str, Any]],
+    readout: UNet2DModel | None,
+) -> Image.Image:
+    """Best, median and worst of `records`, each with input, answers, reading and truth."""
     ranked = sorted(records, key=lambda record: -record["score_key"])
     picks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     strips = []
     for rank, record in picks.items():
-        example = cases[record["index"]].open()
+        example = examples[record["index"]].open()
         panels, overlay = [("input", example.image)], example.image
         for index, task in enumerate(example.tasks):
             answer = Image.open(answers / answer_name(record["index"], index))
             panels.append((f'"{task.instruction()}"', answer))
-            overlay = task.overlay(overlay, task.read(example.image, answer, tuple(record["box"])))
-        panels += [("reading", overlay), ("truth", truth_picture(example))]
+            overlay = task.overlay(overlay, read(readout, task, example.image, answer, tuple(record["box"])))
+        panels += [("reading", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
-        strips.append(strip(f"{rank}: {metric} {number(metric, value)}, {record['name']}", panels))
+        strips.append(strip(f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
     return stack(strips)
 
 
-def check_names(cases: Sequence[Case]) -> None:
-    """Raise a ValueError unless there are cases, all names are unique, and no two rows would share a contact sheet."""
-    if not cases:
-        raise ValueError("`cases` must hold at least one case; got none.")
-    for what, names in (
-        ("names", [case.name for case in cases]),
-        ("rows' file names", [file_name(row) for row in dict.fromkeys(case.row for case in cases)]),
-    ):
-        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise ValueError(f"`cases` must have unique {what}; these come more than once: {', '.join(twice[:5])}.")
+def check_examples(examples: Sequence[LazyExample]) -> None:
+    """Check the names of the examples and of the rows.
+
+    Raises:
+        ValueError: there are no examples, two have the same name, two rows have the same file name, or a row has
+            examples of two sources.
+    """
+    if not examples:
+        raise ValueError("`examples` must have at least one example; got none.")
+    sources = dict.fromkeys((example.row, id(example.source)) for example in examples)
+    if repeated := duplicates(row for row, _ in sources):
+        raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
+    if repeated := duplicates(example.name for example in examples):
+        raise ValueError(
+            f"`examples` must have unique names; these are used more than once: {', '.join(repeated[:5])}."
+        )
+    if repeated := duplicates(file_name(row) for row, _ in sources):
+        raise ValueError(f"Rows must have unique file names; these are used more than once: {', '.join(repeated)}.")
+
+
+def duplicates(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def file_name(row: str) -> str:
-    """What a row's contact sheet is called, without the ending."""
+    """The name of a row's contact sheet, without the suffix."""
     return re.sub(r"[^\w+]+", "-", row.lower()).strip("-")
 
 
 def answer_name(index: int, number: int) -> str:
-    """The file of the answer to question `number` of the case at `index`."""
+    """The file name of the answer to task `number` of the example at `index`."""
     return f"{index:06d}-{number}.png"

@@ -1,57 +1,72 @@
-"""From a reading to what is written down of it, and from what is written down to the numbers of the table.
+"""Measures of one reading, and the scores of many.
 
-Scores are in pixels of the input. Masks and joints are scored on all of it: what lies outside the part that the answer
-shows counts as missed, for the ceiling as well. Pictures are scored on that part alone.
+Scores are in pixels of the input. Masks and joints are scored on the whole input: those outside the box that the
+answer shows count as missed, also for the ceiling. Pictures are scored inside the box only.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import metrics
 from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.readout import read_with_readout
+from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
-from instructdiffusion_pipeline.tasks.segmentation import Mask
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
 from instructdiffusion_pipeline.types import Joint, Pose
 
 Scores = dict[str, float | None]
 
 
-def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
-    """What scores need to know of a `reading`, as JSON holds it: joints, overlaps of masks, or scores of a picture.
+def read(readout: UNet2DModel | None, task: Task, image: Image.Image, answer: Image.Image, box: Box) -> Any:
+    """Read an answer as `ask` does: masks and joints with the `readout` if there is one, otherwise `task.read`."""
+    if readout is not None and isinstance(task, Segmentation | Keypoints):
+        return read_with_readout(readout, task, image, answer, box)
+    return task.read(image, answer, box)
 
-    What a reading is tells how to score it, whatever the task: a picture, or a dictionary of masks or of joints. The
-    true picture is what `draw` gives. `clip` scores edited pictures only.
+
+def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
+    """Compare a reading with the truth. The result can be written as JSON.
+
+    Args:
+        example: has the true annotation. The true picture is what the task's `draw` makes of it.
+        reading: a picture, or a dictionary of masks or joints. Its type decides on the measures.
+        box: the part of the input that the answer shows.
+        clip: also measures edited pictures.
+
+    Returns:
+        Joints, overlaps of masks, or scores of a picture.
     """
     if isinstance(reading, Image.Image):
-        whole = inner_box(box)
-        right, shown = truth_picture(example).crop(whole), reading.crop(whole)
-        scores = {"PSNR": metrics.psnr(right, shown), "SSIM": metrics.ssim(right, shown)}
+        inner = inner_box(box)
+        truth, shown = draw_truth(example).crop(inner), reading.crop(inner)
+        scores = {"PSNR": metrics.psnr(truth, shown), "SSIM": metrics.ssim(truth, shown)}
         if clip and isinstance(example.tasks[0], Editing):
-            scores["CLIP similarity"] = clip(right, shown)
+            scores["CLIP similarity"] = clip(truth, shown)
         return {"picture": scores}
     if not all(isinstance(part, Mask) for part in reading.values()):
-        truth = example.truth if isinstance(example.truth, Pose) else Pose(example.truth)
+        pose = example.truth if isinstance(example.truth, Pose) else Pose(example.truth)
         return {
             "joints": {name: joint and list(map(float, joint)) for name, joint in reading.items()},
-            "truth": {name: joint and list(map(float, joint)) for name in reading for joint in [truth.get(name)]},
+            "truth": {name: joint and list(map(float, joint)) for name in reading for joint in [pose.get(name)]},
             "side": max(example.image.size),
-            "area": truth.area,
-            "sigmas": truth.sigmas and dict(truth.sigmas),
+            "area": pose.area,
+            "sigmas": pose.sigmas and dict(pose.sigmas),
         }
-    nothing = np.zeros((example.image.height, example.image.width), bool)
-    return {
-        "masks": [Overlap.of(name, example.truth.get(name, nothing), mask.pixels) for name, mask in reading.items()]
-    }
+    empty = np.zeros((example.image.height, example.image.width), bool)
+    return {"masks": [Overlap.of(name, example.truth.get(name, empty), mask.pixels) for name, mask in reading.items()]}
 
 
 def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores of one row; None where one cannot be computed. All `measures` are of one kind."""
+    """The scores of one row of the table, from `measures` of one kind. None: the score cannot be computed."""
     if "joints" in measures[0]:
         return _joint_scores(measures)
     if "masks" in measures[0]:
@@ -67,7 +82,7 @@ def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
 
 
 def score_key(measure: Mapping[str, Any]) -> float:
-    """A number to sort answers of one row by, from worst to best."""
+    """A number by which the answers of one row are ranked; higher is better."""
     if "joints" in measure:
         found, truth = _joints(measure["joints"]), _joints(measure["truth"])
         steps = metrics.distances(truth, found, measure["side"])
@@ -99,8 +114,8 @@ def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]
     return {name: Joint(*value) if value else None for name, value in values.items()}
 
 
-def truth_picture(example: Example) -> Image.Image:
-    """The truth as it would be drawn for training, all questions in one picture."""
+def draw_truth(example: Example) -> Image.Image:
+    """The true answers to all tasks, drawn into one picture as for training."""
     picture = example.image
     for task in example.tasks:
         picture = task.draw(picture, example.truth)
