@@ -29,10 +29,10 @@ from instructdiffusion_pipeline.training import (
     ImageDataset,
     TrainingConfig,
     cache_samples,
-    load_start,
+    load_for_training,
     save_lora,
     train,
-    validation_questions,
+    validation_examples,
 )
 
 CONVERTER = Path(__file__).parent.parent / "conversion" / "convert_original_checkpoint.py"
@@ -102,7 +102,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         create_repo(options.push_to, exist_ok=True)  # a refusal must come before the training
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
-    pipeline = load_start(start)
+    pipeline = load_for_training(start)
     size = options.resolution or min(256, pipeline.default_resolution)
     columns = {
         "image": options.image_column,
@@ -125,7 +125,7 @@ def run(options: Options, config: TrainingConfig) -> None:
                 num_workers=config.num_workers,
                 seed=config.seed,
             )
-    questions = validation_questions(mixture, pipeline.config.task_settings)
+    questions = validation_examples(mixture, pipeline.config.task_settings)
     if steps := options.validation_num_inference_steps:
         questions = [
             replace(question, settings={**question.settings, "num_inference_steps": steps}) for question in questions

@@ -21,10 +21,10 @@ from model import build_pipeline, use_plain_attention
 from train import CONFIG
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export, load_presets
-from instructdiffusion_pipeline.evaluation import Case, evaluate, examples_from
-from instructdiffusion_pipeline.evaluation.report import number
-from instructdiffusion_pipeline.fingerprint import check_run_config
+from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
+from instructdiffusion_pipeline.evaluation.report import format_score
 from instructdiffusion_pipeline.files import write_text
+from instructdiffusion_pipeline.fingerprint import check_run_config
 from instructdiffusion_pipeline.training import CachedDataset, train
 
 SOURCES = {
@@ -74,9 +74,9 @@ def train_model(work: Path, sources: set[str] | None, steps: int, folder: Path) 
     export(pipeline.to(dtype=torch.float16), folder)
 
 
-def cases_by_family(world: Path, count: int) -> dict[str, list[Case]]:
+def cases_by_family(world: Path, count: int) -> dict[str, list[LazyExample]]:
     """`count` held-out questions a row, by the family of their task."""
-    cases: dict[str, list[Case]] = {family: [] for family in SOURCES}
+    cases: dict[str, list[LazyExample]] = {family: [] for family in SOURCES}
     for source in rows(world, count):
         asked = examples_from(source, count)
         cases[asked[0].open().tasks[0].family] += asked
@@ -88,7 +88,7 @@ def table(together: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     lines = ["| | metric | one model for all | one for its family alone |", "| --- | --- | --: | --: |"]
     for row, scores in together.items():
         metric = next(iter(scores))
-        both = (number(metric, of[metric]["model"]) for of in (scores, alone[row]))
+        both = (format_score(metric, of[metric]["model"]) for of in (scores, alone[row]))
         lines.append(f"| {row} | {metric} | {' | '.join(both)} |")
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,7 @@ from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.evaluation import Case, Example, evaluate, examples_from, through_vae
+from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from, vae_reconstruction
 from instructdiffusion_pipeline.evaluation.baselines import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
@@ -76,7 +76,7 @@ def answers_by_name(folder: Path) -> dict[str, Path]:
 
 
 def beyond(
-    cases: Sequence[Case], answers: Mapping[str, Path], pipeline: InstructDiffusionPipeline
+    cases: Sequence[LazyExample], answers: Mapping[str, Path], pipeline: InstructDiffusionPipeline
 ) -> dict[str, dict[str, float]]:
     """Means by row of what the table does not have (see `in_masks`, `in_joints` and `in_pictures`)."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -90,7 +90,7 @@ def beyond(
             measured = in_joints(example, answer)
         else:
             truth = task.draw(example.image, example.truth)
-            (ceiling,) = through_vae(pipeline, [truth], max(truth.size))
+            (ceiling,) = vae_reconstruction(pipeline, [truth], max(truth.size))
             shown = {"": answer, ", input": example.image, ", ceiling": ceiling}
             if case.row == "objects removed":
                 shown[", inpainted"] = inpaint(example.image, truth)
@@ -155,7 +155,7 @@ def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.
     return values
 
 
-def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[Case]:
+def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[LazyExample]:
     """The model's pictures with something new in them, and the question where that is."""
 
     def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Example:
@@ -172,7 +172,8 @@ def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Pat
         for index in range(len(source.dataset)):
             name = f"{source.name} {index}: {source.dataset.name(index)}"
             if name in answers:
-                cases.append(Case(name, OWN.format(what), partial(open_case, CHANGES[what], index, answers[name])))
+                read = partial(open_case, CHANGES[what], index, answers[name])
+                cases.append(LazyExample(name, OWN.format(what), read))
     return cases
 
 

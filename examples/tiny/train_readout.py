@@ -19,7 +19,7 @@ from tqdm import tqdm
 from world import SIZE, World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
-from instructdiffusion_pipeline.evaluation import Case, evaluate, examples_from
+from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.readout import CHANNELS, HEAT_SIGMA, HEATMAP, MASK, SUBFOLDER, asked, planes
 from instructdiffusion_pipeline.tasks.frames import Frame
@@ -67,7 +67,7 @@ def build() -> UNet2DModel:
     )
 
 
-def collect(cases: list[Case], answers: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collect(cases: list[LazyExample], answers: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the network takes [N, CHANNELS, SIZE, SIZE] for every colour asked for, the truth [N, SIZE, SIZE], and
     which of the network's channels it is [N]."""
     rows = [
@@ -77,7 +77,7 @@ def collect(cases: list[Case], answers: Path) -> tuple[torch.Tensor, torch.Tenso
     return torch.stack(given), torch.stack(truth), torch.tensor(channel)
 
 
-def examples(index: int, case: Case, answers: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+def examples(index: int, case: LazyExample, answers: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """The rows of one case, in half precision."""
     example = case.open()
     (task,) = example.tasks
