@@ -43,9 +43,7 @@ class CachedDataset(Dataset):
         self._places = np.arange(count)
         if only is not None:
             if unknown := sorted(set(only) - set(self.sources)):
-                raise ValueError(
-                    f"`only` must be names of {', '.join(self.sources)}; got {', '.join(unknown)}."
-                )
+                raise ValueError(f"`only` must be names of {', '.join(self.sources)}; got {', '.join(unknown)}.")
             numbers = torch.cat([shard["source"] for shard in self._shards])
             self._places = np.flatnonzero([self.sources[number] in only for number in numbers])
         self._order: tuple[int, np.ndarray] | None = None

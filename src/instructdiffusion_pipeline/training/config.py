@@ -23,13 +23,9 @@ class TrainingConfig:
     batch_size: int = setting(64, "samples per process and forward pass")
     gradient_accumulation_steps: int = setting(1, "batches per update")
     learning_rate: float = setting(1e-4, "learning rate after the warm-up")
-    lr_scheduler: str = setting(
-        "constant", "of diffusers: constant, constant_with_warmup, cosine, linear ..."
-    )
+    lr_scheduler: str = setting("constant", "of diffusers: constant, constant_with_warmup, cosine, linear ...")
     lr_warmup_steps: int = setting(0, "updates of the warm-up; 0 with constant")
-    optimizer: Literal["adamw", "adamw8bit"] = setting(
-        "adamw", "adamw8bit needs bitsandbytes and CUDA"
-    )
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float = setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "norm to which gradients are clipped")
     ema_decay: float = setting(0.9999, "decay of the EMA weights, which are saved; 0 disables EMA")
