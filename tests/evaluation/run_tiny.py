@@ -1,4 +1,4 @@
-"""An evaluation of a model of random weights on 17 examples of all kinds; as a script, one that can be killed."""
+"""An evaluation of a model with random weights on 17 examples; run as a script, it can be killed."""
 
 import random
 import sys
@@ -42,7 +42,7 @@ def unreadable() -> Example:
 
 
 def examples() -> list[LazyExample]:
-    """Of every family, sizes mixed; one cannot be opened, one is too elongated, one has a truth of another size."""
+    """All families and several sizes; one cannot be opened, one is too elongated, one has a truth of another size."""
     restore, edit = Restoration("noise"), Editing("make it winter")
     found = []
     for seed in range(5):
@@ -70,7 +70,7 @@ def examples() -> list[LazyExample]:
 
 
 def model() -> InstructDiffusionPipeline:
-    """Random weights with a VAE of factor 8, so that 64 x 64 pixels, the least there is, are 8 x 8 latents."""
+    """Random weights with a VAE of factor 8, so that 64 x 64 pixels, the smallest size, are 8 x 8 latents."""
     parts = tiny.components()
     parts["vae"] = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),

@@ -1,4 +1,4 @@
-"""Classical methods do what they are known for on photographs."""
+"""The classical baselines improve photographs."""
 
 import random
 

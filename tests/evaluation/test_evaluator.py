@@ -1,4 +1,4 @@
-"""The runner on real, tiny components: killed and resumed, refused, scored, and shown."""
+"""`evaluate` with small components: resuming, refusals, scores, contact sheets."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """An evaluation that nobody interrupted."""
+    """An evaluation that was not interrupted."""
     folder = tmp_path_factory.mktemp("evaluation") / "whole"
     run_tiny.run(folder)
     return folder
@@ -54,7 +54,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def torn(whole, tmp_path):
-    """Makes what a kill would leave after so many bytes of records."""
+    """Makes copies of the evaluation as if it had been killed after `size` bytes of records."""
 
     def tear(size: int) -> Path:
         folder = tmp_path / f"torn-{size}"
@@ -68,7 +68,7 @@ def torn(whole, tmp_path):
 
 
 def kill_after(folder: Path, lines: int, delay: float) -> None:
-    """Start an evaluation in a process of its own and kill it some seconds after it wrote so many records."""
+    """Start an evaluation in another process, and kill it `delay` seconds after it wrote `lines` records."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, run_tiny.__file__, str(folder)], env=environment, stderr=subprocess.PIPE)
     path = folder / "records.jsonl"
@@ -281,7 +281,7 @@ def saved_answer(folder: Path, index: int, number: int) -> np.ndarray:
 
 
 def test_an_answer_is_that_of_ask_with_a_seed_of_its_own(whole):
-    """Neighbours in the batch change nothing that shows."""
+    """Other examples in the batch do not change an answer visibly."""
     pipe = run_tiny.model()
     for index, lazy in enumerate(run_tiny.examples()):
         if lazy.row in ("editing", "keypoints"):
@@ -321,7 +321,7 @@ def shipped() -> InstructDiffusionPipeline:
 
 @torch.no_grad()
 def through_vae(pipeline: InstructDiffusionPipeline, picture: Image.Image) -> Image.Image:
-    """The VAE by itself, for a picture whose sides are multiples of 64."""
+    """Encode and decode a picture whose sides are multiples of 64."""
     pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 127.5 - 1
     decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
     return Image.fromarray(((decoded[0].clamp(-1, 1) / 2 + 0.5) * 255).movedim(0, -1).numpy().astype(np.uint8))

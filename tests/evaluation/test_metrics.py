@@ -164,7 +164,7 @@ def test_empty_truths():
     assert [overlap.iou for overlap in (left_alone, stray, painted)] == [1, 1, 0]
     assert metrics.no_target_accuracy([left_alone, stray, painted]) == pytest.approx(2 / 3)
     assert metrics.no_target_accuracy([Overlap.of("cat", spot, nothing)]) is None
-    assert Overlap.of("cat", one, one).iou == 1, "a true object may be as small as it is"
+    assert Overlap.of("cat", one, one).iou == 1, "a true object may be small"
     assert metrics.cumulated_iou([left_alone, stray]) is None and metrics.mean_class_iou([left_alone]) is None
 
 

@@ -8,7 +8,7 @@ from instructdiffusion_pipeline.types import Edit
 
 
 class Pairs:
-    """`count` noise pictures, each with another as its edit."""
+    """`count` noise pictures, each with another one as its edited picture."""
 
     skipped: list[tuple[str, str]] = []
 
@@ -28,7 +28,7 @@ class Pairs:
 
 
 def mixture(count: int = 5, seed: int = 0, side: int = 32) -> Mixture:
-    """Two sources, of `count` pairs and of two."""
+    """Two sources, with `count` pairs and with two."""
     sources = [
         Source("many", Pairs(count, side=side), Editing.from_annotation),
         Source("two", Pairs(2, 100, side), Editing.from_annotation),

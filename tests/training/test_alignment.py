@@ -1,4 +1,4 @@
-"""The alignment stage, whole, on the model that ships: candidates, picks by a score, fine-tuning, a better score."""
+"""The whole alignment stage with the model that ships: candidates, picks by score, fine-tuning, a better score."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from instructdiffusion_pipeline.types import Sample
 TASK = Segmentation({"sunflower": "blue"})
 SPRITE = Image.open(tiny.ROOT / "examples" / "demo" / "sunflower.png").convert("RGBA")
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
-GRID = [(text, image) for text in (0.5, 1.0, 2.0) for image in (0.5, 1.0)]  # around its own preset
+GRID = [(text, image) for text in (0.5, 1.0, 2.0) for image in (0.5, 1.0)]  # around the model's own settings
 STEPS, GOOD = 12, 0.6  # denoising steps; an IoU that is worth a pick
 
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.preferences import load_preferences
@@ -36,7 +37,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
     untouched.rename(tmp_path / "picks" / untouched.name)  # somebody has begun to pick
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     again = files(tmp_path)
-    assert not untouched.exists(), "what was moved is not made again"
+    assert not untouched.exists(), "candidates that were moved are not made again"
     assert again.pop("picks/000000_00_s1.5_i1.png") == whole.pop("candidates/000000_00_s1.5_i1.png")
     assert again == whole
     with pytest.raises(ValueError, match="same run; in .*, seed was 0 and is 1"):
@@ -58,6 +59,17 @@ def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
     assert edit.instruction == "paint 2" and (np.asarray(image) == np.asarray(SAMPLES[2].image)).all()
     assert (np.asarray(edit.edited) == np.asarray(Image.open(tmp_path / "picks" / "000002_01_s3_i1.25.png"))).all()
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["instruction"] == "paint 1"
+
+
+def test_samples_are_answered_at_their_own_size(pipe, tmp_path):
+    image = tiny.picture(48, 48)
+    assert pipe.default_resolution == 32
+    make_candidates(pipe, [Sample(image, image, "paint")], tmp_path, [(3.0, 1.0)], 2, seed=4)
+    seed = int(np.random.SeedSequence((4, 0, 0)).generate_state(1)[0])
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "image_guidance_scale": 1.0, "resolution": 0}
+    (expected,) = pipe("paint", image, generator=torch.Generator().manual_seed(seed), **settings).images
+    (path,) = (tmp_path / "candidates").iterdir()
+    assert (np.asarray(Image.open(path)) == np.asarray(expected)).all()
 
 
 def test_the_grid_is_the_papers_twenty():

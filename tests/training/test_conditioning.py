@@ -7,7 +7,7 @@ from instructdiffusion_pipeline.training.encoding import draw_step_noise, drop_c
 
 
 def dropped(draws):
-    """Which samples lost their text and which their image."""
+    """Which samples lost their text, and which lost their image."""
     size = len(draws)
     ids, image_latents = drop_conditioning(
         torch.ones(size, 3, dtype=torch.long), torch.ones(size, 4, 1, 1), torch.zeros(3, dtype=torch.long), draws

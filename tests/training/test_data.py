@@ -54,7 +54,7 @@ def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, ca
     assert "77 tokens" in caplog.text
 
 
-def test_draws_hang_on_seed_and_position_alone():
+def test_noise_depends_on_seed_and_position_only():
     together = draw_step_noise(3, [0, 1, 2, 3], SHAPE, 1000)
     apart = [draw_step_noise(3, [position], SHAPE, 1000) for position in range(4)]
     for number, column in enumerate(together):
@@ -63,7 +63,7 @@ def test_draws_hang_on_seed_and_position_alone():
     assert not torch.equal(other.noise, apart[0].noise) and not torch.equal(apart[0].noise, apart[1].noise)
 
 
-def test_draws_have_their_distributions():
+def test_noise_has_its_distributions():
     draws = draw_step_noise(0, range(2000), torch.Size([1, 4, 4]), 1000)
     for noise in (draws.noise, draws.posterior_noise):
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03

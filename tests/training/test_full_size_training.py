@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size, with random weights: widened, and trained for two updates at 256 x 256."""
+"""Stable Diffusion 1.5 at its real size with random weights: image latents added, two updates at 256 x 256."""
 
 import time
 
@@ -16,7 +16,7 @@ from instructdiffusion_pipeline.training.metrics import peak_memory
 
 @pytest.mark.slow
 def test_full_size_is_widened_and_trained(tmp_path):
-    """Holds 8 GB and writes 4 GB under the temporary folder. Low-rank: moments of all weights would take 7 GB more."""
+    """Needs 8 GB of memory and 4 GB of disk. It trains LoRA, as the optimizer state of all weights takes 7 GB more."""
     torch.manual_seed(0)
     levels = (320, 640, 1280, 1280)
     unet = UNet2DConditionModel(

@@ -31,6 +31,7 @@ from instructdiffusion_pipeline.training import (
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 from instructdiffusion_pipeline.training.loss import denoising_loss
 from instructdiffusion_pipeline.training.validation import validation_grid
+from instructdiffusion_pipeline.types import Sample
 
 TWO_PROCESSES = tiny.ROOT / "examples" / "accelerate" / "two_processes_cpu.yaml"
 SCRIPT = Path(__file__).parent / "train_tiny.py"
@@ -56,7 +57,7 @@ def two_samples(pipe):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, cached):
-    """All of a run is in its checkpoints: weights, average, optimizer, schedule, place in the data."""
+    """A checkpoint has the whole state: weights, EMA, optimizer, schedule, place in the data."""
     settings = {
         "max_train_steps": 9,
         "batch_size": 2,
@@ -75,12 +76,12 @@ def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, 
     deadline = time.time() + 120
     while not checkpoints(broken) and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
-    time.sleep(random.Random().uniform(0, 0.2))  # anywhere in the updates and checkpoints that follow
+    time.sleep(random.Random().uniform(0, 0.2))  # at any time in the updates and checkpoints that follow
     process.kill()
     process.wait()
     assert checkpoints(broken), "killed before the first checkpoint"
     assert not (broken / "weights.pt").exists(), "killed after the end"
-    # The pictures are read by two other processes now: that must not matter.
+    # Two worker processes read the pictures now, which must not change the result.
     subprocess.run(command(broken, cache, **settings, num_workers=2), check=True, capture_output=True)
 
     expected, resumed = weights_of(whole), weights_of(broken)
@@ -113,7 +114,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path):
 
 
 def losses(pipe, dataset, positions=64):
-    """Mean loss of `pipe` on many draws, for comparison before and after."""
+    """Mean loss of `pipe` for many timesteps, to compare before and after training."""
     batch = torch.utils.data.default_collate([dataset[position] for position in range(positions)])
     batch = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -150,7 +151,7 @@ def test_every_way_to_train_lowers_the_loss_on_two_samples(way, pipe, two_sample
     before = losses(pipe, dataset)
     config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
     train(pipe, dataset, dataclasses.replace(config, **WAYS[way]), tmp_path)
-    # Low-rank additions to the attention of random weights cannot do as much.
+    # LoRA in the attention of random weights lowers the loss less.
     assert losses(pipe, dataset) < (0.95 if way == "LoRA" else 0.85) * before
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float32}
     assert torch.equal(embeds, pipe.encode_prompt("make it number 0")[0])
@@ -238,7 +239,7 @@ def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
         train(pipe, two_samples, FEW, tmp_path, resume=tmp_path / "checkpoint-7")
 
 
-def test_a_run_can_be_made_longer_and_its_batches_cut_otherwise(pipe, two_samples, tmp_path):
+def test_a_run_can_be_made_longer_and_its_other_batches(pipe, two_samples, tmp_path):
     train(pipe, two_samples, dataclasses.replace(FEW, checkpoints_total_limit=2), tmp_path)
     assert json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())["samples_per_step"] == 2
     longer = dataclasses.replace(
@@ -275,7 +276,7 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
     with pytest.raises(ValueError, match='prediction_type "epsilon" or "v_prediction"; got \'sample\''):
         train(clean, two_samples, FEW, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    train(pipe, two_samples, FEW, tmp_path / "out")  # a refusal leaves other precisions open
+    train(pipe, two_samples, FEW, tmp_path / "out")  # a refusal does not fix the precision
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,19 @@ def test_validation_pictures_have_fixed_noise_and_do_not_disturb_training(pipe, 
     assert all(torch.equal(shown[name], hidden[name]) for name in hidden)
     # The last grid is of the weights that the run returns: the average.
     assert (np.asarray(validation_grid(pipe, [example, example])) == grids[-1]).all()
+
+
+def test_validation_pictures_have_the_size_of_the_training_pictures(pipe):
+    sizes = []
+
+    def note(pipeline, step, timestep, tensors):
+        sizes.append(tuple(tensors["latents"].shape[-2:]))
+        return tensors
+
+    image = tiny.picture(48, 48)
+    settings = {"num_inference_steps": 1, "callback_on_step_end": note}
+    validation_grid(pipe, [ValidationExample("editing", Sample(image, image, "paint"), settings)])
+    assert pipe.default_resolution == 32 and sizes == [(48 // pipe.vae_scale_factor,) * 2]
 
 
 def test_an_interrupted_validation_leaves_the_trained_weights_and_not_the_average(pipe, samples, tmp_path):

@@ -74,7 +74,7 @@ def test_min_snr_weights_each_sample_by_its_clipped_snr(golden_pipe, step):
 
 
 class Ideal(torch.nn.Module):
-    """Predicts velocity as one would who knew that the latents are `latents`, out of the noisy ones and t."""
+    """Predicts the exact velocity from the noisy latents and t, as it knows the `latents`."""
 
     def __init__(self, latents):
         super().__init__()

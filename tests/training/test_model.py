@@ -1,4 +1,4 @@
-"""What training starts from: InstructDiffusion's folders, and Stable Diffusion's widened."""
+"""Loading a model to train: InstructDiffusion, and Stable Diffusion with input channels added."""
 
 import pytest
 import tiny
@@ -19,7 +19,7 @@ def four_channels(**changes):
 
 
 def answers(dtype, size, seed=0):
-    """What a UNet of 4 channels and the widened one say to the same noisy latents."""
+    """Outputs of a UNet with 4 input channels, and of the expanded one, for the same noisy latents."""
     unet = four_channels().to(dtype)
     generator = torch.Generator().manual_seed(seed)
     noisy, image = torch.randn(2, 3, 4, size, size, generator=generator).to(dtype)
@@ -36,7 +36,7 @@ def test_a_widened_unet_says_exactly_what_it_said(dtype, size):
     assert torch.equal(narrow, wide)
 
 
-def test_widening_copies_the_bias_and_starts_the_new_channels_at_zero():
+def test_expanding_copies_the_bias_and_starts_the_new_channels_at_zero():
     unet = four_channels()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     wide = expand_conv_in(unet)
@@ -80,7 +80,7 @@ def test_starts_from_half_precision_in_float32(pipe, tmp_path):
 
 
 def test_a_unet_in_shards_is_put_together(pipe):
-    """What FSDP ends with, on weights that are not sharded, since accelerate does not shard on a CPU."""
+    """The weights at the end of FSDP, here not sharded, as accelerate does not shard on a CPU."""
     denoiser = Denoiser(pipe, TrainingConfig(max_train_steps=1))
     whole = gather_unet(Accelerator(), denoiser, pipe.unet)
     ours, theirs = whole.state_dict(), pipe.unet.state_dict()

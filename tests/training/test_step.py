@@ -1,4 +1,4 @@
-"""What the loop hands to the model, and how it moves the weights, against the same computed apart."""
+"""The inputs of the model and the updates of the weights, compared with an independent computation."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ CONFIG = TrainingConfig(max_train_steps=1, batch_size=16, learning_rate=1e-3, em
 
 
 def expected_inputs(pipe, samples, config):
-    """Latents, image latents, embeddings, noise and timesteps of the first batch, in a few plain lines."""
+    """Latents, image latents, embeddings, noise and timesteps of the first batch, computed independently."""
     draws = draw_step_noise(config.seed, range(config.batch_size), torch.Size([4, 16, 16]), 1000)
     rows = [samples.mixture[position] for position in range(config.batch_size)]
     with torch.no_grad():

@@ -226,7 +226,7 @@ def vae_reconstruction(
     pixels, sizes = pipeline.preprocess_image(list(pictures), resolution)
     latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
     decoded = pipeline.decode_latents(latents * pipeline.vae.config.scaling_factor)
-    return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=True))
+    return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=resolution != 0))
 
 
 def one_line(error: Exception) -> str:

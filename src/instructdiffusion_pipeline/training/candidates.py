@@ -35,7 +35,7 @@ def make_candidates(
     batch_size: int = 4,
     seed: int = 0,
 ) -> None:
-    """Answer each sample with every guidance setting of `grid`, each from different noise.
+    """Answer each sample at its own size with every guidance setting of `grid`, each from different noise.
 
     A run that was stopped continues when it is called again.
 
@@ -102,6 +102,7 @@ def generate_candidates(
             num_inference_steps=num_inference_steps,
             guidance_scale=text,
             image_guidance_scale=image,
+            resolution=0,  # that of the samples
             generator=generators,
             return_dict=False,
         )

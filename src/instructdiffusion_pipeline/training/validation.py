@@ -69,7 +69,7 @@ def validation_grid(
             zeros if text_to_image else sample.image,
             generator=torch.Generator().manual_seed(SEED),
             return_dict=False,
-            **example.settings,
+            **{"resolution": 0, **example.settings},  # the size of the training pictures
         )
         panels = [(f'"{sample.instruction}"', answer), ("target", sample.target)]
         rows.append(strip(example.title, panels if text_to_image else [("input", sample.image), *panels]))
