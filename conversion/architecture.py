@@ -1,4 +1,4 @@
-"""What model a checkpoint holds: sizes from the shapes of its weights, head counts from what describes it."""
+"""Infer the configurations of a checkpoint's components: sizes from shapes of weights, head counts from files."""
 
 import re
 from collections import Counter
@@ -10,13 +10,15 @@ import torch
 import yaml
 from transformers import CLIPTextConfig
 
+from instructdiffusion_pipeline.cli import UsageError
+
 Shapes = Mapping[str, torch.Size]
 
 UNET = r"model\.diffusion_model\."
 VAE = r"first_stage_model\."
 TEXT = r"cond_stage_model\.transformer\.text_model\."
 
-# Stable Diffusion 1.5's widths, for which its head counts are known without a file that says so.
+# Weights do not determine head counts. For models with the sizes of Stable Diffusion 1.5, its head counts are used.
 SD15_UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
 SD15_UNET_HEADS = 8
 SD15_TEXT: dict[str, Any] = {
@@ -30,19 +32,20 @@ SD15_TEXT_HEADS = 12
 
 
 def read_original_config(path: Path) -> dict[str, Any]:
-    """The part of the original's YAML that describes the model."""
+    """Return `model.params` of a configuration file of the original."""
     try:
         params = yaml.safe_load(path.read_text())["model"]["params"]
         params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"--original_config_file: {path} is not a YAML file of the original, with model.params.unet_config and "
-            f"model.params.first_stage_config ({error!r})."
+        raise UsageError(
+            f"--original_config_file: {path} is not a YAML file of the original: it must have "
+            f"model.params.unet_config and model.params.first_stage_config ({error!r})."
         ) from error
     return params
 
 
 def scheduler_config(original: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the scheduler's configuration; without `original`, that of Stable Diffusion 1.5."""
     original = original or {}
     return {
         "beta_start": original.get("linear_start", 0.00085),
@@ -55,27 +58,37 @@ def scheduler_config(original: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def unet_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration of the UNet.
+
+    Args:
+        shapes: the original's name of every weight, and its shape.
+        original: what `read_original_config` returned, or None for a UNet with the sizes of Stable Diffusion 1.5.
+    """
     downsamplers = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.0\.op\.(?:weight|bias)")
     levels = len(downsamplers) + 1
     resnets = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.0\.in_layers\.0\.(?:weight|bias)")
     layers = len(resnets) // levels
-    attended = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.1\.norm\.(?:weight|bias)")
+    attentions = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.1\.norm\.(?:weight|bias)")
 
-    widths, attends = [], []
+    widths, has_attention = [], []
     for level in range(levels):
         blocks = range(1 + level * (layers + 1), 1 + level * (layers + 1) + layers)
-        here = UNET + rf"input_blocks\.(?:{'|'.join(map(str, blocks))})\.0\."
-        widths.append(_size(shapes, here + r"(?:out_layers\.[03]|emb_layers\.1)\.(?:weight|bias)"))
-        attends.append(not attended.isdisjoint(blocks))
+        prefix = UNET + rf"input_blocks\.(?:{'|'.join(map(str, blocks))})\.0\."
+        widths.append(_size(shapes, prefix + r"(?:out_layers\.[03]|emb_layers\.1)\.(?:weight|bias)"))
+        has_attention.append(not attentions.isdisjoint(blocks))
     latents = _latent_channels(shapes)
     config = {
         "sample_size": 64,
-        "in_channels": 2 * latents,  # the noisy latents and those of the image
+        "in_channels": 2 * latents,  # noisy latents and image latents
         "out_channels": latents,
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+        "down_block_types": tuple(
+            "CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention
+        ),
+        "up_block_types": tuple(
+            "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)
+        ),
         "cross_attention_dim": _size(shapes, UNET + r".*\.attn2\.to_[kv]\.weight", 1),
         "transformer_layers_per_block": len(
             _numbers(shapes, UNET + r"middle_block\.1\.transformer_blocks\.(\d+)\.norm\d\.(?:weight|bias)")
@@ -83,12 +96,13 @@ def unet_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str,
     }
     if original is not None:
         _check_against(original["unet_config"]["params"], config)
-    # diffusers calls the number of heads `attention_head_dim`.
+    # In UNet2DConditionModel, `attention_head_dim` is the number of heads.
     config["attention_head_dim"] = _unet_heads(config, original)
     return config
 
 
 def vae_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration of the VAE; arguments as in `unet_config`."""
     levels = len(_numbers(shapes, VAE + r"encoder\.down\.(\d+)\.block\.\d+\.norm1\.(?:weight|bias)"))
     widths = [
         _size(shapes, VAE + rf"encoder\.down\.{level}\.block\.\d+\.(?:norm2|conv[12])\.(?:weight|bias)")
@@ -119,6 +133,12 @@ def vae_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str, 
 
 
 def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
+    """Return the configuration of the text encoder.
+
+    Args:
+        shapes: the original's name of every weight, and its shape.
+        source: folder or Hub id with a config.json; None for a text encoder with the sizes of Stable Diffusion 1.5.
+    """
     sizes: dict[str, Any] = {
         "hidden_size": _size(shapes, TEXT + r"encoder\.layers\.\d+\.layer_norm[12]\.(?:weight|bias)"),
         "intermediate_size": _size(shapes, TEXT + r"encoder\.layers\.\d+\.mlp\.fc1\.(?:weight|bias)"),
@@ -128,29 +148,29 @@ def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
     }
     if source is None:
         if sizes != SD15_TEXT:
-            raise ValueError(
-                "--text_encoder is needed: weights do not show how many heads a text encoder has, and this one is not "
-                f"Stable Diffusion 1.5's ({sizes}). Name a folder or Hub id with its config.json."
+            raise UsageError(
+                "--text_encoder is needed: the weights do not determine the number of heads, and this text encoder is "
+                f"not Stable Diffusion 1.5's ({sizes}). Give a folder or Hub id with its config.json."
             )
         return CLIPTextConfig(**sizes, num_attention_heads=SD15_TEXT_HEADS, projection_dim=768)
 
-    # A folder without config.json would silently give transformers' default configuration.
+    # For a folder without config.json, transformers returns its default configuration without a warning.
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"--text_encoder: {source} has no config.json.")
+        raise UsageError(f"--text_encoder: {source} has no config.json.")
     try:
         config = CLIPTextConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--text_encoder: no text configuration could be read from {source} ({error}).") from error
+        raise UsageError(f"--text_encoder: no text configuration could be read from {source} ({error}).") from error
     wrong = [
         f"{key} {getattr(config, key)} (the weights: {size})"
         for key, size in sizes.items()
         if getattr(config, key) != size
     ]
     if wrong:
-        raise ValueError(f"--text_encoder: {source} describes another text encoder: {', '.join(wrong)}.")
+        raise UsageError(f"--text_encoder: {source} describes another text encoder: {', '.join(wrong)}.")
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"--text_encoder: {source} says {config.num_attention_heads} heads, which do not divide its width of "
+        raise UsageError(
+            f"--text_encoder: {source} has {config.num_attention_heads} heads, which does not divide its width "
             f"{config.hidden_size}."
         )
     return config
@@ -160,10 +180,10 @@ def _unet_heads(config: Mapping[str, Any], original: Mapping[str, Any] | None) -
     widths = config["block_out_channels"]
     if original is None:
         if any(config[key] != value for key, value in SD15_UNET.items()):
-            raise ValueError(
-                "--original_config_file is needed: weights do not show how many heads a UNet has, and this one is not "
-                f"Stable Diffusion 1.5's (widths {list(widths)}, text width {config['cross_attention_dim']}). Name "
-                "the YAML file it was trained with."
+            raise UsageError(
+                "--original_config_file is needed: the weights do not determine the number of heads, and this UNet is "
+                f"not Stable Diffusion 1.5's (widths {list(widths)}, text width {config['cross_attention_dim']}). "
+                "Give the YAML file that the model was trained with."
             )
         return SD15_UNET_HEADS
     described = original["unet_config"]["params"]
@@ -171,7 +191,7 @@ def _unet_heads(config: Mapping[str, Any], original: Mapping[str, Any] | None) -
     heads = described.get("num_heads", -1)
     key, number = ("num_heads", heads) if channels == -1 else ("num_head_channels", channels)
     if not isinstance(number, int) or number < 1 or any(width % number for width in widths):
-        raise ValueError(
+        raise UsageError(
             f"--original_config_file: unet_config.{key} is {number!r}, which does not divide the UNet's widths "
             f"{list(widths)}."
         )
@@ -180,7 +200,7 @@ def _unet_heads(config: Mapping[str, Any], original: Mapping[str, Any] | None) -
 
 def _check_against(described: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     scales = [2**level for level in range(len(config["block_out_channels"]))]
-    attends = [scale for scale, kind in zip(scales, config["down_block_types"], strict=True) if "Attn" in kind]
+    attentions = [scale for scale, kind in zip(scales, config["down_block_types"], strict=True) if "Attn" in kind]
     resolutions = described.get("attention_resolutions") or []
     _agree(
         {
@@ -191,7 +211,7 @@ def _check_against(described: Mapping[str, Any], config: Mapping[str, Any]) -> N
                 config["block_out_channels"],
             ),
             "unet_config.num_res_blocks": (described.get("num_res_blocks"), config["layers_per_block"]),
-            "unet_config.attention_resolutions": ([s for s in scales if s in resolutions], attends),
+            "unet_config.attention_resolutions": ([s for s in scales if s in resolutions], attentions),
             "unet_config.context_dim": (described.get("context_dim"), config["cross_attention_dim"]),
             "unet_config.transformer_depth": (
                 described.get("transformer_depth", 1),
@@ -202,9 +222,9 @@ def _check_against(described: Mapping[str, Any], config: Mapping[str, Any]) -> N
 
 
 def _agree(pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    wrong = [f"{key} {said} (the weights: {found})" for key, (said, found) in pairs.items() if said != found]
+    wrong = [f"{key} {given} (the weights: {found})" for key, (given, found) in pairs.items() if given != found]
     if wrong:
-        raise ValueError(f"--original_config_file describes another model: {', '.join(wrong)}.")
+        raise UsageError(f"--original_config_file describes another model: {', '.join(wrong)}.")
 
 
 def _widths(described: Mapping[str, Any], base: str, factors: str) -> tuple[int, ...] | None:
@@ -222,12 +242,15 @@ def _numbers(shapes: Shapes, pattern: str) -> set[int]:
 
 
 def _size(shapes: Shapes, pattern: str, dimension: int = 0) -> int:
-    """What most of the weights so named say: one of a wrong shape must stand out, and not decide for the others."""
+    """Return the most common size along `dimension` among the weights whose names match `pattern`.
+
+    A single weight of a wrong shape does not change the result; `check_names` reports it later.
+    """
     named = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
-    said = Counter(shape[dimension] for shape in named if len(shape) > dimension)
-    if not said:
-        raise ValueError(
-            "--checkpoint_path: not the weights of an InstructDiffusion or Stable Diffusion 1 model: missing "
+    counts = Counter(shape[dimension] for shape in named if len(shape) > dimension)
+    if not counts:
+        raise UsageError(
+            "--checkpoint_path: must hold an InstructDiffusion or Stable Diffusion 1 model, but has no "
             + pattern.replace("\\", "")
         )
-    return said.most_common(1)[0][0]
+    return counts.most_common(1)[0][0]

@@ -1,24 +1,25 @@
-"""Turns a folder of this pipeline back into one checkpoint file of the original, laid out as its released weights.
+"""Convert the folder of a pipeline to a checkpoint file of the original, in the layout of its released weights.
 
 python conversion/convert_to_original.py --model_path folder --checkpoint_path instruct.ckpt
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from components import build_empty, tables
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
-from original_names import is_pointwise
+from original_names import build_empty, is_pointwise, name_tables
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
-from weights import Weights, check_names, check_new, read_safetensors, read_values, written_whole
+from weights import Weights, check_names, check_new, read_safetensors, read_values
 
-# What the original's code fixes and no name or shape of a weight shows.
-FIXED: dict[str, dict[str, Any]] = {
+from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.files import atomic_write
+
+# Settings that are constant in the original's code and do not follow from names and shapes of weights.
+REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
     "unet": {
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
@@ -36,12 +37,12 @@ FORMATS = (".safetensors", ".ckpt")
 
 
 def convert_back(model_path: str | Path) -> Weights:
-    """The weights of a folder under the original's names and in its shapes; they stay in their files, mapped."""
+    """Return the weights of a folder with the original's names and shapes. They are memory-mapped from their files."""
     model_path = Path(model_path)
     parts = [f"{component}/config.json" for component in ("unet", "vae", "text_encoder")]
     for part in (*parts, "scheduler/scheduler_config.json"):
         if not (model_path / part).is_file():
-            raise ValueError(f"--model_path: {model_path} is no pipeline's folder, it has no {part}.")
+            raise UsageError(f"--model_path: must be the folder of a pipeline, but {model_path} has no {part}.")
     models = build_empty(
         UNet2DConditionModel.load_config(model_path / "unet"),
         AutoencoderKL.load_config(model_path / "vae"),
@@ -50,15 +51,15 @@ def convert_back(model_path: str | Path) -> Weights:
     configs = {component: model.config for component, model in models.items()}
     configs["scheduler"] = EulerAncestralDiscreteScheduler.from_pretrained(model_path / "scheduler").config
     wrong = [
-        f"{component} has {key} {configs[component][key]!r} and not {value!r}"
-        for component, settings in FIXED.items()
+        f"{component} has {key} {configs[component][key]!r} instead of {value!r}"
+        for component, settings in REQUIRED_SETTINGS.items()
         for key, value in settings.items()
         if configs[component][key] != value
     ]
     if wrong:
-        raise ValueError(f"--model_path: the original cannot run {model_path}: its {'; its '.join(wrong)}.")
+        raise UsageError(f"--model_path: the original cannot run {model_path}: {'; '.join(wrong)}.")
     weights: Weights = {}
-    for component, table in tables(models).items():
+    for component, table in name_tables(models).items():
         folder = model_path / component
         where = f"--model_path {folder}"
         check_names(
@@ -71,40 +72,40 @@ def convert_back(model_path: str | Path) -> Weights:
 
 
 def read_component(folder: Path) -> Weights:
-    """All weight files of one component, for diffusers may have split it in shards."""
+    """Return the weights of one component from all its shards."""
     weights: Weights = {}
     for path in sorted(folder.glob("*.safetensors")):
-        part = read_safetensors(path, "--model_path")
-        twice = weights.keys() & part.keys()
-        if twice:
-            raise ValueError(
-                f"--model_path: {path} holds {len(twice)} weights that another file of {folder} holds too. Keep one "
-                "variant of a component in its folder."
+        shard = read_safetensors(path, "--model_path")
+        duplicates = weights.keys() & shard.keys()
+        if duplicates:
+            raise UsageError(
+                f"--model_path: {path} has {len(duplicates)} weights that another file in {folder} also has. Keep one "
+                "variant of the component."
             )
-        weights |= part
+        weights |= shard
     return weights
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="folder written by save_pretrained")
-    parser.add_argument("--checkpoint_path", required=True, help="file to write, .safetensors or .ckpt")
+    parser.add_argument("--model_path", required=True, help="folder of a pipeline, saved by save_pretrained")
+    parser.add_argument(
+        "--checkpoint_path", required=True, help="output file, .safetensors or .ckpt; it must not exist yet"
+    )
     args = parser.parse_args()
     target = Path(args.checkpoint_path).resolve()
-    try:
-        if target.suffix not in FORMATS:
-            raise ValueError(f"--checkpoint_path: {target} should end in one of {', '.join(FORMATS)}.")
-        check_new(target, "--checkpoint_path")
-        weights = convert_back(args.model_path)
-        with written_whole(target) as file:
-            if target.suffix == ".safetensors":
-                save_file(weights, file, metadata={"format": "pt"})
-            else:
-                torch.save({"state_dict": weights}, file)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Wrote {target}")
+    if target.suffix not in FORMATS:
+        raise UsageError(f"--checkpoint_path: must end in {' or '.join(FORMATS)}, but is {target}.")
+    check_new(target, "--checkpoint_path")
+    weights = convert_back(args.model_path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as file:
+        if target.suffix == ".safetensors":
+            save_file(weights, file, metadata={"format": "pt"})
+        else:
+            torch.save({"state_dict": weights}, file)
+    print(f"Saved {target}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,4 +1,4 @@
-"""A checkpoint of the original: a base, perhaps with a training state laid over it, read strictly."""
+"""Read a checkpoint of the original: a released or base checkpoint, optionally with the UNet of a training state."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,9 @@ import torch
 from original_names import PREFIXES
 from weights import Weights, check_names, read_pickle, read_safetensors, read_values
 
-# What may stand beside the parameters. The schedule follows from its betas.
+from instructdiffusion_pipeline.cli import UsageError
+
+# Entries that are no parameters. The scheduler recomputes them from its betas.
 SCHEDULE_BUFFERS = {
     "betas",
     "alphas_cumprod",
@@ -23,7 +25,7 @@ SCHEDULE_BUFFERS = {
     "posterior_mean_coef2",
 }
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-RIDING = "model_ema."
+EMA_PREFIX = "model_ema."
 EMA_COUNTERS = {"decay", "num_updates"}
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
@@ -32,61 +34,71 @@ Shapes = dict[str, torch.Size]
 
 
 class OriginalCheckpoint:
-    """`shapes` of the base's parameters, and `left_out`: what the files hold that a pipeline has no use for."""
+    """The files of a checkpoint.
+
+    Attributes:
+        shapes: name and shape of every parameter in the base checkpoint.
+        extras: the other tensors of the base checkpoint.
+        unused: the names of entries that a pipeline does not use.
+    """
 
     def __init__(self, checkpoint_path: Path, ema_state: Path | None):
         self.checkpoint_path, self.ema_state = checkpoint_path, ema_state
-        base, self.left_out = read_base(checkpoint_path)
+        base, self.unused = read_base(checkpoint_path)
         prefixes = tuple(PREFIXES.values())
         self.shapes: Shapes = {}
-        self.beside: Weights = {}
+        self.extras: Weights = {}
         for name, tensor in base.items():
             if name.startswith(prefixes) and name != POSITION_IDS:
                 self.shapes[name] = tensor.shape
             else:
-                self.beside[name] = tensor
-        absent = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in self.shapes)]
-        if absent:
-            raise ValueError(
-                f"--checkpoint_path: {checkpoint_path} is not a whole InstructDiffusion or Stable Diffusion 1 model: "
-                f"missing are all of {', '.join(prefix + '*' for prefix in absent)}."
+                self.extras[name] = tensor
+        missing = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in self.shapes)]
+        if missing:
+            raise UsageError(
+                f"--checkpoint_path: must hold a complete InstructDiffusion or Stable Diffusion 1 model, but "
+                f"{checkpoint_path} has no weights {', '.join(prefix + '*' for prefix in missing)}."
             )
 
     def check(self, expected: Shapes, betas: torch.Tensor) -> None:
-        """Every name and shape in the files against what the model must have."""
+        """Compare all names and shapes in the files with `expected`, and the noise schedule with `betas`.
+
+        Raises:
+            ValueError: they differ.
+        """
         base, first = dict(expected), expected[FIRST_CONVOLUTION]
         text_to_image = torch.Size((first[0], first[1] // 2, *first[2:]))
         if self.shapes.get(FIRST_CONVOLUTION) == text_to_image:
             if self.ema_state is None:
-                raise ValueError(
-                    f"--checkpoint_path: {self.checkpoint_path} sees no image: its first convolution takes "
-                    f"{text_to_image[1]} channels and not {first[1]}. If it is the Stable Diffusion model that a "
-                    "training state belongs to, give that as --ema_state."
+                raise UsageError(
+                    f"--checkpoint_path: {self.checkpoint_path} is a text-to-image model: its first convolution has "
+                    f"{text_to_image[1]} input channels instead of {first[1]}. If it is the Stable Diffusion model "
+                    "that a training state was started from, give the training state as --ema_state."
                 )
             base[FIRST_CONVOLUTION] = text_to_image
         undotted = undotted_names(expected)
-        known = SCHEDULE_BUFFERS | {POSITION_IDS} | {RIDING + name for name in EMA_COUNTERS}
-        known |= {RIDING + plain.removeprefix("model") for plain in undotted}
-        beside = {name: tensor.shape for name, tensor in self.beside.items() if name not in known}
-        check_names(self.shapes | beside, base, f"--checkpoint_path {self.checkpoint_path}")
-        found = self.beside.get("betas", betas)
+        known = SCHEDULE_BUFFERS | {POSITION_IDS} | {EMA_PREFIX + name for name in EMA_COUNTERS}
+        known |= {EMA_PREFIX + plain.removeprefix("model") for plain in undotted}
+        unknown = {name: tensor.shape for name, tensor in self.extras.items() if name not in known}
+        check_names(self.shapes | unknown, base, f"--checkpoint_path {self.checkpoint_path}")
+        found = self.extras.get("betas", betas)
         if found.shape != betas.shape or not torch.allclose(found.to(betas), betas, rtol=1e-3, atol=0):
-            raise ValueError(
-                f"--checkpoint_path: {self.checkpoint_path} was trained on another noise schedule: its betas do not "
-                f"run from {betas[0]:.5f} to {betas[-1]:.5f} in {len(betas)} steps. Name its --original_config_file."
+            raise UsageError(
+                f"--checkpoint_path: {self.checkpoint_path} was trained with another noise schedule: its betas "
+                f"are not {betas[0]:.5f} to {betas[-1]:.5f} in {len(betas)} steps. Give its --original_config_file."
             )
         if self.ema_state is not None:
-            averaged, entries = read_ema_state(self.ema_state)
+            averaged, others = read_ema_state(self.ema_state)
             shapes = {name: tensor.shape for name, tensor in averaged.items() if name not in EMA_COUNTERS}
             unet = {plain: expected[name] for plain, name in undotted.items()}
             check_names(shapes, unet, f"--ema_state {self.ema_state}")
-            self.left_out += entries + sorted(EMA_COUNTERS & averaged.keys())
-        riding = [name for name in self.beside if name.startswith(RIDING)]
-        self.left_out += [name for name in self.beside if name not in riding]
-        self.left_out += [f"{RIDING}* ({len(riding)} entries)"] if riding else []
+            self.unused += others + sorted(EMA_COUNTERS & averaged.keys())
+        averages = [name for name in self.extras if name.startswith(EMA_PREFIX)]
+        self.unused += [name for name in self.extras if name not in averages]
+        self.unused += [f"{EMA_PREFIX}* ({len(averages)} entries)"] if averages else []
 
     def read(self, expected: Shapes, dtype: torch.dtype | None) -> Weights:
-        """The weights under the original's names, as `dtype` or as they are stored."""
+        """Read the weights `expected`, under the original's names, as `dtype` (None: as stored)."""
         names = {name: name for name in expected}
         weights: Weights = {}
         if self.ema_state is not None:
@@ -98,34 +110,34 @@ class OriginalCheckpoint:
 
 
 def undotted_names(expected: Shapes) -> dict[str, str]:
-    """A training state spells the UNet's names without their dots."""
+    """Return the names of the UNet's weights in a training state (without dots) -> their full names."""
     return {name.replace(".", ""): name for name in expected if name.startswith(PREFIXES["unet"])}
 
 
 def read_base(path: Path) -> tuple[Weights, list[str]]:
-    """The weights of a released or a base checkpoint, and the names of what lies beside them."""
+    """Return the tensors of a released or base checkpoint, and the names of its other entries."""
     if path.suffix == ".safetensors":
         return read_safetensors(path, "--checkpoint_path"), []
     content = read_pickle(path, "--checkpoint_path")
     if isinstance(content, dict) and "state_dict" not in content and "model_ema" in content:
-        raise ValueError(
-            f"--checkpoint_path: {path} is a training state. Give it as --ema_state, and as --checkpoint_path "
-            "the base that has its VAE and text encoder."
+        raise UsageError(
+            f"--checkpoint_path: {path} is a training state. Give it as --ema_state, and the base checkpoint, which "
+            "has the VAE and the text encoder, as --checkpoint_path."
         )
     return _entry(content, "state_dict", f"--checkpoint_path: {path}")
 
 
 def read_ema_state(path: Path) -> tuple[Weights, list[str]]:
-    """The averaged weights of a training state, and the names of what lies beside them."""
+    """Return the EMA weights of a training state, and the names of its other entries."""
     return _entry(read_pickle(path, "--ema_state"), "model_ema", f"--ema_state: {path}")
 
 
 def _entry(content: Any, key: str, where: str) -> tuple[Weights, list[str]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-        holds = list(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{where} has no {key!r} with weights in it; it holds {holds}.")
+        found = list(content) if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{where} must have {key!r} with the weights, but has {found}.")
     entries = content[key].items()
-    strange = [name for name, value in entries if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
-    if strange:
-        raise ValueError(f"{where}: {key!r} holds what is no named tensor: {strange}.")
+    others = [name for name, value in entries if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+    if others:
+        raise UsageError(f"{where}: {key!r} must contain only named tensors, but has {others}.")
     return content[key], [name for name in content if name != key]

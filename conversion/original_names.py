@@ -1,9 +1,11 @@
-"""What the original calls each weight: one table of names, read in either direction by the two conversions."""
+"""The names and shapes of the original's weights. Both conversions use the same table of names."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -11,7 +13,7 @@ PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.text_model.",
 }
 
-# Inside one residual block of the UNet (ours -> original); the VAE differs in the shortcut alone.
+# Modules of one residual block: diffusers' name -> the original's.
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -25,7 +27,10 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_modules(config: Any) -> dict[str, str]:
-    """The original numbers its blocks straight through, a sampler and its attention inside the block before it."""
+    """Return diffusers' name of each module of the UNet -> the original's.
+
+    The original numbers the blocks of all levels consecutively. An upsampler is part of the block before it.
+    """
     layers, levels = config.layers_per_block, len(config.block_out_channels)
     modules = {
         "time_embedding.linear_1": "time_embed.0",
@@ -37,23 +42,26 @@ def unet_modules(config: Any) -> dict[str, str]:
     }
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for level in range(levels):
-        first = 1 + level * (layers + 1)  # block 0 is conv_in; a level is its layers and a downsampler
+        first = 1 + level * (layers + 1)  # block 0 is conv_in; a level has its layers and a downsampler
         for layer in range(layers):
             resnets[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{first + layer}.0"
             modules[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{first + layer}.1"
         modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
 
-        first = level * (layers + 1)  # on the way up a level is one layer longer, its upsampler part of the last
+        first = level * (layers + 1)  # here a level has one layer more; the upsampler is in its last block
         for layer in range(layers + 1):
             resnets[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{first + layer}.0"
             modules[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{first + layer}.1"
-        place = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
-        modules[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{first + layers}.{place}.conv"
+        position = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
+        modules[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{first + layers}.{position}.conv"
     return modules | _inside(resnets, UNET_RESNET)
 
 
 def vae_modules(config: Any) -> dict[str, str]:
-    """The original counts the decoder's levels from the picture inwards, diffusers in the order they run."""
+    """Return diffusers' name of each module of the VAE -> the original's.
+
+    The original numbers the decoder's levels in reverse order of execution, diffusers in order of execution.
+    """
     layers, levels = config.layers_per_block, len(config.block_out_channels)
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     resnets, attentions = {}, {}
@@ -67,15 +75,18 @@ def vae_modules(config: Any) -> dict[str, str]:
         for layer in range(layers):
             resnets[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
         modules[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
-        inward = levels - 1 - level
+        original_level = levels - 1 - level
         for layer in range(layers + 1):
-            resnets[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{inward}.block.{layer}"
-        modules[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{inward}.upsample.conv"
+            resnets[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{original_level}.block.{layer}"
+        modules[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{original_level}.upsample.conv"
     return modules | _inside(resnets, VAE_RESNET) | _inside(attentions, VAE_ATTENTION)
 
 
 def text_encoder_modules(config: Any) -> dict[str, str]:
-    """The same names on both sides, except that transformers 5.6 dropped the leading `text_model`."""
+    """Return diffusers' name of each module of the text encoder -> the original's.
+
+    They are the same, with the prefix `text_model` before transformers 5.6.
+    """
     parts = ("embeddings", "encoder", "final_layer_norm")
     return {part: part for part in parts} | {f"text_model.{part}": part for part in parts}
 
@@ -84,7 +95,7 @@ MODULES = {"unet": unet_modules, "vae": vae_modules, "text_encoder": text_encode
 
 
 def original_names(component: str, names: Iterable[str], config: Any) -> dict[str, str]:
-    """The table of one component: diffusers' name of each of its weights -> the original's."""
+    """Return diffusers' name of each weight of one component -> the original's."""
     modules = MODULES[component](config)
     table = {}
     for name in names:
@@ -92,18 +103,45 @@ def original_names(component: str, names: Iterable[str], config: Any) -> dict[st
         while module and module not in modules:
             module = module.rpartition(".")[0]
         if not module:
-            raise ValueError(f"{component}: the original's layout has no place for {name}.")
+            raise ValueError(f"{component}: the original has no weight that corresponds to {name}.")
         table[name] = PREFIXES[component] + modules[module] + name[len(module) :]
     return table
 
 
 def is_pointwise(original_name: str) -> bool:
-    """The VAE's attention is made of 1 x 1 convolutions in the original and of linear layers in diffusers."""
+    """Whether a weight of the VAE's attention is a 1 x 1 convolution in the original and linear in diffusers."""
     return ".mid.attn_1." in original_name and original_name.endswith(".weight") and ".norm." not in original_name
 
 
 def original_shape(original_name: str, shape: torch.Size) -> torch.Size:
+    """Return the shape in the original of a weight that has `shape` in diffusers."""
     return torch.Size((*shape, 1, 1)) if is_pointwise(original_name) else shape
+
+
+def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextConfig) -> dict[str, Any]:
+    """Build the three components on the meta device: names and shapes of weights, without memory."""
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(vae),
+            "text_encoder": CLIPTextModel(text),
+        }
+
+
+def name_tables(models: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return, for each component, diffusers' name of every weight -> the original's."""
+    return {
+        component: original_names(component, model.state_dict(), model.config) for component, model in models.items()
+    }
+
+
+def original_shapes(models: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Return the original's name of every weight of all components -> its shape in the original."""
+    return {
+        table[name]: original_shape(table[name], tensor.shape)
+        for component, table in name_tables(models).items()
+        for name, tensor in models[component].state_dict().items()
+    }
 
 
 def _inside(blocks: Mapping[str, str], parts: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Checkpoints of the original, in all the forms in which they are met, become the same pipeline.
+"""All forms of the original's checkpoints are converted to the same pipeline.
 
-That this pipeline answers as the original did is in test_pipeline_golden.py, which converts its model the same way.
+test_pipeline_golden.py compares the outputs of a converted pipeline with the original's.
 """
 
 import json
@@ -25,6 +25,7 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPi
 from safetensors.torch import save_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import UsageError
 
 Pipe = InstructDiffusionPipeline
 
@@ -74,7 +75,7 @@ def test_from_single_file_finds_the_same_weights(reference: Pipe, released: Path
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_base_with_buffers_and_averages_riding_along(reference: Pipe, tmp_path: Path, suffix: str, capsys):
+def test_base_with_buffers_and_ema_weights(reference: Pipe, tmp_path: Path, suffix: str, capsys):
     weights = base_weights()
     weights |= {f"model_ema.{name.removeprefix('model')}": tensor for name, tensor in ema_weights().items()}
     path = tmp_path / f"base{suffix}"
@@ -83,15 +84,15 @@ def test_base_with_buffers_and_averages_riding_along(reference: Pipe, tmp_path: 
     else:
         save_file(weights, path)
     assert_same(convert(path, **OPTIONS), reference)
-    left_out = capsys.readouterr().out
-    assert "model_ema.* (442 entries)" in left_out
-    assert "betas" in left_out and "position_ids" in left_out
-    assert ("global_step" in left_out) == (suffix == ".ckpt")
+    unused = capsys.readouterr().out
+    assert "model_ema.* (442 entries)" in unused
+    assert "betas" in unused and "position_ids" in unused
+    assert ("global_step" in unused) == (suffix == ".ckpt")
 
 
 @pytest.mark.parametrize("channels", [4, 8])
-def test_training_state_is_laid_over_a_base(reference: Pipe, tmp_path: Path, channels: int, capsys):
-    """Over a base of its own, and over Stable Diffusion 1.5, whose first convolution sees no image."""
+def test_training_state_replaces_the_unet_of_a_base(reference: Pipe, tmp_path: Path, channels: int, capsys):
+    """The base is an InstructDiffusion model, or Stable Diffusion 1.5 with a first convolution of 4 channels."""
     weights = base_weights()
     weights[FIRST_CONVOLUTION] = weights[FIRST_CONVOLUTION][:, :channels].clone()
     base = write_ckpt(tmp_path / "base.ckpt", weights)
@@ -99,9 +100,9 @@ def test_training_state_is_laid_over_a_base(reference: Pipe, tmp_path: Path, cha
     assert_same(averaged, reference, ("vae", "text_encoder"))
 
     undotted = {name.replace(".", ""): name for name in weights}
-    laid_over = released_weights()
-    laid_over |= {undotted[name]: tensor for name, tensor in ema_weights().items() if name in undotted}
-    assert_same(averaged, convert(write_ckpt(tmp_path / "whole.ckpt", laid_over), **OPTIONS))
+    combined = released_weights()
+    combined |= {undotted[name]: tensor for name, tensor in ema_weights().items() if name in undotted}
+    assert_same(averaged, convert(write_ckpt(tmp_path / "whole.ckpt", combined), **OPTIONS))
     assert "config" in capsys.readouterr().out
 
 
@@ -114,7 +115,7 @@ def test_training_state_with_a_gradient_scaler(tmp_path: Path):
     assert pipe.unet.dtype == torch.float16
 
 
-def test_lightning_leftovers_are_read_without_lightning(reference: Pipe, tmp_path: Path):
+def test_lightning_classes_are_read_without_lightning(reference: Pipe, tmp_path: Path):
     """Stable Diffusion's own .ckpt names a callback class; the class is not needed and its code does not run."""
     checkpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
     parts = "pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"
@@ -147,7 +148,7 @@ def test_command_line_writes_a_folder_that_loads(
     assert_same(Pipe.from_pretrained(target), reference)
     assert json.loads((target / "model_index.json").read_text())["_class_name"] == "InstructDiffusionPipeline"
     assert [entry.name for entry in target.parent.iterdir()] == ["pipe"]
-    with pytest.raises(SystemExit, match="--dump_path: .* exists already"):
+    with pytest.raises(UsageError, match="--dump_path: .* already exists"):
         main()
 
 

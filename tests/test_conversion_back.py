@@ -1,4 +1,4 @@
-"""There and back changes no bit, at the golden model's sizes and at others."""
+"""Conversion to the original's layout and back is exact, for the golden model and for other sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tiny import components
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_there_and_back(folder: Path, tmp_path: Path, suffix: str, monkeypatch: 
     back = load_file(target) if suffix == ".safetensors" else torch.load(target, weights_only=True)["state_dict"]
     assert_identical(back, released_weights())
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
-    with pytest.raises(SystemExit, match="--checkpoint_path: .* exists already"):
+    with pytest.raises(UsageError, match="--checkpoint_path: .* already exists"):
         main()
 
 
@@ -68,21 +69,21 @@ def test_faults_are_named(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="1 missing:\n  decoder.conv_out.weight"):
         convert_back(tmp_path)
     save_file(weights, file.with_suffix(".fp16.safetensors"))
-    with pytest.raises(ValueError, match="another file of .* holds too"):
+    with pytest.raises(ValueError, match="another file in .* also has"):
         convert_back(tmp_path)
 
 
 def test_a_model_the_original_could_not_run_is_refused():
     shipped = Path(__file__).parent.parent / "examples" / "instructdiffusion-tiny"
-    with pytest.raises(ValueError, match="its vae has norm_num_groups 8 and not 32; its vae has mid_block") as error:
+    with pytest.raises(ValueError, match="vae has norm_num_groups 8 instead of 32; vae has mid_block") as error:
         convert_back(shipped)
-    assert "its scheduler has prediction_type 'v_prediction' and not 'epsilon'" in str(error.value)
+    assert "scheduler has prediction_type 'v_prediction' instead of 'epsilon'" in str(error.value)
 
 
 def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     call = ["back", "--model_path", str(folder), "--checkpoint_path", str(tmp_path / "back.bin")]
     monkeypatch.setattr("sys.argv", call)
-    with pytest.raises(SystemExit, match="--checkpoint_path: .*back.bin should end in one of .safetensors, .ckpt"):
+    with pytest.raises(UsageError, match="--checkpoint_path: must end in .safetensors or .ckpt, but is .*back.bin"):
         main()
 
 
@@ -109,7 +110,7 @@ def test_other_sizes(
     heads: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ):
-    """Any model the original's code can build goes back and there again; diffusers' converters check our table."""
+    """Models of all sizes that the original can build survive a round trip. diffusers' converters are the oracle."""
     path = tmp_path_factory.mktemp("sizes")
     attends = attends[: len(unet)]
     channels = [32 * factor for factor in unet]

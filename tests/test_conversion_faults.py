@@ -1,6 +1,8 @@
-"""A checkpoint that is not what it should be is refused in words that name what is wrong, and nothing is written."""
+"""Faulty checkpoints are refused with an error that names the fault, and nothing is written."""
 
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from checkpoints import (
 from convert_original_checkpoint import convert, main
 from safetensors.torch import save_file
 from tiny import ROOT
-from weights import written_whole
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import UsageError
 
 Weights = dict[str, torch.Tensor]
 UNET_WEIGHT = "model.diffusion_model.output_blocks.3.0.in_layers.2.weight"
@@ -46,7 +50,7 @@ def refused(tmp_path: Path, weights: Weights, match: str, **options: str) -> str
 def test_missing_key_is_named(tmp_path: Path, weights: Weights, name: str):
     del weights[name]
     said = refused(tmp_path, weights, "1 missing")
-    assert name in said and "misshapen" not in said
+    assert name in said and "wrong shape" not in said
 
 
 @pytest.mark.parametrize(
@@ -65,10 +69,10 @@ def test_unexpected_key_is_named(tmp_path: Path, weights: Weights, name: str):
 
 
 @pytest.mark.parametrize("name", [UNET_WEIGHT, VAE_WEIGHT, TEXT_WEIGHT])
-def test_misshapen_key_is_named_and_no_other(tmp_path: Path, weights: Weights, name: str):
+def test_only_the_weight_of_a_wrong_shape_is_named(tmp_path: Path, weights: Weights, name: str):
     weights[name] = weights[name][1:].clone()
-    said = refused(tmp_path, weights, "1 misshapen")
-    assert f"{name} is {list(weights[name].shape)} and should be" in said
+    said = refused(tmp_path, weights, "1 of a wrong shape")
+    assert f"{name} has shape {list(weights[name].shape)} and must have" in said
 
 
 def test_every_fault_is_listed(tmp_path: Path, weights: Weights):
@@ -82,7 +86,7 @@ def test_every_fault_is_listed(tmp_path: Path, weights: Weights):
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, weights: Weights, value: float):
     for name in (UNET_WEIGHT, VAE_WEIGHT):
         weights[name].view(-1)[7] = value
-    said = refused(tmp_path, weights, "2 weights are NaN or infinite")
+    said = refused(tmp_path, weights, "2 weights are NaN, infinite")
     assert UNET_WEIGHT in said and VAE_WEIGHT in said
 
 
@@ -90,7 +94,7 @@ def test_weights_too_large_for_half_are_named(tmp_path: Path, weights: Weights):
     weights[UNET_WEIGHT].view(-1)[0] = 1e5
     path = write_ckpt(tmp_path / "x.ckpt", weights)
     convert(path, **OPTIONS)
-    with pytest.raises(ValueError, match=f"{UNET_WEIGHT} .beyond torch.float16; convert it without --half"):
+    with pytest.raises(ValueError, match=f"{UNET_WEIGHT} .out of range for torch.float16; convert without --half"):
         convert(path, half=True, **OPTIONS)
 
 
@@ -105,9 +109,9 @@ def test_whole_component_missing(tmp_path: Path, weights: Weights):
     )
 
 
-def test_stable_diffusion_alone_is_no_answer(tmp_path: Path, weights: Weights):
+def test_stable_diffusion_alone_is_refused(tmp_path: Path, weights: Weights):
     weights[FIRST_CONVOLUTION] = weights[FIRST_CONVOLUTION][:, :4].clone()
-    refused(tmp_path, weights, "takes 4 channels and not 8.*--ema_state")
+    refused(tmp_path, weights, "4 input channels instead of 8.*--ema_state")
 
 
 def test_another_noise_schedule(tmp_path: Path):
@@ -126,7 +130,9 @@ def test_faults_of_a_training_state(tmp_path: Path):
     name = UNET_WEIGHT.replace(".", "")
     damage_ema(tmp_path, lambda state: state.pop(name), f"--ema_state (?s:.*)1 missing:\n  {name}")
     damage_ema(tmp_path, lambda state: state.update(other=torch.zeros(1)), "1 unexpected:\n  other")
-    damage_ema(tmp_path, lambda state: state.update({name: torch.zeros(2)}), rf"1 misshapen:\n  {name} is \[2\]")
+    damage_ema(
+        tmp_path, lambda state: state.update({name: torch.zeros(2)}), rf"1 of a wrong shape:\n  {name} has shape \[2\]"
+    )
     damage_ema(tmp_path, lambda state: state[name].fill_(float("nan")), f"--ema_state (?s:.*){UNET_WEIGHT}")
 
 
@@ -137,7 +143,7 @@ def test_training_state_in_the_place_of_a_base(tmp_path: Path):
 
 def test_base_in_the_place_of_a_training_state(tmp_path: Path, weights: Weights):
     path = write_ckpt(tmp_path / "x.ckpt", weights)
-    with pytest.raises(ValueError, match=r"--ema_state: .* has no 'model_ema' .* it holds \['state_dict'\]"):
+    with pytest.raises(ValueError, match=r"--ema_state: .* must have 'model_ema' .* has \['state_dict'\]"):
         convert(path, ema_state=path, **OPTIONS)
 
 
@@ -154,27 +160,27 @@ def test_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, module: str, n
 def test_bare_pickle_is_not_opened(tmp_path: Path):
     path = tmp_path / "evil.ckpt"
     path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match="Bare pickles are not opened at all, since they could run code"):
+    with pytest.raises(ValueError, match="Bare pickles are not opened, because they could run code"):
         convert(path, **OPTIONS)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 @pytest.mark.parametrize("kept", [0, 100, 1_000_000])
-def test_file_cut_short(tmp_path: Path, weights: Weights, suffix: str, kept: int):
+def test_truncated_file(tmp_path: Path, weights: Weights, suffix: str, kept: int):
     path = tmp_path / f"x{suffix}"
     write_ckpt(path, weights) if suffix == ".ckpt" else save_file(weights, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=f"--checkpoint_path: .*x{suffix} .*cut short"):
+    with pytest.raises(ValueError, match=f"--checkpoint_path: .*x{suffix} .*truncated"):
         convert(path, **OPTIONS)
 
 
-def test_file_that_is_not_there(tmp_path: Path):
+def test_missing_file(tmp_path: Path):
     for suffix in (".ckpt", ".safetensors"):
         with pytest.raises(ValueError, match="--checkpoint_path: .* is not a file"):
             convert(tmp_path / f"none{suffix}", **OPTIONS)
 
 
-def test_options_without_which_heads_are_unknown(tmp_path: Path, weights: Weights):
+def test_options_that_determine_head_counts_are_required(tmp_path: Path, weights: Weights):
     path = write_ckpt(tmp_path / "x.ckpt", weights)
     for option in OPTIONS:
         with pytest.raises(ValueError, match=f"--{option} is needed"):
@@ -200,8 +206,8 @@ def test_yaml_of_another_model(tmp_path: Path, weights: Weights, key: str, value
     refused(tmp_path, weights, match, original_config_file=str(tmp_path / "other.yaml"))
 
 
-def test_options_that_lead_nowhere(tmp_path: Path, weights: Weights):
-    """Without these checks transformers gives a default configuration, or a tokenizer of two tokens."""
+def test_options_without_their_files(tmp_path: Path, weights: Weights):
+    """transformers itself would return a default configuration, or a tokenizer of two tokens."""
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(tmp_path, weights, "--original_config_file: .* is not a YAML", original_config_file=str(empty))
@@ -210,40 +216,59 @@ def test_options_that_lead_nowhere(tmp_path: Path, weights: Weights):
             refused(tmp_path, weights, f"--{name}: ", **{name: source})
     shutil.copy(MODEL / "tokenizer" / "vocab.json", empty)
     shutil.copy(MODEL / "tokenizer" / "merges.txt", empty)
-    refused(tmp_path, weights, "--tokenizer: .* model_max_length", tokenizer=str(empty))
+    refused(tmp_path, weights, "--tokenizer: model_max_length", tokenizer=str(empty))
+
+
+def arguments(checkpoint: Path, target: Path) -> list[str]:
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+    return ["--checkpoint_path", str(checkpoint), *options, "--dump_path", str(target)]
+
+
+def run(checkpoint: Path, target: Path, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the script; with `file_size`, it cannot write files of more bytes."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    command = [sys.executable, "convert_original_checkpoint.py", *arguments(checkpoint, target)]
+    return subprocess.run(command, cwd=ROOT / "conversion", capture_output=True, text=True, preexec_fn=limit)
 
 
 def test_nothing_is_written_when_it_fails(tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch):
     weights[TEXT_WEIGHT].fill_(float("nan"))
-    path = write_ckpt(tmp_path / "x.ckpt", weights)
-    options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
     target = tmp_path / "made" / "pipe"
-    call = ["convert", "--checkpoint_path", str(path), *options, "--dump_path", str(target)]
-    monkeypatch.setattr("sys.argv", call)
-    with pytest.raises(SystemExit, match=f"error: .*(?s:.*){TEXT_WEIGHT}"):
+    monkeypatch.setattr("sys.argv", ["convert", *arguments(write_ckpt(tmp_path / "x.ckpt", weights), target)])
+    with pytest.raises(ValueError, match=TEXT_WEIGHT):
         main()
     assert not target.parent.exists()
 
 
-def test_failure_while_writing_leaves_nothing(tmp_path: Path):
-    with pytest.raises(OSError, match="disk full"), written_whole(tmp_path / "pipe") as folder:
-        folder.mkdir()
-        (folder / "half").write_text("written")
-        raise OSError("disk full")
-    assert not list(tmp_path.iterdir())
+def test_failure_while_writing_leaves_nothing(tmp_path: Path, weights: Weights):
+    checkpoint = write_ckpt(tmp_path / "x.ckpt", weights)
+    failed = run(checkpoint, tmp_path / "made" / "pipe", file_size=100_000)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in failed.stderr
+    assert not list((tmp_path / "made").iterdir())
 
 
-def test_killed_while_writing_leaves_no_target_and_does_not_stop_the_next_try(tmp_path: Path):
-    target = tmp_path / "pipe"
-    die = (
-        "import os, pathlib, signal, sys; from weights import written_whole\n"
-        "with written_whole(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    folder.mkdir(); (folder / 'half').write_text('written'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run([sys.executable, "-c", die, str(target)], cwd=ROOT / "conversion")
-    assert killed.returncode == -9
-    assert not target.exists()
-    with written_whole(target) as folder:
-        folder.mkdir()
-        (folder / "whole").write_text("written")
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["pipe", "pipe/whole"]
+def test_bad_argument_ends_with_status_2(tmp_path: Path):
+    failed = run(tmp_path / "none.ckpt", tmp_path / "pipe")
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1] == f"error: --checkpoint_path: {tmp_path / 'none.ckpt'} is not a file."
+    assert "Traceback" not in failed.stderr
+
+
+def test_other_files_of_the_user_stay(tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch):
+    checkpoint, target = write_ckpt(tmp_path / "x.ckpt", weights), tmp_path / "pipe"
+    kept = {tmp_path / "pipe.partial" / "notes.txt": "mine", tmp_path / ".pipe.old" / "notes.txt": "mine, too"}
+    for path, text in kept.items():
+        path.parent.mkdir()
+        path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["convert", *arguments(checkpoint, target)])
+    main()
+    InstructDiffusionPipeline.from_pretrained(target)
+    assert {path: path.read_text() for path in kept} == kept
+    with pytest.raises(UsageError, match="--dump_path: .* already exists"):
+        main()
