@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: the few routes that huggingface_hub calls to push a model and to pull it again."""
+"""A Hub on the loopback interface, with the routes that huggingface_hub calls to push and load a model."""
 
 import base64
 import hashlib
@@ -12,15 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer(ThreadingHTTPServer):
-    """Keeps the newest revision of each repository in memory, and every request it was sent."""
+    """Keeps the newest revision of each repository, and a list of all requests, in memory."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content
         self.private: dict[str, bool] = {}
-        self.uploads: dict[str, bytes] = {}  # sha256 -> content, what came in by LFS
+        self.uploads: dict[str, bytes] = {}  # sha256 -> content, uploaded through LFS
         self.requests: list[str] = []
+        self.refused: str | None = None  # requests that start with this are answered with status 403
 
     def commit_hash(self, repo: str) -> str:
         contents = [(path, hashlib.sha1(data).hexdigest()) for path, data in sorted(self.files[repo].items())]
@@ -56,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         hub, path, body = self.server, unquote(urlsplit(self.path).path), self._body()
         hub.requests.append(f"{self.command} {path}")
-        if path == "/api/repos/create":
+        if hub.refused and hub.requests[-1].startswith(hub.refused):
+            self._answer(403)
+        elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
             hub.files.setdefault(repo, {})

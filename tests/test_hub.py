@@ -1,4 +1,4 @@
-"""Who can load what: every promise is kept in a fresh process with empty caches, without a network."""
+"""The ways to save, push and load a model, each in a fresh process with empty caches and without a network."""
 
 import json
 import os
@@ -11,7 +11,9 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
+from diffusers import UNet2DModel
 from hub_server import HubServer, running_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -20,6 +22,9 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, export, pipeli
 
 ROOT = Path(__file__).parent.parent
 CODE = "pipeline_instruct_diffusion.py"
+PUSH_TO_HUB = str(ROOT / "examples/push_to_hub.py")
+
+TASK_SETTINGS = {"editing": {"num_inference_steps": 2, "guidance_scale": 3.5}, "segmentation": {"guidance_scale": 1}}
 
 PRELUDE = """
 import json, sys
@@ -29,16 +34,17 @@ from PIL import Image
 from diffusers import DiffusionPipeline
 
 def answer(pipe):
+    # An answer with the model's own settings, and an output of its readout.
     pipe.set_progress_bar_config(disable=True)
     picture = Image.linear_gradient("L").convert("RGB").resize((16, 16))
-    result = pipe("mark the cat", image=picture, num_inference_steps=2, resolution=None,
-                  generator=torch.manual_seed(0), output_type="np")
-    return result.images.tolist()
+    result = pipe("mark the cat", picture, resolution=0, generator=torch.manual_seed(0), output_type="np")
+    with torch.no_grad():
+        return [*result.images.flatten().tolist(), *pipe.readout(torch.ones(1, 3, 8, 8), 0).sample.flatten().tolist()]
 
 def report(**what):
     print("REPORT" + json.dumps(what))
 """
-# In such a process the package is as good as not installed.
+# Makes the package impossible to import, as if it were not installed.
 BLOCKED = """
 import sys
 sys.modules["instructdiffusion_pipeline"] = None
@@ -52,7 +58,7 @@ else:
 
 
 class Fresh:
-    """Runs code in new interpreters, each with caches of its own and with no network but the Hub it is given."""
+    """Runs code in new interpreters, each with its own caches and with no network except the given Hub."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +83,7 @@ class Fresh:
         )
 
     def report(self, script: str, *arguments: object, hub: HubServer | None = None, blocked: bool = False) -> dict:
-        """What `script` reports; arguments reach it as `sys.argv[1:]`, and `blocked` takes the package away."""
+        """What `script` reports. Its `sys.argv[1:]` are `arguments`; `blocked` hides the package."""
         code = (BLOCKED if blocked else "") + PRELUDE + dedent(script)
         done = self.run("-c", code, *map(str, arguments), hub=hub)
         found = re.search(r"^REPORT(.*)$", done.stdout, flags=re.MULTILINE)
@@ -90,19 +96,27 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
     return Fresh(tmp_path_factory.mktemp("processes"))
 
 
+def model(seed: int) -> InstructDiffusionPipeline:
+    components = tiny.components(seed)
+    readout = UNet2DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1
+    )
+    return InstructDiffusionPipeline(**components, readout=readout.eval(), task_settings=TASK_SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model saved and exported, and another one exported."""
+    """One model with settings and a readout, saved and exported, and another one exported."""
     root = tmp_path_factory.mktemp("folders")
-    InstructDiffusionPipeline(**tiny.components(seed=0)).save_pretrained(root / "saved")
+    model(seed=0).save_pretrained(root / "saved")
     export(InstructDiffusionPipeline.from_pretrained(root / "saved"), root / "exported", license="mit")
-    export(InstructDiffusionPipeline(**tiny.components(seed=1)), root / "other")
+    export(model(seed=1), root / "other")
     return root
 
 
 @pytest.fixture(scope="module")
 def reference(root: Path, fresh: Fresh) -> list:
-    """What the saved model answers. Loads the export, too, in both ways, and saves and exports it again."""
+    """The answer of the saved model. Also loads the export in both ways, and saves and exports it again."""
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, export
     root = Path(sys.argv[1])
@@ -112,10 +126,11 @@ def reference(root: Path, fresh: Fresh) -> list:
         pipe.save_pretrained(root / f"saved from {name}")
         export(pipe, root / f"exported from {name}")
     saved = InstructDiffusionPipeline.from_pretrained(root / "saved")
-    report(answer=answer(saved), same_class=type(own_code) is type(explicit))
+    assert type(own_code) is not type(explicit)
+    report(answer=answer(saved), settings=saved.config.task_settings)
     """
     found = fresh.report(script, root)
-    assert not found["same_class"]
+    assert found["settings"] == TASK_SETTINGS
     return found["answer"]
 
 
@@ -129,8 +144,8 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-SAVED = ("saved", "saved from explicit", "saved from own code")
-EXPORTED = ("exported", "exported from explicit", "exported from own code")
+WITHOUT_CODE = ("saved", "saved from explicit")
+WITH_CODE = ("exported", "exported from explicit", "exported from own code", "saved from own code")
 
 
 def test_with_the_package_our_class_loads_every_folder_without_trust(root: Path, reference: list, fresh: Fresh):
@@ -143,13 +158,13 @@ def test_with_the_package_our_class_loads_every_folder_without_trust(root: Path,
         answers[name] = answer(pipe)
     report(answers=answers, foreign_code=[name for name in sys.modules if name.startswith("diffusers_modules")])
     """
-    found = fresh.report(script, root, *SAVED, *EXPORTED)
+    found = fresh.report(script, root, *WITHOUT_CODE, *WITH_CODE)
     assert found["foreign_code"] == []
     for name, answer in found["answers"].items():
         np.testing.assert_allclose(answer, reference, atol=1e-5, err_msg=name)
 
 
-def test_with_the_package_diffusers_loads_what_was_saved_without_trust(root: Path, reference: list, fresh: Fresh):
+def test_with_the_package_diffusers_loads_what_it_saved_without_trust(root: Path, reference: list, fresh: Fresh):
     script = """
     import instructdiffusion_pipeline
     answers = {}
@@ -159,80 +174,232 @@ def test_with_the_package_diffusers_loads_what_was_saved_without_trust(root: Pat
         answers[name] = answer(pipe)
     report(answers=answers)
     """
-    for name, answer in fresh.report(script, root, *SAVED)["answers"].items():
+    for name, answer in fresh.report(script, root, *WITHOUT_CODE)["answers"].items():
         np.testing.assert_allclose(answer, reference, atol=1e-5, err_msg=name)
 
 
-def test_without_the_package_diffusers_loads_and_runs_what_was_exported(root: Path, reference: list, fresh: Fresh):
+def test_without_the_package_diffusers_loads_every_folder_with_code(root: Path, reference: list, fresh: Fresh):
     script = """
     from diffusers.utils import HF_MODULES_CACHE
     pipes = {}
     for name in sys.argv[2:]:
         pipes[name] = DiffusionPipeline.from_pretrained(Path(sys.argv[1], name), trust_remote_code=True)
         assert Path(sys.modules[type(pipes[name]).__module__].__file__).is_relative_to(HF_MODULES_CACHE)
-    # Only now, when all are loaded: none may have taken another's code or weights.
+    # After all are loaded, to see that none took another's code or weights.
     answers = {name: answer(pipe) for name, pipe in pipes.items()}
     try:
         DiffusionPipeline.from_pretrained(Path(sys.argv[1], "exported"))
     except ValueError as error:
         report(answers=answers, untrusted=str(error))
     """
-    found = fresh.report(script, root, "exported", "other", *EXPORTED[1:], blocked=True)
+    found = fresh.report(script, root, "other", *WITH_CODE, blocked=True)
     assert "trust_remote_code" in found["untrusted"]
     assert not np.allclose(found["answers"].pop("other"), reference, atol=1e-3)
     for name, answer in found["answers"].items():
         np.testing.assert_allclose(answer, reference, atol=1e-5, err_msg=name)
 
 
-def test_pushed_and_pulled(root: Path, reference: list, fresh: Fresh, hub: HubServer):
-    example = str(ROOT / "examples/push_to_hub.py")
+def test_saved_and_pushed_again_without_the_package(root: Path, reference: list, fresh: Fresh, hub: HubServer):
+    script = """
+    from pathlib import Path
+    pipe = DiffusionPipeline.from_pretrained(Path(sys.argv[1], "exported"), trust_remote_code=True)
+    pipe.save_pretrained(Path(sys.argv[1], "again"))
+    pipe.save_pretrained("again", push_to_hub=True, repo_id="me/saved")
+    pipe.push_to_hub("me/pushed")
+    report()
+    """
+    fresh.report(script, root, hub=hub, blocked=True)
+    assert files(root / "again") == files(root / "saved") | {CODE}
+    for repository in ("me/saved", "me/pushed"):
+        assert set(hub.files[repository]) == files(root / "exported")
+
+    script = """
+    pipes = [DiffusionPipeline.from_pretrained(name, trust_remote_code=True) for name in sys.argv[1:]]
+    pipes[1].save_pretrained("third time")
+    pipes.append(DiffusionPipeline.from_pretrained("third time", trust_remote_code=True))
+    report(answers=[answer(pipe) for pipe in pipes])
+    """
+    for answer in fresh.report(script, root / "again", "me/saved", "me/pushed", hub=hub, blocked=True)["answers"]:
+        np.testing.assert_allclose(answer, reference, atol=1e-5)
+
+
+def test_pushed_and_loaded_by_id_in_three_ways(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     arguments = ("--model", str(root / "saved"), "--repo_id", "me/tiny", "--private", "--license", "cc-by-4.0")
-    done = fresh.run(example, *arguments, hub=hub)
+    done = fresh.run(PUSH_TO_HUB, *arguments, hub=hub)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.url}/me/tiny/commit/{hub.commit_hash('me/tiny')}"
     assert hub.private == {"me/tiny": True}
     assert set(hub.files["me/tiny"]) == files(root / "exported")
     weights = [path for path in hub.files["me/tiny"] if path.endswith(".safetensors")]
-    assert sum(request.startswith("PUT") for request in hub.requests) == len(weights) == 3
-    card = ModelCard(hub.files["me/tiny"]["README.md"].decode())
-    assert card.data.license == "cc-by-4.0"
-    assert 'DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True)' in card.text
+    assert sum(request.startswith("PUT") for request in hub.requests) == len(weights) == 4
+    assert ModelCard(hub.files["me/tiny"]["README.md"].decode()).data.license == "cc-by-4.0"
 
-    script = 'report(answer=answer(DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True)))'
-    answer = fresh.report(script, hub=hub, blocked=True)["answer"]
-    np.testing.assert_allclose(answer, reference, atol=1e-5)
+    # The second way is for what `save_pretrained` wrote.
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline
+    pipe = InstructDiffusionPipeline.from_pretrained("me/tiny")
+    assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
+    pipe.push_to_hub("me/saved")
+    report(answer=answer(pipe), settings=pipe.config.task_settings)
+    """
+    explicit = fresh.report(script, hub=hub)
+    assert CODE not in hub.files["me/saved"]
+    script = """
+    import instructdiffusion_pipeline
+    pipe = DiffusionPipeline.from_pretrained("me/saved")
+    assert type(pipe) is instructdiffusion_pipeline.InstructDiffusionPipeline
+    report(answer=answer(pipe), settings=pipe.config.task_settings)
+    """
+    imported = fresh.report(script, hub=hub)
+    script = """
+    pipe = DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True)
+    report(answer=answer(pipe), settings=pipe.config.task_settings)
+    """
+    trusted = fresh.report(script, hub=hub, blocked=True)
+    for found in (explicit, imported, trusted):
+        assert found["settings"] == TASK_SETTINGS
+        np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
 
-    hub.files["me/tiny"]["README.md"] = b"written by hand"
-    hub.files["me/tiny"]["unet/diffusion_pytorch_model.bin"] = b"of an older push"
+
+def test_the_examples_of_a_model_card_run(root: Path, fresh: Fresh, hub: HubServer):
+    hub.files["me/tiny"] = {path: (root / "exported" / path).read_bytes() for path in files(root / "exported")}
+    # The card of an export names its folder.
+    card = hub.files["me/tiny"]["README.md"].decode().replace('"exported"', '"me/tiny"')
+    alone, with_package = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    picture = 'Image.new("RGB", (32, 32)).save("photo.jpg")\n'
+    end = "report(size=answer.size)"
+    assert fresh.report(picture + alone + end, hub=hub, blocked=True) == {"size": [32, 32]}
+    assert fresh.report(picture + with_package + end, hub=hub) == {"size": [32, 32]}
+
+
+PUSH = """
+from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+push(InstructDiffusionPipeline.from_pretrained(sys.argv[1]), "me/tiny")
+report()
+"""
+
+
+def test_push_replaces_the_weights_of_an_earlier_push_and_no_other_file(root: Path, fresh: Fresh, hub: HubServer):
+    index = {"_class_name": ["lora", "x"], "unet": ["diffusers", "UNet2DConditionModel"], "controlnet": [None, None]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "upscaler": ["diffusers", "UNet2DModel"]}
+    others = {
+        "README.md": b"written by hand",
+        "adapter.safetensors": b"a file at the top",
+        "lora/model.safetensors": b"a folder that is no component",
+        "controlnet/diffusion_pytorch_model.safetensors": b"a component that the earlier pipeline did not have",
+        "unet/pytorch_lora_weights.safetensors": b"another file in the folder of a component",
+        "unet/first/diffusion_pytorch_model.safetensors": b"a folder in the folder of a component",
+        "vae/diffusion_pytorch_model.bin": b"the earlier pipeline names no vae",
+    }
+    stale = (
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "upscaler/diffusion_pytorch_model.safetensors",
+    )
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    hub.files["me/tiny"] = others | dict.fromkeys((*stale, weights), b"earlier")
+    hub.files["me/tiny"]["model_index.json"] = json.dumps(index).encode()
+    fresh.report(PUSH, root / "saved", hub=hub)
+    found = hub.files["me/tiny"]
+    assert set(found) == files(root / "exported") | set(others)
+    assert {path: found[path] for path in others} == others
+    assert found[weights] == (root / "saved" / weights).read_bytes()
+
+
+def test_push_deletes_nothing_where_no_pipeline_was(root: Path, fresh: Fresh, hub: HubServer):
+    others = {"unet/diffusion_pytorch_model.bin": b"a", "lora/pytorch_lora_weights.safetensors": b"b"}
+    hub.files["me/tiny"] = dict(others)
+    fresh.report(PUSH, root / "saved", hub=hub)
+    assert set(hub.files["me/tiny"]) == files(root / "exported") | set(others)
+
+
+@pytest.mark.parametrize("lost", ["GET /api/models/me/tiny", "HEAD /me/tiny/resolve"])
+def test_a_repository_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    root: Path, fresh: Fresh, hub: HubServer, lost: str
+):
+    hub.files["me/tiny"] = before = {"README.md": b"mine", "model_index.json": b'{"unet": ["diffusers", "x"]}'}
+    hub.refused = lost
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
-    pipe = InstructDiffusionPipeline.from_pretrained("me/tiny")
-    found = answer(pipe)
-    torch.nn.init.zeros_(pipe.unet.conv_in.weight)
-    push(pipe, "me/tiny")
-    report(answer=found, foreign_code=[name for name in sys.modules if name.startswith("diffusers_modules")])
+    try:
+        push(InstructDiffusionPipeline.from_pretrained(sys.argv[1]), "me/tiny")
+    except Exception as error:
+        report(error=str(error.__cause__ or error))
     """
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    before = hub.files["me/tiny"][weights]
-    found = fresh.report(script, hub=hub)
-    assert found["foreign_code"] == []
-    np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
-    assert hub.files["me/tiny"][weights] != before
-    assert hub.files["me/tiny"]["README.md"] == b"written by hand"
-    assert set(hub.files["me/tiny"]) == files(root / "exported"), "no stale weights beside the new ones"
+    assert "403" in fresh.report(script, root / "saved", hub=hub)["error"]
+    assert hub.files["me/tiny"] == before
 
 
-def test_presets_and_a_reading_are_looked_for_on_the_hub(fresh: Fresh, hub: HubServer):
-    hub.files["me/tiny"] = {"presets.json": b'{"editing": {"guidance_scale": 2.0}}'}
-    hub.files["me/bare"] = {"README.md": b"nothing else"}
+def test_a_hub_that_cannot_be_reached_is_reported(root: Path, fresh: Fresh):
+    with running_hub() as closed:
+        pass
     script = """
-    from instructdiffusion_pipeline import load_presets
-    from instructdiffusion_pipeline.readout import LearnedReading
-    report(presets=[load_presets("me/tiny"), load_presets("me/bare")], reading=LearnedReading.beside("me/bare"))
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1])
+    ways = (
+        lambda: InstructDiffusionPipeline.from_pretrained("me/tiny"),
+        lambda: DiffusionPipeline.from_pretrained("me/tiny"),
+        lambda: DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True),
+        lambda: push(pipe, "me/tiny"),
+        lambda: pipe.push_to_hub("me/tiny"),
+    )
+    errors = []
+    for way in ways:
+        try:
+            way()
+        except Exception as error:
+            errors.append(str(error.__cause__ or error))
+    report(errors=errors)
     """
-    found = fresh.report(script, hub=hub)
-    assert found["presets"] == [{"editing": {"guidance_scale": 2.0}}, {}]
-    assert found["reading"] is None
+    errors = fresh.report(script, root / "saved", hub=closed)["errors"]
+    assert len(errors) == 5
+    assert all("Connection refused" in error for error in errors), errors
+
+
+def test_push_to_hub_ends_with_one_line_and_an_exit_status(root: Path, fresh: Fresh, tmp_path: Path):
+    with running_hub() as closed:
+        pass
+    saved = str(root / "saved")
+    for model, repository, status, words in (
+        (str(tmp_path), "me/tiny", 2, "--model: must be the folder of a pipeline"),
+        (saved, "a/b/c", 2, "--repo_id: "),
+        (saved, "me/tiny", 1, "Connection refused"),
+    ):
+        done = fresh.run(PUSH_TO_HUB, "--model", model, "--repo_id", repository, hub=closed)
+        assert done.returncode == status, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ") and words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_push_to_hub_in_half_precision(root: Path, fresh: Fresh, hub: HubServer):
+    done = fresh.run(PUSH_TO_HUB, "--model", str(root / "saved"), "--repo_id", "me/tiny", "--half", hub=hub)
+    assert done.returncode == 0, done.stderr
+    for path, content in hub.files["me/tiny"].items():
+        if path.endswith(".safetensors"):
+            assert {str(weight.dtype) for weight in safetensors.numpy.load(content).values()} == {"float16"}, path
+
+
+def test_pix2pix_loads_a_saved_folder_silently_and_refuses_an_exported_one(root: Path, reference: list, fresh: Fresh):
+    script = """
+    from diffusers import StableDiffusionInstructPix2PixPipeline as Pix2Pix
+    saved = Pix2Pix.from_pretrained(Path(sys.argv[1], "saved"))
+    try:
+        Pix2Pix.from_pretrained(Path(sys.argv[1], "exported"))
+    except ValueError as error:
+        refused = str(error)
+    trusted = Pix2Pix.from_pretrained(Path(sys.argv[1], "exported"), trust_remote_code=True)
+    report(saved=type(saved).__name__, kept=[name for name in ("readout", "task_settings") if name in saved.config],
+           refused=refused, trusted=type(trusted).__name__, answer=answer(trusted))
+    """
+    found = fresh.report(script, root, blocked=True)
+    assert (found["saved"], found["kept"]) == ("StableDiffusionInstructPix2PixPipeline", [])
+    assert "trust_remote_code=True" in found["refused"]
+    assert found["trusted"] == "InstructDiffusionPipeline"
+    np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
 
 
 def test_an_export_is_a_saved_folder_with_code_and_card(root: Path):
@@ -316,7 +483,7 @@ def test_another_pipeline_is_refused(write: Callable, tmp_path: Path):
 @pytest.mark.parametrize("write", [export, push])
 def test_a_pipeline_with_lora_layers_is_refused(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="pipeline: its unet holds LoRA layers"):
+    with pytest.raises(ValueError, match="pipeline: its unet has LoRA layers"):
         write(pipe, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
