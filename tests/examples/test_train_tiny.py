@@ -1,4 +1,4 @@
-"""The recipe of the small model, from a made-up world to a folder that loads, in a few steps."""
+"""The recipe of the small model, run for a few steps on generated material."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
-    """Runs train.py as the command line would, in a made-up world, a few steps of each stage."""
+    """A function that runs train.py with command line arguments, for a few steps of each stage."""
     for name, value in {"POOL": 40, "STEPS": {"fresh": 3, "tuned": 2}, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(vae, name, value)
     monkeypatch.setattr(tiny_train, "SAMPLES", 20)
@@ -46,30 +46,31 @@ def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
 
 def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe):
     output = recipe("first")
-    assert {"README.md", "CREDITS.md", "presets.json", "model_index.json"} <= {path.name for path in output.iterdir()}
+    assert {"README.md", "CREDITS.md", "model_index.json"} <= {path.name for path in output.iterdir()}
     weights = list(output.glob("*/*.safetensors"))
     assert sum(path.stat().st_size for path in weights) < 40e6
     pipe = InstructDiffusionPipeline.from_pretrained(output)
+    assert pipe.config.task_settings == model.TASK_SETTINGS and pipe.readout is None
     answer = pipe("mark the cat in red", Image.new("RGB", (64, 64)), num_inference_steps=1).images[0]
     assert answer.size == (64, 64)
 
-    with pytest.raises(SystemExit):  # the folder is there already
+    with pytest.raises(SystemExit):  # the folder exists
         recipe("first")
 
     second = recipe("second", "--init", str(output))
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
-    assert 0 < step < 0.01, "one step away from where it started"
+    assert 0 < step < 0.01, "one training step apart"
 
 
-def test_an_autoencoder_of_another_start_is_refused(recipe, tmp_path):
+def test_a_vae_with_another_init_is_refused(recipe, tmp_path):
     output = recipe("first")
     shutil.rmtree(output)
-    with pytest.raises(ValueError, match="an autoencoder of the same start; .* init was None and is 'elsewhere'"):
+    with pytest.raises(ValueError, match="a VAE with the same init; .* init was None and is 'elsewhere'"):
         recipe("first", "--init", "elsewhere")
 
 
-def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):
+def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):
     recipe("first")
     monkeypatch.setitem(sys.modules, "train", tiny_train)
     ablation = importlib.import_module("ablation")
@@ -88,16 +89,16 @@ def test_the_ablation_trains_one_model_for_all_and_one_for_each(recipe, tmp_path
     ]
     assert {row["row"] for row in alone} == {row["row"] for row in together} and len(alone) == len(together)
     assert all(row["samples"] == 1 for row in alone + together)
-    written = (output / "ablation.md").read_text()
+    markdown = (output / "ablation.md").read_text()
     noise = [
         next(row["scores"]["PSNR"]["model"] for row in rows if row["row"] == "noise") for rows in (together, alone)
     ]
-    assert f"| noise | PSNR | {noise[0]:.2f} | {noise[1]:.2f} |" in written
-    assert written.count("\n") == 2 + len(together)
+    assert f"| noise | PSNR | {noise[0]:.2f} | {noise[1]:.2f} |" in markdown
+    assert markdown.count("\n") == 2 + len(together)
     assert set().union(*ablation.SOURCES.values()) == FAMILIES.keys()
 
     monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options), "--steps", "2"])
-    with pytest.raises(ValueError, match="models of as many steps; of .*, steps was 1 and is 2"):
+    with pytest.raises(ValueError, match="models of the same number of steps; in .*, steps was 1 and is 2"):
         ablation.main()
 
 
@@ -118,7 +119,7 @@ def test_standardising_latents_leaves_the_pictures_as_they_are():
     torch.testing.assert_close(picture_after, picture_before, atol=1e-5, rtol=0)
     torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4, rtol=0)
-    # the posterior's own deviation shrinks by the same factor as its mean
+    # the standard deviation of the posterior is divided by the same factor as its mean
     torch.testing.assert_close(after.std, before.std / before.mean.std((0, 2, 3))[:, None, None], rtol=1e-4, atol=0)
 
 
