@@ -1,4 +1,4 @@
-"""Looks for the whole picture, each with its wordings."""
+"""Edits of the colours of a whole picture, each with several instructions."""
 
 import random
 from collections.abc import Callable
@@ -9,41 +9,41 @@ from PIL import Image
 from instructdiffusion_pipeline.types import Edit
 
 
-def grade(image: Image.Image, rng: random.Random, look: str | None = None) -> Edit:
-    """One look out of `GRADES` (a random one if None) for an RGB picture."""
-    change, wordings = GRADES[look or rng.choice(list(GRADES))]
-    pixels = change(np.asarray(image, dtype=np.float32) / 255)
+def edit_colors(image: Image.Image, rng: random.Random, name: str | None = None) -> Edit:
+    """Apply the edit `name` of `COLOR_EDITS`, by default a random one, to an RGB picture."""
+    function, wordings = COLOR_EDITS[name or rng.choice(list(COLOR_EDITS))]
+    pixels = function(np.asarray(image, dtype=np.float32) / 255)
     return Edit(rng.choice(wordings), Image.fromarray(np.round(255 * pixels.clip(0, 1)).astype(np.uint8)))
 
 
 def gray(pixels: np.ndarray) -> np.ndarray:
-    """Luminance of [height, width, 3] in 0 to 1, three times; so for all that follow."""
+    """Replace the channels of `pixels` [height, width, 3], values 0 to 1, by their luminance."""
     return (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None].repeat(3, -1)
 
 
 def tinted(pixels: np.ndarray, *factors: float) -> np.ndarray:
-    """Red, green and blue, each times a factor."""
+    """Multiply red, green and blue by a factor each."""
     return pixels * np.array(factors, np.float32)
 
 
 def night(pixels: np.ndarray) -> np.ndarray:
-    """Dark, and blue where it is darkest."""
+    """Darken and desaturate the picture, with a blue tint that is strongest in the shadows."""
     return tinted(0.5 * pixels + 0.5 * gray(pixels), 0.3, 0.38, 0.6) + np.array([0, 0, 0.05], np.float32)
 
 
 def autumn(pixels: np.ndarray) -> np.ndarray:
-    """Greens turn to orange: red takes the brighter of red and green."""
+    """Turn green into orange: red becomes the maximum of red and green."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     return np.stack([1.1 * np.maximum(red, green), 0.3 * red + 0.5 * green, 0.55 * blue], -1)
 
 
 def winter(pixels: np.ndarray) -> np.ndarray:
-    """Pale and bluish, the bright parts white."""
+    """Desaturate and brighten the picture, with a blue tint."""
     return 0.3 + tinted(0.25 * pixels + 0.75 * gray(pixels), 0.75, 0.8, 0.85)
 
 
-# What happens to the pixels, and how one asks for it.
-GRADES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], list[str]]] = {
+# name -> function of the pixels, instructions
+COLOR_EDITS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], list[str]]] = {
     "black and white": (
         gray,
         [

@@ -1,4 +1,4 @@
-"""What spoils a photograph: blur of three kinds, and lettering across it. (Noise is the product's own `add_noise`.)"""
+"""Degradations of photographs: three kinds of blur, and watermarks. Noise is `add_noise` of the package."""
 
 import math
 import random
@@ -7,24 +7,24 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BLURS = (0.7, 2.5)  # pixels: deviation of a Gaussian, radius of a disc, half the length of a trace
-LETTERING_SIZES = (9, 20)  # pixels
-LETTERING_OPACITIES = (0.35, 0.85)
+BLUR_RADII = (0.7, 2.5)  # pixels: standard deviation of a Gaussian, radius of a disc, half the length of a line
+FONT_SIZES = (9, 20)  # pixels
+OPACITIES = (0.35, 0.85)
 OVERSAMPLING = 4
 
 
 def add_blur(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Shake the camera along a straight line, put it out of focus, or soften the picture with a Gaussian."""
-    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*BLURS), rng)
-    reach = len(kernel) // 2
-    pixels = np.pad(np.asarray(image, dtype=np.float32), ((reach, reach), (reach, reach), (0, 0)), "edge")
+    """Blur a picture with a Gaussian, a disc (out of focus) or a line (motion), at random."""
+    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*BLUR_RADII), rng)
+    margin = len(kernel) // 2
+    pixels = np.pad(np.asarray(image, dtype=np.float32), ((margin, margin), (margin, margin), (0, 0)), "edge")
     windows = np.lib.stride_tricks.sliding_window_view(pixels, kernel.shape, axis=(0, 1))
     blurred = np.einsum("hwcij,ij->hwc", windows, kernel.astype(np.float32), optimize=True)
     return Image.fromarray(np.round(blurred).clip(0, 255).astype(np.uint8))
 
 
 def gaussian(sigma: float, rng: random.Random) -> np.ndarray:
-    """A normalised kernel, side x side, as are the next two."""
+    """Return a Gaussian kernel [side, side] with sum 1."""
     x = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
     line = np.exp(-(x**2) / (2 * sigma**2))
     kernel = np.outer(line, line)
@@ -32,24 +32,24 @@ def gaussian(sigma: float, rng: random.Random) -> np.ndarray:
 
 
 def defocus(radius: float, rng: random.Random) -> np.ndarray:
-    """An even disc."""
+    """Return a kernel that is constant in a disc, with sum 1."""
     return drawn_kernel(radius, lambda pen, c, r: pen.ellipse((c - r, c - r, c + r, c + r), 255))
 
 
 def motion(radius: float, rng: random.Random) -> np.ndarray:
-    """An even line at a random angle, one pixel wide."""
+    """Return a kernel that is constant on a line of one pixel's width at a random angle, with sum 1."""
     angle = rng.uniform(0, math.pi)
     x, y = math.cos(angle), math.sin(angle)
 
-    def trace(pen: ImageDraw.ImageDraw, center: float, reach: float) -> None:
-        ends = [(center - reach * x, center - reach * y), (center + reach * x, center + reach * y)]
+    def draw_line(pen: ImageDraw.ImageDraw, center: float, length: float) -> None:
+        ends = [(center - length * x, center - length * y), (center + length * x, center + length * y)]
         pen.line(ends, 255, 8)
 
-    return drawn_kernel(radius, trace)
+    return drawn_kernel(radius, draw_line)
 
 
 def drawn_kernel(radius: float, draw) -> np.ndarray:
-    """What `draw(pen, center, radius)` leaves on a canvas of eight dots a pixel, as a normalised kernel."""
+    """Make a kernel with sum 1 from what `draw(pen, center, radius)` draws at eight times the resolution."""
     side = 2 * math.ceil(radius + 0.5) + 1
     canvas = Image.new("L", (8 * side, 8 * side))
     draw(ImageDraw.Draw(canvas), 4 * side, 8 * radius)
@@ -58,13 +58,13 @@ def drawn_kernel(radius: float, draw) -> np.ndarray:
 
 
 def add_watermark(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Lay see-through letters across the picture, at a random angle, size and strength; half of the time repeated."""
+    """Draw random translucent letters on the picture, once or repeated, at a random size, angle and opacity."""
     letters = string.ascii_uppercase if rng.random() < 0.5 else string.ascii_lowercase
     text = "".join(rng.choices(letters, k=rng.randint(3, 7)))
     side = OVERSAMPLING * max(image.size)
     stamp = Image.new("L", (side, side))
     pen = ImageDraw.Draw(stamp)
-    font = ImageFont.load_default(OVERSAMPLING * rng.uniform(*LETTERING_SIZES))
+    font = ImageFont.load_default(OVERSAMPLING * rng.uniform(*FONT_SIZES))
     if rng.random() < 0.5:
         pen.text((rng.uniform(0.3, 0.7) * side, rng.uniform(0.3, 0.7) * side), text, 255, font, "mm")
     else:
@@ -73,7 +73,7 @@ def add_watermark(image: Image.Image, rng: random.Random) -> Image.Image:
         for row in range(math.ceil(side / pitch)):
             pen.text((-rng.uniform(0, 0.3) * side, row * pitch), line, 255, font)
     stamp = stamp.rotate(rng.choice([0, rng.uniform(-45, 45)]), Image.Resampling.BILINEAR).reduce(OVERSAMPLING)
-    opacity = rng.uniform(*LETTERING_OPACITIES)
+    opacity = rng.uniform(*OPACITIES)
     color = rng.choice([(255, 255, 255), (255, 255, 255), (0, 0, 0), tuple(rng.choices(range(256), k=3))])
     marked = image.copy()
     marked.paste(color, (0, 0), stamp.crop((0, 0, *image.size)).point(lambda level: round(opacity * level)))

@@ -1,12 +1,12 @@
-"""Edits of a scene: its objects laid down differently; each change with its wordings."""
+"""Edits of a scene: objects are removed, replaced, added or moved; each edit has several instructions."""
 
 import math
 import random
 from typing import NamedTuple
 
 from PIL import Image
-from referring_expressions import phrases
-from world import Scene, Thing, World, lay
+from referring_expressions import referring_expressions
+from world import Scene, Thing, World, on_canvas
 
 from instructdiffusion_pipeline.tasks.wording import a, the
 from instructdiffusion_pipeline.types import Edit
@@ -49,7 +49,8 @@ MOVE = [
     "carry {old} {there}",
     "{old} should be {place}",
 ]
-# Where added and moved things go: how one says it of both, and a middle in pixels; fixed, so that the words say all.
+# Where objects are added (key) and moved to: the wording for a move, and the center in pixels. Positions are fixed, so
+# that the instruction determines the result.
 PLACES = {
     "on the left": ("to the left", (16, 32)),
     "on the right": ("to the right", (48, 32)),
@@ -58,12 +59,12 @@ PLACES = {
     "in the middle": ("to the middle", (32, 32)),
 }
 ADDED_SIDE = 28
-MOVED = 10  # pixels at least
-NEW_STYLE = 0  # of what is added or put in another's place: of two looks a model could only learn the mean
+MIN_MOVE = 10  # pixels
+NEW_STYLE = 0  # style of new objects; of two possible styles the model would learn the mean
 
 
 class Change(NamedTuple):
-    """A scene before and after what the words ask for; what came or moved is the last thing of `after`."""
+    """A scene before and after an edit, and the instruction. A new or moved object is the last one of `after`."""
 
     before: Scene
     words: str
@@ -71,34 +72,35 @@ class Change(NamedTuple):
 
     @property
     def sample(self) -> tuple[Image.Image, Edit]:
-        """As editing data sets have it."""
+        """The same in the format of the editing data sets."""
         return self.before.image, Edit(self.words, self.after.image)
 
 
 def edit_objects(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """A scene, and the same one with a thing less, with another in its place, with one more, or with one moved."""
+    """Make a scene, and remove, replace, add or move one object."""
     change = rng.choice([remove, remove, replace, add, move])
     return change(world, rng).sample
 
 
 def choose(world: World, rng: random.Random) -> tuple[Scene, str, Thing]:
-    """A scene, words for one thing in it, and the thing."""
+    """Return a scene, an expression that refers to one object in it, and the object."""
     while True:
         scene = world.scene(rng)
-        single = {words: things[0] for words, things in phrases(scene, world.names, rng).items() if len(things) == 1}
-        if single:  # else there are but two of a name, neither left nor right, upper nor lower, larger nor smaller
+        expressions = referring_expressions(scene, world.names, rng).items()
+        single = {words: things[0] for words, things in expressions if len(things) == 1}
+        if single:  # not if the only two objects have the same name and no expression distinguishes them
             words = rng.choice(sorted(single))
             return scene, the(words), single[words]
 
 
 def remove(world: World, rng: random.Random) -> Change:
-    """What the thing hid comes to light."""
+    """Remove an object and show what it covered."""
     scene, words, old = choose(world, rng)
     return Change(scene, rng.choice(REMOVE).format(old=words), scene.minus(old))
 
 
 def replace(world: World, rng: random.Random) -> Change:
-    """Another object takes the place and about the size of an old one."""
+    """Replace an object by another at the same position and of about the same size."""
     while True:
         scene, words, old = choose(world, rng)
         name = rng.choice(sorted(world.names - scene.names))
@@ -110,7 +112,7 @@ def replace(world: World, rng: random.Random) -> Change:
 
 
 def add(world: World, rng: random.Random) -> Change:
-    """One more thing at a place that the words name; a scene that has no room there loses its own things."""
+    """Add an object at a named position. If there is no room for it, the scene's other objects are left out."""
     scene = world.scene(rng)
     name = rng.choice(sorted(world.names - scene.names))
     place, (_, center) = rng.choice(list(PLACES.items()))
@@ -121,12 +123,12 @@ def add(world: World, rng: random.Random) -> Change:
 
 
 def move(world: World, rng: random.Random) -> Change:
-    """A thing as it is, at another place, which the words name, over all others."""
+    """Move an object, unchanged and in front of the others, to a named position."""
     while True:
         scene, words, old = choose(world, rng)
         place, (there, center) = rng.choice(list(PLACES.items()))
-        moved = Thing(old.name, lay(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
-        if scene.minus(old).fits(moved) and math.dist(moved.center, old.center) >= MOVED:
+        moved = Thing(old.name, on_canvas(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
+        if scene.minus(old).fits(moved) and math.dist(moved.center, old.center) >= MIN_MOVE:
             break
     words = rng.choice(MOVE).format(old=words, place=place, there=there)
     return Change(scene, words, scene.minus(old).plus(moved))

@@ -1,8 +1,7 @@
-"""Fetch what the small model's world is made of: photographs, named objects and the CLIP merges.
+"""Download the training material of the small model: photographs, emoji and the byte-pair merges of CLIP.
 
-Everything comes out of published packages (Debian, npm, PyPI) through their own clients. Only files under CC0, public
-domain, CC-BY or CC-BY-SA (photographs), MIT, Apache-2.0 or CC-BY (objects) and MIT (merges) are taken; CREDITS.md
-names every one.
+It is taken from Debian, npm and PyPI packages with their own clients. Licences: CC0, public domain, CC-BY or CC-BY-SA
+for photographs, MIT, Apache-2.0 or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
 """
 
 import io
@@ -17,8 +16,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from instructdiffusion_pipeline.files import atomic_write, write_text
+
 DEBIAN_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
-# style -> npm package, where in it the picture of a code point is, and who made it.
+# style -> npm package, path of the picture of a code point in it, author and licence
 OBJECT_STYLES = {
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets/{}.webp", "Microsoft Fluent emoji, MIT"),
     "noto": ("emoji-datasource-google@16.0.0", "img/google/64/{}.png", "Google Noto emoji, Apache-2.0"),
@@ -27,7 +28,7 @@ OBJECT_STYLES = {
 MERGES_PACKAGE = "open_clip_torch==3.2.0"
 FREE_LICENSES = re.compile(r"CC0|public.domain|CC-BY(?!-N)", re.IGNORECASE)
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".webp", ".png"}
-# Folders of gcompris that hold photographs; its other pictures are drawings and paintings.
+# Folders of gcompris-qt-data with photographs. Its other pictures are drawings and paintings.
 GCOMPRIS_PHOTOS = re.compile(
     r"clickgame/.*sea|erase/|explore_(farm_animals|monuments|world_animals|world_music)/"
     r"|categorization/resource/images/(renewable|monuments|fishes)/"
@@ -35,7 +36,7 @@ GCOMPRIS_PHOTOS = re.compile(
 MIN_SIDE = 300
 STORED_SIDE = 192
 
-# name -> code point of the emoji; few, and easy to tell apart, because a CPU trains this version.
+# name -> code point of the emoji. They are few and look different, because the model is small.
 OBJECTS = {
     "airplane": "2708-fe0f",
     "apple": "1f34e",
@@ -72,7 +73,10 @@ OBJECTS = {
 
 
 def fetch(folder: Path) -> None:
-    """Fill `folder` with photographs/*.png, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md."""
+    """Write photographs/*.png, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md to `folder`.
+
+    If CREDITS.md, the last file to be written, exists, nothing is done.
+    """
     if (folder / "CREDITS.md").exists():
         return
     packages, photographs, objects = (folder / name for name in ("packages", "photographs", "objects"))
@@ -84,9 +88,8 @@ def fetch(folder: Path) -> None:
         root = packages / package
         if not root.exists():
             subprocess.run(["apt-get", "download", package], cwd=packages, check=True)
-            partial = root.with_name(f"{package}.partial")
-            subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), partial], check=True)
-            partial.rename(root)
+            with atomic_write(root) as partial:
+                subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), partial], check=True)
         files, licenses = read_package(root)
         for path, content in files.items():
             license, holder = licenses.get(path, ("unknown", "unknown"))
@@ -102,31 +105,31 @@ def fetch(folder: Path) -> None:
             credits.append(f"- {name}: {holder}, {license} (Debian package {package})")
 
     credits += ["", "## Objects", "", *(f"- {name} (U+{code.upper()})" for name, code in OBJECTS.items()), ""]
-    for style, (package, place, maker) in OBJECT_STYLES.items():
+    for style, (package, path, author) in OBJECT_STYLES.items():
         (objects / style).mkdir(exist_ok=True)
         packed = subprocess.run(
             ["npm", "pack", "--silent", package], cwd=packages, check=True, stdout=subprocess.PIPE, text=True
         )
         with tarfile.open(packages / packed.stdout.strip()) as archive:
             for name, code in OBJECTS.items():
-                member = archive.extractfile(f"package/{place.format(code)}")
+                member = archive.extractfile(f"package/{path.format(code)}")
                 picture = Image.open(io.BytesIO(member.read())).convert("RGBA")
                 picture.crop(picture.getchannel("A").getbbox()).save(objects / style / f"{name}.png")
-        credits.append(f"Drawn in style {style}: {maker}, from the npm package {package}.")
+        credits.append(f"Drawn in style {style}: {author}, from the npm package {package}.")
 
     subprocess.run(["pip", "download", "--quiet", "--no-deps", MERGES_PACKAGE], cwd=packages, check=True)
     with zipfile.ZipFile(next(packages.glob("open_clip_torch-*.whl"))) as wheel:
         merges = wheel.read("open_clip/bpe_simple_vocab_16e6.txt.gz")
     (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(merges)
     credits += ["", "## Words", "", f"CLIP's byte-pair merges, MIT, from the PyPI package {MERGES_PACKAGE}.", ""]
-    (folder / "CREDITS.md").write_text("\n".join(credits))
+    write_text(folder / "CREDITS.md", "\n".join(credits))
 
 
 def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosixPath, tuple[str, str]]]:
-    """Photographs of an unpacked Debian package, and (licence, holder) of its files, both by path."""
+    """Return the photographs of an unpacked Debian package, and (licence, copyright holder) of its files, by path."""
     files, licenses = {}, {}
     for path in sorted(root.rglob("*.jpg")):
-        # The wallpapers' copyright files name "16.04/NAME.jpg", whatever folder the package installs to.
+        # The copyright files of the wallpapers call them "16.04/NAME.jpg", although they are installed elsewhere.
         files[PurePosixPath(root.name.rpartition("-")[2], path.name)] = path.read_bytes()
     for path in root.rglob("copyright"):
         licenses |= read_licenses(path.read_text(), PurePosixPath())
@@ -140,10 +143,10 @@ def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosix
 
 
 def read_rcc(blob: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Files of a Qt binary resource (format version 3; zlib or stored, zstd entries do not occur here)."""
+    """Yield the files of a Qt binary resource: format version 3, stored or compressed with zlib."""
     magic, _, tree, data, names = struct.unpack_from(">4s4I", blob)
     if magic != b"qres":
-        raise ValueError(f"blob: expected a Qt resource that starts with b'qres', got {magic!r}")
+        raise ValueError(f"`blob` must be a Qt resource, which starts with b'qres'; got {magic!r}.")
     is_compressed, is_folder, node_size = 1, 2, 22
 
     def walk(index: int, parent: PurePosixPath) -> Iterator[tuple[PurePosixPath, bytes]]:
@@ -165,7 +168,7 @@ def read_rcc(blob: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def read_licenses(text: str, folder: PurePosixPath) -> dict[PurePosixPath, tuple[str, str]]:
-    """(licence, holder) by file, from stanzas of `Copyright:`, `License:` and `Files:` parted by empty lines."""
+    """Return (licence, copyright holder) by file from paragraphs of `Copyright:`, `License:` and `Files:`."""
     licenses = {}
     for stanza in re.split(r"\n\s*\n", text):
         fields = dict(re.findall(r"^(Copyright|License|Files):\s*((?:(?!^\w+:).*\n?)*)", stanza, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""Jointed figures in random poses: every joint is where it was put, and left and right follow anatomy.
+"""Draw jointed figures in random poses, with exact positions of COCO's joints.
 
-A figure faces the viewer, and then its left is on the picture's right, or shows its back, and then its left is on the
-picture's left. The face, or the hair that hides it, tells which.
+Left and right are the figure's own: they are mirrored in the picture if it faces the viewer. Figures seen from behind
+have hair instead of a face.
 """
 
 import colorsys
@@ -15,23 +15,23 @@ from world import SIZE
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 from instructdiffusion_pipeline.types import Joint
 
-HEIGHTS = (0.72, 0.97)  # of a figure, as a share of the frame
-CLOSE_UP_SHARE = 0.12  # of the figures; these are larger than the frame
-CLOSE_UPS = (1.15, 1.7)
-OVERSAMPLING = 4  # figures are drawn this much larger and reduced, so that their edges are smooth
+HEIGHTS = (0.72, 0.97)  # of a figure, relative to the frame
+CLOSE_UP_SHARE = 0.12  # share of figures that are larger than the frame
+CLOSE_UP_HEIGHTS = (1.15, 1.7)
+OVERSAMPLING = 4  # figures are drawn at this scale and then reduced, for smooth edges
 
 SKINS = [(255, 219, 186), (241, 194, 150), (224, 172, 120), (190, 130, 85), (141, 90, 55), (95, 58, 38)]
 HAIRS = [(25, 20, 18), (60, 38, 25), (105, 65, 35), (170, 115, 60), (225, 190, 110), (150, 60, 30), (150, 150, 155)]
-MIN_CONTRAST = 70
+MIN_CONTRAST = 70  # distance of hair and skin in RGB
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
 
 class Body(NamedTuple):
-    """Proportions, in units of about a figure's height."""
+    """Proportions of a figure, relative to about its height."""
 
     head: float  # radius
-    shoulder: float  # half of the breadth
+    shoulder: float  # half of the distance of the shoulders
     hip: float
     torso: float
     upper_arm: float
@@ -42,7 +42,7 @@ class Body(NamedTuple):
 
     @classmethod
     def random(cls, rng: random.Random) -> "Body":
-        """An adult or a child, slender or stout."""
+        """Random proportions: tall or small, slender or stout."""
         leg, arm = rng.uniform(0.19, 0.24), rng.uniform(0.145, 0.18)
         return cls(
             head=rng.uniform(0.085, 0.115),
@@ -58,10 +58,9 @@ class Body(NamedTuple):
 
 
 def draw_figure(rng: random.Random, faces_viewer: bool) -> tuple[Image.Image, dict[str, Joint | None]]:
-    """A figure on a transparent canvas of the frame's size, and its joints by COCO's names.
+    """Draw a figure on a transparent canvas of the frame's size, and return it with its joints by COCO's names.
 
-    A joint is None if it lies outside the frame. One that the figure itself hides (the nose of one seen from behind)
-    is where it is.
+    A joint outside the frame is None. Joints that the figure itself hides, such as a nose seen from behind, are given.
     """
     body = Body.random(rng)
     skeleton = pose(body, faces_viewer, rng)
@@ -71,48 +70,50 @@ def draw_figure(rng: random.Random, faces_viewer: bool) -> tuple[Image.Image, di
     for name in COCO_JOINTS:
         x, y = points[name]
         inside = 0 <= x < SIZE and 0 <= y < SIZE
-        joints[name] = Joint(x - 0.5, y - 0.5) if inside else None  # a pixel's middle is half a pixel from its corner
+        joints[name] = Joint(x - 0.5, y - 0.5) if inside else None  # (0, 0) is the center of the first pixel
     return layer, joints
 
 
 def pose(body: Body, faces_viewer: bool, rng: random.Random) -> dict[str, Point]:
-    """Places of the joints, and of "head", its middle; the origin lies between the hips, y points down."""
+    """Return the positions of the joints and of "head", its center. The origin is between the hips, y points down."""
     neck = -body.torso - 0.035
     head = (rng.uniform(-0.02, 0.02), neck - body.head)
-    turn = rng.uniform(-0.25, 0.25) * body.head  # the face looks a little aside
+    turn = rng.uniform(-0.25, 0.25) * body.head  # the face is turned a little to the side
     points = {"head": head, "nose": (head[0] + turn, head[1] + 0.12 * body.head)}
     for side in ("left", "right"):
-        outward = 1 if (side == "left") == faces_viewer else -1  # along the picture's x
+        outward = 1 if (side == "left") == faces_viewer else -1  # direction on the x axis
         points[f"{side} eye"] = (head[0] + turn + outward * 0.42 * body.head, head[1] - 0.22 * body.head)
         points[f"{side} ear"] = (head[0] + outward * 0.98 * body.head, head[1])
         shoulder, hip = (outward * body.shoulder, -body.torso), (outward * body.hip, 0.0)
         arm, leg = rng.uniform(5, 165), rng.triangular(-4, 50, 8)
         points[f"{side} shoulder"], points[f"{side} hip"] = shoulder, hip
-        elbow = points[f"{side} elbow"] = swing(shoulder, outward, arm, body.upper_arm)
-        points[f"{side} wrist"] = swing(elbow, outward, arm + rng.triangular(-110, 110, 0), body.forearm)
-        knee = points[f"{side} knee"] = swing(hip, outward, leg, body.thigh)
-        points[f"{side} ankle"] = swing(knee, outward, leg + rng.triangular(-60, 15, -5), body.shin)
+        elbow = points[f"{side} elbow"] = bone_end(shoulder, outward, arm, body.upper_arm)
+        points[f"{side} wrist"] = bone_end(elbow, outward, arm + rng.triangular(-110, 110, 0), body.forearm)
+        knee = points[f"{side} knee"] = bone_end(hip, outward, leg, body.thigh)
+        points[f"{side} ankle"] = bone_end(knee, outward, leg + rng.triangular(-60, 15, -5), body.shin)
     lean = math.radians(rng.gauss(0, 9))
     cos, sin = math.cos(lean), math.sin(lean)
     return {name: (cos * x - sin * y, sin * x + cos * y) for name, (x, y) in points.items()}
 
 
-def swing(start: Point, outward: int, degrees: float, length: float) -> Point:
-    """The end of a bone that hangs down at 0 degrees and points away from the body at 90."""
+def bone_end(start: Point, outward: int, degrees: float, length: float) -> Point:
+    """Return the end of a bone, which points down at 0 degrees and away from the body at 90."""
     angle = math.radians(degrees)
     return start[0] + outward * length * math.sin(angle), start[1] + length * math.cos(angle)
 
 
 def fit(points: dict[str, Point], body: Body, rng: random.Random) -> tuple[dict[str, Point], float]:
-    """The joints in pixels of the frame at a random size and place, and the pixels per unit of the body."""
-    rim = max(body.head, body.thickness)
-    (left, right), (top, bottom) = ((min(axis) - rim, max(axis) + rim) for axis in zip(*points.values(), strict=True))
-    share = rng.uniform(*HEIGHTS)
-    scale = share * SIZE / max(bottom - top, 0.9 * (right - left))
+    """Scale and move a figure at random. Returns its joints in pixels of the frame, and the scale."""
+    margin = max(body.head, body.thickness)
+    (left, right), (top, bottom) = (
+        (min(axis) - margin, max(axis) + margin) for axis in zip(*points.values(), strict=True)
+    )
+    height = rng.uniform(*HEIGHTS)
+    scale = height * SIZE / max(bottom - top, 0.9 * (right - left))
     if rng.random() < CLOSE_UP_SHARE:
-        scale *= rng.uniform(*CLOSE_UPS) / share
+        scale *= rng.uniform(*CLOSE_UP_HEIGHTS) / height
     room_x, room_y = SIZE - scale * (right - left), SIZE - scale * (bottom - top)
-    # Negative room is cut off where it falls; a close-up keeps the head rather than the feet.
+    # If a close-up does not fit, it may be cut off on both sides and at the bottom, but hardly at the head.
     x, y = rng.uniform(0, 1) * room_x - scale * left, rng.uniform(0, 1 if room_y > 0 else 0.1) * room_y - scale * top
     return {name: (scale * px + x, scale * py + y) for name, (px, py) in points.items()}, scale
 
@@ -120,15 +121,15 @@ def fit(points: dict[str, Point], body: Body, rng: random.Random) -> tuple[dict[
 def paint_figure(
     points: dict[str, Point], body: Body, scale: float, faces_viewer: bool, rng: random.Random
 ) -> Image.Image:
-    """The figure with these joints (in pixels of the frame), RGBA."""
+    """Draw a figure with these joints, in pixels of the frame, as an RGBA picture."""
     canvas = Image.new("RGBA", (OVERSAMPLING * SIZE,) * 2)
     at = {name: (OVERSAMPLING * x, OVERSAMPLING * y) for name, (x, y) in points.items()}
     unit = OVERSAMPLING * scale
     pen = ImageDraw.Draw(canvas)
     skin = rng.choice(SKINS)
-    # Hair like skin would hide whether there is a face.
+    # Hair and skin must differ, so that front and back can be distinguished.
     hair = rng.choice([color for color in HAIRS if math.dist(color, skin) > MIN_CONTRAST])
-    skin, hair = shade(skin, rng), shade(hair, rng)
+    skin, hair = vary(skin, rng), vary(hair, rng)
     shirt, trousers, shoes = clothing(rng), clothing(rng), clothing(rng)
     short_sleeves, short_trousers = rng.random() < 0.6, rng.random() < 0.3
     limb, head = body.thickness * unit, body.head * unit
@@ -161,7 +162,7 @@ def paint_head(
     faces_viewer: bool,
     long_hair: bool,
 ) -> None:
-    """A face under a cap of hair, or the hair alone from behind."""
+    """Draw a head with face and hair, or from behind with hair only."""
     x, y = at["head"]
     if long_hair:
         box = (x - 1.12 * radius, y - 1.1 * radius, x + 1.12 * radius, y + 1.5 * radius)
@@ -181,35 +182,35 @@ def paint_head(
 
 
 def bone(pen: ImageDraw.ImageDraw, start: Point, end: Point, width: float, color: RGB) -> None:
-    """A thick line with round ends."""
+    """Draw a thick line with round ends."""
     pen.line([start, end], color, round(width))
     for point in (start, end):
         ball(pen, point, width / 2, color)
 
 
 def ball(pen: ImageDraw.ImageDraw, center: Point, radius: float, color: RGB) -> None:
-    """A filled circle."""
+    """Draw a filled circle."""
     x, y = center
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), color)
 
 
 def middle(a: Point, b: Point) -> Point:
-    """The point half way between two."""
+    """Return the point halfway between two points."""
     return (a[0] + b[0]) / 2, (a[1] + b[1]) / 2
 
 
-def shade(color: RGB, rng: random.Random) -> RGB:
-    """Nearly `color`."""
+def vary(color: RGB, rng: random.Random) -> RGB:
+    """Change the brightness of a colour a little at random."""
     light = rng.uniform(0.9, 1.05)
     return tuple(min(255, round(light * value)) for value in color)
 
 
 def darker(color: RGB) -> RGB:
-    """`color` in the shade: what sets an arm off from the body behind it."""
+    """Darken a colour, so that an arm is visible in front of the body."""
     return tuple(round(0.8 * value) for value in color)
 
 
 def clothing(rng: random.Random) -> RGB:
-    """Any colour, from gray to bright."""
+    """Return a random colour, from gray to saturated."""
     channels = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.95), rng.uniform(0.2, 1))
     return tuple(round(255 * channel) for channel in channels)

@@ -1,24 +1,34 @@
-"""The small model's parts: an ordinary InstructDiffusion pipeline with narrow components."""
+"""Build the small model: an InstructDiffusion pipeline with small components."""
 
 import gzip
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from world import SIZE
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import InstructDiffusionPipeline, export
+from instructdiffusion_pipeline.files import atomic_write
 
-MERGES = 8_000  # of CLIP's 48,894; rarer words fall into more pieces
+MERGES = 8_000  # of CLIP's 48,894; with fewer merges, rare words are split into more tokens
 TEXT_WIDTH = 128
+# Call arguments by task family; they are saved in the pipeline's configuration.
+TASK_SETTINGS = {
+    "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
+    "keypoints": {"num_inference_steps": 10, "guidance_scale": 3.0, "image_guidance_scale": 0.5},
+    "restoration": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
+    "editing": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
+}
 
 
 def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPipeline:
-    """A pipeline with a trained `vae`, and a text encoder and a UNet (10.9 M parameters) fresh from initialisation."""
+    """Build a pipeline from a trained `vae`, with a new text encoder and a new UNet (10.9 M parameters)."""
     tokenizer = build_tokenizer(merges_path)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -44,8 +54,8 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
     )
-    # Velocity, not epsilon: near pure noise, where it is decided what to draw where, epsilon tells the answer as a
-    # fifteenth part of itself, which must come out exact; a small network gets no further than the noise.
+    # Near pure noise, where the model decides what to draw and where, the answer contributes only a fifteenth of
+    # epsilon. A small network does not predict epsilon that precisely, so it predicts velocity.
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -53,19 +63,26 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
         prediction_type="v_prediction",
         timestep_spacing="linspace",
     )
-    return InstructDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
+    return InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, task_settings=TASK_SETTINGS)
+
+
+def export_model(pipeline: InstructDiffusionPipeline, folder: Path, world: Path) -> None:
+    """Write a pipeline in half precision, its model card and the credits in `world` to a new folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder) as partial:
+        export(pipeline.to(dtype=torch.float16), partial)
+        shutil.copy(Path(__file__).parent / "MODEL_CARD.md", partial / "README.md")
+        shutil.copy(world / "CREDITS.md", partial)
 
 
 def use_plain_attention(pipeline: InstructDiffusionPipeline) -> None:
-    """It trains this UNet a quarter faster than the fused kernel does on a CPU in bfloat16."""
+    """Use attention without the fused kernel: in bfloat16 on a CPU, training this UNet is a quarter faster."""
     pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.text_encoder.set_attn_implementation("eager")
 
 
 def build_tokenizer(merges_path: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer cut down to its first and commonest `MERGES` merges."""
+    """Build CLIP's tokenizer with only its `MERGES` most frequent merges."""
     merges = gzip.decompress(merges_path.read_bytes()).decode().split("\n")[1 : MERGES + 1]
     letters = list(bytes_to_unicode().values())
     words = letters + [letter + "</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]

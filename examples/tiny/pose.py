@@ -1,4 +1,4 @@
-"""The whole pose at once: a question that a small model learns before it tells joints apart by name."""
+"""A task that asks for the whole pose at once. A small model learns it sooner than single joints by name."""
 
 import random
 from collections.abc import Mapping
@@ -30,15 +30,15 @@ WORDINGS = [
 class WholePose(Keypoints):
     """Asks for nine joints, each always in the same colour.
 
-    One sample shows where nine joints are and which side is which, whatever the words; a question of `Keypoints` has a
-    few of them, and shows a model that does not yet know the names hardly anything.
+    A model that does not know the names of joints yet learns more from it than from `Keypoints`: every sample shows
+    nine joints, and which side is left.
     """
 
     colors: Mapping[str, str] = field(default_factory=lambda: COLORS)
 
     def __post_init__(self) -> None:
-        """Nine are too many for a sentence that names them, but not for this one."""
+        """Do not check the number of joints: `Keypoints` allows five, because its instruction names them."""
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """One wording of the question; without `rng` always the same."""
+        """Return a random wording; without `rng` always the same."""
         return rng.choice(WORDINGS) if rng else WORDINGS[0]

@@ -1,12 +1,12 @@
-"""How one speaks of the things in a scene: by name, or, where two share it, by place and size, or of both."""
+"""Referring expressions for the objects in a scene: by name, and by position or size if two have the same name."""
 
 import random
 import re
 
 from world import SIZE, Scene, Thing
 
-APART = 0.15  # of the picture's side: what two middles must differ by, for one to be the left or the upper one
-LARGER = 1.4  # times as many pixels
+MIN_DISTANCE = 0.15  # of two centers, relative to the picture's side, for "left" or "upper"
+MIN_SIZE_RATIO = 1.4  # of the numbers of pixels, for "larger"
 BOTH = ["both {names}", "the {names}", "the two {names}", "all {names}"]
 ONE = {
     "left": ["the left {name}", "the {name} on the left", "the leftmost {name}", "the left one of the {names}"],
@@ -19,40 +19,42 @@ ONE = {
 
 
 def plural(name: str) -> str:
-    """The names of this world are regular."""
+    """Return the plural of an object's name; all of them are regular."""
     return name[:-1] + "ies" if name.endswith("y") and name[-2] not in "aeiou" else name + "s"
 
 
-def speaks_of(words: str, names: set[str]) -> bool:
-    """Whether a phrase has one of `names` in it, or its plural."""
-    return any(re.search(rf"\b({name}|{plural(name)})\b", words) for name in names)
+def mentions(expression: str, names: set[str]) -> bool:
+    """Whether an expression contains one of `names` or its plural."""
+    return any(re.search(rf"\b({name}|{plural(name)})\b", expression) for name in names)
 
 
-def phrases(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:
-    """One phrase for everything that can be spoken of, and the things it means: phrase -> things.
+def referring_expressions(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:
+    """Return one expression for everything that can be referred to, and the objects it refers to.
 
-    Things of other `names` are left out; so are places and sizes that are too close to tell.
+    Only objects in `names` are included, and only positions and sizes that differ enough.
     """
-    spoken: dict[str, list[Thing]] = {}
+    expressions: dict[str, list[Thing]] = {}
     for name in sorted(names & scene.names):
-        alike = [thing for thing in scene.things if thing.name == name]
-        if len(alike) == 1:
-            spoken[name] = alike
+        same_name = [thing for thing in scene.things if thing.name == name]
+        if len(same_name) == 1:
+            expressions[name] = same_name
             continue
         words = {"name": name, "names": plural(name)}
-        spoken[rng.choice(BOTH).format(**words)] = alike
-        spoken |= {rng.choice(ONE[way]).format(**words): [thing] for way, thing in told_apart(*alike).items()}
-    return spoken
+        expressions[rng.choice(BOTH).format(**words)] = same_name
+        expressions |= {
+            rng.choice(ONE[relation]).format(**words): [thing] for relation, thing in distinguish(*same_name).items()
+        }
+    return expressions
 
 
-def told_apart(first: Thing, second: Thing) -> dict[str, Thing]:
-    """In which ways, out of those of `ONE`, two things differ, and which of the two each means."""
-    ways = {}
+def distinguish(first: Thing, second: Thing) -> dict[str, Thing]:
+    """Return the relations of `ONE` that distinguish two objects, and which object each of them refers to."""
+    relations = {}
     for axis, sides in enumerate((("left", "right"), ("upper", "lower"))):
         ordered = sorted((first, second), key=lambda thing: thing.center[axis])
-        if ordered[1].center[axis] - ordered[0].center[axis] >= APART * SIZE:
-            ways |= dict(zip(sides, ordered, strict=True))
+        if ordered[1].center[axis] - ordered[0].center[axis] >= MIN_DISTANCE * SIZE:
+            relations |= dict(zip(sides, ordered, strict=True))
     ordered = sorted((first, second), key=lambda thing: thing.pixels.sum())
-    if ordered[1].pixels.sum() >= LARGER * ordered[0].pixels.sum():
-        ways |= dict(zip(("smaller", "larger"), ordered, strict=True))
-    return ways
+    if ordered[1].pixels.sum() >= MIN_SIZE_RATIO * ordered[0].pixels.sum():
+        relations |= dict(zip(("smaller", "larger"), ordered, strict=True))
+    return relations

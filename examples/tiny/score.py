@@ -1,17 +1,16 @@
-"""What only a made world can tell of a model's answers, beside the table of examples/evaluate.py.
+"""Scores of the small model that need generated scenes, in addition to those of examples/evaluate.py.
 
     python examples/evaluate.py --model out/model --data tiny=out/tiny/world --samples 500 --output out/scores
     python examples/tiny/score.py --model out/model --world out/tiny/world --folder out/scores
 
-Whether the name mattered, whether left is left, what became of the picture in and around the edited place, and whether
-the model's own segmentation finds what it has put there. Writes beyond.json, the last of these into "own", and
-scores.md, which has all that the model's card says.
+The scores are: whether the model uses the name in the instruction, whether it confuses left and right, PSNR inside
+and outside the edited region, and whether the model's own segmentation finds the objects that it added. The script
+writes beyond.json, scores.md (the table of the model card) and the folder "own" with the model's own segmentation.
 """
 
 import argparse
 import json
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,31 +24,33 @@ from PIL import Image
 from table import OWN, table
 from world import World
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, load_presets
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from, vae_reconstruction
 from instructdiffusion_pipeline.evaluation.baselines import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
+from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.fingerprint import pipeline_fingerprint
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-CHANGED = 16  # grey levels in one channel: what counts as edited
-PAINTED = 0.01  # of the picture
+MIN_CHANGE = 16  # grey levels in one channel; pixels that the true answer changes by less are outside the change
+MIN_PAINTED = 0.01  # share of the picture; smaller masks count as empty
+TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
 
 def main() -> None:
-    sys.path.append(str(Path(__file__).parent.parent))
-    from edit import TINY_MODEL, load
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, required=True, help="the folder the recipe fetched its pictures to")
-    parser.add_argument("--folder", type=Path, required=True, help="what examples/evaluate.py left")
-    parser.add_argument("--model", default=str(TINY_MODEL))
+    parser.add_argument(
+        "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="output folder of examples/evaluate.py")
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
     args = parser.parse_args()
 
-    pipeline = load(args.model)  # as examples/evaluate.py does
+    pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
     results = json.loads((args.folder / "results.json").read_text())
     if results["run"]["model"] != pipeline_fingerprint(pipeline):
@@ -60,17 +61,17 @@ def main() -> None:
     answers = answers_by_name(args.folder)
     if missing := [case.name for case in cases if case.name not in answers]:
         parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
-    found = beyond(cases, answers, pipeline)
-    (args.folder / "beyond.json").write_text(json.dumps(found, indent=2) + "\n")
+    more_scores = beyond(cases, answers, pipeline)
+    write_text(args.folder / "beyond.json", json.dumps(more_scores, indent=2) + "\n")
     own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
-    own_results = evaluate(pipeline, own, args.folder / "own", load_presets(args.model), batch_size=32)
-    scores = table(results, found, own_results)
-    (args.folder / "scores.md").write_text(scores)
+    own_results = evaluate(pipeline, own, args.folder / "own", batch_size=32)
+    scores = table(results, more_scores, own_results)
+    write_text(args.folder / "scores.md", scores)
     print(scores)
 
 
 def answers_by_name(folder: Path) -> dict[str, Path]:
-    """The pictures that an evaluation left, by the names of its cases."""
+    """Return the paths of the answers that an evaluation saved, by the names of its examples."""
     records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
     return {record["name"]: folder / "answers" / answer_name(record["index"], 0) for record in records}
 
@@ -78,7 +79,7 @@ def answers_by_name(folder: Path) -> dict[str, Path]:
 def beyond(
     cases: Sequence[LazyExample], answers: Mapping[str, Path], pipeline: InstructDiffusionPipeline
 ) -> dict[str, dict[str, float]]:
-    """Means by row of what the table does not have (see `in_masks`, `in_joints` and `in_pictures`)."""
+    """Return the means of the scores of `in_masks`, `in_joints` and `in_pictures`, by row."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
         example = case.open()
@@ -104,15 +105,15 @@ def beyond(
 
 
 def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """IoU where the object is there, also if everything that may be asked for here were painted, whatever the words.
+    """Score a mask.
 
-    Of several that are there, as the left and the right one: is the one that was asked for painted better than the
-    others?
+    If the object is absent: whether anything was painted. If it is present: the IoU. If there are several objects:
+    also the IoU of a mask of all objects, and whether the IoU with the one asked for is higher than with the others.
     """
     (task,) = example.tasks
     ((name, found),) = task.read(example.image, answer).items()
     if not example.truth[name].any():
-        return {"painted though absent": [found.pixels.mean() > PAINTED]}
+        return {"painted though absent": [found.pixels.mean() > MIN_PAINTED]}
     everything = np.logical_or.reduce(list(example.truth.values()))
     rest = everything & ~example.truth[name]
     overlap = Overlap.of(name, example.truth[name], found.pixels).iou
@@ -125,7 +126,7 @@ def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
 
 
 def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """Of the joints on a side: found nearer to the same joint of the other side. Of all: no disc; a disc too many."""
+    """Score joints: confused with the same joint on the other side, missed, or found though outside the frame."""
     (task,) = example.tasks
     swaps = {"left": "right", "right": "left"}
     confused, missed, invented = [], [], []
@@ -143,23 +144,23 @@ def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
 
 
 def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.Image]) -> dict[str, list[float]]:
-    """PSNR in dB of each picture in `shown`: of all that the true answer changes, and of what it leaves alone."""
+    """Return the PSNR in dB of each picture in `shown`, inside and outside the region that the true answer changes."""
     right = np.asarray(truth, dtype=np.float32)
-    changed = np.abs(right - np.asarray(before, dtype=np.float32)).max(-1) >= CHANGED
+    changed = np.abs(right - np.asarray(before, dtype=np.float32)).max(-1) >= MIN_CHANGE
     values: dict[str, list[float]] = {}
     for name, pixels in (("inside", changed), ("outside", ~changed)):
         if pixels.sum() >= 10:
-            for of, picture in shown.items():
+            for column, picture in shown.items():
                 error = ((np.asarray(picture, dtype=np.float32) - right)[pixels] ** 2).mean()
-                values[f"PSNR {name} the change{of}"] = [min(100.0, 10 * np.log10(255**2 / max(error, 1e-9)))]
+                values[f"PSNR {name} the change{column}"] = [min(100.0, 10 * np.log10(255**2 / max(error, 1e-9)))]
     return values
 
 
 def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[LazyExample]:
-    """The model's pictures with something new in them, and the question where that is."""
+    """Return examples that ask for the object that the model has added to a picture in its earlier answer."""
 
     def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Example:
-        rng = random.Random(f"{SEED} {index}")  # as `Drawn` has it
+        rng = random.Random(f"{SEED} {index}")  # the seed of `GeneratedDataset`
         after = change(world, rng).after
         name, mask = after.things[-1].name, after.masks[-1]
         picture = Image.open(path).convert("RGB")
@@ -178,9 +179,9 @@ def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Pat
 
 
 def distance(a: Any, b: Any) -> float:
-    """Between two joints, in pixels."""
+    """Return the distance of two joints in pixels."""
     return float(np.hypot(a.x - b.x, a.y - b.y))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,4 +1,4 @@
-"""The world's examples of each task family, as data sets: (image, annotation) by index."""
+"""Generated data sets of each task family: (image, annotation) by index."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from color_edits import grade
+from color_edits import edit_colors
 from degradations import add_blur, add_watermark
 from edits import Change, edit_objects
 from figures import draw_figure
 from PIL import Image
 from pose import WholePose
-from referring_expressions import phrases, speaks_of
+from referring_expressions import mentions, referring_expressions
 from world import SIZE, Scene, World
 
 from instructdiffusion_pipeline.datasets.mixture import FixedTask, Mixture, Source
@@ -25,20 +25,20 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
 SIGMAS = (8.0, 45.0)  # of noise, in grey levels
-FACING_SHARE = 0.7  # of the figures; the others show their back
-# The same among pictures to restore or to give another look. Training has no say in these, or else scores of models
-# that were trained otherwise would be of different pictures.
-SHOWN_FACING_SHARE = 0.6
+FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
+# The same in pictures for restoration and color edits. It is a separate constant, so that a change of the training
+# of keypoints does not change the pictures that these tasks are scored on.
+PICTURE_FACING_SHARE = 0.6
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """`length` examples, each made when it is asked for, out of random numbers that `seed` and its index fix."""
+class GeneratedDataset:
+    """`length` examples that are generated when they are read. `seed` and index determine an example."""
 
     example: Callable[[random.Random], tuple[Image.Image, Any]]
     length: int
     seed: int | str = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # none ever is
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # required by AnnotatedImages; always empty
 
     def __len__(self) -> int:
         return self.length
@@ -48,39 +48,40 @@ class Drawn:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         if not 0 <= index < self.length:
-            raise IndexError(f"index: got {index}, there are {self.length} examples")
+            raise IndexError(f"`index` must be from 0 to {self.length - 1}; got {index}.")
         return self.example(random.Random(f"{self.seed} {index}"))
 
 
 def segmentation(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """A scene, and the mask of everything that can be spoken of in it, and of every name that is absent."""
-    return annotated(world.scene(rng), world, rng)
+    """Make a scene, with the masks of all objects and empty masks of absent names."""
+    return annotate(world.scene(rng), world, rng)
 
 
 def pairs(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """A scene with two things of one name, and the masks of the left and the right one."""
+    """Make a scene with two objects of the same name, with the masks of the left and the right one."""
     while True:
         scene = world.scene(rng, pairs=1)
-        image, masks = annotated(scene, world, rng)
+        image, masks = annotate(scene, world, rng)
         sides = {words: mask for words, mask in masks.items() if mask.any() and ("left" in words or "right" in words)}
         if sides:
             return image, sides
 
 
 def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """A scene, and the empty masks of the names that are not there."""
+    """Make a scene, with the empty masks of absent names."""
     image, masks = segmentation(world, rng)
     return image, {words: mask for words, mask in masks.items() if not mask.any()}
 
 
-def annotated(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """A scene's picture and its masks, also of what is not among the world's `names` to ask for."""
-    masks = {words: scene.mask(*things) for words, things in phrases(scene, set(world.objects), rng).items()}
+def annotate(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`."""
+    expressions = referring_expressions(scene, set(world.objects), rng)
+    masks = {words: scene.mask(*things) for words, things in expressions.items()}
     return scene.image, masks | dict.fromkeys(sorted(world.objects.keys() - scene.names), np.zeros((SIZE, SIZE), bool))
 
 
 def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:
-    """A figure over a photograph, mostly facing the viewer."""
+    """Draw a figure on a photograph. `facing_share` is the probability that it faces the viewer."""
     layer, joints = draw_figure(rng, faces_viewer=rng.random() < facing_share)
     image = world.background(rng)
     image.paste(layer, (0, 0), layer)
@@ -88,84 +89,84 @@ def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHA
 
 
 def picture(world: World, rng: random.Random) -> Image.Image:
-    """A photograph, alone or with something in it."""
-    example = rng.choice([None, None, segmentation, partial(keypoints, facing_share=SHOWN_FACING_SHARE)])
+    """Return a photograph, a scene or a figure on a photograph."""
+    example = rng.choice([None, None, segmentation, partial(keypoints, facing_share=PICTURE_FACING_SHARE)])
     return example(world, rng)[0] if example else world.background(rng)
 
 
 def noisy(world: World, rng: random.Random, sigmas: tuple[float, float] = SIGMAS) -> tuple[Image.Image, Image.Image]:
-    """A picture with white noise, and without."""
+    """Return a picture with white noise, and the clean picture."""
     clean = picture(world, rng)
     return add_noise(clean, rng.uniform(*sigmas), np.random.default_rng(rng.getrandbits(32))), clean
 
 
 def blurred(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """A blurred picture, and a sharp one."""
+    """Return a blurred picture, and the sharp picture."""
     clean = picture(world, rng)
     return add_blur(clean, rng), clean
 
 
 def watermarked(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """A picture with lettering across it, and without."""
+    """Return a picture with a watermark, and the clean picture."""
     clean = picture(world, rng)
     return add_watermark(clean, rng), clean
 
 
-def changed(
+def edited(
     world: World, rng: random.Random, change: Callable[[World, random.Random], Change]
 ) -> tuple[Image.Image, Edit]:
-    """One kind of edit."""
+    """Make a scene and apply the edit `change`."""
     return change(world, rng).sample
 
 
-def graded(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """A picture and another look of it."""
+def color_edited(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
+    """Return a picture and a random edit of its colours."""
     image = picture(world, rng)
-    return image, grade(image, rng)
+    return image, edit_colors(image, rng)
 
 
-def pick_named(image: Image.Image, masks: Masks, rng: random.Random, names: set[str]) -> Segmentation:
-    """One phrase about things of these `names`."""
+def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: set[str]) -> Segmentation:
+    """Ask for an expression that mentions one of `names`."""
     return Segmentation.from_annotation(
-        image, {words: mask for words, mask in masks.items() if speaks_of(words, names)}, rng
+        image, {words: mask for words, mask in masks.items() if mentions(words, names)}, rng
     )
 
 
-def pick_few(
+def few_keypoints(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
-    """At most as many joints as one of `counts`: a small model is slow to learn which colour is whose of five."""
+    """Ask for few joints, at most one of `counts`: a small model learns slowly from questions with five colours."""
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.from_annotation(image, {name: joints[name] for name in names}, rng)
 
 
-# name -> share of the training samples, examples, and which question to ask of one
+# name -> share of the training samples, function that generates an example, function that makes its task
 FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
     "segmentation": (0.24, segmentation, Segmentation.from_annotation),
     "left or right": (0.05, pairs, Segmentation.from_annotation),
     "absent": (0.11, absent, Segmentation.from_annotation),
     "pose": (0.07, keypoints, FixedTask(WholePose())),
     "keypoints": (0.17, keypoints, Keypoints.from_annotation),
-    "few keypoints": (0.09, keypoints, pick_few),
+    "few keypoints": (0.09, keypoints, few_keypoints),
     "noise": (0.04, noisy, FixedTask(Restoration("noise"))),
     "blur": (0.05, blurred, FixedTask(Restoration("blur"))),
     "watermark": (0.05, watermarked, FixedTask(Restoration("watermark"))),
     "objects": (0.1, edit_objects, Editing.from_annotation),
-    "grades": (0.03, graded, Editing.from_annotation),
+    "color edits": (0.03, color_edited, Editing.from_annotation),
 }
 
 
 def source(name: str, world: World, count: int, seed: int) -> Source:
-    """`count` examples of one of `FAMILIES`, and its question.
+    """Return `count` examples of one of `FAMILIES`.
 
-    Each family has random numbers of its own: two that begin alike would else share their pictures.
+    The name is part of the seed. Otherwise families with similar generators would have the same pictures.
     """
-    _, example, pick = FAMILIES[name]
-    return Source(name, Drawn(partial(example, world), count, f"{seed} {name}"), pick)
+    _, example, make_task = FAMILIES[name]
+    return Source(name, GeneratedDataset(partial(example, world), count, f"{seed} {name}"), make_task)
 
 
 def mixture(world: World, count: int, seed: int = 0) -> Mixture:
-    """About `count` different training samples of all families, by their shares."""
+    """Return about `count` different training samples of all families, in proportion to their shares."""
     return Mixture(
         [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in FAMILIES.items()], seed
     )

@@ -1,14 +1,14 @@
-"""The scores of the small model in Markdown, as its card and the README have them."""
+"""The table of scores in the model card and the README."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from held_out import CHANGES
 
-OWN = "what was {}, by the model's own segmentation"  # its row
-Scores = Mapping[str, Mapping[str, float]]  # metric -> whose -> value
+OWN = "what was {}, by the model's own segmentation"  # row of `own_results`
+Scores = Mapping[str, Mapping[str, float]]  # metric -> column -> value
 PCK, MIOU = "PCK@0.05 of the side", "mIoU"
-LEARNED = "learned reading"
+BY_COLOR = "reading by color"
 SEGMENTATION = {
     "segmentation, seen names": "names and styles of training",
     "segmentation, unseen drawing style": "a drawing style never trained on",
@@ -29,100 +29,102 @@ CLASSICAL = {"noise": "non-local means", "blur": "unsharp mask", "watermark": "i
 def table(
     results: Mapping[str, Any], beyond: Mapping[str, Mapping[str, float]], own_results: Mapping[str, Any]
 ) -> str:
-    """Of what `evaluate` returned for the rows and for `own_cases`, and `beyond`.
+    """Return the table in Markdown, with the VAE's ceiling in parentheses.
 
-    Shares from 0 to 1 and PSNR in dB; in brackets what the autoencoder alone allows.
+    Args:
+        results: what `evaluate` returned for the rows of `held_out`.
+        beyond: what `score.beyond` returned.
+        own_results: what `evaluate` returned for `score.own_cases`.
     """
-    scores, own = ({row["row"]: row["scores"] for row in found["rows"]} for found in (results, own_results))
+    scores, own = ({row["row"]: row["scores"] for row in result["rows"]} for result in (results, own_results))
     lines = ["| | this model | for comparison |", "| --- | --- | --- |"]
     for row, what in SEGMENTATION.items():
         lines += segmentation(what, scores[row], beyond[row])
     row = "segmentation, left or right of two"
     lines.append(
-        f'| "the left one", "the right one" of two: the asked one painted best'
+        f'| "the left ...", "the right ..." of two: the one asked for painted best'
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
-    lines.append(overlap("mIoU of the asked one", scores[row][MIOU]))
+    lines.append(overlap("mIoU of the one asked for", scores[row][MIOU]))
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
     for what in CHANGES:
         lines.append(changed(what, beyond[f"objects {what}"], own.get(OWN.format(what))))
-    looks = scores["grades"]["PSNR"]
-    lines.append(f"| looks of the picture: PSNR | {decibels(looks)} | {looks['input']:.1f} untouched |")
+    psnr = scores["color edits"]["PSNR"]
+    lines.append(f"| colours of the picture edited: PSNR | {decibels(psnr)} | {psnr['input']:.1f} unchanged |")
     return "\n".join(lines) + "\n"
 
 
 def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
-    """How well, how often in vain, and whether the name mattered."""
-    several, everything = (
-        decimal(beyond.get(f"mIoU among several{painter}")) for painter in ("", ", all objects painted")
-    )
+    """Lines of a segmentation row: IoU of objects that are present, false positives, and use of the name."""
+    several, everything = (decimal(beyond.get(f"mIoU among several{kind}")) for kind in ("", ", all objects painted"))
     yield (
-        f"| segmentation, {what}: mIoU where it is there | **{decimal(beyond.get('mIoU where present'))}**"
-        f" | among several {several}; {everything} if all were painted |"
+        f"| segmentation, {what}: mIoU if present | **{decimal(beyond.get('mIoU where present'))}**"
+        f" | among several {several}; {everything} if all objects were painted |"
     )
     yield f"| ... painted though absent | **{percent(beyond.get('painted though absent'))}** | |"
-    yield f"| ... the asked one of several painted best | **{percent(beyond.get('the asked one of several'))}** | |"
-    yield overlap("mIoU with the absent ones", scores[MIOU])
+    asked_best = percent(beyond.get("the asked one of several"))
+    yield f"| ... of several, the one asked for painted best | **{asked_best}** | |"
+    yield overlap("mIoU including absent ones", scores[MIOU])
 
 
 def overlap(what: str, miou: Mapping[str, float]) -> str:
-    """A line with the ceiling, and what the learned reading makes of the same answers if there is one."""
-    again = f"{decimal(miou[LEARNED])} by the learned reading" if LEARNED in miou else ""
-    return f"| ... {what} | **{decimal(miou['model'])}** ({decimal(miou['ceiling'])}) | {again} |"
+    """A line with the mIoU, and that of reading by colour if the model has a readout."""
+    by_color = f"{decimal(miou[BY_COLOR])} read by colour" if BY_COLOR in miou else ""
+    return f"| ... {what} | **{decimal(miou['model'])}** ({decimal(miou['ceiling'])}) | {by_color} |"
 
 
 def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
-    """One line."""
+    """The line of a keypoint row."""
     confused, missed = (percent(beyond.get(name)) for name in ("left and right confused", "no disc"))
-    again = f", {decimal(scores[PCK][LEARNED])} by the learned reading" if LEARNED in scores[PCK] else ""
+    by_color = f", {decimal(scores[PCK][BY_COLOR])} read by colour" if BY_COLOR in scores[PCK] else ""
     return (
         f"| {what}: PCK at 5 % of the side | **{decimal(scores[PCK]['model'])}** ({decimal(scores[PCK]['ceiling'])})"
-        f" | sides confused {confused}, no disc {missed}{again} |"
+        f" | sides confused {confused}, no disc {missed}{by_color} |"
     )
 
 
 def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
-    """One line, and for watermarks a second one of what lies inside and outside the mark."""
+    """The line of a restoration row, and for watermarks a second one with PSNR inside and outside the mark."""
     psnr = scores["PSNR"]
     others = f"{psnr['input']:.1f} input, {psnr['input through the VAE']:.1f} through the autoencoder"
     yield f"| {RESTORED[row]}: PSNR | {decibels(psnr)} | {others}, {psnr['classical']:.1f} {CLASSICAL[row]} |"
     if row == "watermark":
         marked = beyond["PSNR inside the change, input"]
-        yield f"| ... inside the mark, outside it | {parts(beyond)} | {marked:.1f} marked |"
+        yield f"| ... inside the mark, outside it | {parts(beyond)} | {marked:.1f} input |"
 
 
 def changed(what: str, beyond: Mapping[str, float], own: Scores | None) -> str:
-    """One line."""
-    found = ""
+    """The line of an edit of objects."""
+    segmented = ""
     if own:
-        shares = f"{decimal(own[MIOU]['model'])} ({decimal(own[MIOU]['ceiling'])})"
-        found = f"; its own segmentation finds it with mIoU {shares}"
-    others = f"{beyond['PSNR inside the change, input']:.1f} untouched"
+        miou = f"{decimal(own[MIOU]['model'])} ({decimal(own[MIOU]['ceiling'])})"
+        segmented = f"; mIoU of the model's own segmentation {miou}"
+    others = f"{beyond['PSNR inside the change, input']:.1f} unchanged"
     if what == "removed":
-        others += f", {beyond['PSNR inside the change, inpainted']:.1f} inpainting the known place"
-    return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {others}{found} |"
+        others += f", {beyond['PSNR inside the change, inpainted']:.1f} inpainting the known mask"
+    return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {others}{segmented} |"
 
 
 def parts(beyond: Mapping[str, float]) -> str:
-    """Decibels inside and outside of what the true answer changes."""
-    inside, outside, *most = (
-        beyond[f"PSNR {where} the change{whose}"] for whose in ("", ", ceiling") for where in ("inside", "outside")
+    """PSNR inside and outside the region that the true answer changes, with the ceilings in parentheses."""
+    inside, outside, *ceilings = (
+        beyond[f"PSNR {where} the change{column}"] for column in ("", ", ceiling") for where in ("inside", "outside")
     )
-    return f"**{inside:.1f}, {outside:.1f} dB** ({most[0]:.1f}, {most[1]:.1f})"
+    return f"**{inside:.1f}, {outside:.1f} dB** ({ceilings[0]:.1f}, {ceilings[1]:.1f})"
 
 
 def decibels(psnr: Mapping[str, float]) -> str:
-    """The model's, and the ceiling."""
+    """PSNR of the model, with the ceiling in parentheses."""
     return f"**{psnr['model']:.1f} dB** ({psnr['ceiling']:.1f})"
 
 
 def decimal(score: float | None) -> str:
-    """Of 1; a few samples may hold nothing to score."""
+    """Format a score from 0 to 1; "-" if no sample could be scored."""
     return "-" if score is None else f"{score:.2f}"
 
 
 def percent(share: float | None) -> str:
-    """As a whole number; likewise."""
+    """Format a share in percent; "-" if no sample could be scored."""
     return "-" if share is None else f"{100 * share:.0f} %"

@@ -1,4 +1,4 @@
-"""The small model's autoencoder: factor 4, eight latent channels, mean squared error and a faint KL term."""
+"""Train the VAE of the small model: downsampling by 4, eight latent channels, MSE loss with a small KL term."""
 
 from pathlib import Path
 
@@ -12,18 +12,19 @@ from torch import nn
 from tqdm import tqdm
 from world import SIZE, World
 
+from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import check_run_config
 
-POOL = 24_000  # pictures drawn once and trained on many times
+POOL = 24_000  # number of pictures, which are generated once and used repeatedly
 BATCH = 16
-STEPS = {"fresh": 6_000, "tuned": 3_000}  # from nothing, and from an earlier model's weights
+STEPS = {"fresh": 6_000, "tuned": 3_000}  # from random weights, and from those of an earlier model
 LEARNING_RATE = {"fresh": 2e-3, "tuned": 1e-3}
 KL_WEIGHT = 1e-4
 SAVE_EVERY = 500
 
 
 def build() -> AutoencoderKL:
-    """About 0.65 M parameters; its latents are standardised after training, hence the scaling factor of one."""
+    """Build the VAE (0.65 M parameters). Its scaling factor is 1, because `standardize_latents` follows training."""
     widths = (16, 32, 64)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -39,12 +40,20 @@ def build() -> AutoencoderKL:
 
 
 def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL:
-    """Train, or go on training, in `folder`; returns the averaged model with standardised latents.
+    """Train a VAE, or continue an interrupted run in `folder`.
 
-    It starts from nothing, or from the autoencoder of the model in `init`. Raises a ValueError if `folder` holds one
-    of another start.
+    Args:
+        world: the source of the pictures.
+        folder: for checkpoints and the trained VAE.
+        init: folder of a model whose VAE is trained further. By default training starts from random weights.
+
+    Returns:
+        The VAE with EMA weights and standardized latents.
+
+    Raises:
+        ValueError: the run in `folder` has another `init`.
     """
-    check_run_config(folder, "vae.json", {"init": init and str(init)}, "an autoencoder of the same start")
+    check_run_config(folder, "vae.json", {"init": init and str(init)}, "a VAE with the same init")
     finished, state_path = folder / "vae", folder / "vae-state.pt"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)
@@ -64,10 +73,10 @@ def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL
         first = state["step"]
 
     pool = draw_pool(world)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder", mininterval=5)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="VAE", mininterval=5)
     for step in bar:
-        picks = np.random.default_rng(step).integers(len(pool), size=BATCH)
-        pictures = torch.from_numpy(pool[picks]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        indices = np.random.default_rng(step).integers(len(pool), size=BATCH)
+        pictures = torch.from_numpy(pool[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -83,21 +92,24 @@ def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL
         if (step + 1) % SAVE_EVERY == 0:
             state = {"vae": vae.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"schedule": schedule.state_dict(), "step": step + 1}
-            torch.save(state, state_path.with_suffix(".partial"))
-            state_path.with_suffix(".partial").replace(state_path)
+            with atomic_write(state_path) as partial:
+                torch.save(state, partial)
 
     ema.copy_to(vae.parameters())
     standardize_latents(vae, pool[:2_000])
-    vae.save_pretrained(folder / "vae.partial")
-    (folder / "vae.partial").replace(finished)
+    with atomic_write(finished) as partial:
+        vae.save_pretrained(partial)
     return vae
 
 
 def draw_pool(world: World) -> np.ndarray:
-    """Questions and answers of every family, uint8, [POOL, SIZE, SIZE, 3]; latents this small cannot carry noise."""
+    """Generate inputs and targets of all families, uint8 [POOL, SIZE, SIZE, 3].
+
+    Noisy inputs are left out, because such small latents cannot represent noise.
+    """
     samples = mixture(world, POOL)
     pictures: list[np.ndarray] = []
-    for position in tqdm(range(POOL), desc="drawing"):
+    for position in tqdm(range(POOL), desc="pictures"):
         sample = samples[position]
         noisy = samples.source_of(position).name == "noise"
         pictures += [np.asarray(picture) for picture in (sample.target, sample.image)[: 1 if noisy else 2]]
@@ -108,10 +120,10 @@ def draw_pool(world: World) -> np.ndarray:
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Fold mean and deviation of each latent channel into the 1x1 convolutions on either side of the latents.
+    """Fold mean and deviation of each latent channel into the 1 x 1 convolutions before and after the latents.
 
-    The decoded picture does not change. Diffusion then sees unit-variance latents without a scaling factor, and image
-    latents, which the pipeline does not scale, have the same range as the noisy ones.
+    Decoded pictures do not change. The latents have unit variance without a scaling factor. So image latents, which
+    the pipeline does not scale, have the same range as the latents that are denoised.
     """
     tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tensors.split(100)])
@@ -120,6 +132,6 @@ def standardize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     encode, decode = vae.quant_conv, vae.post_quant_conv
     encode.weight[:channels] /= std[:, None, None, None]
     encode.bias[:channels] = (encode.bias[:channels] - mean) / std
-    encode.bias[channels:] -= 2 * std.log()  # the other half of the channels is the log variance
+    encode.bias[channels:] -= 2 * std.log()  # the second half of the channels is the log variance
     decode.bias += decode.weight[:, :, 0, 0] @ mean
     decode.weight *= std[:, None, None]

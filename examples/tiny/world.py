@@ -1,4 +1,4 @@
-"""The small model's world: photographs, and named objects laid over them, so that every mask is exact."""
+"""Scenes for the small model: photographs with named objects pasted onto them, so that every mask is exact."""
 
 import hashlib
 import random
@@ -11,47 +11,47 @@ from PIL import Image, ImageEnhance
 
 SIZE = 64
 OBJECT_SIZES = (20, 40)  # longer side, pixels
-# Mostly several: whoever paints all objects, whatever the name, must not get away with it.
+# number of objects -> probability. Mostly several, so that a model must not ignore the name and paint all objects.
 OBJECT_COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
-PAIRS = 0.35  # of the scenes with several objects: two have the same name
-MIN_VISIBLE = 0.6  # of what still shows of an object, the share that each later one must leave uncovered
-ATTEMPTS = 5  # to find such a place for an object
-STYLES = ("fluent", "noto")  # of drawing; in training
+PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
+MIN_VISIBLE = 0.6  # share of an object's visible pixels that each further object must leave visible
+ATTEMPTS = 5  # to find such a position for an object
+STYLES = ("fluent", "noto")  # drawing styles in training
 UNSEEN_STYLE = "twemoji"
 
 
 def is_held_out(name: str) -> bool:
-    """A tenth of all names, fixed for ever by their hash."""
+    """Whether a name is in the held-out tenth. The hash of the name decides, so the set never changes."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
 def coverage(layer: Image.Image) -> np.ndarray:
-    """The pixels (bool, height x width) that a layer covers by more than half."""
+    """Return the pixels that a layer covers by more than half, bool [height, width]."""
     return np.asarray(layer.getchannel("A")) > 127
 
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """A named object on a transparent canvas of its own, of the frame's size."""
+    """A named object, drawn on a transparent canvas of the frame's size."""
 
     name: str
     layer: Image.Image
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """All it covers, bool, height x width."""
+        """The pixels it covers, bool [height, width]."""
         return coverage(self.layer)
 
     @property
     def center(self) -> tuple[float, float]:
-        """The middle of its bounding box, x and y in pixels."""
+        """The center of its bounding box, x and y in pixels."""
         left, top, right, bottom = self.layer.getchannel("A").getbbox()
         return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Things over a background; later ones cover earlier ones."""
+    """Objects on a background. Later ones cover earlier ones."""
 
     background: Image.Image
     things: tuple[Thing, ...] = ()
@@ -66,7 +66,7 @@ class Scene:
 
     @cached_property
     def masks(self) -> list[np.ndarray]:
-        """The visible part of each thing, bool, height x width."""
+        """The visible part of each object, bool [height, width]."""
         masks: list[np.ndarray] = []
         for thing in self.things:
             masks = [*(mask & ~thing.pixels for mask in masks), thing.pixels]
@@ -74,33 +74,41 @@ class Scene:
 
     @property
     def names(self) -> set[str]:
-        """What lies there."""
+        """The names of its objects."""
         return {thing.name for thing in self.things}
 
     def mask(self, *things: Thing) -> np.ndarray:
-        """The visible part of all `things` together."""
+        """Return the union of the visible parts of `things`."""
         return np.logical_or.reduce(
             [mask for thing, mask in zip(self.things, self.masks, strict=True) if thing in things]
         )
 
     def fits(self, thing: Thing) -> bool:
-        """Whether `thing`, laid over the scene, leaves enough of every other to be seen."""
+        """Whether enough of every other object stays visible if `thing` is added."""
         return all((old & ~thing.pixels).sum() >= MIN_VISIBLE * old.sum() for old in self.masks)
 
     def plus(self, thing: Thing) -> "Scene":
-        """The scene with one more thing, over the others."""
+        """Return the scene with one more object, in front of the others."""
         return Scene(self.background, (*self.things, thing))
 
     def minus(self, thing: Thing) -> "Scene":
-        """The scene as it would look if the thing had never been there."""
+        """Return the scene without an object. What it covered is visible."""
         return Scene(self.background, tuple(other for other in self.things if other is not thing))
 
 
 class World:
-    """Scenes from `folder` as `fetch` filled it.
+    """Generates scenes from the photographs and objects that `fetch` wrote to `folder`.
 
-    Training sees neither the photographs, nor the objects whose names are held out, nor `UNSEEN_STYLE`. With
-    `unseen_objects` scenes hold objects of both kinds, at least one of them unseen; `names` are those to ask for.
+    The defaults are for training: held-out photographs, held-out object names and `UNSEEN_STYLE` are not used.
+
+    Args:
+        folder: see `fetch`.
+        unseen_photographs: use the held-out photographs only.
+        unseen_objects: use all objects, with at least one held-out name in every scene.
+        styles: drawing styles of the objects.
+
+    Attributes:
+        names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
     """
 
     def __init__(
@@ -114,17 +122,17 @@ class World:
         self.photographs = [
             Image.open(path).convert("RGB") for path in paths if is_held_out(path.stem) == unseen_photographs
         ]
-        self.objects: dict[str, list[Image.Image]] = {}  # name -> one drawing a style
+        self.objects: dict[str, list[Image.Image]] = {}  # name -> one drawing for each style
         for style in styles:
             for path in sorted((folder / "objects" / style).glob("*.png")):
                 if unseen_objects or not is_held_out(path.stem):
                     sprite = Image.open(path).convert("RGBA")
-                    sprite.thumbnail((2 * OBJECT_SIZES[1],) * 2)  # enough for the largest, and quicker to rotate
+                    sprite.thumbnail((2 * OBJECT_SIZES[1],) * 2)  # large enough, and faster to rotate
                     self.objects.setdefault(path.stem, []).append(sprite)
         self.names = {name for name in self.objects if is_held_out(name) == unseen_objects}
 
     def background(self, rng: random.Random) -> Image.Image:
-        """A random square of a random photograph, mirrored half of the time."""
+        """Return a random square crop of a random photograph, mirrored with a probability of 0.5."""
         photograph = rng.choice(self.photographs)
         side = rng.uniform(0.4, 1) * min(photograph.size)
         left, top = (rng.uniform(0, length - side) for length in photograph.size)
@@ -132,14 +140,14 @@ class World:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
     def scene(self, rng: random.Random, pairs: float = PAIRS) -> Scene:
-        """Objects over a background, each mostly visible, at least one in `names`.
+        """Generate a scene. At least one object's name is in `names`; all objects are mostly visible.
 
-        With a probability of `pairs`, two of several have the same name.
+        `pairs` is the probability that two objects have the same name, if there are several.
         """
         scene = Scene(self.background(rng))
         (count,) = rng.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))
         names = rng.sample(sorted(self.objects), min(count, len(self.objects)))
-        names.sort(key=lambda name: name not in self.names)  # the first is never refused its place
+        names.sort(key=lambda name: name not in self.names)  # the first object always finds a position
         if names[0] not in self.names:
             names[0] = rng.choice(sorted(self.names))
         if count > 1 and rng.random() < pairs:
@@ -158,10 +166,10 @@ class World:
         center: tuple[float, float] | None = None,
         style: int | None = None,
     ) -> Thing:
-        """The object alone on a transparent canvas, at random tilt and brightness.
+        """Draw an object on a transparent canvas, with a random rotation and brightness.
 
-        `side` (longer side, pixels), `center` and `style` (which of its drawings) are random, too, unless given; all
-        of the object is in the frame.
+        `side` (the longer side in pixels), `center` and `style` (index of the drawing) are random by default. The
+        object is always completely inside the frame.
         """
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
         sprite = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
@@ -171,11 +179,11 @@ class World:
         alpha = sprite.getchannel("A")
         sprite = ImageEnhance.Brightness(sprite).enhance(rng.uniform(0.75, 1.15))
         sprite.putalpha(alpha)
-        return Thing(name, lay(sprite, center, rng))
+        return Thing(name, on_canvas(sprite, center, rng))
 
 
-def lay(sprite: Image.Image, center: tuple[float, float] | None, rng: random.Random) -> Image.Image:
-    """A transparent canvas with `sprite` around `center`, or anywhere, but wholly in the frame."""
+def on_canvas(sprite: Image.Image, center: tuple[float, float] | None, rng: random.Random) -> Image.Image:
+    """Paste `sprite` on a transparent canvas, as near as possible to `center` or at random, completely inside."""
     room = [SIZE - length for length in sprite.size]
     corner = [rng.randint(0, free) for free in room]
     if center:

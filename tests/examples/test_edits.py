@@ -3,7 +3,7 @@ import random
 import edits
 import numpy as np
 import pytest
-from color_edits import GRADES, grade
+from color_edits import COLOR_EDITS, edit_colors
 from PIL import Image
 from referring_expressions import plural
 from world import SIZE, World
@@ -51,7 +51,7 @@ def test_what_is_added_or_moved_lies_where_the_words_say(world_folder, place, ch
         seen += 1
         thing = after.things[-1]
         left, top, right, bottom = thing.layer.getchannel("A").getbbox()
-        reach = max(right - left, bottom - top) / 2  # what the frame may push it aside by
+        reach = max(right - left, bottom - top) / 2  # how far the frame may shift it
         off = np.abs(np.subtract(thing.center, center)).max()
         assert off <= max(1, reach - 15)
     assert seen > 3
@@ -65,16 +65,16 @@ def test_a_moved_thing_looks_as_before(world_folder):
     assert new.name == old.name
 
 
-@pytest.mark.parametrize("look", GRADES)
-def test_a_grade_changes_the_picture_by_its_name_alone(look):
+@pytest.mark.parametrize("name", COLOR_EDITS)
+def test_a_color_edit_depends_only_on_its_name(name):
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    first, second = (grade(image, random.Random(seed), look) for seed in (1, 2))
+    first, second = (edit_colors(image, random.Random(seed), name) for seed in (1, 2))
     assert first.edited == second.edited
-    assert first.instruction in GRADES[look][1]
+    assert first.instruction in COLOR_EDITS[name][1]
     assert np.abs(np.asarray(first.edited).astype(int) - pixels).mean() > 10
 
 
-def test_no_wording_asks_for_two_looks():
-    wordings = [wording for _, several in GRADES.values() for wording in several]
+def test_no_two_color_edits_share_an_instruction():
+    wordings = [wording for _, several in COLOR_EDITS.values() for wording in several]
     assert len(set(wordings)) == len(wordings)

@@ -7,11 +7,11 @@ import pytest
 import score
 import train_readout
 import vae
-from edit import TINY_MODEL
 from held_out import rows as rows_of
 from model import build_pipeline
 from PIL import Image
 
+from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.evaluation import Example
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -21,11 +21,12 @@ GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 
 
 def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
-    model, output = tmp_path / "model", tmp_path / "out"
-    build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz").save_pretrained(model)
+    untrained, model, output = tmp_path / "untrained", tmp_path / "model", tmp_path / "out"
+    pipeline = build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz")
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
     families = ("segmentation", "keypoints", "restoration", "editing")
-    (model / "presets.json").write_text(json.dumps(dict.fromkeys(families, few)))
+    pipeline.register_to_config(task_settings=dict.fromkeys(families, few))
+    pipeline.save_pretrained(untrained)
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
@@ -33,26 +34,32 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train_readout, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
     monkeypatch.setattr(train_readout, "STEPS", 3)
-    run(train_readout, "--model", model, "--world", world_folder, "--work_dir", tmp_path / "reading")
+    folders = ("--work_dir", tmp_path / "readout", "--output_dir", model)
+    run(train_readout, "--model", untrained, "--world", world_folder, *folders)
+    trained = InstructDiffusionPipeline.from_pretrained(model)
+    assert trained.readout.config.sample_size == 64 and trained.config.task_settings == pipeline.config.task_settings
+    with pytest.raises(SystemExit):
+        run(train_readout, "--model", untrained, "--world", world_folder, *folders)
+    assert "already exists" in capsys.readouterr().err
     run(evaluate, "--model", model, "--data", f"tiny={world_folder}", "--samples", 2, "--output", output)
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert [row["row"] for row in rows] == [source.name for source in rows_of(world_folder, 1)]
     assert all(row["samples"] == 2 and not row["failed"] for row in rows)
     for row in rows:
         for values in row["scores"].values():
-            assert ("learned reading" in values) == row["row"].startswith(
+            assert ("reading by color" in values) == row["row"].startswith(
                 ("segmentation", "one joint", "keypoints", "pose")
             )
             assert ("classical" in values) == (row["row"] in ("noise", "blur", "watermark"))
 
     with pytest.raises(SystemExit):
-        run(score, "--model", TINY_MODEL, "--world", world_folder, "--folder", output)
+        run(score, "--model", untrained, "--world", world_folder, "--folder", output)
     assert "it has those of another model" in capsys.readouterr().err
     records = (output / "records.jsonl").read_text()
     (output / "records.jsonl").write_text("".join(records.splitlines(keepends=True)[:-1]))
     with pytest.raises(SystemExit):
         run(score, "--model", model, "--world", world_folder, "--folder", output)
-    assert "must have answers to all cases; it has none to grades 1" in capsys.readouterr().err
+    assert "must have answers to all cases; it has none to color edits 1" in capsys.readouterr().err
     (output / "records.jsonl").write_text(records)
     run(score, "--model", model, "--world", world_folder, "--folder", output)
     assert json.loads((output / "beyond.json").read_text()).keys() == {row["row"] for row in rows}
@@ -61,10 +68,10 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     lines = (output / "scores.md").read_text().splitlines()
     assert {line.count(" | ") for line in lines} == {2}
     (pairs,) = (row["scores"]["mIoU"] for row in rows if row["row"] == "segmentation, left or right of two")
-    ours, ceiling, again = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "learned reading"))
-    assert f"| ... mIoU of the asked one | **{ours}** ({ceiling}) | {again} by the learned reading |" in lines
-    read_twice = [row for row in rows if any("learned reading" in values for values in row["scores"].values())]
-    assert sum("by the learned reading" in line for line in lines) == len(read_twice)
+    ours, ceiling, by_color = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "reading by color"))
+    assert f"| ... mIoU of the one asked for | **{ours}** ({ceiling}) | {by_color} read by colour |" in lines
+    read_twice = [row for row in rows if any("reading by color" in values for values in row["scores"].values())]
+    assert sum("read by colour" in line for line in lines) == len(read_twice)
     (noise,) = (row["scores"]["PSNR"] for row in rows if row["row"] == "noise")
     (line,) = (line for line in lines if "noise" in line)
     assert line == (
@@ -73,7 +80,7 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_name_blind_painter_is_told_apart():
+def test_painting_all_objects_is_recognized():
     cat, dog = np.zeros((2, 64, 64), bool)
     cat[:20, :20], dog[40:, 40:] = True, True
     task = Segmentation({"cat": "red"})

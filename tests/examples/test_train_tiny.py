@@ -44,8 +44,12 @@ def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
     return run
 
 
-def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe):
+def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe, tmp_path):
+    notes = tmp_path / "first-work" / "vae.partial" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
     output = recipe("first")
+    assert notes.read_text() == "mine"
     assert {"README.md", "CREDITS.md", "model_index.json"} <= {path.name for path in output.iterdir()}
     weights = list(output.glob("*/*.safetensors"))
     assert sum(path.stat().st_size for path in weights) < 40e6

@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from pose import WholePose
-from referring_expressions import speaks_of
-from sources import FAMILIES, Drawn, absent, keypoints, mixture, pairs, pick_few, pick_named, segmentation, source
+from referring_expressions import mentions
+from sources import (
+    FAMILIES,
+    GeneratedDataset,
+    absent,
+    few_keypoints,
+    keypoints,
+    mixture,
+    one_of_names,
+    pairs,
+    segmentation,
+    source,
+)
 from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
@@ -73,9 +84,9 @@ def test_an_object_that_is_gone_leaves_no_trace(world_folder):
         assert scene.minus(thing).image == scene.background
 
 
-def test_segmentation_paints_what_the_words_mean(world_folder):
+def test_segmentation_targets_match_the_instructions(world_folder):
     world = World(world_folder)
-    dataset = Drawn(partial(segmentation, world), length=60)
+    dataset = GeneratedDataset(partial(segmentation, world), length=60)
     absent = 0
     for index in range(len(dataset)):
         image, masks = dataset[index]
@@ -101,7 +112,7 @@ def test_of_a_pair_the_left_or_the_right_one_is_asked_for(world_folder):
         assert middles["left"] < middles["right"]
 
 
-def test_absent_names_are_those_that_nothing_shows(world_folder):
+def test_absent_names_are_those_that_no_object_has(world_folder):
     world = World(world_folder)
     for seed in range(20):
         image, masks = absent(world, random.Random(seed))
@@ -113,11 +124,11 @@ def test_absent_names_are_those_that_nothing_shows(world_folder):
 def test_examples_depend_on_seed_and_index_alone(world_folder):
     world = World(world_folder)
     for _, example, _ in FAMILIES.values():
-        first, second, other = (Drawn(partial(example, world), 9, seed) for seed in (1, 1, 2))
+        first, second, other = (GeneratedDataset(partial(example, world), 9, seed) for seed in (1, 1, 2))
         pictures = [first[index][0] for index in range(9)]
         assert second[7][0] == pictures[7]
         assert [other[index][0] for index in range(9)] != pictures
-        with pytest.raises(IndexError, match="9 examples"):
+        with pytest.raises(IndexError, match="from 0 to 8; got 9"):
             first[9]
 
 
@@ -135,7 +146,7 @@ def test_the_mixture_holds_every_family_by_its_share(world_folder):
     assert samples[5] == mixture(world, 100)[5]
 
 
-def test_families_that_begin_alike_have_pictures_of_their_own(world_folder):
+def test_families_with_the_same_generator_have_different_pictures(world_folder):
     world = World(world_folder)
 
     def clean(name):
@@ -154,10 +165,10 @@ def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
         assert world.names & scene.names
         distractors += len(scene.names - world.names)
         image, masks = segmentation(world, random.Random(seed))
-        neighbours |= any(masks[words].any() and not speaks_of(words, world.names) for words in masks)
-        (words,) = pick_named(image, masks, random.Random(seed), world.names).colors
-        assert speaks_of(words, world.names)
-    assert distractors > 20 and neighbours, "the truth has all that may be painted instead"
+        neighbours |= any(masks[words].any() and not mentions(words, world.names) for words in masks)
+        (words,) = one_of_names(image, masks, random.Random(seed), world.names).colors
+        assert mentions(words, world.names)
+    assert distractors > 20 and neighbours, "the annotation has the other objects, too"
 
 
 def test_a_whole_pose_is_read_back_from_its_discs(world_folder):
@@ -180,7 +191,7 @@ def test_few_joints_are_one_to_three(world_folder):
     for seed in range(60):
         rng = random.Random(seed)
         image, joints = keypoints(world, rng)
-        task = pick_few(image, joints, rng)
+        task = few_keypoints(image, joints, rng)
         counts[len(task.colors)] += 1
         assert task.colors.keys() <= joints.keys()
     assert counts.keys() == {1, 2, 3} and min(counts.values()) > 5
