@@ -383,20 +383,27 @@ def test_push_to_hub_in_half_precision(root: Path, fresh: Fresh, hub: HubServer)
             assert {str(weight.dtype) for weight in safetensors.numpy.load(content).values()} == {"float16"}, path
 
 
-def test_pix2pix_loads_a_saved_folder_silently_and_refuses_an_exported_one(root: Path, reference: list, fresh: Fresh):
+def test_pix2pix_loads_a_saved_folder_with_a_warning_but_no_exported_one(root: Path, reference: list, fresh: Fresh):
     script = """
+    import logging.handlers
     from diffusers import StableDiffusionInstructPix2PixPipeline as Pix2Pix
+    log = logging.handlers.BufferingHandler(1000)
+    log.setLevel(logging.WARNING)
+    logging.getLogger("diffusers").addHandler(log)
     saved = Pix2Pix.from_pretrained(Path(sys.argv[1], "saved"))
+    warned = [record.getMessage() for record in log.buffer]
     try:
         Pix2Pix.from_pretrained(Path(sys.argv[1], "exported"))
     except ValueError as error:
         refused = str(error)
     trusted = Pix2Pix.from_pretrained(Path(sys.argv[1], "exported"), trust_remote_code=True)
     report(saved=type(saved).__name__, kept=[name for name in ("readout", "task_settings") if name in saved.config],
-           refused=refused, trusted=type(trusted).__name__, answer=answer(trusted))
+           warned=warned, refused=refused, trusted=type(trusted).__name__, answer=answer(trusted))
     """
     found = fresh.report(script, root, blocked=True)
-    assert (found["saved"], found["kept"]) == ("StableDiffusionInstructPix2PixPipeline", [])
+    assert found["saved"] == "StableDiffusionInstructPix2PixPipeline"
+    assert found["kept"] == []
+    assert any("'readout'" in text and "'task_settings'" in text and "ignored" in text for text in found["warned"])
     assert "trust_remote_code=True" in found["refused"]
     assert found["trusted"] == "InstructDiffusionPipeline"
     np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
