@@ -1,136 +1,70 @@
-"""Score a model on data sets as they are published, and write a table, JSON and contact sheets.
+"""Score a model on data sets in their published layouts, and write a table, JSON and contact sheets.
 
-python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
+    python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
 
-Killed, it goes on where it was when started again. Layouts of the folders: see docs/datasets.md.
+A run that was stopped continues when the same command is started again. docs/datasets.md describes the layouts.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from datasets import load_dataset
-from edit import TINY_MODEL, load
+from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
+from instructdiffusion_pipeline.cli import integer, load_pipeline, run_script
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
+from instructdiffusion_pipeline.evaluation import evaluate, examples_from, whole_person
+from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 
-from instructdiffusion_pipeline import FAMILIES, InstructDiffusionPipeline, load_presets, model_resolution
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
-from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.datasets.keypoints import aic, coco, crowdpose, mpii
-from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
-from instructdiffusion_pipeline.datasets.restoration import clwd, gopro, reds, sidd
-from instructdiffusion_pipeline.datasets.specs import ORIGINAL
-from instructdiffusion_pipeline.datasets.transforms import Resize, SquareCrop
-from instructdiffusion_pipeline.evaluation import (
-    Case,
-    EvaluationPersonCrop,
-    classical,
-    evaluate,
-    examples_from,
-    whole_person,
-)
-from instructdiffusion_pipeline.evaluation.metrics import AIC_SIGMAS, COCO_SIGMAS, CROWDPOSE_SIGMAS, ClipSimilarity
-from instructdiffusion_pipeline.readout import LearnedReading
-from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-
-
-def refer(references: str) -> Callable[[Path, str], ReferringExpressions]:
-    """A reader of references in COCO's folder of 2014."""
-    return lambda root, split: ReferringExpressions(root / references, root / "images" / "train2014", split)
-
-
-# Reader, the split that is not for training, and what is cut out of a picture for a working size (None: all is asked).
-DATA: dict[str, tuple[Callable[..., Any], str, Callable[[int], Any] | None]] = {
-    "coco": (coco, "val2017", partial(EvaluationPersonCrop, sigmas=COCO_SIGMAS)),
-    "crowdpose": (crowdpose, "test", partial(EvaluationPersonCrop, sigmas=CROWDPOSE_SIGMAS)),
-    "aic": (aic, "val", partial(EvaluationPersonCrop, sigmas=AIC_SIGMAS)),
-    "mpii": (mpii, "valid", EvaluationPersonCrop),
-    "coco-stuff": (CocoStuff, "val2017", None),
-    "refcoco": (refer("refcoco/refs(unc).p"), "val", None),
-    "refcoco+": (refer("refcoco+/refs(unc).p"), "val", None),
-    "refcocog": (refer("refcocog/refs(umd).p"), "val", None),
-    "grefcoco": (refer("grefcoco/grefs(unc).json"), "val", None),
-    "gopro": (gopro, "test", SquareCrop),
-    "reds": (reds, "val", SquareCrop),
-    "sidd": (sidd, "val", partial(SquareCrop, resize=False)),
-    "clwd": (clwd, "test", SquareCrop),
-    "instructpix2pix": (InstructPix2Pix, "test", Resize),
-    "gier": (gier, "test", Resize),
-    "gqa-inpaint": (gqa_inpaint, "test", Resize),
-    "magicbrush": (magicbrush, "dev", Resize),
-    "table": (lambda folder, split: HubTable(load_dataset(str(folder), split=split)), "train", Resize),
-}
+TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
+TESTABLE = [name for name, spec in DATASETS.items() if spec.test_split]
+TASKS = (Keypoints, Segmentation, Restoration, Editing)  # of the data sets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
     parser.add_argument(
-        "--data", action="append", required=True, metavar="NAME=FOLDER", help=f"repeatable; tiny, {', '.join(DATA)}"
+        "--data",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help=f"data sets, any number; NAME is one of {', '.join(TESTABLE)}",
     )
-    parser.add_argument("--split", help="of every --data (default: the one for validation or tests)")
-    parser.add_argument("--samples", type=int, default=500, help="of each data set")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's or the task's preset)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resolution", type=int, help="working size (default: the one the model was trained at)")
-    parser.add_argument("--clip", help="folder or Hub id of a CLIP model, to compare edited pictures")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"))
+    parser.add_argument("--split", help="split of all data sets (default: the validation or test split of each)")
+    parser.add_argument("--image_column", help="column of a table with the input pictures")
+    parser.add_argument("--instruction_column", help="column of a table with the instructions")
+    parser.add_argument("--target_column", help="column of a table with the edited pictures")
+    parser.add_argument("--samples", type=integer(1), default=500, help="of each data set (default: %(default)s)")
+    parser.add_argument("--steps", type=integer(1), help="denoising steps (default: the model's own)")
+    parser.add_argument("--batch_size", type=integer(1), default=8, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and the choice of samples (default: 0)")
+    parser.add_argument("--resolution", type=integer(16), help="working size (default: that of the model)")
+    parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited pictures")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     args = parser.parse_args()
+    options = {"image": args.image_column, "instruction": args.instruction_column, "edited": args.target_column}
+    columns = {name: column for name, column in options.items() if column}
 
-    pipeline = load(args.model)
-    resolution = args.resolution or model_resolution(pipeline)
-    cases: list[Case] = []
-    try:
-        for entry in args.data:
-            name, _, folder = entry.partition("=")
-            cases += cases_of(name, Path(folder), args.split, args.samples, args.seed, resolution)
-        presets = load_presets(args.model)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    options = {"clip": ClipSimilarity(args.clip) if args.clip else None, "reading": LearnedReading.beside(args.model)}
-    if any(entry.startswith("tiny=") for entry in args.data):
-        options["baselines"] = {"classical": classical}
-    run(pipeline, cases, args.output, presets, args.steps, args.batch_size, args.seed, resolution, **options)
-
-
-def cases_of(name: str, folder: Path, split: str | None, count: int, seed: int, resolution: int) -> list[Case]:
-    """`count` cases of one data set; people are asked for all their joints, other pictures as in training."""
-    if name == "tiny":  # the small model's world: many rows, made by the scripts of its recipe
-        sys.path.append(str(Path(__file__).parent / "tiny"))
-        from held_out import rows
-
-        return [case for source in rows(folder, count) for case in examples_from(source, count, seed)]
-    if name not in DATA:
-        raise ValueError(f"--data: NAME must be one of tiny, {', '.join(DATA)}; got {name!r}.")
-    read, usual, geometry = DATA[name]
-    split, pick = split or usual, ORIGINAL[name].from_annotation if name in ORIGINAL else Editing.from_annotation
-    source = Source(f"{name} {split}", read(folder, split), pick, geometry(resolution) if geometry else None)
-    return examples_from(source, count, seed, whole_person if pick == Keypoints.from_annotation else None)
-
-
-def run(
-    pipeline: InstructDiffusionPipeline,
-    cases: Sequence[Case],
-    output: Path,
-    presets: Mapping[str, Mapping[str, Any]],
-    steps: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    resolution: int | None = None,
-    **options: Any,
-) -> None:
-    """Evaluate with a model's `presets`, or with other `steps`, and show the table; `options` go to `evaluate`."""
-    own = {"num_inference_steps": steps} if steps else {}
-    settings = {family: {**presets.get(family, {}), **own} for family in FAMILIES}
+    pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    evaluate(pipeline, cases, output, settings, batch_size, seed, resolution, **options)
-    print((output / "table.md").read_text(), f"\nContact sheets: {output}/*.png")
+    resolution = args.resolution or pipeline.default_resolution
+    examples = []
+    for source in load_test_sources(args.data, resolution, args.split, columns):
+        ask = whole_person if source.make_task == Keypoints.from_annotation else None
+        examples += examples_from(source, args.samples, args.seed, ask)
+    steps = {"num_inference_steps": args.steps} if args.steps else {}
+    evaluate(
+        pipeline,
+        examples,
+        args.output,
+        {task.family: steps for task in TASKS if steps},
+        args.batch_size,
+        args.seed,
+        resolution,
+        clip=ClipSimilarity(args.clip, pipeline.device) if args.clip else None,
+    )
+    print((args.output / "table.md").read_text(), f"\nContact sheets: {args.output}/*.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

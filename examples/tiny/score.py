@@ -1,11 +1,12 @@
-"""Scores of the small model that need generated scenes, in addition to those of examples/evaluate.py.
+"""Scores of the small model on generated scenes that training never saw.
 
-    python examples/evaluate.py --model out/model --data tiny=out/tiny/world --samples 500 --output out/scores
-    python examples/tiny/score.py --model out/model --world out/tiny/world --folder out/scores
+    python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --output out/scores
 
-The scores are: whether the model uses the name in the instruction, whether it confuses left and right, PSNR inside
-and outside the edited region, and whether the model's own segmentation finds the objects that it added. The script
-writes beyond.json, scores.md (the table of the model card) and the folder "own" with the model's own segmentation.
+The script asks every row of held_out.py; a run that was stopped continues when it is started again. It adds scores
+that an evaluation does not have: whether the model uses the name in the instruction, whether it confuses left and
+right, PSNR inside and outside the edited region, and whether the model's own segmentation finds the objects that it
+added. It writes the files of an evaluation, beyond.json, scores.md (the table of the model card) and the folder "own"
+with the model's own segmentation.
 """
 
 import argparse
@@ -25,14 +26,20 @@ from table import OWN, table
 from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.cli import load_pipeline, run_script
+from instructdiffusion_pipeline.cli import integer, load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from, vae_reconstruction
+from instructdiffusion_pipeline.evaluation import (
+    Example,
+    LazyExample,
+    classical_baseline,
+    evaluate,
+    examples_from,
+    vae_reconstruction,
+)
 from instructdiffusion_pipeline.evaluation.baselines import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.files import write_text
-from instructdiffusion_pipeline.fingerprint import pipeline_fingerprint
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -46,27 +53,25 @@ def main() -> None:
     parser.add_argument(
         "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
     )
-    parser.add_argument("--folder", type=Path, required=True, help="output folder of examples/evaluate.py")
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
+    parser.add_argument("--samples", type=integer(1), default=500, help="of each row (default: %(default)s)")
+    parser.add_argument("--batch_size", type=integer(1), default=32, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    results = json.loads((args.folder / "results.json").read_text())
-    if results["run"]["model"] != pipeline_fingerprint(pipeline):
-        parser.error(f"--folder: {args.folder} must have the answers of {args.model}; it has those of another model")
-    count = max(row["samples"] + len(row["failed"]) for row in results["rows"])
-    sources = rows(args.world, count)
-    cases = [case for source in sources for case in examples_from(source, count, results["run"]["seed"])]
-    answers = answers_by_name(args.folder)
-    if missing := [case.name for case in cases if case.name not in answers]:
-        parser.error(f"--folder: {args.folder} must have answers to all cases; it has none to {missing[0]}")
+    sources = rows(args.world, args.samples)
+    cases = [case for source in sources for case in examples_from(source, args.samples)]
+    baselines = {"classical": classical_baseline}
+    results = evaluate(pipeline, cases, args.output, batch_size=args.batch_size, baselines=baselines)
+    answers = answers_by_name(args.output)
     more_scores = beyond(cases, answers, pipeline)
-    write_text(args.folder / "beyond.json", json.dumps(more_scores, indent=2) + "\n")
+    write_text(args.output / "beyond.json", json.dumps(more_scores, indent=2) + "\n")
     own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
-    own_results = evaluate(pipeline, own, args.folder / "own", batch_size=32)
+    own_results = evaluate(pipeline, own, args.output / "own", batch_size=32)
     scores = table(results, more_scores, own_results)
-    write_text(args.folder / "scores.md", scores)
+    write_text(args.output / "scores.md", scores)
     print(scores)
 
 

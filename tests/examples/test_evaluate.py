@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -13,19 +14,18 @@ from PIL import Image
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 
-# By its path: examples/tiny has a script of the same name.
+# By its path, which does not depend on the folders that other tests put first.
 spec = importlib.util.spec_from_file_location("evaluate_data_sets", tiny.ROOT / "examples" / "evaluate.py")
 evaluate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(evaluate)
 
-PRESETS = {"restoration": {"num_inference_steps": 9, "guidance_scale": 0.75, "image_guidance_scale": 0.75}}
+SETTINGS = {"restoration": {"num_inference_steps": 9, "guidance_scale": 0.75, "image_guidance_scale": 0.75}}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    InstructDiffusionPipeline(**tiny.components()).save_pretrained(folder)
-    (folder / "presets.json").write_text(json.dumps(PRESETS))
+    InstructDiffusionPipeline(**tiny.components(), task_settings=SETTINGS).save_pretrained(folder)
     return folder
 
 
@@ -113,41 +113,49 @@ def test_pairs_of_ones_own_are_scored(monkeypatch, tmp_path, model):
 
 
 def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatch, tmp_path, model, gopro):
-    def settings(folder, *arguments):
-        call(monkeypatch, "--model", model, f"--data=gopro={gopro}", "--samples", 1, "--output", folder, *arguments)
-        return json.loads((folder / "run.json").read_text())["settings"]
+    def steps(folder, *arguments):
+        seen = []
+        original = InstructDiffusionPipeline.prepare_timesteps
 
-    assert settings(tmp_path / "own")["restoration"] == PRESETS["restoration"]
-    fewer = settings(tmp_path / "fewer", "--steps", 2)
-    assert fewer["restoration"] == PRESETS["restoration"] | {"num_inference_steps": 2}
-    assert fewer["editing"] == {"num_inference_steps": 2}
+        def prepare_timesteps(self, num_inference_steps, *rest):
+            seen.append((num_inference_steps, self.guidance_scale))
+            return original(self, num_inference_steps, *rest)
+
+        monkeypatch.setattr(InstructDiffusionPipeline, "prepare_timesteps", prepare_timesteps)
+        call(monkeypatch, "--model", model, f"--data=gopro={gopro}", "--samples", 1, "--output", folder, *arguments)
+        return set(seen)
+
+    assert steps(tmp_path / "own") == {(9, 0.75)}
+    assert steps(tmp_path / "fewer", "--steps", 2) == {(2, 0.75)}
+
+
+def test_two_folders_of_one_data_set_are_two_rows(monkeypatch, tmp_path, model, gopro):
+    other = tmp_path / "other"
+    shutil.copytree(gopro, other)
+    data = [f"--data=gopro={folder}" for folder in (gopro, other)]
+    call(monkeypatch, "--model", model, *data, "--samples", 1, "--steps", 1, "--output", tmp_path / "output")
+    rows = [row["row"] for row in json.loads((tmp_path / "output" / "results.json").read_text())["rows"]]
+    assert rows == ["gopro:gopro test", "gopro:other test"]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("gopr=/x", "NAME must be one of tiny, coco, .*; got 'gopr'"),
-        ("gopro=/nowhere", "/nowhere/test: no sample is left"),
-        ("coco=/nowhere", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
+        ("gopr=/x", "--data must be NAME=FOLDER with a NAME out of .*; got 'gopr=/x'"),
+        ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
+        ("gopro=/tmp", "/tmp/test: no sample is left"),
+        ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
+        ("captions=/tmp", "can be trained on, but not evaluated on"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_words(monkeypatch, capsys, tmp_path, model, data, message):
-    with pytest.raises(SystemExit):
+def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data, message):
+    with pytest.raises(ValueError) as caught:
         call(monkeypatch, "--model", model, "--data", data, "--output", tmp_path / "output")
-    captured = capsys.readouterr().err
-    assert re.search(message, captured), captured
+    assert re.search(message, str(caught.value)), caught.value
     assert not (tmp_path / "output").exists()
 
 
-def test_sidd_is_not_scored_on_its_training_data(monkeypatch, capsys, tmp_path, model):
+def test_sidd_is_not_scored_on_its_training_data(monkeypatch, tmp_path, model):
     (tmp_path / "Data").mkdir()
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="`split` must be train"):
         call(monkeypatch, "--model", model, f"--data=sidd={tmp_path}", "--output", tmp_path / "output")
-    assert "`split` must be train" in capsys.readouterr().err
-
-
-def test_presets_of_unknown_families_are_refused(tmp_path):
-    assert evaluate.load_presets(str(tmp_path)) == {}
-    (tmp_path / "presets.json").write_text('{"segmentatoin": {}}')
-    with pytest.raises(ValueError, match="it has some for segmentatoin"):
-        evaluate.load_presets(str(tmp_path))

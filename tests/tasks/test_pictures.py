@@ -55,9 +55,10 @@ def test_overlay_is_half_before_and_half_after():
 
 
 @pytest.mark.parametrize("degradation", TEMPLATES)
-def test_wordings_of_a_defect(degradation):
-    wordings = {Restoration(degradation).instruction(random.Random(seed)) for seed in range(300)}
-    assert wordings == set(TEMPLATES[degradation]) and Restoration(degradation).instruction() == f"remove the {degradation}"
+def test_wordings_of_a_degradation(degradation):
+    task = Restoration(degradation)
+    assert {task.instruction(random.Random(seed)) for seed in range(300)} == set(TEMPLATES[degradation])
+    assert task.instruction() == f"remove the {degradation}"
 
 
 def test_questions_that_make_no_sense_are_refused():

@@ -1,6 +1,7 @@
 """The colours that instructions name (Geng et al., CVPR 2024, section 3.1), painting them, and seeing them again."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,27 @@ def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[st
     """All names of `colors`, those first that show on nine tenths of the RGB `image` (see `visible_colors`)."""
     visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
     return sorted(colors, key=lambda name: name not in visible)
+
+
+class NamedColors(dict[str, str]):
+    """Names and the names of their colours, in order; immutable and hashable, so that tasks are."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, str]]]:
+        return type(self), (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("the colors of a task cannot be changed; make a new task")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
 
 
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:

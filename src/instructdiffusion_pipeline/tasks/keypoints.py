@@ -14,6 +14,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
+    NamedColors,
     check_colors,
     coverage,
     paint,
@@ -79,6 +80,7 @@ class Keypoints:
 
     def __post_init__(self) -> None:
         check_colors(self.colors, KEYPOINT_COLORS)
+        object.__setattr__(self, "colors", NamedColors(self.colors))
         if len(self.colors) > MAX_JOINTS:
             raise ValueError(f"`colors` may ask for at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
 

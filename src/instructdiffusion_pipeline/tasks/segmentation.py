@@ -10,7 +10,14 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
-from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, check_colors, coverage, paint, visible_colors
+from instructdiffusion_pipeline.tasks.colors import (
+    MASK_COLORS,
+    NamedColors,
+    check_colors,
+    coverage,
+    paint,
+    visible_colors,
+)
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
 from instructdiffusion_pipeline.types import Masks
@@ -68,6 +75,7 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         check_colors(self.colors, MASK_COLORS)
+        object.__setattr__(self, "colors", NamedColors(self.colors))
 
     @classmethod
     def from_annotation(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
