@@ -19,7 +19,9 @@ RUN_HERE = [page for page in PAGES if page.name not in ("training.md", "datasets
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    """The fenced blocks of a language, in order."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [code for name, code in fenced if name == language]
 
 
 @pytest.fixture(scope="module")
