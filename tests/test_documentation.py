@@ -43,8 +43,7 @@ def run(command: list[str], folder: Path) -> None:
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, after_the_demo: Path) -> None:
     code = "\n".join(blocks(page, "python"))
-    # Blocks of one page share their names; pages that push are run by the tests of the Hub.
-    if code and page.name != "hub.md":
+    if code:
         run([sys.executable, "-c", code], after_the_demo)
 
 
