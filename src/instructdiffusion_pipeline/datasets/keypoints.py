@@ -37,8 +37,8 @@ MPII_JOINTS = (
     "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
 )  # fmt: skip
 
-# OKS sigmas: how far annotators differ in placing a joint, relative to the square root of the person's area. COCO's are
-# those of pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
+# OKS sigmas: how far annotators differ in placing a joint, relative to the root of the person's area. COCO's are those
+# of pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
 # the sources of crowdposetools and of AI_Challenger_2017's keypoint_eval.py, which writes twice the sigma).
 COCO_SIGMAS: dict[str, float] = {
     "nose": 0.026, "left eye": 0.025, "right eye": 0.025, "left ear": 0.035, "right ear": 0.035,

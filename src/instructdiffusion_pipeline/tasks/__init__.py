@@ -1,4 +1,4 @@
-"""One file a task family: its wording, its sampling preset, how answers are drawn and how they are read."""
+"""One file per task family: wording, settings, drawing of answers, and reading of answers."""
 
 import random
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -12,34 +12,34 @@ Reading = TypeVar("Reading")
 
 
 class TrainingTask(Protocol):
-    """What a model can be trained on: words, and the picture that answers them.
+    """A task that a model can be trained on: an instruction, and the picture that answers it.
 
-    Classes also have a `pick(image, annotation, rng)`, which chooses one for an annotated picture or raises
-    `EmptyAnnotation`.
+    Classes also have `from_annotation(image, annotation, rng)`, which chooses a task for an annotated picture, or
+    raises `EmptyAnnotation`.
     """
 
-    family: ClassVar[str]  # what settings and presets call it
-    settings: ClassVar[dict[str, float]]  # what the original samples the family with
+    family: ClassVar[str]  # the key of the task in `task_settings`
+    settings: ClassVar[dict[str, float]]  # the settings of the original
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """The question in words."""
+        """The instruction: one of several wordings with `rng`, else always the same."""
 
     def draw(self, image: Image.Image, annotation: Any) -> Image.Image:
-        """The picture that answers it, for training."""
+        """The picture that answers the instruction, for training."""
 
 
 class Task(TrainingTask, Protocol[Reading]):
-    """One question to a picture. `read` undoes `draw`: read(image, draw(image, annotation)) gives the annotation."""
+    """A question about a picture. `read` inverts `draw`: read(image, draw(image, x)) returns the annotation x."""
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Reading:
-        """What an answer says, in pixels of `image`; `box` is the part of it that `answer` shows."""
+        """The data in an answer, in pixels of `image`; `box` is the part of `image` that `answer` shows."""
 
     def overlay(self, image: Image.Image, reading: Reading) -> Image.Image:
-        """A picture of a reading on its input."""
+        """The reading drawn on the input."""
 
 
 class EmptyAnnotation(ValueError):
-    """An annotation holds nothing that a task could ask for: no object, or no joint in the frame."""
+    """An annotation has nothing to ask for: no object, or no joint in the frame."""
 
 
 def make_sample(task: TrainingTask, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:

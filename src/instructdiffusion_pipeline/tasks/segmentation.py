@@ -79,7 +79,7 @@ class Segmentation:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
-        """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a colour that shows."""
+        """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a visible colour."""
         present = [name for name, mask in masks.items() if mask.any()]
         absent = [name for name, mask in masks.items() if not mask.any()]
         if not masks:
@@ -115,7 +115,7 @@ class Segmentation:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
         """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
 
-        Paint of a confidence below `MIN_CONFIDENCE`, all of a mask taken together, is a trace: that mask is empty.
+        A mask with a confidence below `MIN_CONFIDENCE` is returned empty.
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. Outside the box nothing is set.
         """
@@ -128,27 +128,24 @@ class Segmentation:
         }
 
     def overlay(self, image: Image.Image, masks: dict[str, "Mask"]) -> Image.Image:
-        """`image` with the masks in their colours, opaque enough to see on any picture, and outlined."""
+        """`image` with the masks in their colours, outlined in the complementary colour; needs scikit-image."""
+        from skimage.segmentation import find_boundaries
+
         pixels = np.array(upright_rgb(image))
         for name, color in self.colors.items():
             mask, (red, green, blue) = masks[name].pixels, MASK_COLORS[color]
-            inner = mask.copy()
-            inner[1:] &= mask[:-1]
-            inner[:-1] &= mask[1:]
-            inner[:, 1:] &= mask[:, :-1]
-            inner[:, :-1] &= mask[:, 1:]
-            paint(pixels, inner, MASK_COLORS[color], opacity=0.6)
-            paint(pixels, mask & ~inner, (255 - red, 255 - green, 255 - blue), opacity=1.0)
+            paint(pixels, mask, MASK_COLORS[color], opacity=0.6)
+            outline = find_boundaries(mask, connectivity=1, mode="inner")
+            paint(pixels, outline, (255 - red, 255 - green, 255 - blue), opacity=1.0)
         return Image.fromarray(pixels)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Where an object is: `pixels` (bool, height x width), and how clearly the answer says so, 0 to 1.
+    """The pixels of an object (bool, height x width), and the confidence of the reading, 0 to 1.
 
-    `confidence` is the mean distance of the painted pixels from the threshold (of all pixels, if none is painted): 1
-    if every one moved all the way or not at all, 0 if every one stopped half way. Of an empty mask it says how clear
-    it is that nothing was painted.
+    `confidence` is the mean distance of the painted pixels from the threshold: 1 if each pixel moved all the way to
+    the colour, 0 if each stopped half way. The confidence of an empty mask is that nothing was painted.
     """
 
     pixels: np.ndarray
@@ -156,7 +153,7 @@ class Mask:
 
     @classmethod
     def from_margin(cls, margin: np.ndarray) -> "Mask":
-        """From each pixel's share of the colour, less the threshold of one half; empty below `MIN_CONFIDENCE`."""
+        """The mask of pixels with a positive margin: the coverage less one half. Empty below `MIN_CONFIDENCE`."""
         pixels = margin > 0
         clear = np.clip(2 * np.abs(margin), 0, 1)
         if pixels.any() and (confidence := float(clear[pixels].mean())) >= MIN_CONFIDENCE:
