@@ -9,7 +9,7 @@ import edit
 import numpy as np
 import pytest
 import torch
-from color_edits import GRADES, grade
+from color_edits import COLOR_EDITS, edit_colors
 from figures import draw_figure
 from PIL import Image
 from pose import WholePose
@@ -83,7 +83,7 @@ def test_its_own_settings_are_better_for_editing_than_the_paper_s(model, photogr
     own, others = (
         psnr(
             edit_pair.edited,
-            model(GRADES["night"][1][0], photographs[0], generator=torch.manual_seed(0), **settings).images[0],
+            model(COLOR_EDITS["night"][1][0], photographs[0], generator=torch.manual_seed(0), **settings).images[0],
         )
         for settings in ({}, paper)
     )
@@ -142,10 +142,10 @@ def test_it_takes_noise_out(answers, photographs):
     assert np.mean(gains) > 2
 
 
-def test_it_grades_pictures(answers, photographs):
+def test_it_edits_colors(answers, photographs):
     looks = ("black and white", "night", "sepia")
     edits = [
-        grade(image, random.Random(0), look)._replace(instruction=GRADES[look][1][0])
+        edit_colors(image, random.Random(0), look)._replace(instruction=COLOR_EDITS[look][1][0])
         for image, look in zip(photographs, looks, strict=True)
     ]
     found = answers(photographs, [Editing(edit.instruction) for edit in edits])
