@@ -78,7 +78,7 @@ def test_it_has_settings_for_every_family(model):
 
 
 def test_its_own_settings_are_better_for_editing_than_the_paper_s(model, photographs):
-    edit_pair = grade(photographs[0], random.Random(0), "night")
+    edit_pair = edit_colors(photographs[0], random.Random(0), "night")
     paper = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
     own, others = (
         psnr(
