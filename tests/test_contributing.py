@@ -23,7 +23,7 @@ def test_the_worked_example(tmp_path):
     folders = {"tests": str(tiny.ROOT / "tests"), "scenes": str(tiny.ROOT / "tests" / "tasks")}
     (tmp_path / "conftest.py").write_text(CONFTEST.format(**folders))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci", str(tmp_path)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -141,7 +141,7 @@ def few_keypoints(
 
 
 # name -> share of the training samples, function that generates an example, function that makes its task
-FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
+TRAINING_SOURCES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
     "segmentation": (0.24, segmentation, Segmentation.from_annotation),
     "left or right": (0.05, pairs, Segmentation.from_annotation),
     "absent": (0.11, absent, Segmentation.from_annotation),
@@ -157,16 +157,17 @@ FAMILIES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
 
 
 def source(name: str, world: World, count: int, seed: int) -> Source:
-    """Return `count` examples of one of `FAMILIES`.
+    """Return `count` examples of one of `TRAINING_SOURCES`.
 
     The name is part of the seed. Otherwise families with similar generators would have the same pictures.
     """
-    _, example, make_task = FAMILIES[name]
+    _, example, make_task = TRAINING_SOURCES[name]
     return Source(name, GeneratedDataset(partial(example, world), count, f"{seed} {name}"), make_task)
 
 
 def mixture(world: World, count: int, seed: int = 0) -> Mixture:
     """Return about `count` different training samples of all families, in proportion to their shares."""
     return Mixture(
-        [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in FAMILIES.items()], seed
+        [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in TRAINING_SOURCES.items()],
+        seed,
     )

@@ -56,7 +56,7 @@ def test_nothing_is_read_before_an_example_is_opened_and_geometry_comes_before_t
         def __getitem__(self, index):
             raise OSError("cannot be read")
 
-    (lazy,) = examples_from(source(geometry=mirrored), 1)
+    (lazy,) = examples_from(source(transform=mirrored), 1)
     index = int(lazy.name.split()[1].rstrip(":"))
     image, masks = Blobs()[index]
     example = lazy.open()

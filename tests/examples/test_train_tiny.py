@@ -13,7 +13,7 @@ import torch
 import vae
 from PIL import Image
 from safetensors.torch import load_file
-from sources import FAMILIES
+from sources import TRAINING_SOURCES
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
@@ -99,7 +99,7 @@ def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp
     ]
     assert f"| noise | PSNR | {noise[0]:.2f} | {noise[1]:.2f} |" in markdown
     assert markdown.count("\n") == 2 + len(together)
-    assert set().union(*ablation.SOURCES.values()) == FAMILIES.keys()
+    assert set().union(*ablation.SOURCES.values()) == TRAINING_SOURCES.keys()
 
     monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options), "--steps", "2"])
     with pytest.raises(ValueError, match="models of the same number of steps; in .*, steps was 1 and is 2"):

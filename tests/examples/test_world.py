@@ -9,7 +9,7 @@ from PIL import Image
 from pose import WholePose
 from referring_expressions import mentions
 from sources import (
-    FAMILIES,
+    TRAINING_SOURCES,
     GeneratedDataset,
     absent,
     few_keypoints,
@@ -123,7 +123,7 @@ def test_absent_names_are_those_that_no_object_has(world_folder):
 
 def test_examples_depend_on_seed_and_index_alone(world_folder):
     world = World(world_folder)
-    for _, example, _ in FAMILIES.values():
+    for _, example, _ in TRAINING_SOURCES.values():
         first, second, other = (GeneratedDataset(partial(example, world), 9, seed) for seed in (1, 1, 2))
         pictures = [first[index][0] for index in range(9)]
         assert second[7][0] == pictures[7]
@@ -136,9 +136,9 @@ def test_the_mixture_holds_every_family_by_its_share(world_folder):
     world = World(world_folder)
     samples = mixture(world, 100)
     assert len(samples) == 100
-    assert sum(share for share, _, _ in FAMILIES.values()) == pytest.approx(1)
+    assert sum(share for share, _, _ in TRAINING_SOURCES.values()) == pytest.approx(1)
     found = Counter(samples.source_of(position).name for position in range(100))
-    assert found == {name: round(100 * share) for name, (share, _, _) in FAMILIES.items()}
+    assert found == {name: round(100 * share) for name, (share, _, _) in TRAINING_SOURCES.items()}
     for position in range(100):
         sample = samples[position]
         assert sample.image.size == sample.target.size == (SIZE, SIZE)

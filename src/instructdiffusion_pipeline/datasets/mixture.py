@@ -19,31 +19,31 @@ logger = logging.getLogger(__name__)
 SHOWN = 3  # entries that a warning names
 
 MakeTask = Callable[[Image.Image, Any, random.Random], TrainingTask]
-Geometry = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
+Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and what to ask of it.
+    """A data set, and the task that each sample is used for.
 
-    `geometry` crops and turns what was read (see `geometry`); `make_task` chooses the question about the outcome, as
-    `Segmentation.from_annotation` does.
+    `transform` crops and flips a sample (see `transforms`); `make_task` chooses the task for the result, for example
+    `Segmentation.from_annotation`.
     """
 
     name: str
     dataset: AnnotatedImages[Any]
     make_task: MakeTask
-    geometry: Geometry | None = None
+    transform: Transform | None = None
 
     def read(self, index: int, rng: random.Random) -> tuple[Image.Image, Any]:
-        """The picture and its annotation after the geometry. Raises an `UnreadableSample` where a file is broken."""
+        """The transformed picture and annotation. Raises an `UnreadableSample` if a file is broken."""
         image, annotation = self.dataset[index]
-        return self.geometry(image, annotation, rng) if self.geometry else (image, annotation)
+        return self.transform(image, annotation, rng) if self.transform else (image, annotation)
 
 
 @dataclass(frozen=True)
 class FixedTask:
-    """A `make_task` that asks the same of every picture."""
+    """A `make_task` that returns the same task for every picture."""
 
     task: TrainingTask
 
@@ -52,12 +52,12 @@ class FixedTask:
 
 
 class Mixture:
-    """Samples of several sources, each as often as its weight says, in an order that `seed` fixes.
+    """Samples of several sources, in proportions given by weights, in an order that depends on `seed`.
 
-    A weight multiplies the length of its source: an epoch takes a fresh fifth of a source of weight 0.2 (five epochs
-    show all of it, once) and shows one of weight 20 twenty times. `len(mixture)` is one epoch, and iterating shows the
-    first, but positions do not end: `mixture[position]` is a sample for any position from 0 on. It depends on the seed
-    and the position alone, so ranks and workers may share positions out as they like.
+    A weight multiplies the length of its source: an epoch has a new fifth of a source with the weight 0.2 (all of it
+    in five epochs), and a source with the weight 20 twenty times. `len(mixture)` is one epoch, and iteration ends
+    after it, but positions do not end: `mixture[position]` is a sample for any position from 0 on. It depends on the
+    seed and the position alone, so ranks and workers may share positions out as they like.
 
     Attributes:
         counts: how many samples of each source an epoch shows.

@@ -1,4 +1,4 @@
-"""What people picked out of a model's own answers, for the alignment stage; see `training.candidates`."""
+"""The answers of a model that people prefer, for the alignment stage; see `training.candidates`."""
 
 import json
 from collections.abc import Iterator

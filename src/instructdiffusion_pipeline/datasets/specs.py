@@ -89,7 +89,7 @@ def table(folder: Path, split: str, **columns: str) -> HubTable:
 
 KEYPOINTS, SEGMENTATION = Keypoints.from_annotation, Segmentation.from_annotation
 EDITING, CAPTION = Editing.from_annotation, Adaptation.from_annotation
-DEBLUR, DENOISE, UNMARK = (FixedTask(Restoration(defect)) for defect in ("blur", "noise", "watermark"))
+DEBLUR, DENOISE, UNMARK = (FixedTask(Restoration(degradation)) for degradation in ("blur", "noise", "watermark"))
 FLIPPED = SquareCrop(flip=0.5)
 
 

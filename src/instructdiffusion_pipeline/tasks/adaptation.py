@@ -1,7 +1,6 @@
-"""Pictures that carry marks, and captions that name them: what the adaptation stage teaches a text-to-image model.
+"""The adaptation stage: pictures with marks, and captions that name the marks (Geng et al., CVPR 2024, section 3.3).
 
-So it knows coloured discs, boxes and veils as things that words ask for, before it learns where to put them (Geng et
-al., CVPR 2024, section 3.3).
+A text-to-image model learns to draw coloured discs, boxes and patches, before it learns where to draw them.
 """
 
 import random
@@ -16,8 +15,8 @@ from instructdiffusion_pipeline.tasks.keypoints import RADIUS
 from instructdiffusion_pipeline.tasks.segmentation import OPACITY
 from instructdiffusion_pipeline.tasks.wording import a, listing
 
-MOST = 3  # marks on one picture
-WORDS = 35  # of a caption, so that the marks come before the 77th token
+MAX_MARKS = 3  # on one picture
+MAX_WORDS = 35  # of a caption, so that the marks come before the 77th token
 SIDES = (0.15, 0.5)  # of boxes and patches, as shares of the picture's
 CORNERS = 9  # of a patch's outline
 COLORS = {"disc": KEYPOINT_COLORS, "box": KEYPOINT_COLORS, "patch": MASK_COLORS}
@@ -51,16 +50,16 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One to three marks in different colours, at random places of a picture whose caption is `text`.
+    """Asks for a picture of `text` with one to three `marks` in different colours.
 
-    Discs are those of keypoints and patches are mixed in half and half as masks are; boxes are outlines.
+    Discs are drawn as for keypoints, patches are mixed half and half as masks are, and boxes are outlines.
     """
 
     text: str
     marks: tuple[Mark, ...]
 
     family: ClassVar[str] = "adaptation"
-    # Without an input picture this is plain guidance of 7.5.
+    # Without an input picture this equals classifier-free guidance of 7.5.
     settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 50,
         "guidance_scale": 7.0,
@@ -69,18 +68,18 @@ class Adaptation:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, caption: str, rng: random.Random) -> "Adaptation":
-        """Marks for a picture, in colours that show on it as far as they go round."""
+        """Random marks for a picture, in visible colours as far as there are enough."""
         marks: list[Mark] = []
-        for _ in range(rng.randint(1, MOST)):
+        for _ in range(rng.randint(1, MAX_MARKS)):
             kind = rng.choice(list(COLORS))
             box = random_box(image.size, kind, rng)
             free = COLORS[kind].keys() - {mark.color for mark in marks}
             showing = free.intersection(visible_colors(image, shape(kind, box, image.size), COLORS[kind]))
             marks.append(Mark(kind, rng.choice(sorted(showing or free)), box))
-        return cls(" ".join(caption.split()[:WORDS]).rstrip(". "), tuple(marks))
+        return cls(" ".join(caption.split()[:MAX_WORDS]).rstrip(". "), tuple(marks))
 
     def draw(self, image: Image.Image, caption: str) -> Image.Image:
-        """The RGB `image` with the marks on it, the later over the earlier."""
+        """Draw the marks on the RGB `image`, later ones over earlier ones."""
         pixels = np.array(image)
         for mark in self.marks:
             opacity = OPACITY if mark.kind == "patch" else 1.0
@@ -88,21 +87,21 @@ class Adaptation:
         return Image.fromarray(pixels)
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """The caption, and the marks in words; without `rng` always the same."""
+        """The caption and the names of the marks; without `rng` always the same wording."""
         names = [a(f"{mark.color} {rng.choice(NOUNS[mark.kind]) if rng else mark.kind}") for mark in self.marks]
         template = rng.choice(TEMPLATES) if rng else TEMPLATES[0]
         return template.format(caption=self.text, marks=listing(names))
 
 
 def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Place:
-    """Where a mark goes, wholly inside a picture of `size` pixels."""
+    """A random place for a mark, inside a picture of `size` pixels."""
     sides = [rng.uniform(*SIDES) * length for length in size] if kind != "disc" else [2 * RADIUS * min(size)] * 2
     left, top = (rng.uniform(0, length - side) for length, side in zip(size, sides, strict=True))
     return left, top, left + sides[0], top + sides[1]
 
 
 def shape(kind: str, box: Place, size: tuple[int, int]) -> np.ndarray:
-    """The pixels of a mark, bool [height, width]. A patch's outline hangs on its place, so it stays the same."""
+    """The pixels of a mark, bool [height, width]. The random outline of a patch depends on its place alone."""
     canvas = Image.new("1", size)
     pen = ImageDraw.Draw(canvas)
     if kind == "disc":

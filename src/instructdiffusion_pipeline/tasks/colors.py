@@ -1,4 +1,4 @@
-"""The colours that instructions name (Geng et al., CVPR 2024, section 3.1), painting them, and seeing them again."""
+"""The colours that instructions name (Geng et al., CVPR 2024, section 3.1): painting them, and reading them back."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,7 +33,7 @@ KEYPOINT_COLORS: dict[str, RGB] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
-VISIBLE_DISTANCE = 96  # Euclidean, in levels: what a pixel must be away from a colour for its paint to show
+VISIBLE_DISTANCE = 96  # Euclidean distance in levels from which a colour is visible on a pixel
 
 
 REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
@@ -44,10 +44,10 @@ NEIGHBOURS_ALIKE = 4  # what JPEG or a VAE does to a pixel it does to so many: t
 
 
 def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RGB]) -> list[str]:
-    """Names of the colours that would show on the RGB `image` under `mask` (bool, height x width).
+    """Names of the colours that are visible on the RGB `image` under `mask` (bool, height x width).
 
-    A colour shows if nine tenths of the pixels are `VISIBLE_DISTANCE` away from it. If none does, the one that shows
-    on most pixels; all of them for an empty mask.
+    A colour is visible if nine tenths of the pixels are `VISIBLE_DISTANCE` away from it. If there is none, the colour
+    that is visible on most pixels is returned; for an empty mask all colours are.
     """
     if not mask.any():
         return list(colors)
@@ -111,7 +111,7 @@ def paint(pixels: np.ndarray, mask: np.ndarray, color: RGB, opacity: float) -> N
 def coverage(
     image: np.ndarray, answer: np.ndarray, colors: Iterable[RGB], opacity: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each pixel moved from `image` toward each of `colors` in `answer`, as a share of `opacity`.
+    """The coverage of each pixel by each of `colors`: how far `answer` moved to the colour, over `opacity`.
 
     A painted pixel is answer = image + opacity * (color - image). The share is the least-squares solution of that for
     opacity, over `opacity`: 0 where nothing moved, 1 where it was painted.

@@ -1,4 +1,4 @@
-"""The way from an answer's pixels to the input's: an answer shows a box of its input, at a size of its own."""
+"""Maps pixels of an answer to pixels of its input. An answer shows a box of the input, at another size."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 
 
 class Frame(NamedTuple):
-    """Input and answer brought to one size, and where they lie in the input.
+    """Input and answer resized to one size, and their box in the input.
 
     `source` and `answer` are [height, width, 3] arrays, 8 bits; `box` (left, top, right, bottom) is in pixels of the
     input, whose (width, height) is `size`.

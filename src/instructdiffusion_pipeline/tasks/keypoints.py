@@ -131,7 +131,7 @@ class Keypoints:
         return Image.fromarray(pixels)
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, Joint | None]:
-        """The place of each joint in pixels of `image`, or None where no disc was drawn.
+        """The position of each joint in pixels of `image`, or None if no disc was found.
 
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. A joint's confidence is the step of the share from the ring around its disc to the disc, 1 for a disc as

@@ -48,7 +48,7 @@ TEMPLATES: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Restoration:
-    """Asks to take a `degradation` out of a picture. Raises a ValueError for one that is not known."""
+    """Asks to remove a `degradation` from a picture. Raises a ValueError for an unknown one."""
 
     degradation: Degradation
 

@@ -54,7 +54,7 @@ class ImageDataset(Dataset):
         if sample.image.size != self.size:
             raise ValueError(
                 f"`mixture` must have pictures of one size; its first has {self.size} pixels, one of {source} has"
-                f" {sample.image.size}. Give all sources a `geometry` of the same size."
+                f" {sample.image.size}. Give all sources a `transform` of the same size."
             )
         return {
             "image": pixels(sample.image),
