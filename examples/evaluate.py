@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
-from instructdiffusion_pipeline.cli import integer, load_pipeline, run_script
+from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import evaluate, examples_from, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -49,7 +49,11 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     resolution = args.resolution or pipeline.default_resolution
     examples = []
-    for source in load_test_sources(args.data, resolution, args.split, columns):
+    try:
+        sources = load_test_sources(args.data, resolution, args.split, columns)
+    except ValueError as error:
+        raise UsageError(error) from error
+    for source in sources:
         ask = whole_person if source.make_task == Keypoints.from_annotation else None
         examples += examples_from(source, args.samples, args.seed, ask)
     steps = {"num_inference_steps": args.steps} if args.steps else {}
