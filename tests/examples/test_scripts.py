@@ -8,12 +8,11 @@ import sys
 import candidates
 import pytest
 import tiny
-from conftest import EXAMPLES
 from PIL import Image
 
 from instructdiffusion_pipeline.cli import run_script
 
-SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+SCRIPTS = sorted((tiny.ROOT / "examples").glob("*.py"))
 
 
 @pytest.fixture(params=SCRIPTS, ids=[script.stem for script in SCRIPTS])
@@ -50,7 +49,7 @@ def test_app_says_how_to_install_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(sys, "argv", ["app.py"])
     with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(EXAMPLES / "app.py"), run_name="__main__")
+        runpy.run_path(str(tiny.ROOT / "examples" / "app.py"), run_name="__main__")
     # A text as exit code is printed, and the status is 1.
     assert exit.value.code == 'error: gradio is not installed; `pip install ".[app]"` installs it.'
 
