@@ -185,8 +185,8 @@ def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_pa
     single, both, before = (load_file(folder / UNET) for folder in (
         tmp_path / "one" / "model", tmp_path / "two" / "model", model))  # fmt: skip
     assert max((single[name] - before[name]).abs().max() for name in before) > 1e-3
-    # The two runs sum their gradients in another order. Where a gradient is nearly zero, AdamW divides the rounding error
-    # by it: on some processors, 10 of 986,596 weights then differ by more than 1e-5, at most by 7.4e-5.
+    # The two runs sum their gradients in another order. Where a gradient is nearly zero, AdamW divides the rounding
+    # error by it: on some processors, 10 of 986,596 weights then differ by more than 1e-5, at most by 7.4e-5.
     differences = torch.cat([(single[name] - both[name]).abs().flatten() for name in before])
     assert differences.mean() <= 1e-7 and (differences > 1e-5).float().mean() <= 1e-4
     assert differences.max() <= 2e-4, "a fifth of the learning rate, which one update moves a weight by"
