@@ -18,7 +18,7 @@ from skimage import data
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation, ask
 from instructdiffusion_pipeline.cli import check_output, load_pipeline, run_script
 from instructdiffusion_pipeline.files import save_image
-from instructdiffusion_pipeline.image_grid import stack, strip
+from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.restoration import add_noise
 
@@ -51,9 +51,9 @@ def main() -> None:
     for image, task in questions:
         answer = ask(pipe, image, task, generator=torch.Generator().manual_seed(0))
         panels = [("input", image), (task.instruction(), answer.picture), ("overlay", answer.overlay)]
-        rows.append(strip(task.family, [(caption, enlarge(picture)) for caption, picture in panels]))
+        rows.append((task.family, [(caption, enlarge(picture)) for caption, picture in panels]))
     save_image(INPUT, sunflower)
-    save_image(OUTPUT, stack(rows))
+    save_image(OUTPUT, labeled_grid(rows))
     print(f"The answers are in {OUTPUT.resolve()}\n{INPUT} is a picture to try edit.py on.")
 
 

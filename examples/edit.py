@@ -23,7 +23,7 @@ from instructdiffusion_pipeline.cli import (
     run_script,
 )
 from instructdiffusion_pipeline.files import save_image
-from instructdiffusion_pipeline.image_grid import strip
+from instructdiffusion_pipeline.image_grid import labeled_grid
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 
@@ -71,7 +71,7 @@ def main() -> None:
     save_image(args.output, answer)
     # The input is cropped like the answer.
     shown = image.resize(image.size, box=box)
-    save_image(side_by_side, strip(args.image.name, [("input", shown), (args.instruction, answer)]))
+    save_image(side_by_side, labeled_grid([(args.image.name, [("input", shown), (args.instruction, answer)])]))
     print(f"{args.output}: the answer\n{side_by_side}: input and answer")
     if box != (0, 0, *image.size):
         left, top, right, bottom = (round(edge) for edge in box)

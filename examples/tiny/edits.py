@@ -8,7 +8,7 @@ from PIL import Image
 from referring_expressions import referring_expressions
 from world import Scene, Thing, World, on_canvas
 
-from instructdiffusion_pipeline.tasks.wording import a, the
+from instructdiffusion_pipeline.tasks.wording import with_a, with_the
 from instructdiffusion_pipeline.types import Edit
 
 REMOVE = [
@@ -90,7 +90,7 @@ def choose(world: World, rng: random.Random) -> tuple[Scene, str, Thing]:
         single = {words: things[0] for words, things in expressions if len(things) == 1}
         if single:  # not if the only two objects have the same name and no expression distinguishes them
             words = rng.choice(sorted(single))
-            return scene, the(words), single[words]
+            return scene, with_the(words), single[words]
 
 
 def remove(world: World, rng: random.Random) -> Change:
@@ -108,7 +108,7 @@ def replace(world: World, rng: random.Random) -> Change:
         new = world.place(name, rng, max(right - left, bottom - top), old.center, NEW_STYLE)
         if scene.minus(old).fits(new):
             break
-    return Change(scene, rng.choice(REPLACE).format(old=words, new=a(name)), scene.minus(old).plus(new))
+    return Change(scene, rng.choice(REPLACE).format(old=words, new=with_a(name)), scene.minus(old).plus(new))
 
 
 def add(world: World, rng: random.Random) -> Change:
@@ -119,7 +119,7 @@ def add(world: World, rng: random.Random) -> Change:
     new = world.place(name, rng, ADDED_SIDE, center, NEW_STYLE)
     if not scene.fits(new):
         scene = Scene(scene.background)
-    return Change(scene, rng.choice(ADD).format(new=a(name), place=place), scene.plus(new))
+    return Change(scene, rng.choice(ADD).format(new=with_a(name), place=place), scene.plus(new))
 
 
 def move(world: World, rng: random.Random) -> Change:

@@ -1,33 +1,32 @@
-"""Captioned pictures on sheets, and files that appear whole or not at all."""
+"""Grids of labelled pictures."""
 
 import textwrap
 from collections.abc import Sequence
 
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PANEL, MARGIN, FONT_SIZE = 256, 12, 15  # pixels
 
 
-def strip(title: str, panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Captioned pictures side by side under a title, each fitted into a square."""
+def labeled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> Image.Image:
+    """One row of pictures for each `(title, [(label, picture), ...])`. Each picture is fitted into a square."""
     font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + 5
-    captions = [textwrap.fill(caption, 2 * PANEL // FONT_SIZE) for caption, _ in panels]
-    header = MARGIN + line * (1 + max(caption.count("\n") + 1 for caption in captions))
-    sheet = Image.new("RGB", (MARGIN + len(panels) * (PANEL + MARGIN), header + PANEL + 2 * MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN // 2), title, "black", font)
-    for index, (caption, (_, picture)) in enumerate(zip(captions, panels, strict=True)):
-        left = MARGIN + index * (PANEL + MARGIN)
-        pen.multiline_text((left, MARGIN // 2 + line), caption, "#444444", font)
-        sheet.paste(ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL)), (left, header + MARGIN // 2))
-    return sheet
-
-
-def stack(strips: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other, flush left, on white."""
-    sheet = Image.new("RGB", (max(part.width for part in strips), sum(part.height for part in strips)), "white")
-    top = 0
-    for part in strips:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet
+    labels = [[textwrap.fill(label, 2 * PANEL // FONT_SIZE) for label, _ in panels] for _, panels in rows]
+    label_lines = max(label.count("\n") + 1 for row in labels for label in row)
+    header = MARGIN + line * (1 + label_lines)
+    columns = max(len(panels) for _, panels in rows)
+    blank = Image.new("RGB", (PANEL + MARGIN, header + PANEL + 2 * MARGIN), "white")
+    cells = []
+    for row, (_, panels) in zip(labels, rows, strict=True):
+        for label, (_, picture) in zip(row, panels, strict=True):
+            cell = blank.copy()
+            ImageDraw.Draw(cell).multiline_text((MARGIN, MARGIN // 2 + line), label, "#444444", font)
+            cell.paste(ImageOps.contain(picture.convert("RGB"), (PANEL, PANEL)), (MARGIN, header + MARGIN // 2))
+            cells.append(cell)
+        cells += [blank] * (columns - len(panels))
+    grid = make_image_grid(cells, rows=len(rows), cols=columns)
+    pen = ImageDraw.Draw(grid)
+    for index, (title, _) in enumerate(rows):
+        pen.text((MARGIN, index * blank.height + MARGIN // 2), title, "black", font)
+    return grid

@@ -8,7 +8,7 @@ import pytest
 from folders import Recorded, same, save_image, write_json
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, spoken
+from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, readable_name
 from instructdiffusion_pipeline.datasets.keypoints import CocoKeypoints
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 from instructdiffusion_pipeline.datasets.transforms import PersonCrop, SquareCrop
@@ -67,7 +67,7 @@ def test_coco_stuff(name, golden, tmp_path):
     crop, masks = SquareCrop(flip=0.5)(image, masks, Recorded(*start, ("random", flip)))
     assert same(crop, source)
     value = [c["result"] for c in case["choices"] if isinstance(c["result"], int)][-1]
-    asked = spoken(case["labels"][value + 1].partition(": ")[2])
+    asked = readable_name(case["labels"][value + 1].partition(": ")[2])
     color = COLORS[next(c["result"][3] for c in case["choices"] if isinstance(c["result"], list) and "#" in str(c))]
     assert same(Segmentation({asked: color}).draw(crop, masks), target)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, spoken
+from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, readable_name
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 
 LABELS = """0: unlabeled
@@ -59,7 +59,7 @@ def test_coco_stuff(tmp_path):
 def test_classes_are_said_as_people_say_them():
     said = {"wall-brick": "brick wall", "sky-other": "sky", "door-stuff": "door", "traffic light": "traffic light"}
     said |= {"window-blind": "window blind", "playingfield": "playing field"}
-    assert {label: spoken(label) for label in said} == said
+    assert {label: readable_name(label) for label in said} == said
 
 
 def test_what_coco_stuff_lacks_is_named(tmp_path):

@@ -26,7 +26,7 @@ def test_it_leaves_a_row_for_each_family_and_a_picture_to_edit(run_demo, tmp_pat
     run_demo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-input.png", "demo.png"]
     sheet = Image.open("demo.png")
-    assert sheet.width == 3 * (PANEL + MARGIN) + MARGIN and sheet.height > 4 * PANEL
+    assert sheet.width == 3 * (PANEL + MARGIN) and sheet.height > 4 * PANEL
     photograph, picture = demo.square(data.chelsea(), 256), Image.open("demo-input.png")
     changed = (np.asarray(photograph) != np.asarray(picture)).any(-1)
     assert changed[:10].sum() == changed[:, :10].sum() == 0 and changed.any(), "the sunflower starts at (10, 10)"

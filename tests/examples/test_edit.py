@@ -69,7 +69,7 @@ def test_answer_and_side_by_side(run_edit, tmp_path, capfd):
     run_edit("--image", "photo.jpg", "--output", "out.png", "--steps", "2", "--resolution", "64")
     assert "2/2" in capfd.readouterr().err, "shows progress"
     assert Image.open("out.png").size == (64, 96)
-    assert Image.open("out-side-by-side.png").width == 2 * (MARGIN + PANEL) + MARGIN
+    assert Image.open("out-side-by-side.png").width == 2 * (MARGIN + PANEL)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model", "photo.png", "photo.jpg", "out.png", "out-side-by-side.png"
     }  # fmt: skip

@@ -263,12 +263,12 @@ def test_a_box_outside_the_picture_is_refused():
         Segmentation({"cat": "red"}).read(Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32)), (0, 0, 33, 32))
 
 
-def test_every_wording_names_object_and_colour_with_its_grammar():
+def test_every_wording_names_object_and_colour():
     task = Segmentation({"two dogs on the left": "purple"})
     wordings = {task.instruction(random.Random(seed)) for seed in range(500)}
     assert len(wordings) == 22
     assert all("two dogs on the left" in wording and "purple" in wording for wording in wordings)
-    assert "where are two dogs on the left? show them in purple" in wordings
+    assert "show me two dogs on the left in purple" in wordings
     several = {Segmentation({"cat": "red", "dogs": "blue"}).instruction(random.Random(seed)) for seed in range(200)}
     assert "mark the cat in red and the dogs in blue" in several and len(several) == 10
 

@@ -81,7 +81,7 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 
 
-def entries(content: Any, file: str | PathLike[str], name: str = "") -> list[dict[str, Any]]:
+def list_records(content: Any, file: str | PathLike[str], name: str = "") -> list[dict[str, Any]]:
     """The JSON objects that a file's `content` lists, or that it lists under `name`; a ValueError if it does not."""
     found = (isinstance(content, dict) and content.get(name)) if name else content
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
@@ -90,7 +90,7 @@ def entries(content: Any, file: str | PathLike[str], name: str = "") -> list[dic
     return found
 
 
-def lacking(entry: dict[str, Any], *fields: str) -> str:
+def missing_field(entry: dict[str, Any], *fields: str) -> str:
     """The first of `fields` that an entry lacks, as a reason to skip it; empty if it has them all."""
     return next((f"no {field!r}" for field in fields if entry.get(field) is None), "")
 
@@ -98,8 +98,8 @@ def lacking(entry: dict[str, Any], *fields: str) -> str:
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
     """The pictures of a COCO JSON by their ids; what has no id or no file name is `skipped`."""
     pictures = {}
-    for picture in entries(content, file, "images"):
-        if why := lacking(picture, "id", "file_name"):
+    for picture in list_records(content, file, "images"):
+        if why := missing_field(picture, "id", "file_name"):
             skipped.append((f"image {picture.get('file_name') or picture.get('id')}", why))
         else:
             pictures[picture["id"]] = picture

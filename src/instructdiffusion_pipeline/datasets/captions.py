@@ -9,8 +9,8 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     coco_pictures,
-    entries,
     files_below,
+    list_records,
     read_annotations,
     read_image,
     require_samples,
@@ -70,7 +70,7 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
     pictures = coco_pictures(about, file, skipped := Skipped())
     captions = (
         (pictures.get(item.get("image_id"), {}).get("file_name", "?"), item.get("caption") or "")
-        for item in entries(about, file, "annotations")
+        for item in list_records(about, file, "annotations")
     )
     data = CaptionedPictures(folder, captions)
     data.skipped[:0] = skipped

@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.types import Masks
 UNLABELED = 255
 # COCO drew these things in no picture (eye glasses, window, mirror ...): a picture may well show what has no mask.
 NEVER_LABELED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
-SPOKEN = {
+READABLE_NAMES = {
     "playingfield": "playing field",
     "structural-other": "structure",
     "waterdrops": "water drops",
@@ -26,10 +26,10 @@ SPOKEN = {
 }
 
 
-def spoken(label: str) -> str:
+def readable_name(label: str) -> str:
     """A label as a person would say it: "wall-brick" is a brick wall, "sky-other" the sky."""
-    if label in SPOKEN:
-        return SPOKEN[label]
+    if label in READABLE_NAMES:
+        return READABLE_NAMES[label]
     noun, _, kind = label.partition("-")
     return f"{kind} {noun}" if kind not in ("", "other", "stuff") else noun
 
@@ -100,5 +100,5 @@ def pixel_values(labels: str) -> dict[str, set[int]]:
     values = {}
     for label, number in numbers.items():
         family = label.removesuffix("other") if label.endswith("-other") else "\0"
-        values[spoken(label)] = {number - 1} | {n - 1 for kind, n in numbers.items() if kind.startswith(family)}
+        values[readable_name(label)] = {number - 1} | {n - 1 for kind, n in numbers.items() if kind.startswith(family)}
     return values

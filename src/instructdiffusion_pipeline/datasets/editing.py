@@ -17,7 +17,7 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     UnreadableSample,
-    entries,
+    list_records,
     read_annotations,
     read_image,
     require_samples,
@@ -76,7 +76,7 @@ class EditTriples:
 def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own."""
     root = Path(root)
-    items = entries(read_annotations(root / "GIER.json", "a JSON file of edits"), root / "GIER.json")
+    items = list_records(read_annotations(root / "GIER.json", "a JSON file of edits"), root / "GIER.json")
 
     def path(file: str | None) -> str | None:
         return file and file.replace("/", "_")
@@ -98,11 +98,11 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
     root = Path(root)
     turns_file = root / split / "edit_turns.json"
     if turns_file.is_file():
-        turns = entries(read_annotations(turns_file, "a JSON file of turns"), turns_file)
+        turns = list_records(read_annotations(turns_file, "a JSON file of turns"), turns_file)
     else:
         file = root / split / "edit_sessions.json"
         sessions = read_annotations(file, "a JSON file of sessions")
-        turns = [turn for session in dict(sessions) for turn in entries(sessions, file, session)]
+        turns = [turn for session in dict(sessions) for turn in list_records(sessions, file, session)]
 
     def path(file: str | None) -> str | None:
         return file and f"{file.split('-')[0]}/{file}"

@@ -15,8 +15,8 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     coco_pictures,
-    entries,
-    lacking,
+    list_records,
+    missing_field,
     read_annotations,
     read_image,
     require_samples,
@@ -107,15 +107,15 @@ class CocoKeypoints:
     ):
         content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
-        categories = entries(content, annotations, "categories")
+        categories = list_records(content, annotations, "categories")
         people = {category.get("id") for category in categories if category.get("name") == "person"}
         pictures = coco_pictures(content, annotations, self.skipped)
         missing = {id for id, picture in pictures.items() if not (self.folder / picture["file_name"]).is_file()}
         kept = []
-        for item in entries(content, annotations, "annotations"):
+        for item in list_records(content, annotations, "annotations"):
             picture = pictures.get(item.get("image_id"), {})
             why = (
-                lacking(item, "id", "image_id", "category_id")
+                missing_field(item, "id", "image_id", "category_id")
                 or (item["category_id"] not in people and "another category than person")
                 or (item.get("iscrowd") and "a crowd")
                 or (not any((item.get("keypoints") or ())[2::3]) and "no labelled joint")
@@ -196,9 +196,9 @@ class MpiiKeypoints:
         self.folder, self.skipped = Path(images), Skipped()
         self._items: list[tuple[int, dict[str, Any]]] = []
         content = read_annotations(Path(annotations), "a JSON file of MPII people")
-        for place, item in enumerate(entries(content, annotations)):
+        for place, item in enumerate(list_records(content, annotations)):
             why = (
-                lacking(item, "image", "center", "scale", "joints", "joints_vis")
+                missing_field(item, "image", "center", "scale", "joints", "joints_vis")
                 or (item["center"][0] < 0 and "no centre")
                 or (not 0 < item["scale"] < np.inf and "no scale")
                 or (not any(item["joints_vis"]) and "no labelled joint")

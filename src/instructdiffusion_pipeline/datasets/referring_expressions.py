@@ -14,8 +14,8 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     coco_pictures,
-    entries,
-    lacking,
+    list_records,
+    missing_field,
     read_annotations,
     read_image,
     require_samples,
@@ -43,21 +43,21 @@ class ReferringExpressions:
         instances = read_annotations(file, "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
         self._pictures = coco_pictures(instances, file, self.skipped)
-        objects = {item.get("id"): item.get("segmentation") for item in entries(instances, file, "annotations")}
+        objects = {item.get("id"): item.get("segmentation") for item in list_records(instances, file, "annotations")}
         self._references: list[dict[str, Any]] = []
         self._objects: dict[int, Any] = {}
         is_json = path.suffix == ".json"
         found = read_annotations(path, "a JSON file of references") if is_json else load_plain_pickle(path)
         missing = {id for id, item in self._pictures.items() if not (self.folder / item["file_name"]).is_file()}
-        for reference in entries(found, path):
+        for reference in list_records(found, path):
             if reference.get("split", split) != split:
                 continue
             why = (
-                lacking(reference, "ref_id", "ann_id", "image_id", "split", "sentences")
+                missing_field(reference, "ref_id", "ann_id", "image_id", "split", "sentences")
                 or (not sentences(reference) and "no sentence")
                 or (reference["image_id"] not in self._pictures and "a picture that instances.json lacks")
                 or (reference["image_id"] in missing and "a missing file")
-                or lacking(self._pictures[reference["image_id"]], "width", "height")
+                or missing_field(self._pictures[reference["image_id"]], "width", "height")
                 or (not all(usable(objects.get(id)) for id in object_ids(reference)) and "no outline")
             )
             if why:

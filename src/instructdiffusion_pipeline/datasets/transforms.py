@@ -136,13 +136,13 @@ class SquareCrop:
         nearest = (np.arange(self.size) * 2 + 1) * side // (2 * self.size)
 
         def picture(original: Image.Image) -> Image.Image:
-            return fitted(original.crop((left, top, left + side, top + side)), (self.size, self.size))
+            return resized(original.crop((left, top, left + side, top + side)), (self.size, self.size))
 
         def mask(original: np.ndarray) -> np.ndarray:
             return original[np.ix_(top + nearest, left + nearest)]
 
-        image, annotation = picture(image), change(annotation, image.size, picture, mask)
-        return maybe_flip(image, annotation, self.flip, rng)
+        image, annotation = picture(image), transform_annotation(annotation, image.size, picture, mask)
+        return random_flip(image, annotation, self.flip, rng)
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,16 @@ class Resize:
 
     def __call__(self, image: Image.Image, edit: Edit, rng: random.Random) -> tuple[Image.Image, Edit]:
         square = (self.size, self.size)
-        return maybe_flip(fitted(image, square), edit._replace(edited=fitted(edit.edited, square)), self.flip, rng)
+        return random_flip(resized(image, square), edit._replace(edited=resized(edit.edited, square)), self.flip, rng)
 
 
-def maybe_flip(image: Image.Image, annotation: Any, chance: float, rng: random.Random) -> tuple[Image.Image, Any]:
+def random_flip(image: Image.Image, annotation: Any, chance: float, rng: random.Random) -> tuple[Image.Image, Any]:
     """Both mirrored, with the probability `chance`, unless the annotation's words say left or right."""
     if rng.random() >= chance or names_a_side(annotation):
         return image, annotation
-    return ImageOps.mirror(image), change(annotation, image.size, ImageOps.mirror, lambda mask: mask[:, ::-1])
+    return ImageOps.mirror(image), transform_annotation(
+        annotation, image.size, ImageOps.mirror, lambda mask: mask[:, ::-1]
+    )
 
 
 def names_a_side(annotation: Any) -> bool:
@@ -176,7 +178,7 @@ def names_a_side(annotation: Any) -> bool:
     return any(re.search(r"\b(left|right)", text.lower()) for text in texts)
 
 
-def change(
+def transform_annotation(
     annotation: Any,
     size: tuple[int, int],
     picture: Callable[[Image.Image], Image.Image],
@@ -186,7 +188,7 @@ def change(
     if isinstance(annotation, str):
         return annotation
     if isinstance(annotation, Edit):
-        return annotation._replace(edited=picture(fitted(annotation.edited, size)))
+        return annotation._replace(edited=picture(resized(annotation.edited, size)))
     if isinstance(annotation, Image.Image):
         return picture(annotation)
     changed: dict[int, np.ndarray] = {}
@@ -196,6 +198,6 @@ def change(
     return {name: changed[id(original)] for name, original in annotation.items()}
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """`image` stretched to `size`, by Lanczos."""
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

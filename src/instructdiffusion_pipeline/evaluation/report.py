@@ -13,7 +13,7 @@ from PIL import Image
 from instructdiffusion_pipeline.evaluation.examples import LazyExample
 from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, read, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
-from instructdiffusion_pipeline.image_grid import stack, strip
+from instructdiffusion_pipeline.image_grid import labeled_grid
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # share the first column of scores
@@ -93,9 +93,9 @@ def contact_sheet(
 ) -> Image.Image:
     """Best, median and worst of `records`, each with input, answers, reading and truth."""
     ranked = sorted(records, key=lambda record: -record["score_key"])
-    picks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
-    strips = []
-    for rank, record in picks.items():
+    ranks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []
+    for rank, record in ranks.items():
         example = examples[record["index"]].open()
         panels, overlay = [("input", example.image)], example.image
         for index, task in enumerate(example.tasks):
@@ -104,8 +104,8 @@ def contact_sheet(
             overlay = task.overlay(overlay, read(readout, task, example.image, answer, tuple(record["box"])))
         panels += [("reading", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
-        strips.append(strip(f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
-    return stack(strips)
+        rows.append((f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
+    return labeled_grid(rows)
 
 
 def check_examples(examples: Sequence[LazyExample]) -> None:

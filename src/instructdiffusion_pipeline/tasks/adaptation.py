@@ -10,10 +10,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, paint, visible_colors
 from instructdiffusion_pipeline.tasks.keypoints import RADIUS
 from instructdiffusion_pipeline.tasks.segmentation import OPACITY
-from instructdiffusion_pipeline.tasks.wording import a, listing
+from instructdiffusion_pipeline.tasks.wording import join_words, with_a
 
 MAX_MARKS = 3  # on one picture
 MAX_WORDS = 35  # of a caption, so that the marks come before the 77th token
@@ -37,15 +38,12 @@ TEMPLATES = [
 ]
 
 
-Place = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-
-
 class Mark(NamedTuple):
     """A disc, box or patch of a named colour, and the place that it fills."""
 
     kind: str
     color: str
-    box: Place
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Adaptation:
             kind = rng.choice(list(COLORS))
             box = random_box(image.size, kind, rng)
             free = COLORS[kind].keys() - {mark.color for mark in marks}
-            showing = free.intersection(visible_colors(image, shape(kind, box, image.size), COLORS[kind]))
+            showing = free.intersection(visible_colors(image, mark_pixels(kind, box, image.size), COLORS[kind]))
             marks.append(Mark(kind, rng.choice(sorted(showing or free)), box))
         return cls(" ".join(caption.split()[:MAX_WORDS]).rstrip(". "), tuple(marks))
 
@@ -83,24 +81,24 @@ class Adaptation:
         pixels = np.array(image)
         for mark in self.marks:
             opacity = OPACITY if mark.kind == "patch" else 1.0
-            paint(pixels, shape(mark.kind, mark.box, image.size), COLORS[mark.kind][mark.color], opacity)
+            paint(pixels, mark_pixels(mark.kind, mark.box, image.size), COLORS[mark.kind][mark.color], opacity)
         return Image.fromarray(pixels)
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """The caption and the names of the marks; without `rng` always the same wording."""
-        names = [a(f"{mark.color} {rng.choice(NOUNS[mark.kind]) if rng else mark.kind}") for mark in self.marks]
+        names = [with_a(f"{mark.color} {rng.choice(NOUNS[mark.kind]) if rng else mark.kind}") for mark in self.marks]
         template = rng.choice(TEMPLATES) if rng else TEMPLATES[0]
-        return template.format(caption=self.text, marks=listing(names))
+        return template.format(caption=self.text, marks=join_words(names))
 
 
-def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Place:
+def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Box:
     """A random place for a mark, inside a picture of `size` pixels."""
     sides = [rng.uniform(*SIDES) * length for length in size] if kind != "disc" else [2 * RADIUS * min(size)] * 2
     left, top = (rng.uniform(0, length - side) for length, side in zip(size, sides, strict=True))
     return left, top, left + sides[0], top + sides[1]
 
 
-def shape(kind: str, box: Place, size: tuple[int, int]) -> np.ndarray:
+def mark_pixels(kind: str, box: Box, size: tuple[int, int]) -> np.ndarray:
     """The pixels of a mark, bool [height, width]. The random outline of a patch depends on its place alone."""
     canvas = Image.new("1", size)
     pen = ImageDraw.Draw(canvas)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
+from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
 from instructdiffusion_pipeline.types import Edit
 
 
@@ -47,4 +47,4 @@ class Editing:
 
     def overlay(self, image: Image.Image, edited: Image.Image) -> Image.Image:
         """Left half before, right half after."""
-        return wipe(image, edited)
+        return before_and_after(image, edited)

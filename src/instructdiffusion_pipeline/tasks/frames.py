@@ -85,7 +85,7 @@ def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Im
     return image
 
 
-def wipe(image: Image.Image, answer: Image.Image) -> Image.Image:
+def before_and_after(image: Image.Image, answer: Image.Image) -> Image.Image:
     """The left half of `image`, the right half of `answer` (of the same size), and a line between them."""
     sheet = upright_rgb(image)
     middle = sheet.width // 2

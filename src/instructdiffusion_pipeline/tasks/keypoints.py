@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.tasks.colors import (
     visible_colors,
 )
 from instructdiffusion_pipeline.tasks.frames import Frame
-from instructdiffusion_pipeline.tasks.wording import a, listing, the
+from instructdiffusion_pipeline.tasks.wording import join_words, with_a, with_the
 from instructdiffusion_pipeline.types import Joint, Joints
 
 RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
@@ -111,13 +111,13 @@ class Keypoints:
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """One wording of the question; without `rng` always the same."""
-        discs = listing(
+        discs = join_words(
             [
-                f"{a(color)} {'disc' if index == 0 else 'one'} on {the(name)}"
+                f"{with_a(color)} {'disc' if index == 0 else 'one'} on {with_the(name)}"
                 for index, (name, color) in enumerate(self.colors.items())
             ]
         )
-        marks = listing([f"{the(name)} in {color}" for name, color in self.colors.items()])
+        marks = join_words([f"{with_the(name)} in {color}" for name, color in self.colors.items()])
         template = rng.choice(LIST_TEMPLATES + MARK_TEMPLATES) if rng else LIST_TEMPLATES[0]
         return template.format(discs=discs, marks=marks)
 

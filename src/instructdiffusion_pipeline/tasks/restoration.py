@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.tasks.frames import paste_answer, wipe
+from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
 
 Degradation = Literal["noise", "blur", "watermark"]
 TEMPLATES: dict[str, list[str]] = {
@@ -81,7 +81,7 @@ class Restoration:
 
     def overlay(self, image: Image.Image, restored: Image.Image) -> Image.Image:
         """Left half before, right half after."""
-        return wipe(image, restored)
+        return before_and_after(image, restored)
 
 
 def add_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:

@@ -19,7 +19,7 @@ from instructdiffusion_pipeline.tasks.colors import (
     visible_colors,
 )
 from instructdiffusion_pipeline.tasks.frames import Frame
-from instructdiffusion_pipeline.tasks.wording import is_plural, listing, the
+from instructdiffusion_pipeline.tasks.wording import join_words, with_the
 from instructdiffusion_pipeline.types import Masks
 
 OPACITY = 0.5  # share of the colour in a painted pixel
@@ -40,7 +40,7 @@ LIST_TEMPLATES = [
     "cover {things}",
     "lay a see-through coat of paint over {things}",
 ]
-# {name}: "the cat"; {be} and {them} agree with it.
+# {name}: "the cat"
 SINGLE_TEMPLATES = [
     "paint {name} {color}",
     "color {name} {color}",
@@ -48,11 +48,11 @@ SINGLE_TEMPLATES = [
     "put a {color} tint on {name}",
     "highlight {name} with {color}",
     "lay {color} over every pixel of {name}",
-    "where {be} {name}? show {them} in {color}",
-    "find {name} and cover {them} with {color}",
+    "show me {name} in {color}",
+    "find {name} and use {color} as the cover",
     "give {name} a {color} coat",
     "use {color} for the pixels that belong to {name}",
-    "turn {name} {color} wherever you can see {them}",
+    "turn {name} {color} wherever visible",
     "put {name} under a {color} veil",
 ]
 
@@ -89,14 +89,13 @@ class Segmentation:
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """One wording of the question; without `rng` always the same."""
-        things = listing([f"{the(name)} in {color}" for name, color in self.colors.items()])
+        things = join_words([f"{with_the(name)} in {color}" for name, color in self.colors.items()])
         if rng is None:
             return LIST_TEMPLATES[0].format(things=things)
         if len(self.colors) > 1 or rng.random() < len(LIST_TEMPLATES) / len(LIST_TEMPLATES + SINGLE_TEMPLATES):
             return rng.choice(LIST_TEMPLATES).format(things=things)
         ((name, color),) = self.colors.items()
-        be, them = ("are", "them") if is_plural(name) else ("is", "it")
-        return rng.choice(SINGLE_TEMPLATES).format(name=the(name), color=color, be=be, them=them)
+        return rng.choice(SINGLE_TEMPLATES).format(name=with_the(name), color=color)
 
     def draw(self, image: Image.Image, masks: Masks) -> Image.Image:
         """Mix each colour into `image` where its mask is set; objects without a mask leave no trace.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
-from instructdiffusion_pipeline.image_grid import stack, strip
+from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.types import Sample
 
@@ -112,9 +112,9 @@ def generate_candidates(
             panels[number].append((name.removesuffix(".png"), picture))
     for number, sample in samples.items():
         save_image(folder / "inputs" / f"{number:06d}.png", sample.image)
-        first = strip(f'{number:06d}: "{sample.instruction}"', [("input", sample.image), ("target", sample.target)])
+        first = (f'{number:06d}: "{sample.instruction}"', [("input", sample.image), ("target", sample.target)])
         rows = [
-            strip("", panels[number][start : start + CANDIDATES_PER_ROW])
+            ("", panels[number][start : start + CANDIDATES_PER_ROW])
             for start in range(0, len(grid), CANDIDATES_PER_ROW)
         ]
-        save_image(folder / "sheets" / f"{number:06d}.png", stack([first, *rows]))
+        save_image(folder / "sheets" / f"{number:06d}.png", labeled_grid([first, *rows]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.mixture import Mixture
-from instructdiffusion_pipeline.image_grid import stack, strip
+from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks import EmptyAnnotation, make_sample
 from instructdiffusion_pipeline.types import Sample
@@ -72,5 +72,5 @@ def validation_grid(
             **{"resolution": 0, **example.settings},  # the size of the training pictures
         )
         panels = [(f'"{sample.instruction}"', answer), ("target", sample.target)]
-        rows.append(strip(example.title, panels if text_to_image else [("input", sample.image), *panels]))
-    return stack(rows)
+        rows.append((example.title, panels if text_to_image else [("input", sample.image), *panels]))
+    return labeled_grid(rows)
