@@ -14,7 +14,6 @@ from instructdiffusion_pipeline import (
     Segmentation,
     ask,
     ask_batch,
-    working_size,
 )
 
 FAST = {"num_inference_steps": 2}

@@ -16,9 +16,8 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     resize_picture,
     upright_rgb,
 )
-from instructdiffusion_pipeline.readout import mask_margins, read_with_readout
+from instructdiffusion_pipeline.readout import mask_margins, read_answer
 from instructdiffusion_pipeline.tasks import PictureTask, Task
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins
 
 Reading = TypeVar("Reading")
@@ -180,10 +179,8 @@ def ask_batch(
                 picture.paste(resize_picture(answer.picture, image.size, crop), mask=mask)
         elif isinstance(task, PictureTask) and response.reconstruction is not None:
             data = task.transfer(image, response.reconstruction, response.picture, response.box)
-        elif isinstance(task, Keypoints) and readout is not None:
-            data = read_with_readout(readout, task, image, response.picture, response.box)
         else:
-            data = task.read(image, response.picture, response.box)
+            data = read_answer(task, image, response.picture, response.box, readout)
         prompt = "\n".join(view.prompt for view, _ in whole)
         box = pipeline.working_size(*image.size, settings["resolution"], settings["resize_mode"]).box
         answers.append(Answer(task, image, prompt, picture, box, data, any(answer.flag for _, answer in whole)))

@@ -5,6 +5,7 @@ the exact colour; a readout is trained on the answers of its model. It is the co
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.tasks import Reading, Task
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, coverage
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
@@ -23,6 +25,19 @@ CHANNELS = 10  # input channels: input picture, answer and asked colour, three e
 HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at a joint
 # A peak below this is no joint. At 0.5 the readout reports as few absent joints as reading by colour, and finds more.
 MIN_PEAK = 0.5
+
+
+def read_answer(
+    task: Task[Reading],
+    image: Image.Image,
+    answer: Image.Image,
+    box: Box | None = None,
+    readout: UNet2DModel | None = None,
+) -> Reading:
+    """`task.read`; but masks and joints are read with the `readout`, if there is one."""
+    if readout is not None and isinstance(task, Segmentation | Keypoints):
+        return cast(Reading, read_with_readout(readout, task, image, answer, box))
+    return task.read(image, answer, box)
 
 
 def read_with_readout(

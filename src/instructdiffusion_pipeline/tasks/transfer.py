@@ -9,6 +9,7 @@ reconstruction of the input is what the model changed. These functions apply tha
 - where the content changed, the answer is enlarged and blended in along the edges of the input.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,6 +25,8 @@ FIT_RADIUS = 24  # pixels there: the radius of a fit's window
 FIT_ITERATIONS = 6
 FIT_RIDGE = 50.0  # squared levels, added to the variance of the colours in a window; favours no change of colour
 EDGE_RADIUS = 3  # working pixels: the window in which a changed region is aligned with the input's edges
+EDGE_CUT = 0.45  # of the fit: below one half, so that the blend covers the mixed pixels along an edge
+CLOSING = 3  # working pixels: holes and gaps in a changed region up to twice as wide are filled
 EDGE_RIDGE = 100.0  # squared levels
 STRIP_ROWS = 128  # of the input, computed at a time, which bounds the memory
 
@@ -86,9 +89,9 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     # Changed content: what no such transform explains.
     content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
-    content = _erode(_dilate(content, 2), 2)  # fills small holes
+    content = _erode(_dilate(content, CLOSING), CLOSING)
     inside = _erode(content, 1)
-    slope, intercept = fit_edges(copy, content)
+    slope, intercept = fit_edges(torch.cat([copy, target]), content)
 
     result = image.copy()
     enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
@@ -98,11 +101,12 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
         matrix_rows, offset_rows, slope_rows, intercept_rows, color_rows, content_rows, inside_rows = strips
         source = _planes(image[rows])
         recolored = torch.einsum("ijhw,jhw->ihw", matrix_rows.unflatten(0, (3, 3)), source) + offset_rows
-        edge = (slope_rows * source).sum(0, keepdim=True) + intercept_rows
+        shown = _planes(enlarged[rows])
+        edge = (slope_rows * torch.cat([source, shown])).sum(0, keepdim=True) + intercept_rows
         # Twice as steep as the fit, which blurs edges; and inside the region as it was found.
-        blend = (2 * edge - 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
+        blend = (2 * (edge - EDGE_CUT) + 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
         recolored = source + (2 * color_rows).clamp(max=1) * recolored
-        result[rows] = _levels(recolored + blend * (_planes(enlarged[rows]) - recolored))
+        result[rows] = _levels(recolored + blend * (shown - recolored))
     return result
 
 
@@ -167,16 +171,16 @@ def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float
     return matrix, offset
 
 
-def fit_edges(copy: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit region = slope . color + intercept around each pixel, so that the region can follow edges of the input.
+def fit_edges(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit region = slope . guide + intercept around each pixel, so that the region follows edges of the guide.
 
-    `copy` is [3, h, w] and `region` [1, h, w]; slope [3, h, w] and intercept [1, h, w] (He et al., "Guided Image
+    `guide` is [C, h, w] and `region` [1, h, w]; slope is [C, h, w] and intercept [1, h, w] (He et al., "Guided Image
     Filtering", 2013).
     """
-    mean_copy, mean_region = _mean(copy, EDGE_RADIUS), _mean(region, EDGE_RADIUS)
-    spread = _mean(_products(copy, copy), EDGE_RADIUS) - _products(mean_copy, mean_copy)
-    slope = _solve(spread, _mean(copy * region, EDGE_RADIUS) - mean_copy * mean_region, EDGE_RIDGE)
-    intercept = mean_region - (slope * mean_copy).sum(0, keepdim=True)
+    mean_guide, mean_region = _mean(guide, EDGE_RADIUS), _mean(region, EDGE_RADIUS)
+    spread = _mean(_products(guide, guide), EDGE_RADIUS) - _products(mean_guide, mean_guide)
+    slope = _solve(spread, _mean(guide * region, EDGE_RADIUS) - mean_guide * mean_region, EDGE_RIDGE)
+    intercept = mean_region - (slope * mean_guide).sum(0, keepdim=True)
     return _mean(slope, EDGE_RADIUS), _mean(intercept, EDGE_RADIUS)
 
 
@@ -220,14 +224,15 @@ def _erode(region: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The products of all pairs of channels, [9, h, w]."""
+    """The products of all pairs of channels."""
     return (left[:, None] * right[None]).flatten(0, 1)
 
 
 def _solve(spread: torch.Tensor, shared: torch.Tensor, ridge: float) -> torch.Tensor:
-    """X with X (spread + ridge) = shared at each pixel; `spread` is [9, h, w], `shared` and X [3 n, h, w]."""
-    matrices = spread.unflatten(0, (3, 3)).permute(2, 3, 0, 1) + ridge * torch.eye(3)
-    rows = shared.unflatten(0, (-1, 3)).permute(2, 3, 1, 0)
+    """X with X (spread + ridge) = shared at each pixel; `spread` is [C * C, h, w], `shared` and X [n * C, h, w]."""
+    channels = math.isqrt(len(spread))
+    matrices = spread.unflatten(0, (channels, channels)).permute(2, 3, 0, 1) + ridge * torch.eye(channels)
+    rows = shared.unflatten(0, (-1, channels)).permute(2, 3, 1, 0)
     return torch.linalg.solve(matrices, rows).permute(3, 2, 0, 1).flatten(0, 1)
 
 
