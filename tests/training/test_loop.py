@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from instructdiffusion_pipeline.training import (
     ImageDataset,
     TrainingConfig,
     ValidationExample,
+    cache,
     cache_samples,
     save_lora,
     train,
@@ -114,6 +116,25 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path):
     assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-5
 
 
+def test_two_processes_share_the_files_of_a_cache(tmp_path, monkeypatch):
+    """Each encodes one of both files, with the content that one process gives them."""
+    settings = {"max_train_steps": 1, "batch_size": 1, "ema_decay": 0}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
+    run = launch + command(tmp_path / "two", tmp_path / "cache", **settings)[1:]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "SHARD_SIZE": "4"}
+    done = subprocess.run(run, check=True, env=env, capture_output=True, text=True)
+    said = sorted(line for line in done.stdout.splitlines() if "encodes" in line)
+    assert said == [f"process {rank} encodes {4 * rank:09d}.safetensors" for rank in (0, 1)]
+    pipe = InstructDiffusionPipeline(**tiny.components())
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    cache_samples(ImageDataset(mixture(), pipe.tokenizer), 7, pipe, tmp_path / "alone")
+    for name in ("000000000.safetensors", "000000004.safetensors"):
+        ours, alone = (load_file(tmp_path / folder / name) for folder in ("cache", "alone"))
+        assert ours.keys() == alone.keys()
+        for column in ours:
+            torch.testing.assert_close(ours[column], alone[column])
+
+
 def losses(pipe, dataset, positions=64):
     """Mean loss of `pipe` for many timesteps, to compare before and after training."""
     batch = torch.utils.data.default_collate([dataset[position] for position in range(positions)])
@@ -167,6 +188,24 @@ def test_on_cuda_half_precision_and_eight_bit_adam_lower_the_loss(settings, pipe
     config = TrainingConfig(max_train_steps=60, batch_size=8, learning_rate=1e-3, ema_decay=0.5, **settings)
     train(pipe, two_samples, config, tmp_path)
     assert losses(pipe.to("cpu"), two_samples) < 0.85 * before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["all weights", "LoRA"])
+def test_a_compiled_run_is_resumed_and_gives_the_weights_of_a_plain_one(settings, samples, tmp_path):
+    """Minutes on a CPU. The compiler fuses operations, so weights are equal up to rounding errors."""
+    config = dataclasses.replace(
+        FEW, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5, checkpointing_steps=2, **settings
+    )
+    plain = train(InstructDiffusionPipeline(**tiny.components()), samples, config, tmp_path / "plain")
+    compiled = dataclasses.replace(config, torch_compile=True)
+    train(InstructDiffusionPipeline(**tiny.components()), samples, compiled, tmp_path / "compiled")
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    resumed = InstructDiffusionPipeline(**tiny.components())
+    train(resumed, samples, compiled, tmp_path / "compiled", resume="latest")
+    ours, theirs = resumed.unet.state_dict(), plain.unet.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 5e-5
 
 
 def test_lora_weights_load_in_a_pipeline_and_change_its_output(pipe, two_samples, tmp_path):

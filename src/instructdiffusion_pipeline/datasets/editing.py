@@ -256,23 +256,32 @@ class HubTable:
     def load(
         cls, name: str | PathLike[str], split: str = "train", revision: str | None = None, **columns: str
     ) -> Self:
-        """Read a table that is a folder of pictures or parquet files, a folder of `save_to_disk`, or a Hub id.
+        """Read a table: a folder of pictures or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
 
         Args:
-            name: the folder or Hub id.
+            name: the folder, file or Hub id.
             split: the part of the table, as in `load_dataset`; not for a folder of `save_to_disk` without splits.
             revision: branch, tag or commit of the Hub.
             columns: the arguments `image`, `instruction` and `edited` of the class.
 
         Raises:
-            ValueError: the table has no such split or columns.
+            ValueError: the table cannot be read, or has no such split or columns.
+            OSError: the Hub cannot be reached.
         """
         from datasets import DatasetDict, load_dataset, load_from_disk  # of the extra `data`
+        from datasets.exceptions import DatasetGenerationError
 
-        folder = Path(name)
-        if not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            return cls(load_dataset(str(name), split=split, revision=revision), **columns)
-        table = load_from_disk(str(folder))
+        path = Path(name)
+        try:
+            if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                table = load_from_disk(str(path))
+            elif path.suffix == ".parquet" and path.is_file():
+                table = load_dataset("parquet", data_files=str(path), split=split)
+            else:
+                table = load_dataset(str(name), split=split, revision=revision)
+        # What `datasets` raises for broken files, and for a folder with a script, which it does not run.
+        except (DatasetGenerationError, RuntimeError) as error:
+            raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):
             if split not in table:
                 raise ValueError(f"`split` must be one of {', '.join(table)}; got {split!r}.")
