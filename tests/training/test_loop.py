@@ -193,19 +193,24 @@ def test_on_cuda_half_precision_and_eight_bit_adam_lower_the_loss(settings, pipe
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["all weights", "LoRA"])
 def test_a_compiled_run_is_resumed_and_gives_the_weights_of_a_plain_one(settings, samples, tmp_path):
-    """Minutes on a CPU. The compiler fuses operations, so weights are equal up to rounding errors."""
+    """Minutes on a CPU."""
     config = dataclasses.replace(
         FEW, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5, checkpointing_steps=2, **settings
     )
-    plain = train(InstructDiffusionPipeline(**tiny.components()), samples, config, tmp_path / "plain")
     compiled = dataclasses.replace(config, torch_compile=True)
-    train(InstructDiffusionPipeline(**tiny.components()), samples, compiled, tmp_path / "compiled")
+
+    def run(config, folder, resume=None):
+        pipe = InstructDiffusionPipeline(**tiny.components())
+        return train(pipe, samples, config, tmp_path / folder, resume).unet.state_dict()
+
+    plain, whole = run(config, "plain"), run(compiled, "compiled")
     shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
-    resumed = InstructDiffusionPipeline(**tiny.components())
-    train(resumed, samples, compiled, tmp_path / "compiled", resume="latest")
-    ours, theirs = resumed.unet.state_dict(), plain.unet.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 5e-5
+    resumed = run(compiled, "compiled", "latest")
+    assert plain.keys() == whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # The compiler fuses operations, and AdamW divides the rounding errors by gradients that are nearly zero.
+    differences = torch.cat([(whole[name] - plain[name]).abs().flatten() for name in plain])
+    assert differences.mean() < 1e-6 and (differences > 1e-5).float().mean() < 1e-3
 
 
 def test_lora_weights_load_in_a_pipeline_and_change_its_output(pipe, two_samples, tmp_path):

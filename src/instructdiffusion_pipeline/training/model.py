@@ -109,8 +109,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_lora(pipeline: InstructDiffusionPipeline, folder: str | PathLike[str]) -> None:
     """Write the LoRA layers of a trained UNet for `load_lora_weights` of the pipeline that they were added to.
 
-    The weights of `pipeline` itself may have been rounded in training. So load the layers into the original pipeline to
-    fuse them: `load_for_training(start)`, `load_lora_weights(folder)`, `fuse_lora()`, `unload_lora_weights()`.
+    The weights of `pipeline` itself may have been rounded in training. To fuse the layers, load them into the original
+    pipeline: `load_for_training(start)`, `load_lora_weights(folder)`, `fuse_lora()`, `unload_lora_weights()`.
     """
     layers = get_peft_model_state_dict(pipeline.unet)
     pipeline.save_lora_weights(folder, unet_lora_layers=layers)
