@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from held_out import CHANGES
+from held_out import CHANGES, COUNT_ROWS, SIZE_ROWS
 
 OWN = "what was {}, by the model's own segmentation"  # row of `own_results`
 Scores = Mapping[str, Mapping[str, float]]  # metric -> column -> value
@@ -46,6 +46,7 @@ def table(
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
     lines.append(overlap("mIoU of the one asked for", scores[row][MIOU]))
+    lines += [layout(row, scores[row][MIOU], beyond[row]) for row in (*SIZE_ROWS, *COUNT_ROWS)]
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
@@ -67,6 +68,13 @@ def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iter
     asked_best = percent(beyond.get("the asked one of several"))
     yield f"| ... of several, the one asked for painted best | **{asked_best}** | |"
     yield overlap("mIoU including absent ones", scores[MIOU])
+
+
+def layout(row: str, miou: Mapping[str, float], beyond: Mapping[str, float]) -> str:
+    """The line of a row of objects of a certain size or number, in a drawing style never trained on."""
+    asked_best = percent(beyond.get("the asked one of several"))
+    ours = f"**{decimal(miou['model'])}** ({decimal(miou['ceiling'])})"
+    return f"| {row}, a drawing style never trained on: mIoU | {ours} | the one asked for painted best {asked_best} |"
 
 
 def overlap(what: str, miou: Mapping[str, float]) -> str:
