@@ -74,7 +74,8 @@ def layout(row: str, miou: Mapping[str, float], beyond: Mapping[str, float]) -> 
     """The line of a row of objects of a certain size or number, in a drawing style never trained on."""
     asked_best = percent(beyond.get("the asked one of several"))
     ours = f"**{decimal(miou['model'])}** ({decimal(miou['ceiling'])})"
-    return f"| {row}, a drawing style never trained on: mIoU | {ours} | the one asked for painted best {asked_best} |"
+    others = f"the one asked for painted best {asked_best}{also_by_color(miou)}"
+    return f"| {row}, a drawing style never trained on: mIoU | {ours} | {others} |"
 
 
 def overlap(what: str, miou: Mapping[str, float]) -> str:
@@ -86,11 +87,15 @@ def overlap(what: str, miou: Mapping[str, float]) -> str:
 def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
     """The line of a keypoint row."""
     confused, missed = (percent(beyond.get(name)) for name in ("left and right confused", "no disc"))
-    by_color = f", {decimal(scores[PCK][BY_COLOR])} read by colour" if BY_COLOR in scores[PCK] else ""
     return (
         f"| {what}: PCK at 5 % of the side | **{decimal(scores[PCK]['model'])}** ({decimal(scores[PCK]['ceiling'])})"
-        f" | sides confused {confused}, no disc {missed}{by_color} |"
+        f" | sides confused {confused}, no disc {missed}{also_by_color(scores[PCK])} |"
     )
+
+
+def also_by_color(columns: Mapping[str, float]) -> str:
+    """The score of reading by colour, to be appended, if the model has a readout."""
+    return f", {decimal(columns[BY_COLOR])} read by colour" if BY_COLOR in columns else ""
 
 
 def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
