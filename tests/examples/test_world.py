@@ -21,7 +21,7 @@ from sources import (
     segmentation,
     source,
 )
-from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
+from world import SIZE, STYLES, UNSEEN_STYLE, Scene, Thing, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -83,6 +83,14 @@ def test_objects_have_the_sizes_and_numbers_of_their_world(world_folder):
                 left, top, right, bottom = thing.layer.getchannel("A").getbbox()
                 sides.append(max(right - left, bottom - top) / SIZE)
         assert low - 0.01 < min(sides) < low + 0.05 and high - 0.05 < max(sides) < high + 0.01
+
+
+def test_an_object_without_a_pixel_of_its_own_is_not_placed():
+    scene, faint = Scene(Image.new("RGB", (SIZE, SIZE))), Image.new("RGBA", (SIZE, SIZE))
+    faint.paste((255, 255, 255, 100), (5, 5, 30, 6))  # a thin object in a small size
+    assert not scene.fits(Thing("guitar", faint))
+    faint.putpixel((5, 5), (255, 255, 255, 255))
+    assert scene.fits(Thing("guitar", faint))
 
 
 def test_an_object_that_is_gone_leaves_no_trace(world_folder):
