@@ -11,7 +11,12 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from skimage.transform import SimilarityTransform, warp
 
-from instructdiffusion_pipeline.tasks.transfer import transfer_change
+from instructdiffusion_pipeline.tasks.transfer import (
+    transfer_change,
+    transfer_denoised,
+    transfer_in_box,
+    transfer_sharpened,
+)
 
 WORKING_SIDE = 64
 MODEL = Path(__file__).parents[2] / "examples" / "instructdiffusion-tiny"
@@ -93,30 +98,101 @@ def enlarged(pixels, side):
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS))
 
 
-if __name__ == "__main__":
-    rec = reconstruct.__wrapped__() if hasattr(reconstruct, "__wrapped__") else reconstruct._get_wrapped_function()()
-    import sys
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 
-    from instructdiffusion_pipeline.tasks import transfer as T_
 
-    kw = eval(sys.argv[1])
-    for k, v in kw.items():
-        setattr(T_, k, v)
-    for factor in (6,):
-        for photo in ("astronaut", "chelsea", "coffee"):
-            for name, make in {**LOCAL, **GLOBAL, "warp": lambda p: (p, shifted(p))}.items():
-                image, truth = make(photograph(photo, factor * WORKING_SIDE))
-                copy, answer = rec(image), rec(truth)
-                out = transfer_change(image, copy, answer)
-                plain = enlarged(answer, len(image))
-                diff = (image != truth).any(-1)
-                far = ~diff
-                for _ in range(3 * factor):
-                    pad = np.pad(far, 1, constant_values=True)
-                    far = pad[:-2, 1:-1] & pad[2:, 1:-1] & pad[1:-1, :-2] & pad[1:-1, 2:] & far
-                eq = (out == image).all(-1)
-                psnr = peak_signal_noise_ratio
-                band = diff ^ (~far)
-                print(
-                    f"{factor} {photo:9} {name:9} out {psnr(truth, out):.1f} plain {psnr(truth, plain):.1f} in {psnr(truth[diff], out[diff]):.1f} plain {psnr(truth[diff], plain[diff]):.1f} far equal {eq[far].mean() if far.any() else -1:.4f} band {psnr(truth[band], out[band]) if band.any() else 0:.1f}"
-                )
+def grow(mask, radius):
+    planes = torch.from_numpy(mask).float()[None, None]
+    return torch.nn.functional.max_pool2d(planes, 2 * radius + 1, 1, radius)[0, 0].numpy() > 0
+
+
+def psnr(truth, pixels, mask=None):
+    mask = np.ones(truth.shape[:2], bool) if mask is None else mask
+    return peak_signal_noise_ratio(truth[mask], pixels[mask])
+
+
+def case(reconstruct, make, name, factor):
+    """Input, truth, transferred picture, and the answer enlarged."""
+    image, truth = make(photograph(name, factor * WORKING_SIDE))
+    answer = reconstruct(truth)
+    return image, truth, transfer_change(image, reconstruct(image), answer), enlarged(answer, len(image))
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_local_change_leaves_the_rest_bit_for_bit(reconstruct, kind, factor):
+    for name in PHOTOGRAPHS:
+        image, truth, result, plain = case(reconstruct, LOCAL[kind], name, factor)
+        changed = (image != truth).any(-1)
+        # Up to five working pixels beside a change the VAE mixes with it.
+        far = ~grow(changed, 5 * factor)
+        assert np.array_equal(result[far], image[far])
+        assert psnr(truth, result) > psnr(truth, plain) + 5
+        assert psnr(truth, result, changed) > psnr(truth, plain, changed) - 2
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_a_look_keeps_the_detail_of_the_input(reconstruct, kind, factor):
+    for name in PHOTOGRAPHS:
+        image, truth, result, plain = case(reconstruct, GLOBAL[kind], name, factor)
+        assert psnr(truth, result) > max(33, psnr(truth, plain) + 7)
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_a_warp_of_the_whole_picture_is_not_hidden(reconstruct, factor):
+    for name in PHOTOGRAPHS:
+        image, truth, result, plain = case(reconstruct, lambda pixels: (pixels, shifted(pixels)), name, factor)
+        assert psnr(truth, result) > psnr(truth, image) + 0.5 * (psnr(truth, plain) - psnr(truth, image))
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_no_seam_is_left_around_a_change(reconstruct, kind):
+    """Along the outer border of the changed region no step is steeper than in the truth."""
+    for name in PHOTOGRAPHS:
+        image, truth, result, _ = case(reconstruct, LOCAL[kind], name, 4)
+        changed = (image != truth).any(-1)
+        ring = grow(changed, 12) & ~grow(changed, 2)
+
+        def steepness(pixels, ring=ring):
+            down, across = np.gradient(pixels.astype(float), axis=(0, 1))
+            return np.quantile(np.hypot(down, across).max(-1)[ring], 0.99)
+
+        assert steepness(result) <= 1.1 * steepness(truth) + 5
+
+
+def test_an_answer_that_changes_nothing_returns_the_input(reconstruct):
+    image = photograph("coffee", 300)
+    copy = reconstruct(image)
+    assert np.array_equal(transfer_change(image, copy, copy), image)
+
+
+def test_pictures_of_other_proportions_and_without_room_for_a_window():
+    image = np.random.default_rng(0).integers(0, 256, (37, 90, 3), np.uint8)
+    copy, answer = np.zeros((1, 3, 3), np.uint8), np.full((1, 3, 3), 200, np.uint8)
+    for transfer in (transfer_change, transfer_denoised, transfer_sharpened):
+        assert transfer(image, copy, answer).shape == image.shape
+
+
+def test_denoising_keeps_detail_that_the_working_size_cannot_show(reconstruct):
+    clean = photograph("astronaut", 384)
+    noisy = (clean + np.random.default_rng(0).normal(0, 15, clean.shape)).round().clip(0, 255).astype(np.uint8)
+    answer = np.asarray(Image.fromarray(clean).resize((64, 64), Image.Resampling.LANCZOS))
+    result = transfer_denoised(noisy, answer, answer)
+    assert psnr(clean, result) > max(psnr(clean, noisy), psnr(clean, enlarged(answer, 384))) + 1
+
+
+def test_sharpening_adds_half_of_the_change():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    copy, answer = np.full((4, 4, 3), 90, np.uint8), np.full((4, 4, 3), 110, np.uint8)
+    assert (transfer_sharpened(image, copy, answer) == 110).all()
+
+
+def test_a_crop_changes_its_box_only():
+    image, small = Image.new("RGB", (100, 60), (10, 20, 30)), Image.new("RGB", (16, 16), (10, 20, 30))
+    box = (20.4, 0.0, 80.4, 60.0)
+    result = np.asarray(
+        transfer_in_box(transfer_sharpened, image, small, Image.new("RGB", (16, 16), (50, 60, 70)), box)
+    )
+    assert (result[:, 21:80] == (30, 40, 50)).all()
+    assert (result[:, :21] == (10, 20, 30)).all() and (result[:, 80:] == (10, 20, 30)).all()
