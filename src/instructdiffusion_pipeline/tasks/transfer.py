@@ -90,23 +90,28 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
     content = _erode(_dilate(content, CLOSING), CLOSING)
-    inside = _erode(content, 1)
-    slope, intercept = fit_edges(torch.cat([copy, target]), content)
 
-    result = image.copy()
-    enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
-    changed = torch.maximum(color_region, content)
-    low = (matrix.flatten(0, 1), offset, slope, intercept, color_region, content, inside)
-    for rows, strips in _strips(image.shape[:2], changed, *low):
-        matrix_rows, offset_rows, slope_rows, intercept_rows, color_rows, content_rows, inside_rows = strips
+    recolored = image.copy()
+    for rows, (matrix_rows, offset_rows, region_rows) in _strips(
+        image.shape[:2], color_region, matrix.flatten(0, 1), offset, color_region
+    ):
         source = _planes(image[rows])
-        recolored = torch.einsum("ijhw,jhw->ihw", matrix_rows.unflatten(0, (3, 3)), source) + offset_rows
-        shown = _planes(enlarged[rows])
+        shift = torch.einsum("ijhw,jhw->ihw", matrix_rows.unflatten(0, (3, 3)), source) + offset_rows
+        recolored[rows] = _levels(source + (2 * region_rows).clamp(max=1) * shift)
+    if not content.any():
+        return recolored
+
+    result = recolored.copy()
+    enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
+    for rows, (slope_rows, intercept_rows, content_rows, inside_rows) in _strips(
+        image.shape[:2], content, *fit_edges(torch.cat([copy, target]), content), content, _erode(content, 1)
+    ):
+        source, shown = _planes(image[rows]), _planes(enlarged[rows])
         edge = (slope_rows * torch.cat([source, shown])).sum(0, keepdim=True) + intercept_rows
-        # Twice as steep as the fit, which blurs edges; and inside the region as it was found.
+        # Twice as steep as the fit, which blurs edges; never far outside the region, and always inside of it.
         blend = (2 * (edge - EDGE_CUT) + 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
-        recolored = source + (2 * color_rows).clamp(max=1) * recolored
-        result[rows] = _levels(recolored + blend * (shown - recolored))
+        background = _planes(recolored[rows])
+        result[rows] = _levels(background + blend * (shown - background))
     return result
 
 
@@ -121,7 +126,7 @@ def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.
     coarse = np.asarray(small.resize((width, height), Image.Resampling.LANCZOS))
     enlarged = np.asarray(Image.fromarray(answer).resize((width, height), Image.Resampling.LANCZOS))
     detail = _planes(image) - _planes(coarse)
-    noise = (detail.abs().median() / 0.6745) ** 2
+    noise = (detail[:, ::4, ::4].abs().median() / 0.6745) ** 2  # a sixteenth of the pixels is enough
     power = _mean(detail.square().mean(0, keepdim=True), 3)
     gain = ((power - noise) / power.clamp(min=1e-6)).clamp(min=0)
     return _levels(_planes(enlarged) + gain * detail)
