@@ -15,6 +15,8 @@ from instructdiffusion_pipeline import (
     ask,
     ask_batch,
 )
+from instructdiffusion_pipeline.ask import Response, View, combine_views, slice_boxes
+from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
 
 FAST = {"num_inference_steps": 2}
 TASKS = [Segmentation({"cat": "red"}), Keypoints({"nose": "blue"}), Restoration("noise"), Editing("make it winter")]
@@ -112,3 +114,89 @@ def test_what_is_no_picture_or_no_question_is_refused(pipe, image, task):
 def test_a_resolution_of_zero_keeps_the_pictures_own_size(pipe):
     answer = ask(pipe, tiny.picture(width=50, height=34), TASKS[2], resolution=0, generator=tiny.generator(), **FAST)
     assert answer.box == (0, 0, 50, 34)
+
+
+def test_every_part_of_a_wide_picture_is_seen(pipe):
+    """What changes at the rim changes the answer; with the crop it does not."""
+    wide = tiny.picture(width=100, height=64)
+    changed = wide.copy()
+    changed.paste("red", (0, 0, 16, 64))
+
+    def picture(image, **settings):
+        return np.asarray(ask(pipe, image, TASKS[0], generator=tiny.generator(), **settings, **FAST).picture)
+
+    assert not np.array_equal(picture(wide), picture(changed))
+    with pytest.warns(UserWarning, match="cuts off 59% of the picture"):
+        cropped = picture(wide, resize_mode="crop", resolution=64)
+    assert np.array_equal(cropped, picture(changed, resize_mode="crop", resolution=64))
+
+
+def test_several_objects_are_asked_about_one_at_a_time_in_one_call(pipe):
+    image, task = tiny.picture(width=48, height=32), Segmentation({"cat": "red", "dog": "blue"})
+    latents = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1))
+    steps = []
+    answer = ask(
+        pipe, image, task, latents=latents, callback_on_step_end=lambda *step: steps.append(step[1]) or {}, **FAST
+    )
+    assert answer.instruction == "mark the cat in red\nmark the dog in blue" and steps == [0, 1]
+    assert not (answer.data["cat"].pixels & answer.data["dog"].pixels).any()
+    together = ask(pipe, image, task, instruction="mark both", latents=latents[:1], **FAST)
+    assert together.instruction == "mark both"
+
+
+def test_a_pixel_claimed_twice_goes_to_the_clearer_object():
+    cat, dog = np.full((4, 4), -0.5, np.float32), np.full((4, 4), -0.5, np.float32)
+    cat[:, :3], dog[:, 2:] = 0.3, 0.5
+    masks = masks_from_margins({"cat": cat, "dog": dog})
+    assert masks["cat"].pixels[:, :2].all() and not masks["cat"].pixels[:, 2:].any()
+    assert masks["dog"].pixels[:, 2:].all() and not masks["dog"].pixels[:, :2].any()
+
+
+@pytest.mark.parametrize("size", [(100, 60), (33, 47)])
+def test_slices_cover_the_picture(size):
+    boxes = slice_boxes(size, 0.56)
+    seen = np.zeros(size[::-1], int)
+    for left, top, right, bottom in boxes:
+        assert (right - left, bottom - top) == tuple(round(0.56 * side) for side in size)
+        seen[top:bottom, left:right] += 1
+    assert len(boxes) == 9 and seen.min() == 1 and seen.max() == 9
+
+
+def test_slices_find_what_half_of_them_see():
+    """The answers are drawn: each view paints the disc where it sees all of it; the whole picture paints nothing."""
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    y, x = np.mgrid[:100, :100]
+    ball = (x - 30) ** 2 + (y - 30) ** 2 <= 8**2
+    whole = [(View(0, task, "", image, (0, 0)), Response(image, None, (0, 0, 100, 100), False))]
+    sliced = []
+    for left, top, right, bottom in slice_boxes(image.size, 0.56):
+        crop, part = image.crop((left, top, right, bottom)), ball[top:bottom, left:right]
+        answer = task.draw(crop, {"ball": part}) if part.sum() == ball.sum() else crop
+        sliced.append((View(0, task, "", crop, (left, top)), Response(answer, None, (0, 0, *crop.size), False)))
+    found = masks_from_margins(combine_views(whole, sliced, None))["ball"]
+    assert (found.pixels & ball).sum() / (found.pixels | ball).sum() > 0.9
+    assert not masks_from_margins(combine_views(whole, [], None))["ball"].pixels.any()
+
+
+def test_slices_ask_about_the_parts_too(pipe):
+    calls = []
+    answer = ask(
+        pipe, tiny.picture(), TASKS[0], slices=0.56, generator=tiny.generator(),
+        callback_on_step_end=lambda pipe, step, t, tensors: calls.append(len(tensors["latents"])) or {}, **FAST
+    )  # fmt: skip
+    assert calls == [1, 1, 8, 8, 1, 1] and answer.data["cat"].pixels.shape == (32, 32)
+    for slices, task, message in ((1.0, TASKS[0], "0.1 to below 1; got 1.0"), (0.5, TASKS[1], "only; got keypoints")):
+        with pytest.raises(ValueError, match=message):
+            ask(pipe, tiny.picture(), task, slices=slices)
+
+
+def test_pictures_come_back_at_their_own_resolution(pipe):
+    """With the input's own latents as the answer nothing has changed."""
+    image = tiny.picture(width=150, height=100)
+
+    def unchanged(pipe, step, timestep, tensors):
+        return {"latents": tensors["image_latents"] * pipe.vae.config.scaling_factor}
+
+    answer = ask(pipe, image, TASKS[3], generator=tiny.generator(), callback_on_step_end=unchanged,
+                 callback_on_step_end_tensor_inputs=["image_latents"], **FAST)  # fmt: skip
+    assert np.array_equal(answer.data, image) and not np.array_equal(answer.picture, image)

@@ -1,12 +1,14 @@
 """Ask a model a question about a picture, and get data back."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
@@ -18,7 +20,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 )
 from instructdiffusion_pipeline.readout import mask_margins, read_answer
 from instructdiffusion_pipeline.tasks import PictureTask, Task
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, masks_from_margins
 
 Reading = TypeVar("Reading")
 
@@ -163,7 +165,7 @@ def ask_batch(
         part_responses += run_views(pipeline, parts[start : start + SLICE_BATCH], **settings)
 
     crop = settings["resize_mode"] == "crop" and settings["resolution"] != 0
-    answers = []
+    answers: list[Answer[Reading]] = []
     for number, (image, task) in enumerate(zip(images, tasks, strict=True)):
         whole = [pair for pair in zip(views, responses, strict=True) if pair[0].number == number]
         sliced = [pair for pair in zip(parts, part_responses, strict=True) if pair[0].number == number]
@@ -171,7 +173,7 @@ def ask_batch(
         picture = resize_picture(response.picture, image.size, crop)
         data: Any
         if isinstance(task, Segmentation):
-            margins = combine_views(image.size, whole, sliced, readout)
+            margins = combine_views(whole, sliced, readout)
             data = masks_from_margins(margins)
             for other, answer in whole[1:]:
                 (name,) = cast(Segmentation, other.task).colors
@@ -183,6 +185,8 @@ def ask_batch(
             data = read_answer(task, image, response.picture, response.box, readout)
         prompt = "\n".join(view.prompt for view, _ in whole)
         box = pipeline.working_size(*image.size, settings["resolution"], settings["resize_mode"]).box
+        if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
+            warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
         answers.append(Answer(task, image, prompt, picture, box, data, any(answer.flag for _, answer in whole)))
     return answers
 
@@ -260,13 +264,34 @@ def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int
 
 
 def combine_views(
-    size: tuple[int, int],
-    whole: Sequence[tuple[View, Response]],
-    sliced: Sequence[tuple[View, Response]],
-    readout: Any,
+    whole: Sequence[tuple[View, Response]], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
 ) -> dict[str, np.ndarray]:
-    """The margin of each object in a picture of (width, height), from the whole picture and its slices."""
+    """The margin [height, width] of each object, from the views of the whole picture and of its slices.
+
+    An object is where the whole picture shows it, and where at least half of the slices that see the pixel do.
+    """
+
+    def margins_of(view: View, response: Response) -> dict[str, np.ndarray]:
+        return mask_margins(cast(Segmentation, view.task), view.image, response.picture, response.box, readout)
+
     margins: dict[str, np.ndarray] = {}
-    for view, response in whole:
-        margins |= mask_margins(cast(Segmentation, view.task), view.image, response.picture, response.box, readout)
+    for pair in whole:
+        margins |= margins_of(*pair)
+    if not sliced:
+        return margins
+    for name, margin in margins.items():
+        seen, votes, strength = (np.zeros_like(margin) for _ in range(3))
+        for view, response in sliced:
+            if name not in cast(Segmentation, view.task).colors:
+                continue
+            part = margins_of(view, response)[name]
+            painted = Mask.from_margin(part).pixels
+            (left, top), (height, width) = view.offset, part.shape
+            window = np.s_[top : top + height, left : left + width]
+            seen[window] += 1
+            votes[window] += painted
+            strength[window] += np.where(painted, part, 0)
+        found = margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
+        agreed = strength / np.maximum(votes, 1)
+        margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)
     return margins
