@@ -126,7 +126,7 @@ def test_every_part_of_a_wide_picture_is_seen(pipe):
         return np.asarray(ask(pipe, image, TASKS[0], generator=tiny.generator(), **settings, **FAST).picture)
 
     assert not np.array_equal(picture(wide), picture(changed))
-    with pytest.warns(UserWarning, match="cuts off 59% of the picture"):
+    with pytest.warns(UserWarning, match="cuts off 36% of the picture"):
         cropped = picture(wide, resize_mode="crop", resolution=64)
     assert np.array_equal(cropped, picture(changed, resize_mode="crop", resolution=64))
 

@@ -15,7 +15,6 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
     centre_crop,
-    resize_picture,
     upright_rgb,
 )
 from instructdiffusion_pipeline.readout import mask_margins, read_answer
@@ -36,9 +35,9 @@ class Answer(Generic[Reading]):
         task: the question.
         image: the input, RGB, upright.
         instruction: the prompt that the model was given; of a segmentation of several objects one in each line.
-        picture: the model's answer, resized to the size of the input. It shows the `box` of the input. The answers to
-            several questions about one picture are combined: each object is taken from the answer about it.
-        box: (left, top, right, bottom) in pixels of the input.
+        picture: the model's answer, enlarged to the pixels of the input. It shows the `box` of the input. The answers
+            to several questions about one picture are combined: each object is taken from the answer about it.
+        box: (left, top, right, bottom) in pixels of the input: all of it, or the centre with `resize_mode="crop"`.
         data: the reading, typed by the task, in pixels of the input: `dict[str, Mask]` for `Segmentation`,
             `dict[str, Joint | None]` for `Keypoints` (None: not found), the picture at the resolution of the input for
             `Restoration` and `Editing`.
@@ -164,27 +163,27 @@ def ask_batch(
     for start in range(0, len(parts), SLICE_BATCH):
         part_responses += run_views(pipeline, parts[start : start + SLICE_BATCH], **settings)
 
-    crop = settings["resize_mode"] == "crop" and settings["resolution"] != 0
     answers: list[Answer[Reading]] = []
     for number, (image, task) in enumerate(zip(images, tasks, strict=True)):
         whole = [pair for pair in zip(views, responses, strict=True) if pair[0].number == number]
         sliced = [pair for pair in zip(parts, part_responses, strict=True) if pair[0].number == number]
         (view, response), *_ = whole
-        picture = resize_picture(response.picture, image.size, crop)
+        box = response.box
+        size = (round(box[2] - box[0]), round(box[3] - box[1]))
+        picture = response.picture.resize(size, Image.Resampling.LANCZOS)
         data: Any
         if isinstance(task, Segmentation):
             margins = combine_views(whole, sliced, readout)
             data = masks_from_margins(margins)
             for other, answer in whole[1:]:
                 (name,) = cast(Segmentation, other.task).colors
-                mask = Image.fromarray(data[name].pixels)
-                picture.paste(resize_picture(answer.picture, image.size, crop), mask=mask)
+                mask = Image.fromarray(data[name].pixels).resize(size, Image.Resampling.NEAREST, box)
+                picture.paste(answer.picture.resize(size, Image.Resampling.LANCZOS), mask=mask)
         elif isinstance(task, PictureTask) and response.reconstruction is not None:
-            data = task.transfer(image, response.reconstruction, response.picture, response.box)
+            data = task.transfer(image, response.reconstruction, response.picture, box)
         else:
-            data = read_answer(task, image, response.picture, response.box, readout)
+            data = read_answer(task, image, response.picture, box, readout)
         prompt = "\n".join(view.prompt for view, _ in whole)
-        box = pipeline.working_size(*image.size, settings["resolution"], settings["resize_mode"]).box
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
             warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
         answers.append(Answer(task, image, prompt, picture, box, data, any(answer.flag for _, answer in whole)))

@@ -217,7 +217,7 @@ def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_
         else:
             pixels = expected["cat"].pixels
             assert found[0][1:3] == [(pixels & run_tiny.blob(1)).sum(), (pixels | run_tiny.blob(1)).sum()]
-    assert of["noise 1"].keys() == {"model", "ceiling", "input", "input through the VAE"}
+    assert of["noise 1"].keys() == {"model", "ceiling", "answer alone", "input", "input through the VAE"}
     columns = {row["row"]: row["scores"] for row in results["rows"]}
     assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
     assert "reading by color" in (tmp_path / "table.md").read_text().splitlines()[0]
@@ -371,22 +371,22 @@ def test_the_ceiling_is_what_the_vae_leaves_of_a_perfect_answer(shipped, tmp_pat
 
 
 def test_outside_the_box_pictures_are_not_scored_and_masks_are_missed(tmp_path):
-    """At working size 64 the answer to 128 x 80 pixels shows the columns 24 to 104 and the rows 15 to 65."""
+    """With the crop the answer to 128 x 80 pixels shows the columns 24 to 104."""
     image = tiny.picture(128, 80)
     pixels = np.array(image)
-    pixels[:15], pixels[65:], pixels[:, :24], pixels[:, 104:] = 0, 0, 0, 0
+    pixels[:, :24], pixels[:, 104:] = 0, 0
     mask = np.zeros((80, 128), bool)
-    mask[:10] = True
+    mask[:, :10] = True
     examples = [
         LazyExample("picture", "pictures", partial(Example, image, [Restoration("noise")], Image.fromarray(pixels))),
         LazyExample("mask", "masks", partial(Example, image, [Segmentation({"sky": "red"})], {"sky": mask})),
     ]
-    run_tiny.run(tmp_path, examples=examples)
+    run_tiny.run(tmp_path, examples=examples, resize_mode="crop")
     picture, masks = records(tmp_path)
-    assert picture["box"] == [24, 15, 104, 65]
+    assert picture["box"] == [24, 0, 104, 80]
     assert picture["measures"]["input"]["picture"] == {"PSNR": 100, "SSIM": 1}
     ((_, intersection, union, truth),) = masks["measures"]["ceiling"]["masks"]
-    assert intersection == 0 and union >= truth == 1280
+    assert intersection == 0 and union >= truth == 800
 
 
 @pytest.mark.parametrize("row, middle, last", [("editing", 1, 2), ("noise", 2, 4)])

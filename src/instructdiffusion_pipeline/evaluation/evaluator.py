@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, score_key
 from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, InstructDiffusionPipeline, centre_crop
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks import PictureTask, Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -214,30 +214,27 @@ class Evaluator:
         """Measures by column: answer, ceiling, other readings or, for pictures, the input, and the baselines."""
         box, task = answers[0].box, example.tasks[0]
         size = self.size(task.family)
-        crop = size["resize_mode"] == "crop" and size["resolution"] != 0
-        # What a picture of working size shows; fitting it back to the input may crop it again, to `box`.
-        shown = centre_crop(example.image.size, ceilings[0].size) if crop else box
 
-        def read_by_color(pictures: Sequence[Image.Image], box: Box) -> Any:
+        def read_by_color(pictures: Sequence[Image.Image]) -> Any:
             pairs = zip(example.tasks, pictures, strict=True)
             return merge([task.read(example.image, picture, box) for task, picture in pairs])
 
         readings = {"model": merge([answer.data for answer in answers])}
         if isinstance(task, PictureTask):
             (reconstructed,) = vae_reconstruction(self.pipeline, [example.image], **size)
-            readings["ceiling"] = task.transfer(example.image, reconstructed, ceilings[0], shown)
+            readings["ceiling"] = task.transfer(example.image, reconstructed, ceilings[0], box)
             readings["answer alone"] = task.read(example.image, answers[0].picture, box)
             # The VAE alone removes some noise. These columns show how much of a score is due to it.
             readings["input"] = example.image
-            readings["input through the VAE"] = task.read(example.image, reconstructed, shown)
+            readings["input through the VAE"] = task.read(example.image, reconstructed, box)
         else:
-            readings["ceiling"] = read_by_color(ceilings, shown)
+            readings["ceiling"] = read_by_color(ceilings)
         if (
             not isinstance(task, PictureTask)
             and self.pipeline.readout is not None
             and isinstance(task, Segmentation | Keypoints)
         ):
-            readings["reading by color"] = read_by_color([answer.picture for answer in answers], box)
+            readings["reading by color"] = read_by_color([answer.picture for answer in answers])
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading
