@@ -5,11 +5,12 @@ all data sets that can be trained on and evaluated on.
 """
 
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Protocol, TypeVar
 
 from PIL import ExifTags, Image
@@ -18,6 +19,8 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
 
 A_co = TypeVar("A_co", covariant=True)
 Skipped = list[tuple[str, str]]
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a side
 
 
 class UnreadableSample(Exception):
@@ -77,7 +80,7 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
     """What a text file holds, JSON by default; a ValueError that says what was `expected` where it cannot be read."""
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # JSON may be nested too deep
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 
 
@@ -90,16 +93,53 @@ def list_records(content: Any, file: str | PathLike[str], name: str = "") -> lis
     return found
 
 
-def missing_field(entry: dict[str, Any], *fields: str) -> str:
-    """The first of `fields` that an entry lacks, as a reason to skip it; empty if it has them all."""
-    return next((f"no {field!r}" for field in fields if entry.get(field) is None), "")
+def is_id(value: Any) -> bool:
+    """Whether a value of a file is an integer of 64 bits, as ids are."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_number(value: Any, largest: float = LARGEST_NUMBER) -> bool:
+    """Whether a value of a file is a number from -largest to largest: not NaN (which Python reads from JSON) or null."""
+    return type(value) in (int, float) and abs(value) <= largest
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a file can be the width or height of a picture."""
+    return type(value) is int and 0 < value <= LARGEST_NUMBER
+
+
+def is_list_of(check: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """A check for a list, of `length` if that is given, of values that each pass `check`."""
+    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value of a file is text that can be encoded; JSON may hold half a character ("\\ud800")."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value of a file is the path of a file in the folder that it starts from."""
+    if not is_text(value) or "\0" in value:
+        return False
+    return not PurePath(value).is_absolute() and ".." not in PurePath(value).parts
+
+
+def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
+    """The first of some fields that an entry lacks or that fails its check, as a reason to skip it; empty if none."""
+    for field, check in checks.items():
+        if entry.get(field) is None:
+            return f"no {field!r}"
+        if not check(entry[field]):
+            return f"a malformed {field!r}"
+    return ""
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
     """The pictures of a COCO JSON by their ids; what has no id or no file name is `skipped`."""
     pictures = {}
     for picture in list_records(content, file, "images"):
-        if why := missing_field(picture, "id", "file_name"):
+        if why := wrong_field(picture, id=is_id, file_name=is_file_name):
             skipped.append((f"image {picture.get('file_name') or picture.get('id')}", why))
         else:
             pictures[picture["id"]] = picture
