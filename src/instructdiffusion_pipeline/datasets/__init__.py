@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import IO, Any, Protocol, TypeVar
@@ -93,13 +93,20 @@ def list_records(content: Any, file: str | PathLike[str], name: str = "") -> lis
     return found
 
 
+def named_entries(content: Any, file: str | PathLike[str]) -> dict[str, Any]:
+    """The JSON object that a file holds; a ValueError if it holds something else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object of named entries; got {reprlib.repr(content)}.")
+    return content
+
+
 def is_id(value: Any) -> bool:
     """Whether a value of a file is an integer of 64 bits, as ids are."""
     return type(value) is int and abs(value) < 2**63
 
 
 def is_number(value: Any, largest: float = LARGEST_NUMBER) -> bool:
-    """Whether a value of a file is a number from -largest to largest: not NaN (which Python reads from JSON) or null."""
+    """Whether a value of a file is a number from -largest to largest, and not NaN, which JSON may hold."""
     return type(value) in (int, float) and abs(value) <= largest
 
 
@@ -146,9 +153,9 @@ def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> 
     return pictures
 
 
-def require_samples(folder: str | PathLike[str], samples: Sequence[Any], skipped: Skipped) -> None:
+def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skipped) -> None:
     """Raise a ValueError that counts `skipped` by reason if a data set has no `samples` left."""
-    if not samples:
+    if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())
         raise ValueError(f"{folder}: no sample is left to use; skipped {counts or 'none, for none was found'}.")

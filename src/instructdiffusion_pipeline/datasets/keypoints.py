@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import (
-    Skipped,
     LARGEST_NUMBER,
+    Skipped,
     coco_pictures,
     is_file_name,
     is_id,
