@@ -92,6 +92,25 @@ def test_what_coco_stuff_lacks_is_named(tmp_path):
         CocoStuff(tmp_path, "val2017")
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_labels_that_hold_the_numbers_themselves_are_recognised(offset, tmp_path):
+    """Number 67 is a dining table and 66 a mirror, which nobody drew; 157 the sky, 18 a dog."""
+    unlabeled = {0: 0, 1: 255}[offset]
+    for name in "123":
+        write_stuff(tmp_path, name, values=((18 - offset, 157 - offset), (67 - offset, unlabeled)))
+    write_stuff(tmp_path, "4", values=((18 - offset, 157 - offset), (157 - offset, unlabeled)))
+    write_stuff(tmp_path, "5", values=((18 - offset, 157 - offset), (200, unlabeled)))
+    write_broken(tmp_path / "annotations" / "train2017" / "3.png")
+    dataset = CocoStuff(tmp_path)
+    assert dataset.offset == offset
+    for index in (0, 1, 3):
+        _, masks = dataset[index]
+        assert masks["dog"][0, 0] and masks["sky"][0, -1] and not any(mask[-1, -1] for mask in masks.values())
+        assert masks["sky"][-1, 0] == (index == 3)
+    with pytest.raises(UnreadableSample, match="5.png: holds values that stand for no class, such as 200"):
+        dataset[4]
+
+
 def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
     write_stuff(tmp_path)
     path = tmp_path / "annotations" / "train2017" / "1.png"
@@ -116,6 +135,9 @@ def test_class_names_that_cannot_be_read_are_named(tmp_path):
     write_stuff(tmp_path)
     (tmp_path / "labels.txt").write_text("person: 1\n")
     with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError.*person'):
+        CocoStuff(tmp_path)
+    (tmp_path / "labels.txt").write_text("0: unlabeled\n")
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError'):
         CocoStuff(tmp_path)
     (tmp_path / "labels.txt").unlink()
     with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got FileNotFoundError'):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import reprlib
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,8 +197,8 @@ def removal(scene: dict[str, Any], id: str) -> str | None:
 
 
 LONGEST_NAME = 200  # bytes, of a file in a shard; a longer one is not InstructPix2Pix's
-# A pair in a shard: number of the shard, number of the folder, and the places of prompt, picture and edited picture.
-PAIR = np.dtype([("shard", "u2"), ("folder", "u4"), ("offsets", "u8", 3), ("sizes", "u4", 3), ("methods", "u2", 3)])
+# The number of a pair's shard, and where in it prompt, picture and edited picture lie.
+PAIR = np.dtype([("shard", "u2"), ("offsets", "u8", 3), ("sizes", "u4", 3)])
 
 
 class InstructPix2Pix:
@@ -214,10 +215,10 @@ class InstructPix2Pix:
         self.shards = sorted(Path(root).glob("shard-*.zip"))
         seeds_file = Path(root) / "seeds.json"
         wanted = read_seeds(seeds_file, split) if seeds_file.is_file() else None
-        folders: dict[bytes, int] = {}
-        incomplete: list[tuple[bytes, bytes]] = []
         # Arrays, because there are a million pairs.
         names, pairs = [np.empty(0, "S1")], [np.empty(0, PAIR)]
+        folders: set[bytes] = set()
+        incomplete: list[bytes] = []
         for number, shard in enumerate(self.shards):
             try:
                 files = dict(list_files(shard))
@@ -225,46 +226,48 @@ class InstructPix2Pix:
                 self.skipped.append((shard.name, f"a broken zip file ({error})"))
                 continue
             found: list[bytes] = []
-            values: list[int] = []
+            places: list[int] = []
             for name in files:
-                if not name.endswith((b".jpg", b"/prompt.json")) or len(name) > LONGEST_NAME:
-                    continue
-                folder = parent(name)
-                folders.setdefault(folder, len(folders))
-                if name.endswith(b"_0.jpg"):
-                    prompt, after = folder + b"/prompt.json", name[:-5] + b"1.jpg"
+                if name.endswith(b"_0.jpg") and len(name) <= LONGEST_NAME:
+                    prompt, after = folder_of(name) + b"prompt.json", name[:-5] + b"1.jpg"
                     if prompt in files and after in files:
                         found.append(name)
-                        values += (folders[folder], *files[prompt], *files[name], *files[after])
+                        places += (*files[prompt], *files[name], *files[after])
                     else:
-                        incomplete.append((folder, after if prompt in files else prompt))
-            table = np.array(values, np.uint64).reshape(-1, 10)
-            part = np.empty(len(found), PAIR)
-            part["shard"], part["folder"] = number, table[:, 0]
-            part["offsets"], part["sizes"], part["methods"] = table[:, 1::3], table[:, 2::3], table[:, 3::3]
+                        incomplete.append(after if prompt in files else prompt)
+            if wanted is None:
+                folders.update(folder_of(name) for name in files if name.endswith((b"_0.jpg", b"/prompt.json")))
+            table = np.array(places, np.uint64).reshape(-1, 3, 2)
             names.append(np.array(found, "S"))
-            pairs.append(part)
-        self._names, self._pairs = np.concatenate(names), np.concatenate(pairs)
-        order = np.argsort(self._names, kind="stable")
+            pairs.append(np.empty(len(found), PAIR))
+            pairs[-1]["shard"], pairs[-1]["offsets"], pairs[-1]["sizes"] = number, table[..., 0], table[..., 1]
+        all_names = np.concatenate(names)
+        del names
+        order = np.argsort(all_names, kind="stable")
         if wanted is None:
-            chosen = set(part_of(sorted(folders), split))
-            is_chosen = np.array([folder in chosen for folder in folders], bool)
-            order = order[is_chosen[self._pairs["folder"][order]]]
-            missing = [file for folder, file in incomplete if folder in chosen]
+            part = part_of(sorted(folders), split)
+            # "/" is the last byte of each folder, so folders and names are sorted alike.
+            edges = np.array([part[0], part[-1] + b"\xff"] if part else [b"", b""])
+            order = order[slice(*np.searchsorted(all_names, edges, sorter=order))]
+            chosen = set(part)
+            missing = [file for file in incomplete if folder_of(file) in chosen]
         else:
-            order, missing = places_of(wanted, self._names, order)
-            # A folder that is missing as a whole is named once.
-            missing = list(dict.fromkeys(name if parent(name) in folders else parent(name) + b"/" for name in missing))
+            order, missing = places_of(wanted, all_names, order)
         self.skipped += [(name.decode(errors="replace"), "a missing file") for name in missing]
         require_samples(root, order, self.skipped)
-        self._names, self._pairs = self._names[order], self._pairs[order]
+        self._names, self._pairs = all_names[order], np.empty(len(order), PAIR)
+        start = 0
+        for part_pairs in pairs:
+            here = (start <= order) & (order < start + len(part_pairs))
+            self._pairs[here] = part_pairs[order[here] - start]
+            start += len(part_pairs)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Edit]:
         name, pair = self.name(index), self._pairs[index]
-        places = zip(*(pair[column].tolist() for column in ("offsets", "sizes", "methods")), strict=True)
+        places = zip(pair["offsets"].tolist(), pair["sizes"].tolist(), strict=True)
         try:
             prompt, before, after = (read_file(self.shards[pair["shard"]], place) for place in places)
             instruction = json.loads(prompt)["edit"]
@@ -279,18 +282,48 @@ class InstructPix2Pix:
         return f"{self.shards[self._pairs[index]['shard']].name}/{self._names[index].decode(errors='replace')}"
 
 
-def parent(name: bytes) -> bytes:
-    """The folder of a file in a zip file."""
-    return name[: name.rfind(b"/")]
+def folder_of(name: bytes) -> bytes:
+    """The folder of a file in a zip file, with the slash at its end."""
+    return name[: name.rfind(b"/") + 1]
 
 
 def read_seeds(file: Path, split: str) -> np.ndarray:
     """The first files of the pairs of a split in the order of seeds.json, which lists [folder, [seed, ...]]."""
-    prompts = read_annotations(file, "a JSON file of prompts and seeds")
-    if not is_list_of(is_prompt)(prompts):
-        raise ValueError(f"{file} must list prompts as [folder, [seed, ...]]; got {reprlib.repr(prompts)}.")
-    files = [f"{folder}/{seed}_0.jpg".encode() for folder, seeds in part_of(prompts, split) for seed in seeds]
-    return np.array(files, "S")
+
+    def parse(text: str) -> tuple[np.ndarray, list[int]]:
+        parts, counts = [np.empty(0, "S1")], [0]
+        names: list[bytes] = []
+        for entry in json_entries(text):
+            if not is_prompt(entry):
+                raise ValueError(f"{reprlib.repr(entry)}, which is not [folder, [seed, ...]]")
+            folder, seeds = entry
+            names += [f"{folder}/{seed}_0.jpg".encode() for seed in seeds]
+            counts.append(len(seeds))
+            if len(names) > 50_000:
+                parts.append(np.array(names, "S"))
+                names.clear()
+        return np.concatenate([*parts, np.array(names, "S")]), counts
+
+    names, counts = read_annotations(file, "a JSON list of prompts and seeds", parse)
+    ends = np.cumsum(counts)
+    chosen = part_of(range(len(counts) - 1), split)
+    return names[ends[chosen.start] : ends[chosen.stop]]
+
+
+def json_entries(text: str) -> Iterator[Any]:
+    """The entries of a JSON list one by one, because a million prompts and seeds at once take 150 MB."""
+    decode, separator = json.JSONDecoder().raw_decode, re.compile(r"\s*([],])\s*")
+    start = re.match(r"\s*\[\s*", text)
+    if not start:
+        raise ValueError("no list")
+    position, going_on = start.end(), text[start.end() : start.end() + 1] != "]"
+    while going_on:
+        entry, position = decode(text, position)
+        yield entry
+        end = separator.match(text, position)
+        if not end:
+            raise ValueError(f"no comma at character {position}")
+        position, going_on = end.end(), end[1] == ","
 
 
 def is_prompt(value: Any) -> bool:
@@ -306,7 +339,7 @@ def places_of(wanted: np.ndarray, names: np.ndarray, order: np.ndarray) -> tuple
     """Where the `wanted` strings lie in `names`, which `order` sorts, and those of them that are not there."""
     ranks = np.empty(len(wanted), np.int64)
     by_name = np.argsort(wanted, kind="stable")
-    ranks[by_name] = np.searchsorted(names[order], wanted[by_name])
+    ranks[by_name] = np.searchsorted(names, wanted[by_name], sorter=order)
     ranks = ranks.clip(max=len(names) - 1)
     found = names[order[ranks]] == wanted if len(names) else np.zeros(len(wanted), bool)
     return order[ranks[found]], wanted[~found].tolist()

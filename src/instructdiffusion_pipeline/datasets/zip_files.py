@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (entry of the list of files), 4.3.14 to 4.3.16 (its end)
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-ENTRY = struct.Struct("<4s6xH8xLLHHH8xL")
+LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+ENTRY = struct.Struct("<4s16xLLHHH8xL")
 END = struct.Struct("<4s8xLLH")
 END_64 = struct.Struct("<4s36xQQ")
 LOCATOR_64 = struct.Struct("<4s4xQ4x")
@@ -18,7 +18,7 @@ LONGEST_COMMENT = 65535
 IN_EXTRA_FIELD = 0xFFFFFFFF  # the value of what does not fit 32 bits
 
 
-Place = tuple[int, int, int]  # where the header of a file starts, its compressed size in bytes, and the method
+Place = tuple[int, int]  # where the header of a file starts, and its compressed size in bytes
 
 
 def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
@@ -27,7 +27,7 @@ def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
         directory = read_central_directory(path)
         start = 0
         while start < len(directory):
-            mark, method, size, full_size, name_length, extra_length, comment_length, offset = ENTRY.unpack_from(
+            mark, size, full_size, name_length, extra_length, comment_length, offset = ENTRY.unpack_from(
                 directory, start
             )
             if mark != b"PK\x01\x02":
@@ -36,7 +36,7 @@ def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
             if IN_EXTRA_FIELD in (size, full_size, offset):
                 extra = directory[name_end : name_end + extra_length]
                 _, size, offset = sizes_of_64_bits(extra, full_size, size, offset)
-            yield directory[start + ENTRY.size : name_end], (offset, size, method)
+            yield directory[start + ENTRY.size : name_end], (offset, size)
             start = name_end + extra_length + comment_length
     except struct.error as error:
         raise zipfile.BadZipFile("its list of files is cut off") from error
@@ -76,11 +76,11 @@ def sizes_of_64_bits(extra: bytes, *values: int) -> list[int]:
 
 def read_file(path: Path, place: Place) -> bytes:
     """What a file of a zip file holds. Raises `zipfile.BadZipFile` where it is broken, or too large to be read."""
-    offset, size, method = place
+    offset, size = place
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            _, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            _, method, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             file.seek(name_length + extra_length, os.SEEK_CUR)
             data = file.read(min(size, LARGEST_FILE + 1))
         if method == zipfile.ZIP_DEFLATED:
