@@ -59,7 +59,7 @@ def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
 def caption_beside(picture: Path) -> str:
     """The text file of a picture; empty where there is none, or none that can be read."""
     try:
-        return picture.with_suffix(".txt").read_text(encoding="utf-8")
+        return picture.with_suffix(".txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return ""
 
