@@ -4,6 +4,7 @@ The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tas
 2309.03895). This file imports nothing from its package, because Hub repositories carry a copy of it.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -184,7 +185,8 @@ def working_size(
 
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended."""
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         # Pillow opens 16-bit files in modes that start with I, and `convert` would clip values above 255 to white.
         levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535

@@ -1,4 +1,6 @@
 import json
+import random
+import warnings
 from collections import Counter
 
 import pytest
@@ -6,7 +8,8 @@ import tiny
 from folders import reasons, same, save_image, write_broken, write_json
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline import upright_rgb
+from instructdiffusion_pipeline.datasets import UnreadableSample, read_image
 from instructdiffusion_pipeline.datasets.keypoints import (
     AIC_JOINTS,
     CROWDPOSE_JOINTS,
@@ -220,6 +223,29 @@ def test_an_exif_orientation_does_not_turn_annotated_pixels(tmp_path):
     assert Image.open(picture).getexif()[0x0112] == 6
     image, _ = CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1))), tmp_path)[0]
     assert same(image, tiny.picture(40, 30))
+    assert same(upright_rgb(image.crop((0, 0, 20, 30))), image.crop((0, 0, 20, 30))), "nor later on"
+
+
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_a_damaged_exif_block_is_ignored(kind, turn, tmp_path):
+    exif, rng, readable = Image.Exif(), random.Random(0), 0
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    block, path = exif.tobytes(), tmp_path / f"picture.{kind}"
+    for _ in range(150):
+        damaged = bytearray(block[: rng.choice([len(block), rng.randint(1, len(block))])])
+        for _ in range(rng.randint(0, 6)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        tiny.picture(40, 30).save(path, kind, exif=bytes(damaged))
+        with warnings.catch_warnings(action="ignore"):  # of Pillow, that the block is damaged
+            try:
+                Image.open(path).load()
+            except OSError:
+                continue
+            readable += 1
+            size = read_image(path, turn=turn).size
+        assert size == (40, 30) or turn and size == (30, 40)
+    assert readable > 100
 
 
 def test_mpii(tmp_path):

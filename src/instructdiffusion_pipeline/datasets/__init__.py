@@ -9,6 +9,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sized
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import IO, Any, Protocol, TypeVar
@@ -67,8 +68,10 @@ def read_image(
     try:
         with Image.open(source) as picture:
             if not turn:
-                picture.getexif().pop(ExifTags.Base.Orientation, None)
+                with suppress(Exception):  # a damaged EXIF block raises nearly anything
+                    picture.getexif().pop(ExifTags.Base.Orientation, None)
             image = upright_rgb(picture)
+            image.info.clear()  # or the orientation that was left out would be applied by what gets the picture
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
     if size and image.size != size:

@@ -62,10 +62,10 @@ class EditTriples:
                 self.skipped.append((f"{before} to {after}: {instruction}", "a malformed file name"))
             elif missing := [path for path in (before, after) if not os.path.isfile(self.folder / path)]:
                 self.skipped.append((missing[0], "a missing file"))
-            elif not is_text(instruction) or not instruction.strip():
+            elif not is_text(instruction) or not instruction.strip(BLANK):
                 self.skipped.append((f"{before} to {after}", "no instruction"))
             else:
-                self._triples.append((before, instruction.strip(), after))
+                self._triples.append((before, instruction.strip(BLANK), after))
         require_samples(self.folder, self._triples, self.skipped)
         self.pictures = len({(before, after) for before, _, after in self._triples})
 
@@ -126,9 +126,7 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> "EditTriples 
         sessions = named_entries(read_annotations(file, "a JSON file of sessions"), file)
         turns = [turn for session in sessions for turn in list_records(sessions, file, session)]
     else:
-        from datasets import load_dataset  # of the extra `data`
-
-        return HubTable(load_dataset(str(root), split=split), "source_img", "instruction", "target_img")
+        return HubTable.load(root, split, image="source_img", instruction="instruction", edited="target_img")
 
     def path(file: Any) -> str | None:
         return f"{file.split('-')[0]}/{file}" if isinstance(file, str) and file else None
@@ -274,10 +272,10 @@ class InstructPix2Pix:
             instruction = json.loads(prompt)["edit"]
         except Exception as error:  # whatever a cut or changed zip file and a broken JSON may raise
             raise UnreadableSample(name, f"{type(error).__name__}: {error}") from error
-        if not is_text(instruction) or not instruction.strip():
+        if not is_text(instruction) or not instruction.strip(BLANK):
             raise UnreadableSample(name, "no instruction")
         edited = read_image(io.BytesIO(after), name)
-        return read_image(io.BytesIO(before), name), Edit(instruction.strip(), edited)
+        return read_image(io.BytesIO(before), name), Edit(instruction.strip(BLANK), edited)
 
     def name(self, index: int) -> str:
         return f"{self.shards[self._pairs[index]['shard']].name}/{self._names[index].decode(errors='replace')}"
