@@ -306,7 +306,7 @@ def read_seeds(file: Path, split: str) -> np.ndarray:
     names, counts = read_annotations(file, "a JSON list of prompts and seeds", parse)
     ends = np.cumsum(counts)
     chosen = part_of(range(len(counts) - 1), split)
-    return names[ends[chosen.start] : ends[chosen.stop]]
+    return names[ends[chosen[0]] : ends[chosen[-1] + 1]] if chosen else names[:0]
 
 
 def json_entries(text: str) -> Iterator[Any]:

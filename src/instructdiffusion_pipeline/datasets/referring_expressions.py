@@ -155,7 +155,7 @@ def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
 def run_lengths(outline: dict[str, Any], width: int, height: int) -> list[int]:
     """How many pixels are unset, set, unset ... column by column, from run lengths that are compressed or not."""
     counts = outline.get("counts")
-    runs = decompress(counts) if isinstance(counts, str) else counts
+    runs: Any = decompress(counts) if isinstance(counts, str) else counts
     if not is_list_of(is_id)(runs) or min(runs, default=-1) < 0:
         raise ValueError("malformed run lengths")
     if outline.get("size") != [height, width] or sum(runs) != width * height:

@@ -25,15 +25,13 @@ def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
     """The name and the place of each file of a zip file. Raises `zipfile.BadZipFile` where it is broken."""
     try:
         directory = read_central_directory(path)
-        start = 0
-        while start < len(directory):
-            mark, size, full_size, name_length, extra_length, comment_length, offset = ENTRY.unpack_from(
-                directory, start
-            )
+        start, end, unpack = 0, len(directory), ENTRY.unpack_from
+        while start < end:
+            mark, size, full_size, name_length, extra_length, comment_length, offset = unpack(directory, start)
             if mark != b"PK\x01\x02":
                 raise zipfile.BadZipFile("its list of files is damaged")
             name_end = start + ENTRY.size + name_length
-            if IN_EXTRA_FIELD in (size, full_size, offset):
+            if size == IN_EXTRA_FIELD or full_size == IN_EXTRA_FIELD or offset == IN_EXTRA_FIELD:
                 extra = directory[name_end : name_end + extra_length]
                 _, size, offset = sizes_of_64_bits(extra, full_size, size, offset)
             yield directory[start + ENTRY.size : name_end], (offset, size)
