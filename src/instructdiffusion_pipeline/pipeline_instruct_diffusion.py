@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -184,7 +184,8 @@ def working_size(
 
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended."""
-    picture = ImageOps.exif_transpose(picture)
+    with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         # Pillow opens 16-bit files in modes that start with I, and `convert` would clip values above 255 to white.
         levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535

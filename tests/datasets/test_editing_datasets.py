@@ -1,12 +1,18 @@
 import io
 import json
 import pickle
+import random
+import struct
+import subprocess
+import sys
 import zipfile
 
 import datasets as hub
 import pytest
 import tiny
 from folders import same, save_image, write_broken, write_json
+from hypothesis import given
+from hypothesis import strategies as st
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.editing import (
@@ -14,9 +20,11 @@ from instructdiffusion_pipeline.datasets.editing import (
     InstructPix2Pix,
     gier,
     gqa_inpaint,
+    json_entries,
     magicbrush,
     part_of,
 )
+from instructdiffusion_pipeline.datasets.zip_files import list_files, read_file
 
 BEFORE, AFTER = tiny.picture(40, 30, seed=1), tiny.picture(40, 30, seed=2)
 
@@ -50,6 +58,31 @@ def test_gier(tmp_path):
     assert train.name(1) == "a_0.jpg to b_0.jpg: less light"
 
 
+def test_gier_has_no_picture_on_both_sides(tmp_path):
+    write_json(tmp_path / "GIER.json", [gier_item(n % 20, output=f"b_{n}.jpg") for n in range(60)])
+    for number in range(60):
+        save_image(tmp_path / "images" / f"a_{number % 20}.jpg", BEFORE)
+        save_image(tmp_path / "images" / f"b_{number}.jpg", AFTER)
+    parts = {split: gier(tmp_path, split) for split in ("train", "val", "test")}
+    inputs = {split: {data.name(i).split()[0] for i in range(len(data))} for split, data in parts.items()}
+    assert {split: len(names) for split, names in inputs.items()} == {"train": 18, "val": 1, "test": 1}
+    assert len(set.union(*inputs.values())) == 20 and sum(data.pictures for data in parts.values()) == 60
+
+
+@pytest.mark.parametrize("folder", ["", "splits"])
+def test_gier_is_parted_as_published(folder, tmp_path):
+    items = [gier_item(n) | {"detailed_request": float("nan")} for n in range(10)]
+    write_json(tmp_path / "GIER.json", items)
+    for number in range(10):
+        save_image(tmp_path / "images" / f"a_{number}.jpg", BEFORE)
+        save_image(tmp_path / "images" / f"b_{number}.jpg", AFTER)
+    for split, chosen in (("train", items[2:]), ("val", items[1:2]), ("test", items[:1])):
+        write_json(tmp_path / folder / f"{split}_sess_3.json", chosen)
+    found = {split: gier(tmp_path, split) for split in ("train", "val", "test")}
+    assert {split: data.pictures for split, data in found.items()} == {"train": 8, "val": 1, "test": 1}
+    assert found["val"].name(0).startswith("a_1.jpg")
+
+
 def test_what_triples_lack_is_named(tmp_path):
     items = [gier_item(0), gier_item(1), gier_item(2, expert_summary=[], amateur_summary=[])] + [gier_item(3)] * 7
     items[3:5] = [gier_item(0, expert_summary=None, amateur_summary=["dim"]), gier_item(2, expert_summary=[None])]
@@ -68,7 +101,7 @@ def test_what_triples_lack_is_named(tmp_path):
     assert [dataset.name(index).split(": ")[1] for index in (0, 1, 2, 3)] == ["darker", "less light", "dim", "darker"]
     with pytest.raises(UnreadableSample, match="b_0.jpg"):
         dataset[0]
-    with pytest.raises(ValueError, match="images: no sample is left to use; skipped 2 with a missing file"):
+    with pytest.raises(ValueError, match="images: no sample is left to use; skipped 6 with a missing file"):
         gier(tmp_path, "test")
 
 
@@ -116,23 +149,69 @@ def test_magicbrush(name, tmp_path):
     assert dataset.skipped == [silent, ("None to 7/7-output1.png: add a dog", "no file name"), silent]
 
 
-def test_gqa_inpaint(tmp_path):
-    objects = {
-        "1": {"name": "dog", "relations": [], "bidirected": True},
-        "2": {"name": "cat", "relations": [{"name": "near", "object": "3"}], "bidirected": True},
-        "3": {"name": "cat", "relations": [{"name": "to the left of", "object": "1"}], "bidirected": True},
-        "4": {"name": "tree", "relations": [], "bidirected": False},
+def write_scenes(root, scenes, split="train"):
+    """Scenes of GQA; objects as (id, name, position)."""
+    content = {
+        picture: {
+            "objects": {id: {"name": name, "relations": [{"name": "near", "object": "1"}]} for id, name, _ in items},
+            "image_relative_positions": {id: position for id, _, position in items},
+        }
+        for picture, items in scenes.items()
     }
-    write_json(tmp_path / "train_scenes.json", {"55": {"objects": objects}})
-    write_json(tmp_path / "test_scenes.json", {"55": {"objects": objects}})
-    write_json(tmp_path / "test_instructions.json", {"i55-o2": "remove the cat at the left"})
-    save_image(tmp_path / "images" / "55.jpg", BEFORE)
-    for id in "123":
-        save_image(tmp_path / "images_inpainted" / "55" / f"{id}.jpg", AFTER)
-    train, test = gqa_inpaint(tmp_path), gqa_inpaint(tmp_path, "test")
-    assert is_triple(train[0], "remove the dog") and is_triple(train[1], "remove the cat to the left of the dog")
-    assert train.skipped == [("images/55.jpg to images_inpainted/55/2.jpg", "no instruction")]
-    assert len(test) == 1 and is_triple(test[0], "remove the cat at the left")
+    for picture, items in scenes.items():
+        save_image(root / "images" / f"{picture}.jpg", BEFORE)
+        for id, _, _ in items:
+            save_image(root / "images_inpainted" / picture / f"{id}.jpg", AFTER)
+    return write_json(root / f"{split}_scenes.json", content)
+
+
+def test_gqa_inpaint_words_no_object_that_others_could_be(tmp_path):
+    left, center, right = ("to the left", "to the center", "to the right")
+    scenes = {
+        "10": [("1", "car", left), ("2", "man", left), ("3", "man", center), ("4", "man", right)],
+        "11": [
+            ("5", "cat", left),
+            ("6", "cat", right),
+            ("7", "dog", center),
+            ("8", "dog", center),
+            ("9", "cow", left),
+        ],
+    }
+    write_scenes(tmp_path, scenes)
+    data = gqa_inpaint(tmp_path)
+    said = {data.name(index).split("/")[-1] for index in range(len(data))}
+    assert said == {
+        "1.jpg: remove the car",
+        "5.jpg: remove the cat at the left",
+        "6.jpg: remove the cat at the right",
+        "9.jpg: remove the cow",
+    }
+    assert is_triple(data[0], "remove the car")
+    assert len(data.skipped) == 5 and {why for _, why in data.skipped} == {"no instruction"}
+    with pytest.raises(ValueError, match="`split` must be one of train, test; got 'val'"):
+        gqa_inpaint(tmp_path, "val")
+
+
+def test_gqa_inpaint_has_fixed_words_for_the_test(tmp_path):
+    scenes = {"10": [("1", "man", "to the left"), ("2", "man", "to the left"), ("3", "man", "to the left")]}
+    write_scenes(tmp_path, scenes, "test")
+    write_json(tmp_path / "test_instructions.json", {"i10-o2": "remove the man at the left"})
+    data = gqa_inpaint(tmp_path, "test")
+    assert len(data) == 1 and is_triple(data[0], "remove the man at the left")
+
+
+def test_a_malformed_scene_is_skipped(tmp_path):
+    file = write_scenes(tmp_path, {"10": [("1", "car", "to the left")]})
+    malformed = {
+        "11": None,
+        "12": [],
+        "13": {"objects": []},
+        "14": {"objects": {"1": {}}},
+        "15": {"objects": {"1": 5}},
+    }
+    write_json(file, json.loads(file.read_text()) | malformed)
+    data = gqa_inpaint(tmp_path)
+    assert data.skipped == [(f"picture {number}", "a malformed scene") for number in malformed] and len(data) == 1
 
 
 def png(picture):
@@ -190,6 +269,163 @@ def test_what_shards_lack_is_named(tmp_path):
     (tmp_path / "shard-00.zip").unlink()
     with pytest.raises(ValueError, match="no sample is left to use; skipped 1 with a broken zip file"):
         InstructPix2Pix(tmp_path)
+
+
+def test_instructpix2pix_comes_in_the_published_order(tmp_path):
+    files = [entry for n in (3, 1, 2) for entry in (prompt(f"00{n}"), *pair(f"00{n}", 30 + n), *pair(f"00{n}", n))]
+    write_shard(tmp_path / "shard-00.zip", *files, ("005/7_0.jpg", png(BEFORE)), prompt("005"))
+    seeds = [["002", ["2", "32"]], ["004", ["8", "9"]], ["001", ["1"]], ["003", ["3"]], ["005", ["7"]], ["000", ["1"]]]
+    write_json(tmp_path / "seeds.json", seeds)
+    train = InstructPix2Pix(tmp_path)
+    names = [train.name(index) for index in range(len(train))]
+    assert names == [f"shard-00.zip/00{name}_0.jpg" for name in ("2/2", "2/32", "1/1", "3/3")]
+    assert all(is_triple(train[index], "make it winter") for index in range(4))
+    assert train.skipped == [(f"{name}_0.jpg", "a missing file") for name in ("004/8", "004/9", "005/7")]
+    with pytest.raises(ValueError, match="no sample is left to use; skipped 1 with a missing file"):
+        InstructPix2Pix(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "content", [[[]], [["000"]], [["000", "1"]], [["000", [1]]], [[0, ["1"]]], [["\ud800", []]], [5]]
+)
+def test_seeds_of_another_shape_are_named(content, tmp_path):
+    write_shard(tmp_path / "shard-00.zip", prompt("000"), *pair("000", 1))
+    write_json(tmp_path / "seeds.json", content)
+    with pytest.raises(ValueError, match=r"seeds.json must be a JSON list .*which is not \[folder, \[seed, ...\]\]"):
+        InstructPix2Pix(tmp_path)
+
+
+@given(
+    entries=st.lists(st.recursive(st.none() | st.text() | st.integers(), st.lists)), indent=st.sampled_from([None, 1])
+)
+def test_entries_of_a_json_list_come_one_by_one(entries, indent):
+    assert list(json_entries(f" {json.dumps(entries, indent=indent)}\n")) == entries
+
+
+@pytest.mark.parametrize("text", ["", "{}", "5", "[", "[1", "[1,", "[1 2]", "[1,]", "[,1]", '["a]'])
+def test_what_is_no_json_list_is_refused(text):
+    with pytest.raises(ValueError):
+        list(json_entries(text))
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+@pytest.mark.parametrize("comment", [b"", b"a comment"])
+def test_files_in_a_zip_file_lie_where_zipfile_finds_them(limit, comment, tmp_path, monkeypatch):
+    if limit:  # the structures of zip files beyond 4 GB, in a small one
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = comment
+        for number in range(5):
+            method = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            archive.writestr(f"{number}/prompt.json", b"winter " * 40 * number, method)
+    with zipfile.ZipFile(path) as archive:
+        expected = {
+            entry.filename.encode(): (entry.header_offset, entry.compress_size) for entry in archive.infolist()
+        }
+        contents = {entry.filename.encode(): archive.read(entry) for entry in archive.infolist()}
+    found = dict(list_files(path))
+    assert found == expected
+    assert {name: read_file(path, place) for name, place in found.items()} == contents
+
+
+def test_a_zip_file_that_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    write_shard(path, prompt("0"), *pair("0", 1))
+    content, rng = path.read_bytes(), random.Random(0)
+    expected = dict(list_files(path))
+    for _ in range(500):
+        damaged = bytearray(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        for _ in range(rng.randint(0, 4)):
+            damaged[rng.randrange(max(0, len(damaged) - 300), len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for place in dict(list_files(path)).values():
+                read_file(path, place)
+        except (zipfile.BadZipFile, OverflowError):
+            continue
+    path.write_bytes(content)
+    assert dict(list_files(path)) == expected
+
+
+def test_a_bomb_in_a_zip_file_is_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    write_shard(path, ("0/prompt.json", bytes(2**26 + 1)), method=zipfile.ZIP_DEFLATED)
+    with pytest.raises(zipfile.BadZipFile, match="a file of more than 67108864 bytes"):
+        read_file(path, dict(list_files(path))[b"0/prompt.json"])
+
+
+@pytest.mark.slow
+def test_a_million_pairs_take_little(tmp_path):
+    """The lists of files of 30 shards as published: 10,400 folders each, of a prompt, metadata and three pairs."""
+    write_large_shards(tmp_path, shards=30, folders=10_400, pairs=3)
+    script = (
+        "import re, sys, time\n"
+        "from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix\n"
+        "status = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew
+        "before, start = status('VmRSS'), time.process_time()\n"
+        "data = InstructPix2Pix(sys.argv[1])\n"
+        "print(len(data), time.process_time() - start, status('VmHWM') - before)\n"
+    )
+    for published in (False, True):
+        if published:
+            seeds = [[f"{n:07}", [f"{4_000_000_000 + n + k}" for k in range(3)]] for n in range(312_000)]
+            write_json(tmp_path / "seeds.json", seeds)
+        run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+        pairs, seconds, megabytes = map(float, run.stdout.split())
+        print(f"{pairs:.0f} pairs, seeds.json: {published}, {seconds:.1f} s, {megabytes:.0f} MB")
+        assert pairs == 842_400 and seconds < 10 and megabytes < 250
+
+
+def write_large_shards(root, shards, folders, pairs):
+    """Zip files that hold nothing but their lists of files."""
+    for shard in range(shards):
+        entries = []
+        for n in range(shard * folders, (shard + 1) * folders):
+            seeds = [4_000_000_000 + n + k for k in range(pairs)]
+            files = ["prompt.json", "metadata.jsonl", *(f"{seed}_{side}.jpg" for seed in seeds for side in (0, 1))]
+            for file in files:
+                name = f"{n:07}/{file}".encode()
+                sizes = struct.pack("<LLHHH8xL", 9, 9, len(name), 0, 0, len(entries))
+                entries.append(b"PK\x01\x02" + bytes(16) + sizes + name)
+        directory = b"".join(entries)
+        end = b"PK\x05\x06" + struct.pack("<8xLLH", len(directory), 0, 0)
+        (root / f"shard-{shard:02}.zip").write_bytes(directory + end)
+
+
+def magicbrush_table(root, split="train", rows=2):
+    columns = {
+        "img_id": [str(n) for n in range(rows)],
+        "turn_index": [1] * rows,
+        "source_img": [{"bytes": png(BEFORE)}] * rows,
+        "mask_img": [{"bytes": png(BEFORE)}] * rows,
+        "instruction": ["make it winter"] * rows,
+        "target_img": [{"bytes": png(AFTER)}] * rows,
+    }
+    image = hub.Image()
+    features = hub.Features(
+        {name: image if name.endswith("_img") else hub.Value("string") for name in columns}
+        | {"turn_index": hub.Value("int32")}
+    )
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    table = hub.Dataset.from_dict(columns, features=features)
+    table.to_parquet(root / "data" / f"{split}-00000-of-00001-0123456789abcdef.parquet")
+
+
+def test_magicbrush_as_published_is_a_table_for_training_and_a_folder_for_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "MagicBrush"
+    magicbrush_table(root, "train", 3)
+    magicbrush_table(root, "dev", 2)
+    turn = {"input": "7-input.png", "mask": "7-mask1.png", "output": "7-output1.png", "instruction": "make it winter"}
+    write_json(root / "test" / "edit_turns.json", [turn])
+    save_image(root / "test" / "images" / "7" / "7-input.png", BEFORE)
+    save_image(root / "test" / "images" / "7" / "7-output1.png", AFTER)
+    for split, length in (("train", 3), ("dev", 2), ("test", 1)):
+        data = magicbrush(root, split)
+        assert len(data) == length and is_triple(data[0], "make it winter"), split
 
 
 def test_an_image_folder_of_datasets(tmp_path):

@@ -11,7 +11,12 @@ LAYOUTS = [
     (reds, "train/train_blur/000/00000001.png", "train/train_sharp/000/00000001.png"),
     (reds, "train/blur/000/00000001.png", "train/sharp/000/00000001.png"),
     (sidd, "Data/0001_001_S6/0001_NOISY_SRGB_010.PNG", "Data/0001_001_S6/0001_GT_SRGB_010.PNG"),
+    (reds, "train/train_blur_jpeg/000/00000001.jpg", "train/train_sharp/000/00000001.png"),
+    (reds, "train/blur/000-00000001.jpg", "train/sharp/000-00000001.png"),
     (sidd, "train/input/1.png", "train/gt/1.png"),
+    (sidd, "train/input/0001_NOISY_SRGB_010.PNG", "train/gt/0001_GT_SRGB_010.PNG"),
+    (sidd, "train/input_crops/0001_NOISY_SRGB_010_s001.PNG", "train/gt_crops/0001_GT_SRGB_010_s001.PNG"),
+    (sidd, "train/input_crops/0001_s001.PNG", "train/gt_crops/0001_s001.PNG"),
     (clwd, "train/Watermarked_image/1.jpg", "train/Watermark_free_image/1.jpg"),
 ]
 
@@ -25,6 +30,16 @@ def test_pairs(read, degraded, clean, tmp_path):
     image, target = dataset[0]
     assert len(dataset) == 1 and degraded.endswith(dataset.name(0)) and not dataset.skipped
     assert same(image, tiny.picture(40, 30, seed=1)) and same(target, tiny.picture(40, 30, seed=2))
+
+
+def test_a_picture_is_paired_by_its_name_whatever_else_lies_there(tmp_path):
+    for number in (1, 2, 4):
+        save_image(tmp_path / "val" / "input" / f"000{number}_NOISY_SRGB_010.PNG", tiny.picture(40, 30, seed=number))
+    for number in (2, 3, 4):
+        save_image(tmp_path / "val" / "gt" / f"000{number}_GT_SRGB_010.PNG", tiny.picture(40, 30, seed=number))
+    dataset = sidd(tmp_path, "val")
+    assert len(dataset) == 2 and all(same(*dataset[index]) for index in range(2))
+    assert dataset.skipped == [("input/0001_NOISY_SRGB_010.PNG", "no clean picture")]
 
 
 def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import tiny
 from folders import reasons, same, save_image, write_broken, write_json
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, readable_name
-from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
+from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions, encode_outline
 
 LABELS = """0: unlabeled
 1: person
@@ -90,6 +92,25 @@ def test_what_coco_stuff_lacks_is_named(tmp_path):
         CocoStuff(tmp_path, "val2017")
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_labels_that_hold_the_numbers_themselves_are_recognised(offset, tmp_path):
+    """Number 67 is a dining table and 66 a mirror, which nobody drew; 157 the sky, 18 a dog."""
+    unlabeled = {0: 0, 1: 255}[offset]
+    for name in "123":
+        write_stuff(tmp_path, name, values=((18 - offset, 157 - offset), (67 - offset, unlabeled)))
+    write_stuff(tmp_path, "4", values=((18 - offset, 157 - offset), (157 - offset, unlabeled)))
+    write_stuff(tmp_path, "5", values=((18 - offset, 157 - offset), (200, unlabeled)))
+    write_broken(tmp_path / "annotations" / "train2017" / "3.png")
+    dataset = CocoStuff(tmp_path)
+    assert dataset.offset == offset
+    for index in (0, 1, 3):
+        _, masks = dataset[index]
+        assert masks["dog"][0, 0] and masks["sky"][0, -1] and not any(mask[-1, -1] for mask in masks.values())
+        assert masks["sky"][-1, 0] == (index == 3)
+    with pytest.raises(UnreadableSample, match="5.png: holds values that stand for no class, such as 200"):
+        dataset[4]
+
+
 def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
     write_stuff(tmp_path)
     path = tmp_path / "annotations" / "train2017" / "1.png"
@@ -115,6 +136,9 @@ def test_class_names_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "labels.txt").write_text("person: 1\n")
     with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError.*person'):
         CocoStuff(tmp_path)
+    (tmp_path / "labels.txt").write_text("0: unlabeled\n")
+    with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError'):
+        CocoStuff(tmp_path)
     (tmp_path / "labels.txt").unlink()
     with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got FileNotFoundError'):
         CocoStuff(tmp_path)
@@ -137,6 +161,7 @@ def write_references(root, references, name="refs(unc).p", images=True):
         "images": [{"id": id, "file_name": f"{id}.jpg", "width": 40, "height": 30} for id in (5, 6, 7)],
         "annotations": [{"id": id, "image_id": 5, "segmentation": item} for id, item in enumerate(outlines, 1)],
     }
+    instances["annotations"].append({"id": 6, "image_id": 7, "segmentation": [SQUARE]})
     write_json(root / "instances.json", instances)
     save_image(root / "images" / "5.jpg", tiny.picture(40, 30))
     write_broken(root / "images" / "7.jpg")
@@ -182,7 +207,7 @@ def test_grefcoco_names_several_objects_or_none(tmp_path):
 
 def test_what_references_lack_is_named(tmp_path):
     items = [
-        reference(1, 1, "cat", image_id=7),
+        reference(1, 6, "cat", image_id=7),
         reference(2, 1, "cat", image_id=6),
         reference(3, 1, "cat", image_id=8),
         reference(4, 5, "an empty outline"),
@@ -190,15 +215,17 @@ def test_what_references_lack_is_named(tmp_path):
         reference(6, 1, " "),
         reference(7, None, "cat"),
         {key: value for key, value in reference(8, 1, "cat").items() if key != "sentences"},
+        reference(9, 6, "cat"),
     ]
     dataset = ReferringExpressions(*write_references(tmp_path, items))
     assert ("reference 2", "a missing file") in dataset.skipped
     assert reasons(dataset) == [
         "a missing file",
         "a picture that instances.json lacks",
+        "an object of another picture",
+        "an object that instances.json lacks",
         "no 'ann_id'",
         "no 'sentences'",
-        "no outline",
         "no outline",
         "no sentence",
     ]
@@ -243,6 +270,69 @@ def test_an_outline_without_a_size_of_its_picture_is_skipped(tmp_path):
     write_json(tmp_path / "instances.json", instances)
     with pytest.raises(ValueError, match="skipped 1 with no 'height'"):
         ReferringExpressions(path, images)
+
+
+OUTLINES = {
+    "no outline": [[], [[]], [[1, 2, 3, 4]]],
+    "a malformed outline": [
+        None, "[[1, 2]]", 7, SQUARE, [SQUARE, None], [SQUARE, 5], [[*SQUARE, 3]], [[*SQUARE[:-1], None]],
+        [[*SQUARE[:-1], float("nan")]], [[*SQUARE[:-1], float("inf")]], [[*SQUARE[:-1], 1e8]], [[*SQUARE[:-1], "5"]],
+        [[*SQUARE[:-1], [5]]], [[*SQUARE[:-1], True]], [{"x": 1}], [[*SQUARE[:-1], 10**400]],
+    ],
+    "an outline far outside its picture": [[[-50, 5, 20, 5, 20, 15]], [[10, 5, 20, 61, 20, 15]]],
+    "an outline that covers no pixel": [[[3.2, 3.2, 3.3, 3.2, 3.3, 3.3]], {"size": [30, 40], "counts": [1200]}],
+    "malformed run lengths": [
+        {}, {"size": [30, 40]}, {"counts": None, "size": [30, 40]}, {"size": [30, 40], "counts": []},
+        {"size": [30, 40], "counts": [1300, -100]}, {"size": [30, 40], "counts": [600.0, 600]},
+        {"size": [30, 40], "counts": ["600", 600]}, {"size": [30, 40], "counts": "\u3042"},
+        {"size": [30, 40], "counts": "P"}, {"size": [30, 40], "counts": "o" * 40}, {"size": [30, 40], "counts": ""},
+        {"size": [30, 40], "counts": " "},
+    ],
+    "run lengths of another size than their picture": [
+        {"counts": [600, 600]}, {"counts": [600, 600], "size": [40, 30]}, {"counts": [600, 600], "size": "30, 40"},
+        {"counts": [600, 5], "size": [30, 40]}, {"counts": [600, 601], "size": [30, 40]},
+        {"counts": [0, 2**40], "size": [30, 40]}, {"counts": "0", "size": [30, 40]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why, outline", [(why, outline) for why, some in OUTLINES.items() for outline in some])
+def test_a_malformed_outline_is_skipped_when_the_data_set_is_opened(why, outline, tmp_path):
+    path, images = write_references(tmp_path, [reference(1, 7, "cat"), reference(2, 1, "cat")])
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    instances["annotations"].append({"id": 7, "image_id": 5, "segmentation": outline})
+    write_json(tmp_path / "instances.json", instances)
+    dataset = ReferringExpressions(path, images)
+    assert dataset.skipped == [("reference 1", why)] and len(dataset) == 1
+
+
+@given(width=st.integers(1, 40), height=st.integers(1, 30), seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_run_lengths_are_read_as_pycocotools_writes_them(width, height, seed, share):
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    mask[0, 0] = True
+    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    changes = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False))
+    plain = np.diff(changes, prepend=0, append=mask.size).tolist()
+    for counts in (compressed["counts"].decode(), plain):
+        encoded = encode_outline({"size": [height, width], "counts": counts}, width, height)
+        assert (coco_mask.decode(encoded) == mask).all()
+
+
+@pytest.mark.parametrize(
+    "sentences", ["cat", ["cat"], [{}], [{"sent": None}], [{"sent": 5}], [{"sent": "\ud800"}], {"sent": "cat"}, [None]]
+)
+def test_sentences_without_text_are_skipped(sentences, tmp_path):
+    items = [reference(1, 1, "cat") | {"sentences": sentences}, reference(2, 1, "cat")]
+    dataset = ReferringExpressions(*write_references(tmp_path, items, "grefs(unc).json"))
+    assert dataset.skipped == [("reference 1", "a malformed 'sentences'")] and len(dataset) == 1
+
+
+def test_the_test_split_of_refcoco_has_two_parts(tmp_path):
+    splits = ["train", "val", "testA", "testB", "test"]
+    items = [reference(number, 1, "cat", split=split) for number, split in enumerate(splits)]
+    path, images = write_references(tmp_path, items)
+    sizes = {split: len(ReferringExpressions(path, images, split)) for split in splits}
+    assert sizes == {"train": 1, "val": 1, "testA": 1, "testB": 1, "test": 3}
 
 
 class Malicious:

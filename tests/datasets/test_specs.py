@@ -3,6 +3,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def write_all(root):
     (root / "coco_2014" / "images" / "5.jpg").rename(root / "coco_2014" / "images" / "train2014" / "5.jpg")
     for side in ("NOISY", "GT"):
         save_image(root / "SIDD" / "Data" / "0001" / f"0001_{side}_SRGB_010.PNG", tiny.picture(300, 280))
-    items = [{"input": "a.jpg", "output": "b.jpg", "expert_summary": ["dim", "dark"], "amateur_summary": []}] * 2
+    summaries = {"expert_summary": ["dim", "dark"], "amateur_summary": []}
+    items = [{"input": "a.jpg", "output": "b.jpg"} | summaries, {"input": "b.jpg", "output": "a.jpg"} | summaries]
     write_json(root / "GIER_editing_data" / "GIER.json", items)
     for name in "ab":
         save_image(root / "GIER_editing_data" / "images" / f"{name}.jpg")
@@ -119,6 +121,7 @@ def test_folders_of_one_data_set_have_names_of_their_own(tmp_path, monkeypatch):
     ]
     assert names("table=cats", "table=old/cats", "table=gopro") == ["table:cats", "table:old/cats", "table:gopro"]
     assert names("table=owner/cats", "table=someone/dogs") == ["table:cats", "table:dogs"], "Hub ids"
+    assert parse_entries(["magicbrush=osunlp/MagicBrush"])[0].folder == Path("osunlp/MagicBrush")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_entries(["table=~/cats"])[0].folder == tmp_path / "cats"
 

@@ -1,11 +1,19 @@
 """What all tasks have in common."""
 
 import copy
+import io
 import pickle
+import random
 
+import numpy as np
 import pytest
+import tiny
+from PIL import Image, ImageOps
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
+from instructdiffusion_pipeline.tasks.adaptation import Adaptation
+from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, most_visible_first
+from instructdiffusion_pipeline.types import Edit, Joint
 
 MAKERS = [
     lambda: Segmentation({"cat": "blue", "dogs": "red"}),
@@ -44,3 +52,34 @@ def test_the_colors_of_a_task_stay(make):
     ):
         with pytest.raises(TypeError, match="make a new task"):
             change()
+
+
+def with_orientation(orientation):
+    """A picture of 48 x 32 stored pixels with an EXIF orientation, and the same turned by hand."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    tiny.picture(48, 32).save(file, "PNG", exif=exif)
+    stored = Image.open(file)
+    upright = ImageOps.exif_transpose(stored).convert("RGB")
+    upright.info.clear()
+    return stored, upright
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_asked_about_and_drawn_on_as_its_exif_orientation_shows_it(orientation):
+    stored, upright = with_orientation(orientation)
+    mask = np.zeros((upright.height, upright.width), bool)
+    mask[2:9, 2:17] = True
+    place = Joint(upright.width - 4.0, upright.height - 3.0)
+    clean = Image.new("RGB", upright.size)
+    for make, annotation in [
+        (Keypoints.from_annotation, {"nose": place, "left eye": Joint(5, 6)}),
+        (Segmentation.from_annotation, {"cat": mask}),
+        (Adaptation.from_annotation, "a cat"),
+        (Editing.from_annotation, Edit("make it winter", clean)),
+    ]:
+        tasks = [make(image, annotation, random.Random(0)) for image in (stored, upright)]
+        assert tasks[0] == tasks[1]
+        drawn = [tasks[0].draw(image, annotation) for image in (stored, upright)]
+        assert drawn[0].size == upright.size and (np.asarray(drawn[0]) == np.asarray(drawn[1])).all()
+    assert most_visible_first(stored, KEYPOINT_COLORS) == most_visible_first(upright, KEYPOINT_COLORS)

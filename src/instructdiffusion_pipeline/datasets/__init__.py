@@ -5,11 +5,13 @@ all data sets that can be trained on and evaluated on.
 """
 
 import json
+import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
+from contextlib import suppress
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Protocol, TypeVar
 
 from PIL import ExifTags, Image
@@ -18,6 +20,8 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
 
 A_co = TypeVar("A_co", covariant=True)
 Skipped = list[tuple[str, str]]
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a side
 
 
 class UnreadableSample(Exception):
@@ -64,8 +68,10 @@ def read_image(
     try:
         with Image.open(source) as picture:
             if not turn:
-                picture.getexif().pop(ExifTags.Base.Orientation, None)
+                with suppress(Exception):  # a damaged EXIF block raises nearly anything
+                    picture.getexif().pop(ExifTags.Base.Orientation, None)
             image = upright_rgb(picture)
+            image.info.clear()  # or the orientation that was left out would be applied by what gets the picture
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
     if size and image.size != size:
@@ -77,7 +83,7 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
     """What a text file holds, JSON by default; a ValueError that says what was `expected` where it cannot be read."""
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # JSON may be nested too deep
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 
 
@@ -90,25 +96,69 @@ def list_records(content: Any, file: str | PathLike[str], name: str = "") -> lis
     return found
 
 
-def missing_field(entry: dict[str, Any], *fields: str) -> str:
-    """The first of `fields` that an entry lacks, as a reason to skip it; empty if it has them all."""
-    return next((f"no {field!r}" for field in fields if entry.get(field) is None), "")
+def named_entries(content: Any, file: str | PathLike[str]) -> dict[str, Any]:
+    """The JSON object that a file holds; a ValueError if it holds something else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object of named entries; got {reprlib.repr(content)}.")
+    return content
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value of a file is an integer of 64 bits, as ids are."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_number(value: Any, largest: float = LARGEST_NUMBER) -> bool:
+    """Whether a value of a file is a number from -largest to largest, and not NaN, which JSON may hold."""
+    return type(value) in (int, float) and abs(value) <= largest
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a file can be the width or height of a picture."""
+    return type(value) is int and 0 < value <= LARGEST_NUMBER
+
+
+def is_list_of(check: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """A check for a list, of `length` if that is given, of values that each pass `check`."""
+    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value of a file is text that can be encoded; JSON may hold half a character ("\\ud800")."""
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value of a file is the path of a file in the folder that it starts from."""
+    if not is_text(value) or "\0" in value:
+        return False
+    return not PurePath(value).is_absolute() and ".." not in PurePath(value).parts
+
+
+def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
+    """The first of some fields that an entry lacks or that fails its check, as a reason to skip it; empty if none."""
+    for field, check in checks.items():
+        if entry.get(field) is None:
+            return f"no {field!r}"
+        if not check(entry[field]):
+            return f"a malformed {field!r}"
+    return ""
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
     """The pictures of a COCO JSON by their ids; what has no id or no file name is `skipped`."""
     pictures = {}
     for picture in list_records(content, file, "images"):
-        if why := missing_field(picture, "id", "file_name"):
+        if why := wrong_field(picture, id=is_id, file_name=is_file_name):
             skipped.append((f"image {picture.get('file_name') or picture.get('id')}", why))
         else:
             pictures[picture["id"]] = picture
     return pictures
 
 
-def require_samples(folder: str | PathLike[str], samples: Sequence[Any], skipped: Skipped) -> None:
+def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skipped) -> None:
     """Raise a ValueError that counts `skipped` by reason if a data set has no `samples` left."""
-    if not samples:
+    if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())
         raise ValueError(f"{folder}: no sample is left to use; skipped {counts or 'none, for none was found'}.")

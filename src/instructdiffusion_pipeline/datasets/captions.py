@@ -1,8 +1,9 @@
 """Pictures with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -10,6 +11,8 @@ from instructdiffusion_pipeline.datasets import (
     Skipped,
     coco_pictures,
     files_below,
+    is_id,
+    is_text,
     list_records,
     read_annotations,
     read_image,
@@ -22,14 +25,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class CaptionedPictures:
     """Pictures by their path from `folder`; the annotation is the caption."""
 
-    def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, str]]):
+    def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, Any]]):
         self.folder, self.skipped = Path(folder), Skipped()
         files = files_below(self.folder)
         self._captions: list[tuple[str, str]] = []
         for path, caption in captions:
             if path not in files:
                 self.skipped.append((path, "a missing file"))
-            elif not isinstance(caption, str) or not caption.strip():
+            elif not is_text(caption) or not caption.strip():
                 self.skipped.append((path, "no caption"))
             else:
                 self._captions.append((path, " ".join(caption.split())))
@@ -68,10 +71,12 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
     about = read_annotations(file, "a JSON file of captions")
     folder = root / split if (root / split).is_dir() else root / "images" / split
     pictures = coco_pictures(about, file, skipped := Skipped())
-    captions = (
-        (pictures.get(item.get("image_id"), {}).get("file_name", "?"), item.get("caption") or "")
-        for item in list_records(about, file, "annotations")
-    )
-    data = CaptionedPictures(folder, captions)
+
+    def captions() -> Iterator[tuple[str, Any]]:
+        for item in list_records(about, file, "annotations"):
+            picture = pictures.get(item["image_id"]) if is_id(item.get("image_id")) else None
+            yield picture["file_name"] if picture else f"image {item.get('image_id')}", item.get("caption")
+
+    data = CaptionedPictures(folder, captions())
     data.skipped[:0] = skipped
     return data

@@ -15,7 +15,9 @@ from instructdiffusion_pipeline.datasets import (
 )
 from instructdiffusion_pipeline.types import Masks
 
-UNLABELED = 255
+UNLABELED = {1: 255, 0: 0}  # the value of a pixel, by the offset from values to numbers
+LAST_NUMBER = 182
+PROBED = 100  # label pictures that are looked at when a data set is opened
 # COCO drew these things in no picture (eye glasses, window, mirror ...): a picture may well show what has no mask.
 NEVER_LABELED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 READABLE_NAMES = {
@@ -37,15 +39,17 @@ def readable_name(label: str) -> str:
 class CocoStuff:
     """COCO-Stuff: images/{split}/*.jpg, annotations/{split}/*.png, labels.txt; splits train2017, val2017.
 
-    A pixel of value v is of the class that labels.txt gives the number v + 1; 255 is unlabeled. The annotation has a
-    mask for each class, those the picture lacks included: these share one mask that is all False. A general class
-    covers its kinds: "wall-other", said as "wall", is every wall, brick walls too.
+    A pixel of value v is of the class that labels.txt gives the number v + 1; 255 is unlabeled. Label pictures that
+    hold the numbers themselves, and 0 where nothing is labelled, are recognised by the numbers that never occur
+    (`offset` is then 0, not 1). The annotation has a mask for each class, those the picture lacks included: these
+    share one mask that is all False. A general class covers its kinds: "wall-other", said as "wall", is every wall,
+    brick walls too.
     """
 
     def __init__(self, root: str | PathLike[str], split: str = "train2017"):
         self.folder, self.skipped = Path(root) / "images" / split, Skipped()
         self.labels = Path(root) / "annotations" / split
-        self._values = read_annotations(Path(root) / "labels.txt", 'lines like "171: wall-brick"', pixel_values)
+        self._numbers = read_annotations(Path(root) / "labels.txt", 'lines like "171: wall-brick"', class_numbers)
         self._stems = []
         for picture in sorted(self.folder.glob("*.jpg")):
             if (self.labels / f"{picture.stem}.png").is_file():
@@ -57,6 +61,19 @@ class CocoStuff:
             (label.name, "a missing file") for label in sorted(self.labels.glob("*.png")) if label.stem not in pictures
         ]
         require_samples(self.folder, self._stems, self.skipped)
+        self.offset = self._find_offset()
+
+    def _find_offset(self) -> int:
+        """What to add to a pixel's value for the number of its class: 1 as published, 0 if more labels fit that."""
+        fits = {1: 0, 0: 0}
+        for stem in self._stems[:: max(1, len(self._stems) // PROBED)]:
+            try:
+                values = set(np.unique(read_label(self.labels / f"{stem}.png")).tolist())
+            except UnreadableSample:
+                continue
+            for offset in fits:
+                fits[offset] += values <= possible_values(offset)
+        return 0 if fits[0] > fits[1] else 1
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -67,12 +84,16 @@ class CocoStuff:
         label = read_label(path)
         if label.shape != (image.height, image.width):
             raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its picture of {image.size}")
-        present = set(np.unique(label).tolist()) - {UNLABELED}
+        values = set(np.unique(label).tolist())
+        if strange := sorted(values - possible_values(self.offset)):
+            raise UnreadableSample(path, f"holds values that stand for no class, such as {strange[0]}")
+        present = {value + self.offset for value in values - {UNLABELED[self.offset]}}
         if not present:
             raise UnreadableSample(path, "no pixel is labelled")
         absent = np.zeros(label.shape, bool)
         return image, {
-            name: np.isin(label, list(values)) if values & present else absent for name, values in self._values.items()
+            name: np.isin(label, [number - self.offset for number in numbers]) if numbers & present else absent
+            for name, numbers in self._numbers.items()
         }
 
     def name(self, index: int) -> str:
@@ -90,15 +111,24 @@ def read_label(path: Path) -> np.ndarray:
         raise UnreadableSample(path, f"{type(error).__name__}: {error}") from error
 
 
-def pixel_values(labels: str) -> dict[str, set[int]]:
-    """The pixel values of each class by its spoken name, from lines "171: wall-brick"."""
+def possible_values(offset: int) -> set[int]:
+    """The values that pixels of label pictures have, if a class has the number value + `offset`."""
+    return {number - offset for number in range(1, LAST_NUMBER + 1) if number not in NEVER_LABELED} | {
+        UNLABELED[offset]
+    }
+
+
+def class_numbers(labels: str) -> dict[str, set[int]]:
+    """The numbers of each class by its spoken name, from lines "171: wall-brick"."""
     numbers: dict[str, int] = {}
     for line in labels.splitlines():
         key, _, label = line.partition(": ")
-        if label and int(key) not in NEVER_LABELED | {0}:
+        if label.strip() and int(key) not in NEVER_LABELED | {0}:
             numbers[label.strip()] = int(key)
-    values = {}
+    if not numbers:
+        raise ValueError("no such line")
+    found = {}
     for label, number in numbers.items():
         family = label.removesuffix("other") if label.endswith("-other") else "\0"
-        values[readable_name(label)] = {number - 1} | {n - 1 for kind, n in numbers.items() if kind.startswith(family)}
-    return values
+        found[readable_name(label)] = {number} | {n for kind, n in numbers.items() if kind.startswith(family)}
+    return found

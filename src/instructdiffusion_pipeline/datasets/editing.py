@@ -2,11 +2,11 @@
 
 import io
 import json
-import struct
+import os
+import re
+import reprlib
 import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,11 +17,16 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     UnreadableSample,
+    is_file_name,
+    is_list_of,
+    is_text,
     list_records,
+    named_entries,
     read_annotations,
     read_image,
     require_samples,
 )
+from instructdiffusion_pipeline.datasets.zip_files import list_files, read_file
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
 from instructdiffusion_pipeline.types import Edit
 
@@ -44,21 +49,23 @@ class EditTriples:
     """Edits that are listed somewhere: paths from `folder` to the picture and the edited picture, and an instruction.
 
     Pictures of a triple may differ in size. `pictures` counts the pairs: a pair may come with several instructions.
-    A triple that lacks one of the three (None) is skipped.
+    A triple that lacks one of the three (None, or of another type) is skipped.
     """
 
-    def __init__(self, folder: str | PathLike[str], triples: Iterable[tuple[str | None, str | None, str | None]]):
+    def __init__(self, folder: str | PathLike[str], triples: Iterable[tuple[Any, Any, Any]]):
         self.folder, self.skipped = Path(folder), Skipped()
         self._triples: list[tuple[str, str, str]] = []
         for before, instruction, after in triples:
             if not before or not after:
                 self.skipped.append((f"{before} to {after}: {instruction}", "no file name"))
-            elif missing := [path for path in (before, after) if not (self.folder / path).is_file()]:
+            elif not is_file_name(before) or not is_file_name(after):
+                self.skipped.append((f"{before} to {after}: {instruction}", "a malformed file name"))
+            elif missing := [path for path in (before, after) if not os.path.isfile(self.folder / path)]:
                 self.skipped.append((missing[0], "a missing file"))
-            elif not instruction or not instruction.strip():
+            elif not is_text(instruction) or not instruction.strip(BLANK):
                 self.skipped.append((f"{before} to {after}", "no instruction"))
             else:
-                self._triples.append((before, instruction.strip(), after))
+                self._triples.append((before, instruction.strip(BLANK), after))
         require_samples(self.folder, self._triples, self.skipped)
         self.pictures = len({(before, after) for before, _, after in self._triples})
 
@@ -75,41 +82,57 @@ class EditTriples:
 
 
 def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
-    """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own."""
-    root = Path(root)
-    items = list_records(read_annotations(root / "GIER.json", "a JSON file of edits"), root / "GIER.json")
+    """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own.
 
-    def path(file: str | None) -> str | None:
-        return file and file.replace("/", "_")
+    The published splits of 80, 10 and 10 % are taken where they lie in the folder: {split}_sess_3.json, also below
+    splits/. Else the input pictures are parted (see `part_of`), so that no picture is on both sides.
+    """
+    root = Path(root)
+    lists = [folder / f"{split}_sess_3.json" for folder in (root, root / "splits")]
+    file = next((file for file in lists if file.is_file()), root / "GIER.json")
+    items = list_records(read_annotations(file, "a JSON file of edits"), file)
+    if file not in lists:
+        pictures = list(dict.fromkeys(item["input"] for item in items if is_text(item.get("input"))))
+        chosen = set(part_of(pictures, split))
+        items = [item for item in items if not is_text(item.get("input")) or item["input"] in chosen]
+
+    def path(file: Any) -> str | None:
+        return file.replace("/", "_") if isinstance(file, str) else None
 
     return EditTriples(
         root / "images",
-        (
-            (path(item.get("input")), text, path(item.get("output")))
-            for item in part_of(items, split)
-            for text in dict.fromkeys(
-                (item.get("expert_summary") or []) + (item.get("amateur_summary") or []) or [None]
-            )
-        ),
+        ((path(item.get("input")), text, path(item.get("output"))) for item in items for text in summaries(item)),
     )
 
 
-def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
-    """MagicBrush: {split}/edit_turns.json (or edit_sessions.json) and {split}/images/; splits train, dev, test."""
-    root = Path(root)
-    turns_file = root / split / "edit_turns.json"
+def summaries(item: dict[str, Any]) -> list[str | None]:
+    """The distinct instructions of an edit of GIER, None for each that is no text; [None] if there are none."""
+    fields = (item.get("expert_summary"), item.get("amateur_summary"))
+    said = [text for texts in fields if isinstance(texts, list) for text in texts]
+    return list(dict.fromkeys(text if is_text(text) else None for text in said)) or [None]
+
+
+def magicbrush(root: str | PathLike[str], split: str = "train") -> "EditTriples | HubTable":
+    """MagicBrush: train and dev from its table, a folder of parquet files or a Hub id; test from its zip file.
+
+    The table's columns are source_img, instruction and target_img. The zip file holds {split}/edit_turns.json (or
+    edit_sessions.json) and {split}/images/. Where `root` has both, that of `split` is read from the zip file's folder.
+    """
+    folder = Path(root) / split
+    turns_file, file = folder / "edit_turns.json", folder / "edit_sessions.json"
     if turns_file.is_file():
         turns = list_records(read_annotations(turns_file, "a JSON file of turns"), turns_file)
+    elif file.is_file():
+        sessions = named_entries(read_annotations(file, "a JSON file of sessions"), file)
+        turns = [turn for session in sessions for turn in list_records(sessions, file, session)]
     else:
-        file = root / split / "edit_sessions.json"
-        sessions = read_annotations(file, "a JSON file of sessions")
-        turns = [turn for session in dict(sessions) for turn in list_records(sessions, file, session)]
+        return HubTable.load(root, split, image="source_img", instruction="instruction", edited="target_img")
 
-    def path(file: str | None) -> str | None:
-        return file and f"{file.split('-')[0]}/{file}"
+    def path(file: Any) -> str | None:
+        return f"{file.split('-')[0]}/{file}" if isinstance(file, str) and file else None
 
     return EditTriples(
-        root / split / "images",
+        folder / "images",
         ((path(turn.get("input")), turn.get("instruction"), path(turn.get("output"))) for turn in turns),
     )
 
@@ -117,40 +140,64 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> EditTriples:
 def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GQA-Inpaint: objects taken out of GQA's images/{picture}.jpg in images_inpainted/{picture}/{object}.jpg.
 
-    The words come from {split}_instructions.json where there is one (test), else from {split}_scenes.json: the name
-    of the object, and its relation to another where there are several of the name. One that this does not tell apart
-    is skipped.
+    Splits: train, test. The words come from {split}_instructions.json where there is one (test), else from
+    {split}_scenes.json: see `removal`.
     """
     root = Path(root)
-    scenes = read_annotations(root / f"{split}_scenes.json", "a JSON file of scenes")
-    fixed_file = root / f"{split}_instructions.json"
-    fixed = read_annotations(fixed_file, "a JSON file of instructions") if fixed_file.is_file() else None
-    return EditTriples(
-        root,
-        (
-            (
-                f"images/{picture}.jpg",
-                fixed.get(f"i{picture}-o{id}", "") if fixed is not None else removal(scene["objects"], id),
-                f"images_inpainted/{picture}/{id}.jpg",
-            )
-            for picture, scene in scenes.items()
-            for id, item in scene["objects"].items()
-            if item.get("bidirected", True)
-        ),
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be one of train, test; got {split!r}.")
+    file, fixed_file = root / f"{split}_scenes.json", root / f"{split}_instructions.json"
+    scenes = named_entries(read_annotations(file, "a JSON file of scenes"), file)
+    fixed = None
+    if fixed_file.is_file():
+        fixed = named_entries(read_annotations(fixed_file, "a JSON file of instructions"), fixed_file)
+    malformed = [picture for picture, scene in scenes.items() if not is_scene(scene)]
+
+    def triples() -> Iterator[tuple[str, Any, str]]:
+        for picture, scene in scenes.items():
+            if picture in malformed:
+                continue
+            for id, item in scene["objects"].items():
+                if item.get("bidirected", True):
+                    words = fixed.get(f"i{picture}-o{id}") if fixed is not None else removal(scene, id)
+                    yield f"images/{picture}.jpg", words, f"images_inpainted/{picture}/{id}.jpg"
+
+    data = EditTriples(root, triples())
+    data.skipped[:0] = [(f"picture {picture}", "a malformed scene") for picture in malformed]
+    return data
+
+
+def is_scene(value: Any) -> bool:
+    """Whether a value of a file is a scene of GQA: objects by their ids, each with a name."""
+    objects = value.get("objects") if isinstance(value, dict) else None
+    return isinstance(objects, dict) and is_list_of(lambda item: isinstance(item, dict) and is_text(item.get("name")))(
+        list(objects.values())
     )
 
 
-def removal(objects: dict[str, Any], id: str) -> str:
-    """Words that ask to remove one object of a GQA scene; none where its name and relations do not tell it apart."""
-    counts = Counter(item["name"] for item in objects.values())
+def removal(scene: dict[str, Any], id: str) -> str | None:
+    """Words that ask to remove one object of a GQA scene; None where they would mean another one as well.
+
+    As in the published loader, the picture may have another object of that name, if the two are in different thirds of
+    it; these are told apart as the one "at the left" (or the center, or the right).
+    """
+    objects, positions = scene["objects"], scene.get("image_relative_positions")
     name = objects[id]["name"]
-    if counts[name] == 1:
+    alike = [other for other, item in objects.items() if item["name"] == name]
+    if len(alike) == 1:
         return f"remove the {name}"
-    for relation in objects[id].get("relations", []):
-        other = objects.get(relation["object"], {}).get("name")
-        if counts[other] == 1:
-            return f"remove the {name} {relation['name']} the {other}"
-    return ""
+    if len(alike) > 2 or not isinstance(positions, dict):
+        return None
+    # "to the left" and the like
+    thirds = {other: positions[other].split()[-1:] for other in alike if is_text(positions.get(other))}
+    if len(thirds) < 2 or thirds[alike[0]] == thirds[alike[1]] or thirds[id] not in (["left"], ["center"], ["right"]):
+        return None
+    return f"remove the {name} at the {thirds[id][0]}"
+
+
+LONGEST_NAME = 200  # bytes, of a file in a shard; a longer one is not InstructPix2Pix's
+# The number of a pair's shard, and where in it prompt, picture and edited picture lie.
+PAIR = np.dtype([("shard", "u2"), ("offsets", "u8", 3), ("sizes", "u4", 3)])
 
 
 class InstructPix2Pix:
@@ -158,64 +205,143 @@ class InstructPix2Pix:
 
     A shard holds folders with a prompt.json (its "edit" is the instruction), metadata.jsonl and pairs {seed}_0.jpg,
     {seed}_1.jpg. The zip files stay packed. Only places in them are held in memory, no open file, so that workers may
-    share the data set. `split`: see `part_of`; it parts prompts, not pairs.
+    share the data set. `split`: see `part_of`; it parts prompts, not pairs. The prompts come in the order of the
+    published seeds.json where that lies beside the zip files, else sorted by name.
     """
 
     def __init__(self, root: str | PathLike[str], split: str = "train"):
         self.skipped = Skipped()
         self.shards = sorted(Path(root).glob("shard-*.zip"))
-        members: dict[str, dict[str, tuple[int, int, int, int]]] = {}
+        seeds_file = Path(root) / "seeds.json"
+        wanted = read_seeds(seeds_file, split) if seeds_file.is_file() else None
+        # Arrays, because there are a million pairs.
+        names, pairs = [np.empty(0, "S1")], [np.empty(0, PAIR)]
+        folders: set[bytes] = set()
+        incomplete: list[bytes] = []
         for number, shard in enumerate(self.shards):
             try:
-                with zipfile.ZipFile(shard) as archive:
-                    for entry in archive.infolist():
-                        folder, _, file = entry.filename.rpartition("/")
-                        if file.endswith((".jpg", "prompt.json")):
-                            place = (number, entry.header_offset, entry.compress_size, entry.compress_type)
-                            members.setdefault(folder, {})[file] = place
+                files = dict(list_files(shard))
             except (OSError, zipfile.BadZipFile) as error:
                 self.skipped.append((shard.name, f"a broken zip file ({error})"))
-        names, places = [], []
-        for folder in part_of(sorted(members), split):
-            files = members[folder]
-            for before in sorted(file for file in files if file.endswith("_0.jpg")):
-                after = before.replace("_0.jpg", "_1.jpg")
-                missing = [file for file in ("prompt.json", after) if file not in files]
-                if missing:
-                    self.skipped.append((f"{folder}/{missing[0]}", "a missing file"))
-                else:
-                    names.append(f"{folder}/{before}")
-                    places.append([files[file] for file in ("prompt.json", before, after)])
-        require_samples(root, names, self.skipped)
-        # Arrays, because there are a million pairs.
-        self._names = np.array(names, dtype=bytes)
-        self._places = np.array(places, dtype=np.int64)
+                continue
+            found: list[bytes] = []
+            places: list[int] = []
+            for name in files:
+                if name.endswith(b"_0.jpg") and len(name) <= LONGEST_NAME:
+                    prompt, after = folder_of(name) + b"prompt.json", name[:-5] + b"1.jpg"
+                    if prompt in files and after in files:
+                        found.append(name)
+                        places += (*files[prompt], *files[name], *files[after])
+                    else:
+                        incomplete.append(after if prompt in files else prompt)
+            if wanted is None:
+                folders.update(folder_of(name) for name in files if name.endswith((b"_0.jpg", b"/prompt.json")))
+            table = np.array(places, np.uint64).reshape(-1, 3, 2)
+            names.append(np.array(found, "S"))
+            pairs.append(np.empty(len(found), PAIR))
+            pairs[-1]["shard"], pairs[-1]["offsets"], pairs[-1]["sizes"] = number, table[..., 0], table[..., 1]
+        all_names = np.concatenate(names)
+        del names
+        order = np.argsort(all_names, kind="stable")
+        if wanted is None:
+            part = part_of(sorted(folders), split)
+            # "/" is the last byte of each folder, so folders and names are sorted alike.
+            edges = np.array([part[0], part[-1] + b"\xff"] if part else [b"", b""])
+            order = order[slice(*np.searchsorted(all_names, edges, sorter=order))]
+            chosen = set(part)
+            missing = [file for file in incomplete if folder_of(file) in chosen]
+        else:
+            order, missing = places_of(wanted, all_names, order)
+        self.skipped += [(name.decode(errors="replace"), "a missing file") for name in missing]
+        require_samples(root, order, self.skipped)
+        self._names, self._pairs = all_names[order], np.empty(len(order), PAIR)
+        start = 0
+        for part_pairs in pairs:
+            here = (start <= order) & (order < start + len(part_pairs))
+            self._pairs[here] = part_pairs[order[here] - start]
+            start += len(part_pairs)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Edit]:
-        name = self.name(index)
+        name, pair = self.name(index), self._pairs[index]
+        places = zip(pair["offsets"].tolist(), pair["sizes"].tolist(), strict=True)
         try:
-            prompt, before, after = (self._member(*place) for place in self._places[index].tolist())
-            instruction = json.loads(prompt)["edit"].strip()
+            prompt, before, after = (read_file(self.shards[pair["shard"]], place) for place in places)
+            instruction = json.loads(prompt)["edit"]
         except Exception as error:  # whatever a cut or changed zip file and a broken JSON may raise
             raise UnreadableSample(name, f"{type(error).__name__}: {error}") from error
-        if not instruction:
+        if not is_text(instruction) or not instruction.strip(BLANK):
             raise UnreadableSample(name, "no instruction")
-        return read_image(io.BytesIO(before), name), Edit(instruction, read_image(io.BytesIO(after), name))
+        edited = read_image(io.BytesIO(after), name)
+        return read_image(io.BytesIO(before), name), Edit(instruction.strip(BLANK), edited)
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self._places[index, 0, 0]].name}/{self._names[index].decode()}"
+        return f"{self.shards[self._pairs[index]['shard']].name}/{self._names[index].decode(errors='replace')}"
 
-    def _member(self, shard: int, offset: int, size: int, method: int) -> bytes:
-        """One file of a shard: it lies behind a header of 30 bytes, its name and an extra field."""
-        with self.shards[shard].open("rb") as file:
-            file.seek(offset)
-            name_length, extra_length = struct.unpack("<26xHH", file.read(30))
-            file.seek(name_length + extra_length, io.SEEK_CUR)
-            data = file.read(size)
-        return zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
+
+def folder_of(name: bytes) -> bytes:
+    """The folder of a file in a zip file, with the slash at its end."""
+    return name[: name.rfind(b"/") + 1]
+
+
+def read_seeds(file: Path, split: str) -> np.ndarray:
+    """The first files of the pairs of a split in the order of seeds.json, which lists [folder, [seed, ...]]."""
+
+    def parse(text: str) -> tuple[np.ndarray, list[int]]:
+        parts, counts = [np.empty(0, "S1")], [0]
+        names: list[bytes] = []
+        for entry in json_entries(text):
+            if not is_prompt(entry):
+                raise ValueError(f"{reprlib.repr(entry)}, which is not [folder, [seed, ...]]")
+            folder, seeds = entry
+            names += [f"{folder}/{seed}_0.jpg".encode() for seed in seeds]
+            counts.append(len(seeds))
+            if len(names) > 50_000:
+                parts.append(np.array(names, "S"))
+                names.clear()
+        return np.concatenate([*parts, np.array(names, "S")]), counts
+
+    names, counts = read_annotations(file, "a JSON list of prompts and seeds", parse)
+    ends = np.cumsum(counts)
+    chosen = part_of(range(len(counts) - 1), split)
+    return names[ends[chosen[0]] : ends[chosen[-1] + 1]] if chosen else names[:0]
+
+
+def json_entries(text: str) -> Iterator[Any]:
+    """The entries of a JSON list one by one, because a million prompts and seeds at once take 150 MB."""
+    decode, separator = json.JSONDecoder().raw_decode, re.compile(r"\s*([],])\s*")
+    start = re.match(r"\s*\[\s*", text)
+    if not start:
+        raise ValueError("no list")
+    position, going_on = start.end(), text[start.end() : start.end() + 1] != "]"
+    while going_on:
+        entry, position = decode(text, position)
+        yield entry
+        end = separator.match(text, position)
+        if not end:
+            raise ValueError(f"no comma at character {position}")
+        position, going_on = end.end(), end[1] == ","
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether a value of seeds.json is a folder and its seeds."""
+
+    def is_name(part: Any) -> bool:
+        return is_text(part) and len(part.encode()) <= LONGEST_NAME
+
+    return isinstance(value, list) and len(value) == 2 and is_name(value[0]) and is_list_of(is_name)(value[1])
+
+
+def places_of(wanted: np.ndarray, names: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+    """Where the `wanted` strings lie in `names`, which `order` sorts, and those of them that are not there."""
+    ranks = np.empty(len(wanted), np.int64)
+    by_name = np.argsort(wanted, kind="stable")
+    ranks[by_name] = np.searchsorted(names, wanted[by_name], sorter=order)
+    ranks = ranks.clip(max=len(names) - 1)
+    found = names[order[ranks]] == wanted if len(names) else np.zeros(len(wanted), bool)
+    return order[ranks[found]], wanted[~found].tolist()
 
 
 class HubTable:

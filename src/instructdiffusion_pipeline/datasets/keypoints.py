@@ -3,6 +3,7 @@
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,13 +14,19 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import (
+    LARGEST_NUMBER,
     Skipped,
     coco_pictures,
+    is_file_name,
+    is_id,
+    is_list_of,
+    is_number,
+    is_size,
     list_records,
-    missing_field,
     read_annotations,
     read_image,
     require_samples,
+    wrong_field,
 )
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 from instructdiffusion_pipeline.types import Joint, Joints
@@ -60,8 +67,8 @@ AIC_SIGMAS: dict[str, float] = {
 
 UNIT = 200  # pixels, of a scale
 PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
-NOT_FINITE = "a number that is not finite"
 CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
+AIC_FILL = 1.0  # the same in AI Challenger's
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class CocoKeypoints:
         annotations: the JSON file.
         images: the folder that its file names start from.
         joints: names of the joints, in the order of the JSON's `keypoints`.
+        box_fill: the person's share of the box, which gives the area of people who have none in the JSON.
 
     A joint of visibility 0 is None; one that is hidden but labelled (1) has its place.
     """
@@ -104,38 +112,36 @@ class CocoKeypoints:
         annotations: str | PathLike[str],
         images: str | PathLike[str],
         joints: tuple[str, ...] = COCO_JOINTS,
+        box_fill: float = CROWDPOSE_FILL,
     ):
         content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
         categories = list_records(content, annotations, "categories")
-        people = {category.get("id") for category in categories if category.get("name") == "person"}
+        people = [category.get("id") for category in categories if category.get("name") == "person"]
         pictures = coco_pictures(content, annotations, self.skipped)
-        missing = {id for id, picture in pictures.items() if not (self.folder / picture["file_name"]).is_file()}
+        missing = {id for id, item in pictures.items() if not os.path.isfile(self.folder / item["file_name"])}
         kept = []
         for item in list_records(content, annotations, "annotations"):
-            picture = pictures.get(item.get("image_id"), {})
             why = (
-                missing_field(item, "id", "image_id", "category_id")
+                wrong_field(item, id=is_id, image_id=is_id, category_id=is_id)
                 or (item["category_id"] not in people and "another category than person")
                 or (item.get("iscrowd") and "a crowd")
-                or (not any((item.get("keypoints") or ())[2::3]) and "no labelled joint")
-                or (not picture and "a picture that the JSON lacks")
+                or wrong_field(item, keypoints=is_list_of(is_number))
+                or (not any(item["keypoints"][2::3]) and "no labelled joint")
+                or (len(item["keypoints"]) != 3 * len(joints) and f"another number of joints than {len(joints)}")
+                or (item["image_id"] not in pictures and "a picture that the JSON lacks")
                 or (item["image_id"] in missing and "a missing file")
-                or (not all(map(picture.get, ("width", "height"))) and "no size of its picture")
-                or (len(item.get("bbox") or ()) != 4 and "no box")
-                or (not finite([*item["keypoints"], *item["bbox"], item.get("area") or 0]) and NOT_FINITE)
-                or (clean_box(item, picture) is None and "an empty box")
+                or wrong_field(pictures[item["image_id"]], width=is_size, height=is_size)
+                or wrong_field(item, bbox=is_list_of(is_number, length=4))
+                or (item.get("area") is not None and wrong_field(item, area=is_area))
+                or (clean_box(item, pictures[item["image_id"]]) is None and "an empty box")
             )
             if why:
-                name = picture.get("file_name", f"image {item.get('image_id')}")
+                picture = pictures.get(item["image_id"]) if is_id(item.get("image_id")) else None
+                name = picture["file_name"] if picture else f"image {item.get('image_id')}"
                 self.skipped.append((f"{name}, annotation {item.get('id')}", why))
-                continue
-            if len(item["keypoints"]) != 3 * len(joints):
-                raise ValueError(
-                    f"`joints` must name as many joints as {annotations} holds; got {len(joints)}, and annotation"
-                    f" {item['id']} holds {len(item['keypoints']) / 3:g}."
-                )
-            kept.append(item)
+            else:
+                kept.append(item)
         require_samples(annotations, kept, self.skipped)
         # Arrays, because AI Challenger has 380,000 people.
         self._files = [pictures[item["image_id"]]["file_name"] for item in kept]
@@ -143,7 +149,7 @@ class CocoKeypoints:
         self._ids = np.array([(item["image_id"], item["id"]) for item in kept])
         self._keypoints = np.array([item["keypoints"] for item in kept], np.float32).reshape(len(kept), -1, 3)
         self._boxes = np.array([clean_box(item, pictures[item["image_id"]]) for item in kept], np.float32)
-        self._areas = np.array([area(item) for item in kept], np.float32)
+        self._areas = np.array([area(item, box_fill) for item in kept], np.float32)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -159,9 +165,9 @@ class CocoKeypoints:
         return f"{self._files[index]}, annotation {self._ids[index][1]}"
 
 
-def finite(numbers: Any) -> bool:
-    """Whether all are finite: Python reads NaN from JSON too, and null, which becomes a NaN here."""
-    return bool(np.isfinite(np.array(numbers, float)).all())
+def is_area(value: Any) -> bool:
+    """Whether a value of a file can be an area in pixels."""
+    return is_number(value, LARGEST_NUMBER**2)
 
 
 def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
@@ -175,9 +181,9 @@ def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, flo
     return None if empty else (left, top, right - left, bottom - top)
 
 
-def area(item: dict[str, Any]) -> float:
-    """The person's area in pixels."""
-    return item["area"] if item.get("area") is not None else CROWDPOSE_FILL * item["bbox"][2] * item["bbox"][3]
+def area(item: dict[str, Any], box_fill: float) -> float:
+    """The person's area in pixels; `box_fill` of the box where the JSON has none."""
+    return item["area"] if item.get("area") is not None else box_fill * item["bbox"][2] * item["bbox"][3]
 
 
 def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[str, Joint | None]:
@@ -198,13 +204,18 @@ class MpiiKeypoints:
         content = read_annotations(Path(annotations), "a JSON file of MPII people")
         for place, item in enumerate(list_records(content, annotations)):
             why = (
-                missing_field(item, "image", "center", "scale", "joints", "joints_vis")
+                wrong_field(
+                    item,
+                    image=is_file_name,
+                    center=is_list_of(is_number, length=2),
+                    scale=is_number,
+                    joints=is_list_of(is_list_of(is_number, length=2), length=len(MPII_JOINTS)),
+                    joints_vis=is_list_of(is_number, length=len(MPII_JOINTS)),
+                )
                 or (item["center"][0] < 0 and "no centre")
-                or (not 0 < item["scale"] < np.inf and "no scale")
+                or (item["scale"] < 1 / UNIT and "no scale")
                 or (not any(item["joints_vis"]) and "no labelled joint")
-                or ({len(item["joints"]), len(item["joints_vis"])} != {len(MPII_JOINTS)} and "not 16 joints")
-                or (not finite([item["center"], *item["joints"]]) and NOT_FINITE)
-                or (not (self.folder / item["image"]).is_file() and "a missing file")
+                or (not os.path.isfile(self.folder / item["image"]) and "a missing file")
             )
             if why:
                 self.skipped.append((f"{item.get('image')}, annotation {place}", why))
@@ -237,9 +248,15 @@ def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
 
 
 def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
-    """CrowdPose: json/crowdpose_{split}.json and images/; splits train, val, trainval, test."""
+    """CrowdPose: json/crowdpose_{split}.json and images/; splits train, val, trainval, test.
+
+    Also mmpose's annotations/mmpose_crowdpose_{split}.json.
+    """
     root = Path(root)
-    return CocoKeypoints(root / "json" / f"crowdpose_{split}.json", root / "images", CROWDPOSE_JOINTS)
+    file = first_file(
+        root / "json" / f"crowdpose_{split}.json", root / "annotations" / f"mmpose_crowdpose_{split}.json"
+    )
+    return CocoKeypoints(file, root / "images", CROWDPOSE_JOINTS)
 
 
 def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
@@ -251,10 +268,19 @@ def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
     }
     if split not in folders:
         raise ValueError(f"`split` must be one of {', '.join(folders)}; got {split!r}.")
-    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folders[split], AIC_JOINTS)
+    return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folders[split], AIC_JOINTS, AIC_FILL)
 
 
 def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:
-    """MPII: annot/{split}.json and images/; splits train, valid, trainval."""
+    """MPII: annot/{split}.json and images/; splits train, valid, trainval.
+
+    Also mmpose's annotations/mpii_{split}.json, which calls the split valid val.
+    """
     root = Path(root)
-    return MpiiKeypoints(root / "annot" / f"{split}.json", root / "images")
+    mmpose = root / "annotations" / f"mpii_{'val' if split == 'valid' else split}.json"
+    return MpiiKeypoints(first_file(root / "annot" / f"{split}.json", mmpose), root / "images")
+
+
+def first_file(*files: Path) -> Path:
+    """The first of the `files` that exists; the first one if none does."""
+    return next((file for file in files if file.is_file()), files[0])

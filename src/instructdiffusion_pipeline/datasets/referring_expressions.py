@@ -3,6 +3,7 @@
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
 
+import os
 import pickle
 from os import PathLike
 from pathlib import Path
@@ -14,15 +15,21 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     Skipped,
     coco_pictures,
+    is_id,
+    is_list_of,
+    is_number,
+    is_size,
+    is_text,
     list_records,
-    missing_field,
     read_annotations,
     read_image,
     require_samples,
+    wrong_field,
 )
 from instructdiffusion_pipeline.types import Masks
 
 NO_TARGET = -1
+RunLengths = dict[str, Any]  # {"size": [height, width], "counts": bytes}
 
 
 class ReferringExpressions:
@@ -31,10 +38,10 @@ class ReferringExpressions:
     Args:
         references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json; instances.json lies beside it.
         images: the folder of COCO's train2014 pictures.
-        split: as the references name it: train, val, testA, testB, test.
+        split: as the references name it: train, val, testA, testB, test. RefCOCO's testA and testB together are test.
 
     The annotation gives each sentence, in lower case as the original asks it, the same mask: the union of all its
-    objects and their polygons, all False where a sentence of gRefCOCO names nothing in the picture.
+    objects and their polygons, all False where a sentence of gRefCOCO names nothing in the picture. Needs pycocotools.
     """
 
     def __init__(self, references: str | PathLike[str], images: str | PathLike[str], split: str = "train"):
@@ -43,46 +50,76 @@ class ReferringExpressions:
         instances = read_annotations(file, "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
         self._pictures = coco_pictures(instances, file, self.skipped)
-        objects = {item.get("id"): item.get("segmentation") for item in list_records(instances, file, "annotations")}
+        objects = {item["id"]: item for item in list_records(instances, file, "annotations") if is_id(item.get("id"))}
         self._references: list[dict[str, Any]] = []
-        self._objects: dict[int, Any] = {}
+        self._outlines: dict[int, RunLengths] = {}
         is_json = path.suffix == ".json"
         found = read_annotations(path, "a JSON file of references") if is_json else load_plain_pickle(path)
-        missing = {id for id, item in self._pictures.items() if not (self.folder / item["file_name"]).is_file()}
+        missing = {id for id, item in self._pictures.items() if not os.path.isfile(self.folder / item["file_name"])}
+        splits = ("test", "testA", "testB") if split == "test" else (split,)
         for reference in list_records(found, path):
-            if reference.get("split", split) != split:
+            if reference.get("split", split) not in splits:
                 continue
             why = (
-                missing_field(reference, "ref_id", "ann_id", "image_id", "split", "sentences")
+                wrong_field(
+                    reference, ref_id=is_id, ann_id=is_ids, image_id=is_id, split=is_text, sentences=are_sentences
+                )
                 or (not sentences(reference) and "no sentence")
                 or (reference["image_id"] not in self._pictures and "a picture that instances.json lacks")
                 or (reference["image_id"] in missing and "a missing file")
-                or missing_field(self._pictures[reference["image_id"]], "width", "height")
-                or (not all(usable(objects.get(id)) for id in object_ids(reference)) and "no outline")
+                or wrong_field(self._pictures[reference["image_id"]], width=is_size, height=is_size)
+                or self._add_outlines(reference, objects)
             )
             if why:
                 self.skipped.append((f"reference {reference.get('ref_id')}", why))
             else:
                 self._references.append(reference)
-                self._objects |= {id: objects[id] for id in object_ids(reference)}
         require_samples(f"{path}, split {split!r}", self._references, self.skipped)
+
+    def _add_outlines(self, reference: dict[str, Any], objects: dict[int, dict[str, Any]]) -> str:
+        """Encode the outlines of a reference's objects; why one of them cannot be used, empty if all can."""
+        picture = self._pictures[reference["image_id"]]
+        for id in object_ids(reference):
+            if id not in objects:
+                return "an object that instances.json lacks"
+            if objects[id].get("image_id") != reference["image_id"]:
+                return "an object of another picture"
+            if id not in self._outlines:
+                try:
+                    outline = objects[id].get("segmentation")
+                    self._outlines[id] = encode_outline(outline, picture["width"], picture["height"])
+                except ValueError as error:
+                    return str(error)
+        return ""
 
     def __len__(self) -> int:
         return len(self._references)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
+        from pycocotools import mask
+
         reference = self._references[index]
         picture = self._pictures[reference["image_id"]]
         size = picture["width"], picture["height"]
         image = read_image(self.folder / picture["file_name"], turn=False, size=size)
-        mask = np.zeros((image.height, image.width), bool)
-        for id in object_ids(reference):
-            mask |= outline_mask(self._objects[id], image.size)
-        return image, dict.fromkeys(sentences(reference), mask)
+        outlines = [self._outlines[id] for id in object_ids(reference)]
+        absent = np.zeros((image.height, image.width), bool)
+        union = mask.decode(mask.merge(outlines)).astype(bool) if outlines else absent
+        return image, dict.fromkeys(sentences(reference), union)
 
     def name(self, index: int) -> str:
         reference = self._references[index]
         return f"{self._pictures[reference['image_id']]['file_name']}, reference {reference['ref_id']}"
+
+
+def is_ids(value: Any) -> bool:
+    """Whether a value of a file is an id, or a list of ids."""
+    return is_id(value) or bool(value) and is_list_of(is_id)(value)
+
+
+def are_sentences(value: Any) -> bool:
+    """Whether a value of a file is a list of sentences: objects whose "sent" is text."""
+    return is_list_of(lambda sentence: isinstance(sentence, dict) and is_text(sentence.get("sent")))(value)
 
 
 def object_ids(reference: dict[str, Any]) -> list[int]:
@@ -97,23 +134,68 @@ def sentences(reference: dict[str, Any]) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
-def usable(outline: Any) -> bool:
-    """Whether a COCO segmentation has an outline: run lengths, or a polygon of three corners at least."""
-    return isinstance(outline, dict) or any(len(polygon) >= 6 for polygon in outline or ())
+def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
+    """A COCO segmentation (polygons or run lengths) of a picture as COCO's compressed run lengths.
 
-
-def outline_mask(outline: Any, size: tuple[int, int]) -> np.ndarray:
-    """A COCO segmentation (polygons or run lengths) as bool [height, width]; needs pycocotools."""
+    A ValueError says what is wrong with it: pycocotools crashes on what is malformed, so it is checked before.
+    """
     from pycocotools import mask
 
-    width, height = size
-    if isinstance(outline, list):
-        outline = [polygon for polygon in outline if len(polygon) >= 6]
-    elif isinstance(outline["counts"], str):
-        return mask.decode(outline).astype(bool)
+    if isinstance(outline, dict):
+        encoded = mask.frPyObjects(
+            {"size": [height, width], "counts": run_lengths(outline, width, height)}, height, width
+        )
     else:
-        outline = [outline]
-    return mask.decode(mask.merge(mask.frPyObjects(outline, height, width))).astype(bool)
+        encoded = mask.merge(mask.frPyObjects(polygons(outline, width, height), height, width))
+    if not mask.area(encoded):
+        raise ValueError("an outline that covers no pixel")
+    return encoded
+
+
+def run_lengths(outline: dict[str, Any], width: int, height: int) -> list[int]:
+    """How many pixels are unset, set, unset ... column by column, from run lengths that are compressed or not."""
+    counts = outline.get("counts")
+    runs: Any = decompress(counts) if isinstance(counts, str) else counts
+    if not is_list_of(is_id)(runs) or min(runs, default=-1) < 0:
+        raise ValueError("malformed run lengths")
+    if outline.get("size") != [height, width] or sum(runs) != width * height:
+        raise ValueError("run lengths of another size than their picture")
+    return runs
+
+
+def decompress(counts: str) -> list[int] | None:
+    """Run lengths out of COCO's compressed string; None if it is malformed.
+
+    Each character holds five bits, the lowest first, and a sixth that says whether more follow. From the fourth on a
+    number is the difference to the one before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits < 32:
+            signed = value - (1 << shift) if bits & 16 else value
+            runs.append(signed + runs[-2] if len(runs) > 2 else signed)
+            value = shift = 0
+    return None if shift else runs
+
+
+def polygons(outline: Any, width: int, height: int) -> list[list[float]]:
+    """The polygons [x0, y0, x1, y1, ...] with three corners at least."""
+    if not is_list_of(is_list_of(is_number))(outline) or any(len(polygon) % 2 for polygon in outline):
+        raise ValueError("a malformed outline")
+    found = [polygon for polygon in outline if len(polygon) >= 6]
+    if not found:
+        raise ValueError("no outline")
+    for polygon in found:
+        for places, side in ((polygon[0::2], width), (polygon[1::2], height)):
+            if min(places) < -side or max(places) > 2 * side:
+                raise ValueError("an outline far outside its picture")
+    return found
 
 
 class _PlainUnpickler(pickle.Unpickler):

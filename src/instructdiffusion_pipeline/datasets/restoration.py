@@ -16,19 +16,21 @@ class PairedImages:
 
     Args:
         folder: where to look, at any depth.
-        degraded: regular expression for the path of a degraded picture, from `folder`, with forward slashes.
-        clean: the path of its clean one, with \\1, \\2 for the expression's groups.
+        patterns: pairs of a regular expression for the path of a degraded picture, from `folder`, with forward
+            slashes, and of the path of its clean one, with \\1, \\2 for the expression's groups. The first one that
+            leads to a file counts.
     """
 
-    def __init__(self, folder: str | PathLike[str], degraded: str, clean: str):
+    def __init__(self, folder: str | PathLike[str], *patterns: tuple[str, str]):
         self.folder, self.skipped = Path(folder), Skipped()
         self._pairs: list[tuple[str, str]] = []
         files = files_below(self.folder)
         for path in sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES):
-            match = re.fullmatch(degraded, path)
-            if match and match.expand(clean) in files:
-                self._pairs.append((path, match.expand(clean)))
-            elif match:
+            matches = [(match, clean) for degraded, clean in patterns if (match := re.fullmatch(degraded, path))]
+            clean_path = next((found for match, clean in matches if (found := match.expand(clean)) in files), None)
+            if clean_path:
+                self._pairs.append((path, clean_path))
+            elif matches:
                 self.skipped.append((path, "no clean picture"))
         require_samples(self.folder, self._pairs, self.skipped)
 
@@ -51,34 +53,43 @@ def gopro(root: str | PathLike[str], split: str = "train", gamma: bool = False) 
     """GoPro: {split}/{clip}/blur/*.png and sharp/, or with `gamma` blur_gamma/; also {split}/input/ and target/."""
     root = Path(root)
     if (root / split / "input").is_dir():
-        return PairedImages(root / split, r"input/(.+)", r"target/\1")
-    return PairedImages(root / split, rf"(.+)/{'blur_gamma' if gamma else 'blur'}/(.+)", r"\1/sharp/\2")
+        return PairedImages(root / split, (r"input/(.+)", r"target/\1"))
+    return PairedImages(root / split, (rf"(.+)/{'blur_gamma' if gamma else 'blur'}/(.+)", r"\1/sharp/\2"))
 
 
 def reds(root: str | PathLike[str], split: str = "train") -> PairedImages:
-    """REDS: {split}/{split}_blur/{clip}/*.png and {split}_sharp/; also {split}/blur/ and sharp/."""
-    root = Path(root)
-    return PairedImages(root / split, rf"((?:{split}_)?)blur/(.+)", r"\1sharp/\2")
+    """REDS: {split}/{split}_blur/{clip}/*.png and {split}_sharp/; also {split}/blur/ and sharp/.
+
+    Also {split}_blur_jpeg/{clip}/*.jpg, whose clean pictures are the same PNGs. What lies there of the two is read.
+    """
+    blurred = rf"((?:{split}_)?)blur(?:_jpeg)?"
+    return PairedImages(
+        Path(root) / split, (rf"{blurred}/(.+)", r"\1sharp/\2"), (rf"{blurred}/(.+)\.jpg", r"\1sharp/\2.png")
+    )
 
 
 def sidd(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """SIDD, sRGB: Data/{scene}/*NOISY*.PNG and *GT*.PNG as published, for train; also {split}/input/ and gt/.
+
+    Also {split}/input_crops/ and gt_crops/. Files of a pair have the same name, or NOISY in one and GT in the other.
 
     Nothing of Data/ is held out, because SIDD publishes all of it for training, and models are trained on all of it.
     For validation it publishes blocks in .mat files; as PNGs they go to val/input/ and val/gt/, beside Data/ or not.
     """
     root = Path(root)
     if (root / "Data").is_dir() and split == "train":
-        return PairedImages(root / "Data", r"(.*)NOISY(.*)", r"\1GT\2")
-    if (root / "Data").is_dir() and not (root / split / "input").is_dir():
+        return PairedImages(root / "Data", (r"(.*)NOISY(.*)", r"\1GT\2"))
+    if (root / "Data").is_dir() and not any((root / split / name).is_dir() for name in ("input", "input_crops")):
         raise ValueError(
             f"`split` must be train, which {root / 'Data'} is published for, or have pictures in"
             f" {root / split / 'input'} and gt; got {split!r}."
         )
-    return PairedImages(root / split, r"input/(.+)", r"gt/\1")
+    return PairedImages(
+        root / split, (r"input(|_crops)/(.+)", r"gt\1/\2"), (r"input(|_crops)/(.*)NOISY(.*)", r"gt\1/\2GT\3")
+    )
 
 
 def clwd(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """CLWD: {split}/Watermarked_image/*.jpg and Watermark_free_image/; splits train, test."""
     root = Path(root)
-    return PairedImages(root / split, r"Watermarked_image/(.+)", r"Watermark_free_image/\1")
+    return PairedImages(root / split, (r"Watermarked_image/(.+)", r"Watermark_free_image/\1"))

@@ -137,6 +137,9 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+ON_HUB = ("table", "magicbrush")  # may be a Hub id instead of a folder
+
+
 class Entry(NamedTuple):
     """A data set of a command line: its key in `DATASETS`, its folder, and a `name` that no other entry has."""
 
@@ -157,7 +160,7 @@ def parse_entries(entries: Sequence[str]) -> list[Entry]:
         if key not in DATASETS or not folder:
             raise ValueError(f"--data must be NAME=FOLDER with a NAME out of {', '.join(DATASETS)}; got {entry!r}.")
         path = Path(folder).expanduser()
-        if not path.exists() and not (key == "table" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
+        if not path.exists() and not (key in ON_HUB and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
             raise ValueError(f"--data {key}: there is no folder {folder}.")
         if (key, path.resolve()) in [(other, known.resolve()) for other, known in pairs]:
             raise ValueError(f"--data {entry} is given twice; name each folder once.")

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, paint, visible_colors
 from instructdiffusion_pipeline.tasks.keypoints import RADIUS
 from instructdiffusion_pipeline.tasks.segmentation import OPACITY
@@ -67,6 +67,7 @@ class Adaptation:
     @classmethod
     def from_annotation(cls, image: Image.Image, caption: str, rng: random.Random) -> "Adaptation":
         """Random marks for a picture, in visible colours as far as there are enough."""
+        image = upright_rgb(image)
         marks: list[Mark] = []
         for _ in range(rng.randint(1, MAX_MARKS)):
             kind = rng.choice(list(COLORS))
@@ -77,7 +78,8 @@ class Adaptation:
         return cls(" ".join(caption.split()[:MAX_WORDS]).rstrip(". "), tuple(marks))
 
     def draw(self, image: Image.Image, caption: str) -> Image.Image:
-        """Draw the marks on the RGB `image`, later ones over earlier ones."""
+        """Draw the marks on `image`, later ones over earlier ones."""
+        image = upright_rgb(image)
         pixels = np.array(image)
         for mark in self.marks:
             opacity = OPACITY if mark.kind == "patch" else 1.0

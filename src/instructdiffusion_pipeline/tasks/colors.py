@@ -58,6 +58,7 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
 
 def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[str]:
     """All names of `colors`, those first that show on nine tenths of the RGB `image` (see `visible_colors`)."""
+    image = upright_rgb(image)
     visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
     return sorted(colors, key=lambda name: name not in visible)
 

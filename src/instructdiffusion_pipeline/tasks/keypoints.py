@@ -91,6 +91,7 @@ class Keypoints:
         A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not. Raises
         `EmptyAnnotation` if that leaves none.
         """
+        image = upright_rgb(image)
         radius = disc_radius(image.size)
         inside = [
             name
@@ -123,7 +124,8 @@ class Keypoints:
 
     def draw(self, image: Image.Image, joints: Joints) -> Image.Image:
         """Draw a disc on each joint of `image`; a joint that is None or not named leaves no trace."""
-        pixels = np.array(upright_rgb(image))
+        image = upright_rgb(image)
+        pixels = np.array(image)
         for name, color in self.colors.items():
             joint = joints.get(name)
             if joint is not None:
