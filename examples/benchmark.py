@@ -226,7 +226,7 @@ def ratios(row: dict[str, Any], peer: dict[str, Any]) -> list[float]:
 def table(report: dict[str, Any]) -> str:
     """The report of `compare_training` or `compare_inference` as a Markdown table."""
     lines = [
-        "| | samples per second | ratio to the first row | peak memory, GB | share of bf16 peak |",
+        "| | samples per second | ratio to diffusers | peak memory, GB | share of bf16 peak |",
         "|---|---|---|---|---|",
     ]
     for row in report["rows"]:

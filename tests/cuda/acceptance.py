@@ -60,11 +60,10 @@ def main() -> None:
         raise UsageError(f"--output: there is no folder {args.output}.")
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise UsageError("PyTorch finds no GPU; --cpu rehearses the run without one.")
     os.environ["CUDA_BUNDLE_DATA"] = str(args.data.resolve())
     start = time.monotonic()
-    machine = run_part(describe_machine, 60)
-    if not args.cpu and "name" not in machine:
-        raise UsageError(f"PyTorch finds no GPU ({machine}); --cpu rehearses the run without one.")
 
     training = {"model": MODEL[args.cpu], "data": f"coco-stuff={args.data}", **TRAINING[args.cpu]}
     parts: dict[str, tuple[Part, float]] = {
@@ -74,7 +73,7 @@ def main() -> None:
         "inference": (partial(run_inference, model=MODEL[args.cpu], **INFERENCE[args.cpu]), 200),
     }
     report: dict[str, Any] = {
-        "device": machine,
+        "device": None if args.cpu else describe_gpu(),
         "python": platform.python_version(),
         "libraries": {library.__name__: library.__version__ for library in LIBRARIES},
         "training settings": training | {"data": "coco-stuff", "lora_rank": LORA_RANK},
@@ -82,7 +81,9 @@ def main() -> None:
     }
     for name, (part, limit) in parts.items():
         print(f"=== {name}", flush=True)
-        report[name] = run_part(part, min(limit, SECONDS - 5 - (time.monotonic() - start)))
+        # A forked process has the imports already, but cannot use the GPU that this process has asked for its name.
+        method = "fork" if args.cpu else "spawn"
+        report[name] = run_part(part, min(limit, SECONDS - 5 - (time.monotonic() - start)), method)
     report["seconds"] = round(time.monotonic() - start)
     write_text(args.output / "acceptance.json", json.dumps(report, indent=2) + "\n")
     write_text(args.output / "acceptance.md", table(report, list(parts)))
@@ -91,10 +92,21 @@ def main() -> None:
         raise ValueError(f"these parts failed: {', '.join(failed)}; see acceptance.json.")
 
 
-def run_part(part: Part, limit: float) -> dict[str, Any]:
-    """Run a part for at most `limit` seconds. Returns what it sent last, and "error" if it did not end well."""
-    # A forked process has the imports already. This process never uses CUDA, which a fork would not survive.
-    context = multiprocessing.get_context("fork")
+def describe_gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+
+
+def run_part(part: Part, limit: float, method: str) -> dict[str, Any]:
+    """Run a part in a new process for at most `limit` seconds.
+
+    Returns what it sent, and "error" if it did not end well. `method` is how multiprocessing starts the process.
+    """
+    context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=call, args=(part, sender))
     process.start()
@@ -118,13 +130,6 @@ def call(part: Part, sender: Any) -> None:
         part(sender.send)
     except BaseException:
         sender.send({"error": traceback.format_exc()})
-
-
-def describe_machine(send: Send) -> None:
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        memory = round(properties.total_memory / 2**30, 1)
-        send({"name": properties.name, "memory_gib": memory, "cuda": torch.version.cuda})
 
 
 class Outcomes:

@@ -23,7 +23,11 @@ from instructdiffusion_pipeline.files import atomic_write
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-WHEELS = ("diffusers", "importlib_metadata", "peft", "pycocotools", "hypothesis", "sortedcontainers")
+# What the checkout needs besides PyTorch, transformers, accelerate, scikit-image and pytest; run.sh has the same list.
+WHEELS = (
+    *("diffusers", "importlib_metadata", "zipp", "requests", "urllib3", "charset_normalizer"),
+    *("peft", "pycocotools", "hypothesis", "sortedcontainers"),
+)
 LIMIT = 20e6  # bytes
 SPLITS = {"train2017": 64, "val2017": 16}  # pictures
 SIZE = (640, 480)
@@ -52,7 +56,7 @@ def main() -> None:
 def download_wheels(folder: Path) -> None:
     """Download the `WHEELS`, in the versions of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [line for line in lines if line.partition("==")[0] in WHEELS]
+    pinned = [line for line in lines if line.partition("==")[0].replace("-", "_") in WHEELS]
     platforms = [f"--platform=manylinux{version}_x86_64" for version in ("_2_28", "_2_17", "2014")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version=3.12", "--implementation=cp", *platforms, "--dest", str(folder.resolve()), *pinned]

@@ -18,7 +18,9 @@ fi
 # Packages that this machine has are used as they are.
 missing=$($python -c '
 from importlib.util import find_spec
-names = "diffusers importlib_metadata peft pycocotools hypothesis sortedcontainers"
+names = """
+diffusers importlib_metadata zipp requests urllib3 charset_normalizer peft pycocotools hypothesis sortedcontainers
+"""
 print(*(name for name in names.split() if find_spec(name) is None))')
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT

@@ -1,6 +1,7 @@
 """What needs a GPU. run.sh of the bundle starts these tests; its rehearsal runs them on a CPU, as far as that can."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from diffusers import DDPMScheduler
 from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Segmentation, ask
 from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
 from instructdiffusion_pipeline.datasets.mixture import Mixture
-from instructdiffusion_pipeline.datasets.specs import load_sources
+from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
+from instructdiffusion_pipeline.evaluation import examples_from
 from instructdiffusion_pipeline.readout import read_with_readout
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, save_lora, train
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 from instructdiffusion_pipeline.training.loss import denoising_loss
+from instructdiffusion_pipeline.training.readout import ReadoutConfig, train_readout
 from instructdiffusion_pipeline.types import Joint
 
 CUDA = torch.cuda.is_available()
@@ -119,6 +122,19 @@ def test_the_readout_reads_what_it_reads_on_the_cpu(load, device, scenes, exact)
 
 
 # Training
+
+
+def test_a_readout_is_trained_on_the_gpu(load, device, data, tmp_path):
+    pipe = load(torch.float16 if CUDA else torch.float32).to(device)
+    entry = f"coco-stuff={data}"
+    ((source, _),), (test_source,) = load_sources([entry], 64), load_test_sources([entry], 64)
+    config = ReadoutConfig(sample_size=64, max_train_steps=200 if CUDA else 4, batch_size=16 if CUDA else 2)
+    groups = [examples_from(each, 64 if CUDA else 2) for each in (source, test_source)]
+    readout = train_readout(pipe, *groups, tmp_path, config)
+    assert pipe.readout is readout and readout.device.type == device and readout.dtype == pipe.unet.dtype
+    (row,) = json.loads((tmp_path / "held-out" / "results.json").read_text())["rows"]
+    assert not row["failed"] and row["scores"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
+    assert not CUDA or row["scores"]["mIoU"]["model"] > 0.3
 
 
 @pytest.fixture
