@@ -126,6 +126,8 @@ def run_part(part: Part, limit: float, method: str) -> dict[str, Any]:
 
 
 def call(part: Part, sender: Any) -> None:
+    # A spawned process would spawn data loader workers too, which would import everything again.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         part(sender.send)
     except BaseException:

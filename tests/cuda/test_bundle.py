@@ -1,6 +1,7 @@
 """The CUDA acceptance run, rehearsed on a CPU, and its bundle."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -92,6 +93,14 @@ def dies(send):
 def test_a_part_that_does_not_end_well_is_reported_with_what_it_sent(part, rows, error):
     result = acceptance.run_part(part, 1, "fork")
     assert result["rows"] == rows and error in result["error"]
+
+
+def start_method(send):
+    send({"method": multiprocessing.get_start_method()})
+
+
+def test_a_spawned_part_forks_its_data_loader_workers():
+    assert acceptance.run_part(start_method, 100, "spawn") == {"method": "fork"}
 
 
 def test_the_data_set_can_be_trained_on_and_its_masks_are_sunflowers(folder):
