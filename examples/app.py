@@ -178,11 +178,11 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
 
 
 def as_json(data: Image.Image | Mapping[str, Mask | Joint | None]) -> dict[str, Any] | None:
-    """Joints as coordinates; masks as box, area and confidence; None for a picture."""
+    """Joints as coordinates; masks as box, area and score; None for a picture."""
     if isinstance(data, Image.Image):
         return None
     return {
-        name: {"box": reading.box, "area": int(reading.pixels.sum()), "confidence": reading.confidence}
+        name: {"box": reading.box, "area": int(reading.pixels.sum()), "score": reading.score}
         if isinstance(reading, Mask)
         else reading and reading._asdict()
         for name, reading in data.items()

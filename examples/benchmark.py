@@ -58,12 +58,13 @@ from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, ca
 from instructdiffusion_pipeline.training.data import tokenize
 from instructdiffusion_pipeline.training.encoding import Batch, StepNoise
 from instructdiffusion_pipeline.training.metrics import peak_memory
-from instructdiffusion_pipeline.training.model import LORA_TARGET_MODULES, Denoiser
+from instructdiffusion_pipeline.training.model import Denoiser
 from instructdiffusion_pipeline.types import Edit
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 PICTURES = 64
 DROPOUT = 0.05  # conditioning_dropout_prob in the recipe's documentation
+LORA_TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]  # of the recipe
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP per second, from NVIDIA's data sheets
 
 
@@ -405,7 +406,7 @@ def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
     latents = torch.randn(1, unet.config.in_channels, side, side, device=unet.device)
     timestep = torch.zeros(1, device=unet.device)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, device=unet.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.autocast(unet.device.type, torch.bfloat16):
         unet(latents, timestep, text).sample.sum().backward()
     return counter.get_total_flops()
 

@@ -1,18 +1,19 @@
-"""Edit one picture with an instruction, and show the answer beside the input.
+"""Edit one picture with an instruction, at the resolution of the picture.
 
     python examples/edit.py --image photo.jpg --instruction "make it night"
 
-Writes the answer to --output (edited.png) and both pictures to a second file (edited-side-by-side.png). Without
-further options the model's own settings for editing are used, as `pipe(instruction, image)` uses them.
+Writes the edited picture to --output (edited.png), and it beside the input and the model's answer to a second file
+(edited-side-by-side.png). Without further options the model's own settings for editing are used.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from instructdiffusion_pipeline import working_size
+from instructdiffusion_pipeline import Editing, WorkingSize, ask, working_size
 from instructdiffusion_pipeline.cli import (
     UsageError,
     check_output,
@@ -33,16 +34,14 @@ def main() -> None:
     parser.add_argument("--image", type=Path, required=True, help="the picture to edit")
     parser.add_argument("--instruction", required=True, help='what to do, for example "make it night"')
     parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub id (default: the model that ships)")
-    parser.add_argument("--output", type=Path, default=Path("edited.png"), help="the answer (default: edited.png)")
+    parser.add_argument("--output", type=Path, default=Path("edited.png"), help="default: edited.png")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist; never the input")
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0, help="seed of the noise (default: 0)")
     own = "(default: the model's own)"
     parser.add_argument("--steps", type=integer(1), help=f"number of denoising steps {own}")
     parser.add_argument("--guidance_scale", type=finite, help=f"weight of the instruction {own}")
     parser.add_argument("--image_guidance_scale", type=finite, help=f"weight of the input picture {own}")
-    parser.add_argument(
-        "--resolution", type=int, help=f"long side at which the model works, in pixels; 0: as the picture {own}"
-    )
+    parser.add_argument("--resolution", type=int, help=f"short side at which the model works; 0: the picture's {own}")
     args = parser.parse_args()
 
     # Check all arguments before the model is loaded.
@@ -53,35 +52,34 @@ def main() -> None:
     for path in (args.output, side_by_side):
         check_output("--output", path, args.overwrite, inputs=[args.image])
     if args.resolution is not None:
-        answer_box(image, args.resolution)
+        check_size(image, args.resolution)
 
     pipe = load_pipeline(args.model)
-    box = answer_box(image, pipe.default_resolution if args.resolution is None else args.resolution)
-    # None stands for the model's own setting.
-    answer = pipe(
-        args.instruction,
+    check_size(image, args.resolution, pipe.working_size)
+    options = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "image_guidance_scale": args.image_guidance_scale,
+        "resolution": args.resolution,
+    }
+    answer = ask(
+        pipe,
         image,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
-        resolution=args.resolution,
+        Editing(args.instruction),
         generator=torch.Generator().manual_seed(args.seed),
-    ).images[0]
+        **{name: value for name, value in options.items() if value is not None},
+    )
 
-    save_image(args.output, answer)
-    # The input is cropped like the answer.
-    shown = image.resize(image.size, box=box)
-    save_image(side_by_side, labeled_grid([(args.image.name, [("input", shown), (args.instruction, answer)])]))
-    print(f"{args.output}: the answer\n{side_by_side}: input and answer")
-    if box != (0, 0, *image.size):
-        left, top, right, bottom = (round(edge) for edge in box)
-        print(f"The answer shows the part from ({left}, {top}) to ({right}, {bottom}) of the input, enlarged.")
+    save_image(args.output, answer.data)
+    panels = [("input", image), (args.instruction, answer.data), ("the model's answer, enlarged", answer.picture)]
+    save_image(side_by_side, labeled_grid([(args.image.name, panels)]))
+    print(f"{args.output}: the edited picture\n{side_by_side}: input, edited picture and the model's answer")
 
 
-def answer_box(image: Image.Image, resolution: int) -> tuple[float, float, float, float]:
-    """The part of the input that the answer shows: (left, top, right, bottom)."""
+def check_size(image: Image.Image, resolution: int | None, rule: Callable[..., WorkingSize] = working_size) -> None:
+    """Raise a UsageError if the picture is too elongated or the resolution too small."""
     try:
-        return working_size(*image.size, resolution).box
+        rule(*image.size, resolution, resize_mode="stretch")
     except ValueError as error:
         raise UsageError(str(error)) from error
 

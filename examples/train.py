@@ -7,23 +7,29 @@ own option. With --resume latest a run that was stopped continues. docs/training
 """
 
 import argparse
+import json
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import create_repo
+from huggingface_hub import ModelCard, create_repo, file_exists, upload_folder
+from PIL import Image
 from transformers import HfArgumentParser
 
 from instructdiffusion_pipeline import export, push
 from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
-from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources, parse_entries
+from instructdiffusion_pipeline.datasets.specs import DATASETS, columns_of, load_sources, parse_entries
+from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.training import (
     RECIPES,
     ImageDataset,
@@ -43,6 +49,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+@dataclass
+class FirstSamples:
+    """The first `count` samples of a data set."""
+
+    dataset: AnnotatedImages[Any]
+    count: int
+
+    def __post_init__(self) -> None:
+        self.skipped = self.dataset.skipped
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.dataset))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        return self.dataset[index]
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
 
 
 def option(help: str, action: str = "store", **others: Any) -> Any:
@@ -66,9 +92,28 @@ class Options:
     image_column: str = option("column of the input pictures in every table", default="original_image")
     instruction_column: str = option("column of the instructions in every table", default="edit_prompt")
     target_column: str = option("column of the edited pictures in every table", default="edited_image")
+    split: str = option("split of every table in --data", default="train")
+    revision: str | None = option("branch, tag or commit of tables on the Hub", default=None)
+    random_flip: bool = option(
+        "flip half of the samples of tables; not for instructions that say left or right", default=False
+    )
+    max_train_samples: int | None = option("use only this many samples of every data set, the first", default=None)
+    validation_data: list[str] = option(
+        "NAME=FOLDER as in --data, for validation loss and pictures: the test split of a published data set, any other"
+        " data whole. If not given, the pictures are of training samples",
+        "extend",
+        default_factory=list,
+    )
+    validation_split: str = option("split of every table in --validation_data", default="train")
+    num_validation_images: int = option("validation pictures of each task family", default=4)
     cache_samples: int | None = option("encode this many samples once, and train on these only", default=None)
     conversion: str = option(f"options of {CONVERTER.name}, in one string, if --init is a checkpoint", default="")
     resume: str | None = option("continue from a checkpoint: 'latest', or its folder", default=None)
+    resume_changes: list[str] = option(
+        "settings in which the run may differ from the checkpoint: learning_rate, content (of the data) ...",
+        "extend",
+        default_factory=list,
+    )
     validation_num_inference_steps: int | None = option("denoising steps of validation pictures", default=None)
     push_to: str | None = option("OWNER/NAME of a Hub repository to push the trained model to", default=None)
 
@@ -90,10 +135,20 @@ def run(options: Options, config: TrainingConfig) -> None:
     model = options.output_dir / "model"
     if model.exists():
         raise UsageError(
-            f"--output_dir: {model} exists, from a run that has ended. Give another folder; or move model/ (and lora/)"
-            " away, and continue that run with --resume and more steps."
+            f"--output_dir: {model} exists, from a run that has ended. examples/push_to_hub.py publishes it. Give"
+            " another folder; or move model/ (and lora/) away, and continue that run with --resume and more steps."
         )
-    parse_entries(options.data)
+    for entry in parse_entries(options.data):
+        known = [(other.key, other.folder) for other in parse_entries(options.validation_data)]
+        if (entry.key, entry.folder) in known and validation_split(entry.key, options) == train_split(
+            entry.key, options
+        ):
+            raise UsageError(
+                f"--validation_data: {entry.key}={entry.folder} is trained on; name other data or a split."
+            )
+    for name in ("max_train_samples", "num_validation_images", "cache_samples"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"--{name}: must be 1 or more; got {value}.")
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
     if not Path(options.init).exists() and (options.init.count("/") != 1 or is_file_name):
         raise UsageError(f"--init: there is no file or folder {options.init}.")
@@ -104,45 +159,135 @@ def run(options: Options, config: TrainingConfig) -> None:
         start = converted(options.init, options.output_dir, options.conversion)
     pipeline = load_for_training(start)
     size = options.resolution or min(256, pipeline.default_resolution)
-    columns = {
-        "image": options.image_column,
-        "instruction": options.instruction_column,
-        "edited": options.target_column,
-    }
-    sources = load_sources(options.data, size, columns)
+    sources = training_sources(options, size)
     mixture = Mixture(sources, config.seed)
+    config = config.for_samples(options.cache_samples or len(mixture), state.num_processes)
+    about = summary(mixture, sources, config, state.num_processes, options.cache_samples)
     if state.is_main_process:
-        print(summary(mixture, sources, config, state.num_processes, options.cache_samples))
+        print(about)
     samples = ImageDataset(mixture, pipeline.tokenizer)
     if options.cache_samples:
-        with state.main_process_first():
-            samples = cache_samples(
-                samples,
-                options.cache_samples,
-                pipeline.to(state.device),
-                options.output_dir / "cache",
-                embeddings=not config.train_text_encoder,
-                num_workers=config.num_workers,
-                seed=config.seed,
-            )
-    questions = validation_examples(mixture, pipeline.config.task_settings)
+        samples = cache_samples(
+            samples,
+            options.cache_samples,
+            pipeline.to(state.device),
+            options.output_dir / "cache",
+            embeddings=not config.train_text_encoder,
+            num_workers=config.num_workers,
+            seed=config.seed,
+        )
+    held_out = Mixture(validation_sources(options, size), config.seed) if options.validation_data else None
+    questions = validation_examples(held_out or mixture, pipeline.config.task_settings, options.num_validation_images)
     if steps := options.validation_num_inference_steps:
         questions = [
             replace(question, settings={**question.settings, "num_inference_steps": steps}) for question in questions
         ]
 
-    pipeline = train(pipeline, samples, config, options.output_dir, options.resume, questions)
+    pipeline = train(
+        pipeline,
+        samples,
+        config,
+        options.output_dir,
+        options.resume,
+        questions,
+        ImageDataset(held_out, pipeline.tokenizer) if held_out else None,
+        options.resume_changes,
+    )
 
     if not state.is_main_process:
         return
     if config.lora_rank:
         save_lora(pipeline, options.output_dir / "lora")
+        pipeline = load_for_training(start)
+        pipeline.load_lora_weights(options.output_dir / "lora")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    export(pipeline, model)
+    # All at once, so that a run that is killed here can be resumed.
+    with atomic_write(model) as partial:
+        export(pipeline, partial)
+        describe(partial, options, config, about)
     print(f"The model is in {model}")
     if options.push_to:
+        described = file_exists(options.push_to, "README.md")
         print(push(pipeline, options.push_to))
+        if not described:
+            with tempfile.TemporaryDirectory() as folder:
+                ModelCard.load(options.push_to).save(Path(folder, "README.md"))
+                describe(Path(folder), options, config, about)
+                upload_folder(repo_id=options.push_to, folder_path=folder)
+
+
+def train_split(key: str, options: Options) -> str:
+    """The split of a data set that is trained on."""
+    return options.split if key == "table" else DATASETS[key].train_split
+
+
+def validation_split(key: str, options: Options) -> str:
+    """The split of a data set that the run is validated on."""
+    spec = DATASETS[key]
+    return options.validation_split if key == "table" else spec.test_split or spec.train_split
+
+
+def table_options(options: Options, split: str) -> dict[str, str]:
+    """The arguments of `HubTable.load` for every table."""
+    columns = {
+        "image": options.image_column,
+        "instruction": options.instruction_column,
+        "edited": options.target_column,
+    }
+    return columns | {"split": split} | ({"revision": options.revision} if options.revision else {})
+
+
+def training_sources(options: Options, size: int) -> list[tuple[Source, float]]:
+    """The sources of --data with their weights, pictures `size` pixels square."""
+    sources = []
+    loaded = load_sources(options.data, size, table_options(options, options.split))
+    for entry, (source, weight) in zip(parse_entries(options.data), loaded, strict=True):
+        if entry.key == "table" and options.random_flip:
+            source = replace(source, transform=replace(source.transform, flip=0.5))
+        if options.max_train_samples:
+            source = replace(source, dataset=FirstSamples(source.dataset, options.max_train_samples))
+        sources.append((source, weight))
+    return sources
+
+
+def validation_sources(options: Options, size: int) -> list[tuple[Source, float]]:
+    """The sources of --validation_data with their weights, cropped as those of --data."""
+    sources = []
+    for entry in parse_entries(options.validation_data):
+        spec = replace(DATASETS[entry.key], train_split=validation_split(entry.key, options))
+        columns = columns_of(entry, table_options(options, options.validation_split))
+        sources.append(spec.source(entry.name, entry.folder, size, **columns))
+    return sources
+
+
+def describe(folder: Path, options: Options, config: TrainingConfig, about: str) -> None:
+    """Add to the model card in `folder` what the model was trained on, with which settings, and its last pictures."""
+    card = ModelCard.load(folder / "README.md")
+    start = Path(options.init).name
+    if not Path(options.init).exists():
+        start = card.data.base_model = options.init
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    text = f"""
+## Training
+
+Trained from `{start}` with `examples/train.py`.
+
+```
+{about}
+```
+
+```json
+{json.dumps(settings, indent=2)}
+```
+"""
+    pictures = options.output_dir / "validation" / f"step-{config.max_train_steps:06d}.png"
+    if pictures.is_file():
+        shutil.copyfile(pictures, folder / "validation.png")
+        kind = "held-out" if options.validation_data else "training"
+        text += f"\nInput, answer and target of {kind} samples:\n\n![Validation pictures](validation.png)\n"
+    card.text += text
+    card.save(folder / "README.md")
 
 
 def summary(

@@ -170,7 +170,7 @@ def test_it_follows_the_precision_of_its_pipeline(pipe, scene, dtype):
     pipe.to(dtype)
     assert pipe.readout.dtype == dtype
     half = read_with_readout(pipe.readout, task, image, task.draw(image, {"cat": mask}))["cat"]
-    assert half.pixels.shape == exact.pixels.shape and half.confidence == pytest.approx(exact.confidence, abs=0.05)
+    assert half.pixels.shape == exact.pixels.shape and half.score == pytest.approx(exact.score, abs=0.05)
 
 
 def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
@@ -182,7 +182,7 @@ def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
     assert all(torch.equal(weight, weights[name]) for name, weight in pipe.readout.state_dict().items())
     task = Segmentation({"cat": "blue"})
     first, second = (read_with_readout(each.readout, task, image, image)["cat"] for each in (pipe, again))
-    assert np.array_equal(first.pixels, second.pixels) and first.confidence == pytest.approx(second.confidence)
+    assert np.array_equal(first.pixels, second.pixels) and first.score == pytest.approx(second.score)
 
 
 @pytest.mark.parametrize("offload", ["model", "group"])
@@ -198,7 +198,7 @@ def test_it_works_offloaded(pipe, scene, offload):
     for _ in range(2):
         after = ask(pipe, image, task, generator=tiny.generator(), **settings)
         assert np.array_equal(before.data["cat"].pixels, after.data["cat"].pixels)
-        assert before.data["cat"].confidence == pytest.approx(after.data["cat"].confidence)
+        assert before.data["cat"].score == pytest.approx(after.data["cat"].score)
 
 
 def test_it_works_offloaded_layer_by_layer(scene):
@@ -211,4 +211,4 @@ def test_it_works_offloaded_layer_by_layer(scene):
     cpu_offload(readout, torch.device("cpu"), offload_buffers=True)
     assert readout.device.type == "meta"
     after = read_with_readout(readout, task, image, image)["cat"]
-    assert np.array_equal(before.pixels, after.pixels) and before.confidence == pytest.approx(after.confidence)
+    assert np.array_equal(before.pixels, after.pixels) and before.score == pytest.approx(after.score)

@@ -54,6 +54,7 @@ logger = logging.get_logger(__name__)
 
 Box = tuple[float, float, float, float]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+RESIZE_MODES = ("crop", "stretch")
 # The paper's settings for editing, used where neither the caller nor the model names a value.
 DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
 
@@ -120,16 +121,28 @@ def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
     return left, top, left + crop_width, top + crop_height
 
 
-def working_size(width: int, height: int, resolution: int, vae_scale_factor: int = 8) -> WorkingSize:
+def working_size(
+    width: int,
+    height: int,
+    resolution: int,
+    vae_scale_factor: int = 8,
+    resize_mode: str = "crop",
+    size_multiple: int = 64,
+) -> WorkingSize:
     """The size at which the model works for an input of `width` x `height` pixels, and the box that its answer shows.
 
-    With a `resolution` above 0 both sides are multiples of 64 and the long side is near `resolution`. The picture is
-    fitted to that size and the answer is fitted back. Each fit crops to the centre, so the answer shows the box that
-    remains after both crops. With a `resolution` of 0 the picture is resized to the next smaller multiples of
-    `vae_scale_factor`, at least one, and nothing is cropped.
+    With a `resolution` of 0 the picture is resized to the next smaller multiples of `vae_scale_factor`, at least one,
+    and nothing is cropped. Otherwise `resize_mode` decides:
+
+    - "crop", the original's rule: both sides are multiples of 64 and the long side is near `resolution`. The picture
+      is fitted to that size and the answer is fitted back. Each fit crops to the centre, so the answer shows the box
+      that remains after both crops.
+    - "stretch": the whole picture is resized. The short side is the multiple of `size_multiple` nearest to
+      `resolution`, the long side the multiple nearest to the picture's proportions.
 
     Raises:
-        ValueError: if a side or the resolution is too small, or the long side would exceed four times `resolution`.
+        ValueError: if a side or the resolution is too small, the mode is unknown, or the long side would exceed four
+            times `resolution` ("crop") or the short side ("stretch").
     """
     if width < 1 or height < 1:
         raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
@@ -137,11 +150,23 @@ def working_size(width: int, height: int, resolution: int, vae_scale_factor: int
         raise ValueError(
             f"`resolution` must be 0 (the picture's own size) or an integer of at least 16, but is {resolution!r}."
         )
+    if resize_mode not in RESIZE_MODES:
+        raise ValueError(f"`resize_mode` must be one of {RESIZE_MODES}, but is {resize_mode!r}.")
     resolution = int(resolution)
     if resolution == 0:
         own_width, own_height = (max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height))
         return WorkingSize((own_width, own_height), (0.0, 0.0, float(width), float(height)))
     short_side, long_side = min(width, height), max(width, height)
+    if resize_mode == "stretch":
+        short = size_multiple * max(1, round(resolution / size_multiple))
+        long = size_multiple * max(1, round(long_side * short / (short_side * size_multiple)))
+        if long > 4 * short:
+            raise ValueError(
+                f"`image` of {width} x {height} pixels is too elongated: it would become {short} x {long} pixels, and"
+                " no side may exceed four times the other. Cut it into parts."
+            )
+        size = (short, long) if width < height else (long, short)
+        return WorkingSize(size, (0.0, 0.0, float(width), float(height)))
     # Integer arithmetic: floating point misses a multiple of 64 for one size in seventeen, and loses a block.
     short = 64 * -(-short_side * resolution // (64 * long_side))
     long = 64 * (long_side * short // (64 * short_side))
@@ -193,15 +218,16 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
     )
 
 
-def _resized(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
+def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
     """A picture tensor (3, H, W) in [0, 1] resized to (width, height) with the same filter as PIL pictures."""
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
-    channels = [_fitted(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
+    channels = [resize_picture(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 1)
 
 
-def _fitted(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
+def resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
+    """The picture in the given (width, height): cropped to the proportions first, or stretched."""
     if crop:
         return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
     return picture.resize(size, PIL.Image.Resampling.LANCZOS)
@@ -388,6 +414,21 @@ class InstructDiffusionPipeline(
         return self.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
     @property
+    def size_multiple(self) -> int:
+        """The number of pixels that both sides of a stretched picture are multiples of: 64 for Stable Diffusion 1.5.
+
+        Each level of the UNet but the last halves the latents.
+        """
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def working_size(
+        self, width: int, height: int, resolution: int | None = None, resize_mode: str = "crop"
+    ) -> WorkingSize:
+        """The function `working_size` with this pipeline's multiples. `None` is `default_resolution`."""
+        resolution = self.default_resolution if resolution is None else resolution
+        return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, self.size_multiple)
+
+    @property
     def guidance_scale(self) -> float:
         """Text scale s_T. Each step reads it, so a callback may change `_guidance_scale`."""
         return self._guidance_scale
@@ -429,6 +470,7 @@ class InstructDiffusionPipeline(
         image_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         resolution: int | None = None,
+        resize_mode: str = "crop",
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         strength: float = 1.0,
@@ -465,9 +507,11 @@ class InstructDiffusionPipeline(
             image_guidance_scale: image scale s_I: how much the input picture counts. 1/2 for both scales is plain
                 sampling.
             negative_prompt: replaces the empty text in the branch without instruction.
-            resolution: the long side at which the model works, in pixels; see `working_size`. `None` is the size that
-                the model was made for (`pipe.default_resolution`), 0 the picture's own size, rounded down to the
-                VAE's factor. Image latents take `None` or 0.
+            resolution: the size at which the model works, in pixels; see `working_size`. `None` is the size that the
+                model was made for (`pipe.default_resolution`), 0 the picture's own size, rounded down to the VAE's
+                factor. Image latents take `None` or 0.
+            resize_mode: "crop" crops the picture to a size near `resolution`, as the original does; "stretch" resizes
+                the whole picture. Without effect for image latents and a `resolution` of 0.
             timesteps: custom timesteps, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
@@ -503,7 +547,7 @@ class InstructDiffusionPipeline(
 
         Raises:
             ValueError: if an argument does not fit; the message names it. Pictures of one call must share a working
-                size, and the long side of a working size must not exceed four times `resolution`.
+                size, which must not be too elongated (see `working_size`).
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -544,7 +588,7 @@ class InstructDiffusionPipeline(
         device = self._execution_device
 
         # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
-        pixels, answer_sizes = self.preprocess_image(image, resolution)
+        pixels, answer_sizes = self.preprocess_image(image, resolution, resize_mode)
 
         # 2. Encode the instruction and the negative prompt: (1 or B, 77, D) each.
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -636,7 +680,8 @@ class InstructDiffusionPipeline(
         if output_type != "latent":
             images = self.decode_latents(latents)
             images, nsfw_content_detected = self.run_safety_checker(images, device)
-            images = self.postprocess_image(images, output_type, answer_sizes, crop=resolution != 0)
+            crop = resize_mode == "crop" and resolution != 0
+            images = self.postprocess_image(images, output_type, answer_sizes, crop)
 
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -741,14 +786,14 @@ class InstructDiffusionPipeline(
             raise ValueError(f"`{name}_embeds` must have the shape (B, 77, D), but has {tuple(embeds.shape)}.")
 
     def preprocess_image(
-        self, image: PipelineImageInput, resolution: int | None = None
+        self, image: PipelineImageInput, resolution: int | None = None, resize_mode: str = "crop"
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
         Resizes pictures to their working size.
 
         Args:
             image: one of the kinds `__call__` takes.
-            resolution: see `working_size`; `None` is `default_resolution`.
+            resolution, resize_mode: see `working_size`; a `resolution` of `None` is `default_resolution`.
 
         Returns:
             The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of a PIL
@@ -769,7 +814,7 @@ class InstructDiffusionPipeline(
             height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
             return torch.stack(image_latents), [(width, height)] * len(shapes)
 
-        resolution = self.default_resolution if resolution is None else resolution
+        crop = resize_mode == "crop" and resolution != 0
         answer_sizes, sizes, tensors = [], [], []
         for picture in pictures:
             if isinstance(picture, PIL.Image.Image):
@@ -779,14 +824,14 @@ class InstructDiffusionPipeline(
                 raise ValueError(f"`image` must have 3 channels, or be all image latents, but has {picture.shape[0]}.")
             else:
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
-            sizes.append(working_size(*answer_sizes[-1], resolution, self.vae_scale_factor).size)
+            sizes.append(self.working_size(*answer_sizes[-1], resolution, resize_mode).size)
             if len(set(sizes)) > 1:
                 continue  # The call fails; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):
-                fitted = _fitted(picture, sizes[0], crop=resolution != 0)
+                fitted = resize_picture(picture, sizes[0], crop)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
             else:
-                tensors.append(_resized(self._unit_range(picture), sizes[0], crop=resolution != 0))
+                tensors.append(_resize_tensor(self._unit_range(picture), sizes[0], crop))
         if len(set(sizes)) > 1:
             raise ValueError(
                 "`image` must hold pictures that share a working size, but they come in"
@@ -1050,4 +1095,6 @@ class InstructDiffusionPipeline(
         # The original truncates instead of rounding; its pictures can be reproduced only in the same way.
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
-        return [_fitted(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)]
+        return [
+            resize_picture(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)
+        ]

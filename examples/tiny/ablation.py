@@ -2,9 +2,10 @@
 
     python examples/tiny/ablation.py --work_dir out/tiny --output_dir out/ablation
 
-All models are trained on the same number of samples from the cache in the work folder, from random weights except for
-the VAE. A model for one family is trained on the samples of that family only. All models are scored on the held-out
-examples, and ablation.md has both scores for every row. An interrupted run continues when it is started again.
+All models are trained on the same number of cached samples, from random weights except for the VAE, which is that of
+the work folder. A model for one family is trained on the samples of that family only. All models are scored on the
+held-out examples, and ablation.md has both scores for every row. An interrupted run continues when it is started
+again.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from held_out import rows
 from model import build_pipeline, use_plain_attention
+from sources import mixture
 from train import CONFIG
+from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.cli import run_script
@@ -25,8 +28,9 @@ from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, example
 from instructdiffusion_pipeline.evaluation.report import format_score
 from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config
-from instructdiffusion_pipeline.training import CachedDataset, train
+from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, cache_samples, train
 
+SAMPLES = 64_000  # cached
 SOURCES = {
     "segmentation": {"segmentation", "left or right", "absent"},
     "keypoints": {"pose", "keypoints", "few keypoints"},
@@ -69,9 +73,11 @@ def train_model(work: Path, sources: set[str] | None, steps: int, folder: Path) 
     vae = AutoencoderKL.from_pretrained(work / "vae")
     pipeline = build_pipeline(vae, work / "world" / "bpe_simple_vocab_16e6.txt.gz")
     use_plain_attention(pipeline)
-    samples = CachedDataset(work / "samples", only=sources)
+    samples = ImageDataset(mixture(World(work / "world"), SAMPLES, seed=1), pipeline.tokenizer)
+    cache_samples(samples, SAMPLES, pipeline, work / "samples", embeddings=False)  # by the first model only
+    dataset = CachedDataset(work / "samples", only=sources)
     config = dataclasses.replace(CONFIG, max_train_steps=steps)
-    pipeline = train(pipeline, samples, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")
+    pipeline = train(pipeline, dataset, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")
     export(pipeline.to(dtype=torch.float16), folder)
 
 

@@ -7,15 +7,15 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BLUR_RADII = (0.7, 2.5)  # pixels: standard deviation of a Gaussian, radius of a disc, half the length of a line
+BLUR_RADII = (0.5, 3.5)  # pixels: standard deviation of a Gaussian, radius of a disc, half the length of a line
 FONT_SIZES = (9, 20)  # pixels
-OPACITIES = (0.35, 0.85)
+OPACITIES = (0.35, 0.95)
 OVERSAMPLING = 4
 
 
-def add_blur(image: Image.Image, rng: random.Random) -> Image.Image:
+def add_blur(image: Image.Image, rng: random.Random, radii: tuple[float, float] = BLUR_RADII) -> Image.Image:
     """Blur a picture with a Gaussian, a disc (out of focus) or a line (motion), at random."""
-    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*BLUR_RADII), rng)
+    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*radii), rng)
     margin = len(kernel) // 2
     pixels = np.pad(np.asarray(image, dtype=np.float32), ((margin, margin), (margin, margin), (0, 0)), "edge")
     windows = np.lib.stride_tricks.sliding_window_view(pixels, kernel.shape, axis=(0, 1))
@@ -57,7 +57,7 @@ def drawn_kernel(radius: float, draw) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def add_watermark(image: Image.Image, rng: random.Random) -> Image.Image:
+def add_watermark(image: Image.Image, rng: random.Random, opacities: tuple[float, float] = OPACITIES) -> Image.Image:
     """Draw random translucent letters on the picture, once or repeated, at a random size, angle and opacity."""
     letters = string.ascii_uppercase if rng.random() < 0.5 else string.ascii_lowercase
     text = "".join(rng.choices(letters, k=rng.randint(3, 7)))
@@ -73,7 +73,7 @@ def add_watermark(image: Image.Image, rng: random.Random) -> Image.Image:
         for row in range(math.ceil(side / pitch)):
             pen.text((-rng.uniform(0, 0.3) * side, row * pitch), line, 255, font)
     stamp = stamp.rotate(rng.choice([0, rng.uniform(-45, 45)]), Image.Resampling.BILINEAR).reduce(OVERSAMPLING)
-    opacity = rng.uniform(*OPACITIES)
+    opacity = rng.uniform(*opacities)
     color = rng.choice([(255, 255, 255), (255, 255, 255), (0, 0, 0), tuple(rng.choices(range(256), k=3))])
     marked = image.copy()
     marked.paste(color, (0, 0), stamp.crop((0, 0, *image.size)).point(lambda level: round(opacity * level)))

@@ -17,16 +17,34 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
+# The table's scenes and degradations do not change with those of training, so that its scores remain comparable.
+SIZES = (20 / 64, 40 / 64)
+COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
 SIGMA = 25.0  # grey levels
+BLUR_RADII = (0.7, 2.5)
+OPACITIES = (0.35, 0.85)
+# Rows of an unseen drawing style, by size and by number of objects.
+SIZE_ROWS = {
+    f"segmentation, objects of {low} to {high} of the side": (low, high)
+    for low, high in ((0.12, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5))
+}
+COUNT_ROWS = {f"segmentation, {count} of 0.3 to 0.5 of the side": count for count in (1, 2, 3, 4)}
 SEED = 7  # of the scenes; training uses 0 and 1, the readout 3
 CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.add, "moved": edits.move}
 
 
+def held_out_world(folder: Path, **options: Any) -> World:
+    """Return a world of held-out photographs with the table's scenes. `options` are arguments of `World`."""
+    return World(folder, unseen_photographs=True, **{"sizes": SIZES, "counts": COUNTS} | options)
+
+
 def rows(folder: Path, count: int) -> list[Source]:
     """Return sources of `count` examples each, from the material that `fetch` wrote to `folder`."""
-    seen = World(folder, unseen_photographs=True)
-    names = World(folder, unseen_photographs=True, unseen_objects=True)
-    style = World(folder, unseen_photographs=True, styles=(UNSEEN_STYLE,))
+    seen = held_out_world(folder)
+    names = held_out_world(folder, unseen_objects=True)
+    style = held_out_world(folder, styles=(UNSEEN_STYLE,))
+    layouts = {row: {"sizes": sizes} for row, sizes in SIZE_ROWS.items()}
+    layouts |= {row: {"sizes": (0.3, 0.5), "counts": {count: 1}} for row, count in COUNT_ROWS.items()}
 
     def source(name: str, example: Callable, make_task: Callable, world: World = seen, **options: Any) -> Source:
         return Source(name, GeneratedDataset(partial(example, world, **options), count, SEED), make_task)
@@ -36,6 +54,15 @@ def rows(folder: Path, count: int) -> list[Source]:
         source("segmentation, unseen drawing style", sources.segmentation, Segmentation.from_annotation, style),
         source("segmentation, unseen names", sources.segmentation, partial(one_of_names, names=names.names), names),
         source("segmentation, left or right of two", sources.pairs, Segmentation.from_annotation),
+        *(
+            source(
+                row,
+                sources.present,
+                Segmentation.from_annotation,
+                held_out_world(folder, styles=(UNSEEN_STYLE,), **layout),
+            )
+            for row, layout in layouts.items()
+        ),
         source("one joint, facing", sources.keypoints, partial(few_keypoints, counts=(1,)), facing_share=1),
         source("one joint, from behind", sources.keypoints, partial(few_keypoints, counts=(1,)), facing_share=0),
         source("keypoints, facing", sources.keypoints, Keypoints.from_annotation, facing_share=1),
@@ -43,8 +70,8 @@ def rows(folder: Path, count: int) -> list[Source]:
         source("pose, facing", sources.keypoints, FixedTask(WholePose()), facing_share=1),
         source("pose, from behind", sources.keypoints, FixedTask(WholePose()), facing_share=0),
         source("noise", sources.noisy, FixedTask(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
-        source("blur", sources.blurred, FixedTask(Restoration("blur"))),
-        source("watermark", sources.watermarked, FixedTask(Restoration("watermark"))),
+        source("blur", sources.blurred, FixedTask(Restoration("blur")), radii=BLUR_RADII),
+        source("watermark", sources.watermarked, FixedTask(Restoration("watermark")), opacities=OPACITIES),
         *(
             source(f"objects {what}", sources.edited, Editing.from_annotation, change=change)
             for what, change in CHANGES.items()

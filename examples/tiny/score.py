@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from edits import Change
-from held_out import CHANGES, SEED, rows
+from held_out import CHANGES, SEED, held_out_world, rows
 from PIL import Image
 from table import OWN, table
 from world import World
@@ -68,7 +68,7 @@ def main() -> None:
     answers = answers_by_name(args.output)
     more_scores = beyond(cases, answers, pipeline)
     write_text(args.output / "beyond.json", json.dumps(more_scores, indent=2) + "\n")
-    own = own_cases(World(args.world, unseen_photographs=True), sources, answers)
+    own = own_cases(held_out_world(args.world), sources, answers)
     own_results = evaluate(pipeline, own, args.output / "own", batch_size=32)
     scores = table(results, more_scores, own_results)
     write_text(args.output / "scores.md", scores)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from color_edits import edit_colors
-from degradations import add_blur, add_watermark
+from degradations import BLUR_RADII, OPACITIES, add_blur, add_watermark
 from edits import Change, edit_objects
 from figures import draw_figure
 from PIL import Image
@@ -24,7 +24,7 @@ from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
-SIGMAS = (8.0, 45.0)  # of noise, in grey levels
+SIGMAS = (5.0, 60.0)  # of noise, in grey levels
 FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
 # The same in pictures for restoration and color edits. It is a separate constant, so that a change of the training
 # of keypoints does not change the pictures that these tasks are scored on.
@@ -73,6 +73,14 @@ def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
     return image, {words: mask for words, mask in masks.items() if not mask.any()}
 
 
+def present(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """Make a scene of objects with different names, with their masks, and with every object that was to be placed."""
+    while True:
+        scene = world.scene(rng, pairs=0)
+        if len(scene.things) in world.counts:
+            return scene.image, {thing.name: mask for thing, mask in zip(scene.things, scene.masks, strict=True)}
+
+
 def annotate(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
     """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`."""
     expressions = referring_expressions(scene, set(world.objects), rng)
@@ -100,16 +108,20 @@ def noisy(world: World, rng: random.Random, sigmas: tuple[float, float] = SIGMAS
     return add_noise(clean, rng.uniform(*sigmas), np.random.default_rng(rng.getrandbits(32))), clean
 
 
-def blurred(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+def blurred(
+    world: World, rng: random.Random, radii: tuple[float, float] = BLUR_RADII
+) -> tuple[Image.Image, Image.Image]:
     """Return a blurred picture, and the sharp picture."""
     clean = picture(world, rng)
-    return add_blur(clean, rng), clean
+    return add_blur(clean, rng, radii), clean
 
 
-def watermarked(world: World, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+def watermarked(
+    world: World, rng: random.Random, opacities: tuple[float, float] = OPACITIES
+) -> tuple[Image.Image, Image.Image]:
     """Return a picture with a watermark, and the clean picture."""
     clean = picture(world, rng)
-    return add_watermark(clean, rng), clean
+    return add_watermark(clean, rng, opacities), clean
 
 
 def edited(
@@ -142,15 +154,15 @@ def few_keypoints(
 
 # name -> share of the training samples, function that generates an example, function that makes its task
 TRAINING_SOURCES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
-    "segmentation": (0.24, segmentation, Segmentation.from_annotation),
+    "segmentation": (0.28, segmentation, Segmentation.from_annotation),
     "left or right": (0.05, pairs, Segmentation.from_annotation),
-    "absent": (0.11, absent, Segmentation.from_annotation),
-    "pose": (0.07, keypoints, FixedTask(WholePose())),
-    "keypoints": (0.17, keypoints, Keypoints.from_annotation),
-    "few keypoints": (0.09, keypoints, few_keypoints),
+    "absent": (0.14, absent, Segmentation.from_annotation),
+    "pose": (0.06, keypoints, FixedTask(WholePose())),
+    "keypoints": (0.14, keypoints, Keypoints.from_annotation),
+    "few keypoints": (0.08, keypoints, few_keypoints),
     "noise": (0.04, noisy, FixedTask(Restoration("noise"))),
-    "blur": (0.05, blurred, FixedTask(Restoration("blur"))),
-    "watermark": (0.05, watermarked, FixedTask(Restoration("watermark"))),
+    "blur": (0.04, blurred, FixedTask(Restoration("blur"))),
+    "watermark": (0.04, watermarked, FixedTask(Restoration("watermark"))),
     "objects": (0.1, edit_objects, Editing.from_annotation),
     "color edits": (0.03, color_edited, Editing.from_annotation),
 }

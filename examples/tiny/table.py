@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from held_out import CHANGES
+from held_out import CHANGES, COUNT_ROWS, SIZE_ROWS
 
 OWN = "what was {}, by the model's own segmentation"  # row of `own_results`
 Scores = Mapping[str, Mapping[str, float]]  # metric -> column -> value
@@ -46,6 +46,7 @@ def table(
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
     lines.append(overlap("mIoU of the one asked for", scores[row][MIOU]))
+    lines += [layout(row, scores[row][MIOU], beyond[row]) for row in (*SIZE_ROWS, *COUNT_ROWS)]
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])
@@ -69,6 +70,14 @@ def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iter
     yield overlap("mIoU including absent ones", scores[MIOU])
 
 
+def layout(row: str, miou: Mapping[str, float], beyond: Mapping[str, float]) -> str:
+    """The line of a row of objects of a certain size or number, in a drawing style never trained on."""
+    asked_best = percent(beyond.get("the asked one of several"))
+    ours = f"**{decimal(miou['model'])}** ({decimal(miou['ceiling'])})"
+    others = f"the one asked for painted best {asked_best}{also_by_color(miou)}"
+    return f"| {row}, a drawing style never trained on: mIoU | {ours} | {others} |"
+
+
 def overlap(what: str, miou: Mapping[str, float]) -> str:
     """A line with the mIoU, and that of reading by colour if the model has a readout."""
     by_color = f"{decimal(miou[BY_COLOR])} read by colour" if BY_COLOR in miou else ""
@@ -78,11 +87,15 @@ def overlap(what: str, miou: Mapping[str, float]) -> str:
 def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
     """The line of a keypoint row."""
     confused, missed = (percent(beyond.get(name)) for name in ("left and right confused", "no disc"))
-    by_color = f", {decimal(scores[PCK][BY_COLOR])} read by colour" if BY_COLOR in scores[PCK] else ""
     return (
         f"| {what}: PCK at 5 % of the side | **{decimal(scores[PCK]['model'])}** ({decimal(scores[PCK]['ceiling'])})"
-        f" | sides confused {confused}, no disc {missed}{by_color} |"
+        f" | sides confused {confused}, no disc {missed}{also_by_color(scores[PCK])} |"
     )
+
+
+def also_by_color(columns: Mapping[str, float]) -> str:
+    """The score of reading by colour, to be appended, if the model has a readout."""
+    return f", {decimal(columns[BY_COLOR])} read by colour" if BY_COLOR in columns else ""
 
 
 def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:

@@ -13,12 +13,11 @@ from tqdm import tqdm
 from world import SIZE, World
 
 from instructdiffusion_pipeline.files import atomic_write
-from instructdiffusion_pipeline.fingerprint import check_run_config
 
 POOL = 24_000  # number of pictures, which are generated once and used repeatedly
 BATCH = 16
-STEPS = {"fresh": 6_000, "tuned": 3_000}  # from random weights, and from those of an earlier model
-LEARNING_RATE = {"fresh": 2e-3, "tuned": 1e-3}
+STEPS = 6_000
+LEARNING_RATE = 2e-3
 KL_WEIGHT = 1e-4
 SAVE_EVERY = 500
 
@@ -39,30 +38,24 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL:
+def train(world: World, folder: Path) -> AutoencoderKL:
     """Train a VAE, or continue an interrupted run in `folder`.
 
     Args:
         world: the source of the pictures.
         folder: for checkpoints and the trained VAE.
-        init: folder of a model whose VAE is trained further. By default training starts from random weights.
 
     Returns:
         The VAE with EMA weights and standardized latents.
-
-    Raises:
-        ValueError: the run in `folder` has another `init`.
     """
-    check_run_config(folder, "vae.json", {"init": init and str(init)}, "a VAE with the same init")
     finished, state_path = folder / "vae", folder / "vae-state.pt"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32) if init else build()
-    steps, learning_rate = (setting["tuned" if init else "fresh"] for setting in (STEPS, LEARNING_RATE))
+    vae = build()
     ema = EMAModel(vae.parameters(), decay=0.999)
-    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
     first = 0
     if state_path.exists():
         state = torch.load(state_path)
@@ -73,7 +66,7 @@ def train(world: World, folder: Path, init: Path | None = None) -> AutoencoderKL
         first = state["step"]
 
     pool = draw_pool(world)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="VAE", mininterval=5)
+    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc="VAE", mininterval=5)
     for step in bar:
         indices = np.random.default_rng(step).integers(len(pool), size=BATCH)
         pictures = torch.from_numpy(pool[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 SIZE = 64
-OBJECT_SIZES = (20, 40)  # longer side, pixels
+OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the picture's side
 # number of objects -> probability. Mostly several, so that a model must not ignore the name and paint all objects.
-OBJECT_COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
+OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
+SPRITE_SIDE = 80  # pixels in memory: more than the largest object has, because it is rotated first
 PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
 MIN_VISIBLE = 0.6  # share of an object's visible pixels that each further object must leave visible
 ATTEMPTS = 5  # to find such a position for an object
@@ -84,8 +86,10 @@ class Scene:
         )
 
     def fits(self, thing: Thing) -> bool:
-        """Whether enough of every other object stays visible if `thing` is added."""
-        return all((old & ~thing.pixels).sum() >= MIN_VISIBLE * old.sum() for old in self.masks)
+        """Whether `thing` has pixels of its own and leaves enough of every other object visible."""
+        return bool(thing.pixels.any()) and all(
+            (old & ~thing.pixels).sum() >= MIN_VISIBLE * old.sum() for old in self.masks
+        )
 
     def plus(self, thing: Thing) -> "Scene":
         """Return the scene with one more object, in front of the others."""
@@ -106,6 +110,8 @@ class World:
         unseen_photographs: use the held-out photographs only.
         unseen_objects: use all objects, with at least one held-out name in every scene.
         styles: drawing styles of the objects.
+        sizes: range of an object's longer side, relative to the picture's side.
+        counts: number of objects -> probability.
 
     Attributes:
         names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
@@ -117,7 +123,10 @@ class World:
         unseen_photographs: bool = False,
         unseen_objects: bool = False,
         styles: tuple[str, ...] = STYLES,
+        sizes: tuple[float, float] = OBJECT_SIZES,
+        counts: Mapping[int, float] = OBJECT_COUNTS,
     ):
+        self.sizes, self.counts = sizes, counts
         paths = sorted((folder / "photographs").glob("*.png"))
         self.photographs = [
             Image.open(path).convert("RGB") for path in paths if is_held_out(path.stem) == unseen_photographs
@@ -127,7 +136,7 @@ class World:
             for path in sorted((folder / "objects" / style).glob("*.png")):
                 if unseen_objects or not is_held_out(path.stem):
                     sprite = Image.open(path).convert("RGBA")
-                    sprite.thumbnail((2 * OBJECT_SIZES[1],) * 2)  # large enough, and faster to rotate
+                    sprite.thumbnail((SPRITE_SIDE, SPRITE_SIDE))
                     self.objects.setdefault(path.stem, []).append(sprite)
         self.names = {name for name in self.objects if is_held_out(name) == unseen_objects}
 
@@ -145,7 +154,7 @@ class World:
         `pairs` is the probability that two objects have the same name, if there are several.
         """
         scene = Scene(self.background(rng))
-        (count,) = rng.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))
+        (count,) = rng.choices(list(self.counts), list(self.counts.values()))
         names = rng.sample(sorted(self.objects), min(count, len(self.objects)))
         names.sort(key=lambda name: name not in self.names)  # the first object always finds a position
         if names[0] not in self.names:
@@ -174,7 +183,7 @@ class World:
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
         sprite = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         sprite = sprite.crop(sprite.getchannel("A").getbbox())
-        scale = (side or rng.uniform(*OBJECT_SIZES)) / max(sprite.size)
+        scale = (side or SIZE * rng.uniform(*self.sizes)) / max(sprite.size)
         sprite = sprite.resize([max(1, round(length * scale)) for length in sprite.size], Image.Resampling.LANCZOS)
         alpha = sprite.getchannel("A")
         sprite = ImageEnhance.Brightness(sprite).enhance(rng.uniform(0.75, 1.15))

@@ -1,23 +1,29 @@
 """Ask a model a question about a picture, and get data back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+import numpy as np
+import torch
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
+    centre_crop,
+    resize_picture,
     upright_rgb,
-    working_size,
 )
-from instructdiffusion_pipeline.readout import read_with_readout
-from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.readout import mask_margins, read_answer
+from instructdiffusion_pipeline.tasks import PictureTask, Task
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins
 
 Reading = TypeVar("Reading")
+
+SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
+SLICE_BATCH = 8  # slices per call of the pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +33,13 @@ class Answer(Generic[Reading]):
     Attributes:
         task: the question.
         image: the input, RGB, upright.
-        instruction: the prompt that the model was given.
-        picture: the model's answer, in the size of the input. It shows the `box` of the input.
+        instruction: the prompt that the model was given; of a segmentation of several objects one in each line.
+        picture: the model's answer, resized to the size of the input. It shows the `box` of the input. The answers to
+            several questions about one picture are combined: each object is taken from the answer about it.
         box: (left, top, right, bottom) in pixels of the input.
         data: the reading, typed by the task, in pixels of the input: `dict[str, Mask]` for `Segmentation`,
-            `dict[str, Joint | None]` for `Keypoints` (None: not found), the picture for `Restoration` and `Editing`.
+            `dict[str, Joint | None]` for `Keypoints` (None: not found), the picture at the resolution of the input for
+            `Restoration` and `Editing`.
         nsfw_content_detected: whether the pipeline's safety checker replaced the answer by black; `data` is then void.
     """
 
@@ -55,16 +63,24 @@ def ask(
     task: Task[Reading],
     instruction: str | None = None,
     use_readout: bool = True,
+    slices: float | None = None,
     **settings: Any,
 ) -> Answer[Reading]:
     """Ask `task` about `image` and read the answer.
+
+    The whole picture is seen (`resize_mode="stretch"`), and the data is at the resolution of the picture. A
+    segmentation of several objects asks one question for each object, all in one call of the pipeline, because the
+    models were trained on one object a question.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
         image: PIL picture of any mode and size.
         task: the question, for example `Segmentation({"cat": "blue"})`.
-        instruction: the wording; by default the task's own.
+        instruction: the wording; by default the task's own. A segmentation of several objects is then one question.
         use_readout: whether the pipeline's `readout`, if it has one, reads masks and joints. False: by colour.
+        slices: for small objects of a segmentation: the question is also asked about overlapping parts of the picture,
+            whose sides are this share of the picture's, and the views are combined. With 0.56 there are nine parts for
+            each object, so the UNet computes ten times as much.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 
@@ -78,15 +94,36 @@ def ask(
         answer.overlay.save("overlay.png")
         ```
     """
-    return ask_batch(pipeline, [image], [task], [instruction], use_readout, **settings)[0]
+    return ask_batch(pipeline, [image], [task], [instruction], use_readout, slices, **settings)[0]
 
 
+class View(NamedTuple):
+    """One question to the pipeline: about a picture or a slice of it, and about one object of a segmentation."""
+
+    number: int  # of the picture in the batch
+    task: Task
+    prompt: str
+    image: Image.Image
+    offset: tuple[int, int]  # of `image` in its picture, in pixels
+
+
+class Response(NamedTuple):
+    """The pipeline's answer to a view, at working size; it shows the `box` of the view's image."""
+
+    picture: Image.Image
+    reconstruction: Image.Image | None
+    box: Box
+    flag: bool
+
+
+@torch.no_grad()
 def ask_batch(
     pipeline: InstructDiffusionPipeline,
     images: Sequence[Image.Image],
     tasks: Sequence[Task[Reading]],
     instructions: Sequence[str | None] | None = None,
     use_readout: bool = True,
+    slices: float | None = None,
     **settings: Any,
 ) -> list[Answer[Reading]]:
     """`ask` for several pictures of one working size in one call of the pipeline.
@@ -94,9 +131,70 @@ def ask_batch(
     Raises:
         TypeError: an image is not a PIL picture, or a task is not a task.
         ValueError: there are no pictures; the numbers of pictures, tasks and instructions differ; the settings of the
-            tasks differ; or `settings` would change how many pictures come back, or in which form.
+            tasks differ; `slices` is no share or a task is no segmentation; or `settings` would change how many
+            pictures come back, or in which form.
     """
     instructions = [None] * len(tasks) if instructions is None else instructions
+    check_questions(images, tasks, instructions, slices, settings)
+    own = [{**task.settings, **pipeline.config.task_settings.get(task.family, {})} for task in tasks]
+    if any(other != own[0] for other in own):
+        raise ValueError(
+            f"`tasks` must have the same settings; got {', '.join(sorted({task.family for task in tasks}))}."
+            " Ask them in separate calls."
+        )
+    settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
+    readout = pipeline.readout if use_readout else None
+    images = [upright_rgb(image) for image in images]
+
+    # One question for each object, about the whole picture and about its slices.
+    views = [
+        View(number, part, part.instruction() if words is None else words, image, (0, 0))
+        for number, (image, task, words) in enumerate(zip(images, tasks, instructions, strict=True))
+        for part in (task.split() if isinstance(task, Segmentation) and words is None else [task])
+    ]
+    responses = run_views(pipeline, views, **settings)
+    parts = [
+        view._replace(image=view.image.crop(box), offset=box[:2])
+        for view in views
+        for box in (slice_boxes(view.image.size, slices) if slices else [])
+    ]
+    part_responses = []
+    for start in range(0, len(parts), SLICE_BATCH):
+        part_responses += run_views(pipeline, parts[start : start + SLICE_BATCH], **settings)
+
+    crop = settings["resize_mode"] == "crop" and settings["resolution"] != 0
+    answers = []
+    for number, (image, task) in enumerate(zip(images, tasks, strict=True)):
+        whole = [pair for pair in zip(views, responses, strict=True) if pair[0].number == number]
+        sliced = [pair for pair in zip(parts, part_responses, strict=True) if pair[0].number == number]
+        (view, response), *_ = whole
+        picture = resize_picture(response.picture, image.size, crop)
+        data: Any
+        if isinstance(task, Segmentation):
+            margins = combine_views(image.size, whole, sliced, readout)
+            data = masks_from_margins(margins)
+            for other, answer in whole[1:]:
+                (name,) = cast(Segmentation, other.task).colors
+                mask = Image.fromarray(data[name].pixels)
+                picture.paste(resize_picture(answer.picture, image.size, crop), mask=mask)
+        elif isinstance(task, PictureTask) and response.reconstruction is not None:
+            data = task.transfer(image, response.reconstruction, response.picture, response.box)
+        else:
+            data = read_answer(task, image, response.picture, response.box, readout)
+        prompt = "\n".join(view.prompt for view, _ in whole)
+        box = pipeline.working_size(*image.size, settings["resolution"], settings["resize_mode"]).box
+        answers.append(Answer(task, image, prompt, picture, box, data, any(answer.flag for _, answer in whole)))
+    return answers
+
+
+def check_questions(
+    images: Sequence[Image.Image],
+    tasks: Sequence[Task],
+    instructions: Sequence[str | None],
+    slices: float | None,
+    settings: dict[str, Any],
+) -> None:
+    """Raise a TypeError or ValueError that names the argument of `ask_batch` that does not fit."""
     if not len(images) == len(tasks) == len(instructions) > 0:
         raise ValueError(
             "`images`, `tasks` and `instructions` must have the same length, at least one; got"
@@ -110,27 +208,65 @@ def ask_batch(
             )
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
         raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}: `ask` sets these itself.")
-    own = [{**task.settings, **pipeline.config.task_settings.get(task.family, {})} for task in tasks]
-    if any(other != own[0] for other in own):
-        raise ValueError(
-            f"`tasks` must have the same settings; got {', '.join(sorted({task.family for task in tasks}))}."
-            " Ask them in separate calls."
-        )
-    settings = own[0] | settings
-    images = [upright_rgb(image) for image in images]
-    prompts = [task.instruction() if words is None else words for task, words in zip(tasks, instructions, strict=True)]
-    pictures, flags = pipeline(prompts, images, **settings, return_dict=False)
+    if slices is not None:
+        if not 0.1 <= slices < 1:
+            raise ValueError(f"`slices` must be a share of the picture's sides, 0.1 to below 1; got {slices!r}.")
+        if others := {task.family for task in tasks if not isinstance(task, Segmentation)}:
+            raise ValueError(f"`slices` is for tasks of segmentation only; got {', '.join(sorted(others))}.")
 
-    resolution = settings.get("resolution")
-    resolution = pipeline.default_resolution if resolution is None else resolution
-    answers = []
-    flags = flags or [False] * len(images)
-    for image, task, prompt, picture, flag in zip(images, tasks, prompts, pictures, flags, strict=True):
-        box = working_size(*image.size, resolution, pipeline.vae_scale_factor).box
-        data: Any
-        if use_readout and pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
-            data = read_with_readout(pipeline.readout, task, image, picture, box)
-        else:
-            data = task.read(image, picture, box)
-        answers.append(Answer(task, image, prompt, picture, box, data, flag))
-    return answers
+
+def run_views(
+    pipeline: InstructDiffusionPipeline,
+    views: Sequence[View],
+    resolution: int | None,
+    resize_mode: str,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    **settings: Any,
+) -> list[Response]:
+    """Answers to all views of one working size in one call of the pipeline."""
+    pixels, _ = pipeline.preprocess_image([view.image for view in views], resolution, resize_mode)
+    image_latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
+    if isinstance(generator, list):
+        generator = [generator[view.number] for view in views]
+    pictures, flags = pipeline(
+        [view.prompt for view in views], image_latents, generator=generator, **settings, return_dict=False
+    )
+    reconstructions: list[Image.Image] | list[None] = [None] * len(views)
+    if any(isinstance(view.task, PictureTask) for view in views):
+        reconstructions = decode_pictures(pipeline, image_latents)
+    # A crop shows the centre, the other modes all of the picture.
+    crop = resize_mode == "crop" and resolution != 0
+    boxes = [centre_crop(view.image.size, pictures[0].size if crop else view.image.size) for view in views]
+    return [
+        Response(*response)
+        for response in zip(pictures, reconstructions, boxes, flags or [False] * len(views), strict=True)
+    ]
+
+
+def decode_pictures(pipeline: InstructDiffusionPipeline, image_latents: torch.Tensor) -> list[Image.Image]:
+    """The VAE's pictures of image latents (B, C, h, w), at working size."""
+    decoded = pipeline.decode_latents(image_latents * pipeline.vae.config.scaling_factor)
+    sizes = [(decoded.shape[3], decoded.shape[2])] * len(decoded)
+    return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=False))
+
+
+def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int, int]]:
+    """Overlapping parts of a picture of (width, height): (left, top, right, bottom) of each."""
+    count = math.ceil((1 / share - 1) / (1 - SLICE_OVERLAP)) + 1
+    width, height = (round(share * side) for side in size)
+    lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
+    tops = np.linspace(0, size[1] - height, count).round().astype(int).tolist()
+    return [(left, top, left + width, top + height) for top in tops for left in lefts]
+
+
+def combine_views(
+    size: tuple[int, int],
+    whole: Sequence[tuple[View, Response]],
+    sliced: Sequence[tuple[View, Response]],
+    readout: Any,
+) -> dict[str, np.ndarray]:
+    """The margin of each object in a picture of (width, height), from the whole picture and its slices."""
+    margins: dict[str, np.ndarray] = {}
+    for view, response in whole:
+        margins |= mask_margins(cast(Segmentation, view.task), view.image, response.picture, response.box, readout)
+    return margins

@@ -5,6 +5,7 @@ the exact colour; a readout is trained on the answers of its model. It is the co
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.tasks import Reading, Task
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, MASK_COLORS, RGB, coverage
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import OPACITY, Mask, Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import OPACITY, Mask, Segmentation, masks_from_margins
 from instructdiffusion_pipeline.types import Joint
 
 MASK, HEATMAP = 0, 1  # output channels
@@ -25,7 +27,19 @@ HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at
 MIN_PEAK = 0.5
 
 
-@torch.no_grad()
+def read_answer(
+    task: Task[Reading],
+    image: Image.Image,
+    answer: Image.Image,
+    box: Box | None = None,
+    readout: UNet2DModel | None = None,
+) -> Reading:
+    """`task.read`; but masks and joints are read with the `readout`, if there is one."""
+    if readout is not None and isinstance(task, Segmentation | Keypoints):
+        return cast(Reading, read_with_readout(readout, task, image, answer, box))
+    return task.read(image, answer, box)
+
+
 def read_with_readout(
     readout: UNet2DModel,
     task: Segmentation | Keypoints,
@@ -33,14 +47,49 @@ def read_with_readout(
     answer: Image.Image,
     box: Box | None = None,
 ) -> dict[str, Mask] | dict[str, Joint | None]:
-    """Read masks or joints from `answer` with a readout, at the size that the readout was made for.
+    """Read masks or joints from `answer` with a readout, as `task.read` does by colour."""
+    if isinstance(task, Segmentation):
+        return masks_from_margins(mask_margins(task, image, answer, box, readout))
+    frame, planes = run_readout(readout, task, image, answer, box)
+    joints: dict[str, Joint | None] = {}
+    for name, heatmap in zip(task.colors, planes[:, HEATMAP], strict=True):
+        x, y, score = heatmap_peak(heatmap)
+        joints[name] = Joint(*frame.point(x, y), score) if score >= MIN_PEAK else None
+    return joints
+
+
+def mask_margins(
+    task: Segmentation,
+    image: Image.Image,
+    answer: Image.Image,
+    box: Box | None = None,
+    readout: UNet2DModel | None = None,
+) -> dict[str, np.ndarray]:
+    """`task.margins`, read with a `readout` if there is one: the probability of each pixel less one half."""
+    if readout is None:
+        return task.margins(image, answer, box)
+    frame, planes = run_readout(readout, task, image, answer, box)
+    return {
+        name: frame.place(plane - 0.5, outside=-0.5) for name, plane in zip(task.colors, planes[:, MASK], strict=True)
+    }
+
+
+@torch.no_grad()
+def run_readout(
+    readout: UNet2DModel,
+    task: Segmentation | Keypoints,
+    image: Image.Image,
+    answer: Image.Image,
+    box: Box | None = None,
+) -> tuple[Frame, np.ndarray]:
+    """Run a readout on `answer`, at the size that it was made for.
 
     Args:
         readout: takes `CHANNELS` channels and gives 2: the logits of mask and heatmap.
         task, image, answer, box: as in `task.read`.
 
     Returns:
-        What `task.read` returns, in pixels of `image`.
+        The frame, and the probabilities of mask and heatmap for each of N names, [N, 2, height, width].
 
     Raises:
         ValueError: the readout takes or gives another number of channels.
@@ -58,17 +107,7 @@ def read_with_readout(
     if readout.device.type != "meta":  # sequential offloading moves inputs itself
         inputs = inputs.to(readout.device)
     logits = readout(inputs.to(readout.dtype), timestep=0).sample[..., :height, :width]
-    planes = logits.float().sigmoid().cpu().numpy()
-    if isinstance(task, Segmentation):
-        return {
-            name: Mask.from_margin(frame.place(plane - 0.5, outside=-0.5))
-            for name, plane in zip(task.colors, planes[:, MASK], strict=True)
-        }
-    joints: dict[str, Joint | None] = {}
-    for name, heatmap in zip(task.colors, planes[:, HEATMAP], strict=True):
-        x, y, confidence = heatmap_peak(heatmap)
-        joints[name] = Joint(*frame.point(x, y), confidence) if confidence >= MIN_PEAK else None
-    return joints
+    return frame, logits.float().sigmoid().cpu().numpy()
 
 
 def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:

@@ -29,11 +29,11 @@ class Sample:
 
 
 class Joint(NamedTuple):
-    """A place in pixels; (0, 0) is the middle of the top left pixel. `confidence` is 0 to 1."""
+    """A place in pixels; (0, 0) is the middle of the top left pixel. `score` is 0 to 1."""
 
     x: float
     y: float
-    confidence: float = 1.0
+    score: float = 1.0
 
 
 class Edit(NamedTuple):

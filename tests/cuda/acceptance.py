@@ -68,9 +68,9 @@ def main() -> None:
     training = {"model": MODEL[args.cpu], "data": f"coco-stuff={args.data}", **TRAINING[args.cpu]}
     parts: dict[str, tuple[Part, float]] = {
         "tests": (run_tests, 200),
+        "inference": (partial(run_inference, model=MODEL[args.cpu], **INFERENCE[args.cpu]), 180),
         "training": (partial(run_training, lora_rank=None, **training), 150),
         "training, LoRA": (partial(run_training, lora_rank=LORA_RANK, **training), 150),
-        "inference": (partial(run_inference, model=MODEL[args.cpu], **INFERENCE[args.cpu]), 200),
     }
     report: dict[str, Any] = {
         "device": None if args.cpu else describe_gpu(),

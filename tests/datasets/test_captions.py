@@ -38,13 +38,20 @@ def test_coco_captions(tmp_path, place):
         {"image_id": 9, "caption": "one"},
         {"image_id": 9, "caption": "two "},
         {"image_id": 10, "caption": "x"},
+        {"image_id": 9, "caption": ["three", "four"]},
     ]
     (tmp_path / "annotations").mkdir()
     file = tmp_path / "annotations" / "captions_train2017.json"
     file.write_text(json.dumps({"images": images, "annotations": captions}))
     data = coco_captions(tmp_path)
     assert [data[index][1] for index in range(len(data))] == ["one", "two"]
-    assert data.skipped == [("000000000010.png", "a missing file")]
+    assert data.skipped == [("000000000010.png", "a missing file"), ("000000000009.png", "no caption")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8-sig")
+    assert img2dataset(tmp_path)[0][1] == "a cat"
 
 
 def test_nothing_left_is_an_error(tmp_path):

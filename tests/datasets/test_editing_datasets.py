@@ -209,6 +209,90 @@ def test_an_image_folder_of_datasets(tmp_path):
         dataset[1]
 
 
+ROWS = {
+    "original_image": [BEFORE, BEFORE, BEFORE],
+    "edit_prompt": ["make it winter", "\ufeff make it night\n", ""],
+    "edited_image": [AFTER] * 3,
+}
+FEATURES = hub.Features(
+    {"original_image": hub.Image(), "edit_prompt": hub.Value("string"), "edited_image": hub.Image()}
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def parquet_file(table, path):
+    table.to_parquet(path / "mine.parquet")
+    return path / "mine.parquet"
+
+
+def parquet_folder(table, path):
+    table.to_parquet(path / "test.parquet")
+    return path
+
+
+def saved(table, path):
+    table.save_to_disk(path / "saved")
+    return path / "saved"
+
+
+def saved_splits(table, path):
+    hub.DatasetDict(test=table, train=table.select([1])).save_to_disk(path / "saved")
+    return path / "saved"
+
+
+@pytest.mark.parametrize("write", [parquet_file, parquet_folder, saved, saved_splits])
+def test_tables_in_every_form(tmp_path, own_cache, write):
+    name = write(hub.Dataset.from_dict(ROWS, features=FEATURES), tmp_path)
+    split = "train" if write in (parquet_file, saved) else "test"
+    table = HubTable.load(name, split)
+    assert len(table) == 2 and is_triple(table[0], "make it winter") and is_triple(table[1], "make it night")
+    if write is not saved:
+        with pytest.raises(ValueError, match="nowhere"):
+            HubTable.load(name, "nowhere")
+
+
+def test_an_instruction_that_is_no_text_is_skipped():
+    features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
+    lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))
+    with pytest.raises(ValueError, match="skipped 3 with an instruction that is no text but a list"):
+        HubTable(lists)
+
+
+def picture_folder(path, first):
+    path.mkdir()
+    save_image(path / "before.png", BEFORE)
+    save_image(path / "after.png", AFTER)
+    row = {"original_image_file_name": first, "edited_image_file_name": "after.png", "edit_prompt": "make it winter"}
+    (path / "metadata.jsonl").write_text(json.dumps(row))
+    return path
+
+
+@pytest.mark.parametrize("name", ["mine", "other"])
+def test_a_script_in_a_folder_is_never_run(tmp_path, own_cache, name):
+    folder = picture_folder(tmp_path / "mine", "before.png")
+    (folder / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'canary')!r})")
+    if name == "mine":  # the name that `datasets` once took for the folder's own script
+        with pytest.raises(
+            ValueError, match="mine cannot be read as a table: Dataset scripts are no longer supported"
+        ):
+            HubTable.load(folder)
+    else:
+        assert is_triple(HubTable.load(folder)[0], "make it winter")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/{}/secret.png", "http://127.0.0.1:9/secret.png"])
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, own_cache, name):
+    save_image(tmp_path / "secret.png", BEFORE)
+    folder = picture_folder(tmp_path / "mine", name.format(tmp_path))
+    with pytest.raises(ValueError, match="mine cannot be read as a table: Invalid metadata file_name"):
+        HubTable.load(folder)
+
+
 def test_a_table_of_datasets():
     features = hub.Features(
         {"original_image": hub.Image(), "edit_prompt": hub.Value("string"), "edited_image": hub.Image()}

@@ -105,6 +105,14 @@ def test_unreadable_samples_are_counted_logged_once_and_replaced(caplog):
     assert len(caplog.records) == 2 and "a: 1.png cannot be used" in caplog.text and "cut off" in caplog.text
 
 
+def test_thousands_of_unreadable_samples_are_counted_and_a_hundred_are_named(caplog):
+    mixed = Mixture([(Source("a", Numbered(2000, broken=set(range(1999))), BLUR), 1)])
+    with caplog.at_level(logging.WARNING):
+        assert number(mixed[0]) == 1999
+    assert len(mixed.skipped) >= 500 and caplog.text.count("cannot be used and is replaced") == 100
+    assert caplog.records[-1].message == "Further samples that cannot be used are counted without a warning."
+
+
 class Annotated(Numbered):
     """The same pictures, each with the annotation of its number."""
 

@@ -72,12 +72,12 @@ def test_an_answer_is_the_one_that_ask_gives(client, model, photograph, asked, t
     if task.family == "segmentation":
         mask = expected.data["sunflower"]
         assert mask.pixels.any(), "or else this tells little"
-        read = {"box": list(mask.box), "area": mask.pixels.sum(), "confidence": pytest.approx(mask.confidence)}
+        read = {"box": list(mask.box), "area": mask.pixels.sum(), "score": pytest.approx(mask.score)}
         assert found == {"sunflower": read}
     elif task.family == "keypoints":
         assert any(expected.data.values()), "or else this tells little"
         assert found == {
-            name: joint and pytest.approx({"x": joint.x, "y": joint.y, "confidence": joint.confidence})
+            name: joint and pytest.approx({"x": joint.x, "y": joint.y, "score": joint.score})
             for name, joint in expected.data.items()
         }
     else:

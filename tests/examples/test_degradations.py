@@ -34,7 +34,7 @@ def test_a_watermark_is_translucent_and_covers_a_part():
     for seed in range(40):
         marked = np.asarray(degradations.add_watermark(gray, random.Random(seed))).astype(int)
         change = np.abs(marked - 90).max(-1)
-        assert change.max() <= 0.9 * 165, "translucent"
+        assert change.max() < 165, "translucent"
         covered.append((change > 8).mean())
     assert np.mean(np.array(covered) > 0.01) > 0.9
     assert 0.02 < np.mean(covered) < 0.4

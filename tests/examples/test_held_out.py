@@ -7,7 +7,7 @@ import held_out
 import numpy as np
 import pytest
 import readout
-from held_out import rows
+from held_out import COUNT_ROWS, SIZE_ROWS, rows
 from PIL import Image, ImageDraw
 from world import UNSEEN_STYLE, is_held_out
 
@@ -30,6 +30,7 @@ def colored_world(tmp_path_factory):
 
 
 def test_every_row_is_of_what_training_never_saw(colored_world):
+    styled = {"segmentation, unseen drawing style", *SIZE_ROWS, *COUNT_ROWS}
     for source in rows(colored_world, 6):
         for index in range(6):
             image, annotation = source.dataset[index]
@@ -41,10 +42,21 @@ def test_every_row_is_of_what_training_never_saw(colored_world):
                 assert len(task.colors) == 1
             if task.family == "segmentation":
                 red, _, blue = clean[np.logical_or.reduce(list(annotation.values()))].mean(0)
-                assert (blue > 2 * red) == (source.name == "segmentation, unseen drawing style")
+                assert (blue > 2 * red) == (source.name in styled)
                 (words,) = task.colors
                 (asked,) = re.findall(r"thing \d+", words)
                 assert is_held_out(asked) == (source.name == "segmentation, unseen names")
+
+
+def test_rows_by_size_and_number_ask_for_such_objects(colored_world):
+    by_row = {source.name: source.dataset for source in rows(colored_world, 8)}
+    for row, (low, high) in SIZE_ROWS.items():
+        for index in range(8):
+            image, masks = by_row[row][index]
+            widths = [np.ptp(np.nonzero(mask)[1]) + 1 for mask in masks.values()]  # of discs; parts may be covered
+            assert low * 64 - 2 <= max(widths) <= high * 64 + 1
+    for row, count in COUNT_ROWS.items():
+        assert {len(by_row[row][index][1]) for index in range(8)} == {count}
 
 
 def test_no_two_stages_share_their_scenes():

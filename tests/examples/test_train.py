@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import run_script
+from instructdiffusion_pipeline.datasets.specs import DATASETS
 
 SCRIPT = tiny.ROOT / "examples" / "train.py"
 CONFIGS = tiny.ROOT / "examples" / "accelerate"
@@ -110,7 +113,12 @@ def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch
     assert (trained / READOUT).read_bytes() == (model / READOUT).read_bytes()
     before, after = load_file(model / UNET), load_file(trained / UNET)
     assert max((before[name] - after[name]).abs().max() for name in before) > 1e-4
-    assert [path.name for path in (tmp_path / "run" / "validation").iterdir()] == ["step-000002.png"]
+    sheets = sorted(path.name for path in (tmp_path / "run" / "validation").iterdir())
+    assert sheets == ["step-000000.png", "step-000002.png"]
+    card = (trained / "README.md").read_text()
+    assert '"learning_rate": 0.001' in card and f"Trained from `{model.name}`" in card
+    assert re.search(r"table +4 +1 +100.0%", card)
+    assert (trained / "validation.png").read_bytes() == (tmp_path / "run" / "validation" / sheets[1]).read_bytes()
     config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
     assert config["learning_rate"] == 1e-3 and config["sources"] == ["table"]
     assert "run/model exists, from a run that has ended" in refused(
@@ -128,6 +136,25 @@ def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, mon
     assert {(config.learning_rate, config.lr_scheduler, config.weight_decay) for config in seen} == {
         (1e-4, "constant", 0.01)
     }
+
+
+def test_every_training_command_of_the_guide_is_understood(tmp_path, monkeypatch):
+    """Its options exist, its recipe and settings are valid, and its data sets are known."""
+    guide = (tiny.ROOT / "docs" / "training.md").read_text().replace("\\\n", " ")
+    commands = [
+        line
+        for line in guide.splitlines()
+        if re.match(r"(ACCELERATE_USE_CPU=true )?(python|accelerate) .*train\.py ", line)
+    ]
+    assert len(commands) == 5
+    seen = []
+    monkeypatch.setattr(script, "run", lambda options, config: seen.append(options))
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(command.partition("train.py ")[2])])
+        run_script(script.main)
+    assert sorted(len(options.data) for options in seen) == [1, 1, 1, 1, 4]
+    data = [entry.partition("=")[0] for options in seen for entry in options.data + options.validation_data]
+    assert set(data) <= set(DATASETS)
 
 
 def test_adaptation_trains_on_captions(model, tmp_path, monkeypatch):
@@ -161,6 +188,9 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     assert "https" in done.stdout or hub.url in done.stdout
     trained = tmp_path / "run" / "model"
     assert pushed[UNET] == (trained / UNET).read_bytes()
+    card = pushed["README.md"].decode()
+    assert '"lora_rank": 4' in card and 'from_pretrained("you/mine"' in card
+    assert pushed["validation.png"] == (trained / "validation.png").read_bytes()
 
     # The folder has the additions melted in; they also lie beside it, for the model that they were added to.
     call = tiny.inputs(image=tiny.picture(64, 64))
@@ -229,6 +259,68 @@ def test_columns_of_a_table_are_named_by_options(model, tmp_path, monkeypatch, c
     assert (output / "model").is_dir()
 
 
+def test_a_run_that_is_killed_after_its_last_checkpoint_is_resumed(model, table, tmp_path, monkeypatch):
+    """Between the LoRA layers, the model's folder and its card: all of the folder appears at once."""
+    output = tmp_path / "run"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "describe", killed)
+        with pytest.raises(SystemExit, match="130"):
+            call(monkeypatch, model, f"table={table}", output, lora_rank=2)
+    assert (output / "lora").is_dir() and not (output / "model").exists()
+    call(monkeypatch, model, f"table={table}", output, lora_rank=2, resume="latest")
+    assert json.loads((output / "model" / "model_index.json").read_text())["task_settings"] == SETTINGS
+    assert (output / "model" / "README.md").is_file()
+
+
+def test_a_changed_rate_and_caption_need_to_be_named(model, table, tmp_path, monkeypatch, capfd):
+    data, output = shutil.copytree(table, tmp_path / "mine"), tmp_path / "run"
+    call(monkeypatch, model, f"table={data}", output)
+    shutil.rmtree(output / "model")
+    lines = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(lines.replace("make it number 1", "make it the first"))
+    changed = {"resume": "latest", "max_train_steps": 3, "learning_rate": 1e-3}
+    message = refused(monkeypatch, capfd, model, f"table={data}", output, **changed)
+    assert "learning_rate was 0.0001 and is 0.001, content was " in message
+    assert "resume_changes=['learning_rate', 'content']" in message
+    call(monkeypatch, model, f"table={data}", output, **changed, more=["--resume_changes", "learning_rate", "content"])
+    assert (output / "checkpoint-3").is_dir()
+
+
+def test_validation_data_is_held_apart(model, table, tmp_path, monkeypatch, capsys):
+    held_out = shutil.copytree(table, tmp_path / "held-out")
+    lines = (table / "metadata.jsonl").read_text().splitlines()
+    (table / "metadata.jsonl").write_text("\n".join(lines[:2]))
+    (held_out / "metadata.jsonl").write_text("\n".join(lines[2:]))
+    try:
+        settings = {"validation_data": f"table={held_out}", "validation_steps": 1, "random_flip": True}
+        call(monkeypatch, model, f"table={table}", tmp_path / "run", num_validation_images=1, **settings)
+    finally:
+        (table / "metadata.jsonl").write_text("\n".join(lines))
+    losses = re.findall(r"Validation loss after (\d) updates: (\d\.\d+)", capsys.readouterr().out)
+    assert [step for step, _ in losses] == ["0", "1", "2"] and losses[0][1] != losses[2][1]
+    assert "of held-out samples" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_data_that_is_trained_on_is_no_validation_data(model, table, tmp_path, monkeypatch, capfd):
+    said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data=f"table={table}")
+    assert f"--validation_data: table={table} is trained on" in said
+
+
+def test_some_samples_for_some_epochs(model, table, tmp_path, monkeypatch, capsys):
+    arguments = ["train.py", "--init", model, "--data", f"table={table}", "--output_dir", tmp_path / "run"]
+    arguments += ["--max_train_samples", 3, "--num_train_epochs", 2, "--batch_size", 2]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    run_script(script.main)
+    out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "table 3 1 100.0%" in out and "3 updates of 2 samples are 2 epochs of 3 samples." in out
+    assert any(line.startswith("Memory without activations: 0.0") for line in out)
+    assert any(re.match(r"Disk space: 0\.\d+ GB a checkpoint, .* GB free", line) for line in out)
+
+
 def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, capfd):
     def says(init, data, **settings):
         return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
@@ -239,6 +331,7 @@ def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, 
     assert f"--data table={table} is given twice" in twice
     for init in ("nofile.ckpt", "some/nofile.safetensors", "/no/such/folder"):
         assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
+    assert "--max_train_samples: must be 1 or more; got 0" in says(model, f"table={table}", max_train_samples=0)
     assert "`batch_size` must be 1 or more; got 0" in says(model, f"table={table}", batch_size=0)
     assert "Repo id must" in says(model, f"table={table}", push_to="not/a/name")
     assert not (tmp_path / "run").exists()

@@ -17,19 +17,19 @@ from sources import TRAINING_SOURCES
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
+UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
 
 
 @pytest.fixture
 def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
     """A function that runs train.py with command line arguments, for a few steps of each stage."""
-    for name, value in {"POOL": 40, "STEPS": {"fresh": 3, "tuned": 2}, "SAVE_EVERY": 2}.items():
+    for name, value in {"POOL": 40, "STEPS": 3, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(vae, name, value)
     monkeypatch.setattr(tiny_train, "SAMPLES", 20)
-    monkeypatch.setattr(tiny_train, "STEPS", {"tuned": 1})
     few = {"max_train_steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "mixed_precision": "no"}
     config = dataclasses.replace(tiny_train.CONFIG, **few)
     monkeypatch.setattr(tiny_train, "CONFIG", config)
+    monkeypatch.setattr(tiny_train, "TUNING", dataclasses.replace(tiny_train.TUNING, **few | {"max_train_steps": 1}))
 
     def run(name, *options):
         work = tmp_path / f"{name}-work"
@@ -65,13 +65,18 @@ def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe, tmp_path):
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one training step apart"
+    assert (second / VAE).read_bytes() == (output / VAE).read_bytes()
 
 
-def test_a_vae_with_another_init_is_refused(recipe, tmp_path):
-    output = recipe("first")
+def test_a_longer_run_continues_from_the_last_checkpoint(recipe, tiny_train, monkeypatch, capsys):
+    init = str(recipe("first"))
+    output = recipe("second", "--init", init)
+    before = load_file(output / UNET)
+    monkeypatch.setattr(tiny_train, "TUNING", dataclasses.replace(tiny_train.TUNING, max_train_steps=2))
     shutil.rmtree(output)
-    with pytest.raises(ValueError, match="a VAE with the same init; .* init was None and is 'elsewhere'"):
-        recipe("first", "--init", "elsewhere")
+    after = load_file(recipe("second", "--init", init) / UNET)
+    assert "checkpoint-1" in capsys.readouterr().out
+    assert any((before[name] != after[name]).any() for name in before)
 
 
 def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):
@@ -79,6 +84,7 @@ def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp
     monkeypatch.setitem(sys.modules, "train", tiny_train)
     ablation = importlib.import_module("ablation")
     monkeypatch.setattr(ablation, "CONFIG", tiny_train.CONFIG)
+    monkeypatch.setattr(ablation, "SAMPLES", 20)
     output = tmp_path / "ablation"
     options = ["--work_dir", tmp_path / "first-work", "--output_dir", output, "--steps", 1, "--samples", 1]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options)])

@@ -17,10 +17,11 @@ from sources import (
     mixture,
     one_of_names,
     pairs,
+    present,
     segmentation,
     source,
 )
-from world import SIZE, STYLES, UNSEEN_STYLE, World, is_held_out
+from world import SIZE, STYLES, UNSEEN_STYLE, Scene, Thing, World, is_held_out
 
 from instructdiffusion_pipeline.tasks import make_sample
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -65,8 +66,31 @@ def test_masks_cover_the_objects_and_nothing_else(world_folder):
             union |= mask
         bright = np.asarray(scene.image)[..., 0] > 135  # half covered
         assert (bright ^ union).mean() < 0.02
-    assert counts[1] < counts[2] + counts[3], "mostly several"
+    assert counts.keys() == {1, 2, 3, 4} and counts[1] < 30, "mostly several"
     assert 0.2 < np.mean(twins) < 0.5, "some of one name"
+
+
+def test_objects_have_the_sizes_and_numbers_of_their_world(world_folder):
+    for options, (low, high), counts in (
+        ({}, (0.1, 0.7), {1, 2, 3, 4}),
+        ({"sizes": (0.2, 0.3), "counts": {3: 1}}, (0.2, 0.3), {3}),
+    ):
+        world, sides = World(world_folder, **options), []
+        for seed in range(40):
+            _, masks = present(world, random.Random(seed))
+            assert len(masks) in counts and all(mask.any() for mask in masks.values())
+            for thing in world.scene(random.Random(seed)).things:
+                left, top, right, bottom = thing.layer.getchannel("A").getbbox()
+                sides.append(max(right - left, bottom - top) / SIZE)
+        assert low - 0.01 < min(sides) < low + 0.05 and high - 0.05 < max(sides) < high + 0.01
+
+
+def test_an_object_without_a_pixel_of_its_own_is_not_placed():
+    scene, faint = Scene(Image.new("RGB", (SIZE, SIZE))), Image.new("RGBA", (SIZE, SIZE))
+    faint.paste((255, 255, 255, 100), (5, 5, 30, 6))  # a thin object in a small size
+    assert not scene.fits(Thing("guitar", faint))
+    faint.putpixel((5, 5), (255, 255, 255, 255))
+    assert scene.fits(Thing("guitar", faint))
 
 
 def test_an_object_that_is_gone_leaves_no_trace(world_folder):

@@ -113,7 +113,7 @@ def test_a_disc_covered_by_another_is_found_by_the_rest_of_it(apart):
     found = task.read(image, task.draw(image, joints))
     assert max(errors(task, joints, found)) <= 1
     # What is covered says nothing, so it does not make the reading less sure.
-    assert min(joint.confidence for joint in found.values()) >= 0.99
+    assert min(joint.score for joint in found.values()) >= 0.99
 
 
 @pytest.mark.parametrize("outside, tolerance", [(-3, 1), (0, 1), (4, 1), (7, 1.5), (8, 2)])

@@ -113,7 +113,7 @@ def test_what_the_autoencoder_does_to_a_picture_reads_as_nothing(shipped):
 @pytest.mark.parametrize("color", MASK_COLORS)
 def test_an_answer_like_the_input_reads_as_nothing(color):
     found = Segmentation({"cat": color}).read(PHOTOGRAPHS[0], PHOTOGRAPHS[0])["cat"]
-    assert not found.pixels.any() and found.box is None and found.polygons == [] and found.confidence == 1
+    assert not found.pixels.any() and found.box is None and found.polygons == [] and found.score == 0
 
 
 def test_an_object_of_the_asked_colour_is_filled_from_what_surrounds_it():
@@ -166,15 +166,13 @@ def test_inputs_of_every_mode_are_read(mode):
     assert iou(task.read(image, answer)["ball"].pixels, mask) >= 0.99
 
 
-def test_confidence_falls_as_the_paint_thins():
+def test_score_falls_as_the_paint_thins():
     image = photograph(random.Random(2), 96, 96)
     mask = blob(random.Random(3), 96, 96)
     task = Segmentation({"ball": Segmentation.from_annotation(image, {"ball": mask}, random.Random(0)).colors["ball"]})
     full = task.draw(image, {"ball": mask})
-    confidences = [
-        task.read(image, Image.blend(image, full, share))["ball"].confidence for share in (1.0, 0.9, 0.8, 0.7)
-    ]
-    assert confidences[0] >= 0.95 and confidences == sorted(confidences, reverse=True) and confidences[-1] <= 0.5
+    scores = [task.read(image, Image.blend(image, full, share))["ball"].score for share in (1.0, 0.9, 0.8, 0.7)]
+    assert scores[0] >= 0.95 and scores == sorted(scores, reverse=True) and scores[-1] <= 0.5
 
 
 def test_a_trace_of_colour_is_no_mask():

@@ -29,6 +29,15 @@ def test_edges():
     assert no_image.tolist() == [False, False, True, True, False, False]
 
 
+def test_the_probability_is_a_setting():
+    _, image = drop_conditioning(torch.ones(4, 3), torch.ones(4, 4, 1, 1), torch.zeros(3), torch.arange(4) / 4, 0.25)
+    text, _ = drop_conditioning(torch.ones(4, 3), torch.ones(4, 4, 1, 1), torch.zeros(3), torch.arange(4) / 4, 0.25)
+    assert (text == 0).all(1).tolist() == [True, False, False, False]
+    assert (image == 0).all(dim=(1, 2, 3)).tolist() == [False, True, False, False]
+    text, image = drop_conditioning(torch.ones(1, 3), torch.ones(1, 4, 1, 1), torch.zeros(3), torch.zeros(1), 0.0)
+    assert text.all() and image.all(), "0 drops nothing"
+
+
 def test_the_originals_draws_give_the_originals_modes(golden):
     for step in ("step_a", "step_b"):
         draws = load_file(golden / "training" / f"{step}.safetensors")["dropout_random"]

@@ -47,11 +47,31 @@ def test_what_is_skipped_is_counted(pipe):
     assert sum(int(samples[position]["skipped"]) for position in range(3)) == 1
 
 
+class LongWords:
+    """Edits with instructions of many words, each another."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __call__(self, image, edit, rng):
+        return Editing(edit.instruction + self.text)
+
+
 def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, caplog):
     text = "the cat " * 60
     expected = pipe.tokenizer(text, truncation=True, max_length=77).input_ids
     assert tokenize(pipe.tokenizer, text).tolist() == expected
-    assert "77 tokens" in caplog.text
+    samples = ImageDataset(Mixture([(Source("long", Pairs(6), LongWords(text)), 1)]), pipe.tokenizer)
+    for _ in range(2):
+        assert (
+            samples[0]["input_ids"].tolist()
+            == pipe.tokenizer(samples.mixture[0].instruction, truncation=True, max_length=77).input_ids
+        )
+    assert caplog.text.count("77 tokens") == 1 and samples.cut.total() == 2, "said once, and counted"
+    for position in range(6):
+        samples[position]
+    assert caplog.text.count("77 tokens") == 3 and "Others are cut without a warning" in caplog.text
+    assert len(samples.cut) == 6 and samples.cut.total() == 8
 
 
 def test_noise_depends_on_seed_and_position_only():

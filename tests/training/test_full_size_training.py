@@ -52,5 +52,11 @@ def test_full_size_is_widened_and_trained(tmp_path):
     print(f"two updates of one sample at 256 x 256, bf16, low-rank: {time.perf_counter() - started:.0f} s")
     print(f"peak memory {peak_memory(torch.device('cpu')) / 1e9:.1f} GB")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    # LoRA sees the input, although the image half of the first convolution was zero.
+    timestep, pair = torch.tensor(500), [torch.cat([noisy, latents], dim=1) for latents in (image, -image)]
+    with torch.no_grad():
+        first, second = (pipe.unet(latents, timestep, text).sample for latents in pair)
+    assert (first - second).abs().max() > 1e-6
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 80e6, "the layers alone"
     changed = [weight for name, weight in pipe.unet.named_parameters() if "lora_B" in name]
     assert changed and all(weight.isfinite().all() and weight.any() for weight in changed)

@@ -10,10 +10,10 @@ from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_ima
 
 def test_a_summary_has_the_means_since_the_one_before():
     metrics = TrainingMetrics(["a", "b"], torch.device("cpu"))
-    metrics.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 0]))
+    metrics.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), 2)
     first = metrics.summarize()
     assert (first["loss"], first["loss/a"], first["loss/b"], first["samples skipped"]) == (3, 1.5, 6, 2)
-    metrics.add(torch.tensor([5.0]), torch.tensor([0]), torch.tensor([1]))
+    metrics.add(torch.tensor([5.0]), torch.tensor([0]), 1)
     second = metrics.summarize()
     assert (second["loss"], second["samples skipped"]) == (5, 3) and "loss/b" not in second
     assert math.isfinite(second["samples per second"])

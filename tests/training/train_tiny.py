@@ -1,6 +1,10 @@
-"""A short training run in a process of its own: train_tiny.py OUTPUT_DIR SETTINGS [CACHE], settings in JSON."""
+"""A short training run in a process of its own: train_tiny.py OUTPUT_DIR SETTINGS [CACHE], settings in JSON.
+
+With SHARD_SIZE in the environment, a file of the cache has so many samples, and each process says what it encodes.
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,11 +18,20 @@ from pairs import mixture  # noqa: E402
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline  # noqa: E402
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, train  # noqa: E402
+from instructdiffusion_pipeline.training import cache as cache_module  # noqa: E402
 
 if __name__ == "__main__":
     output_dir, settings, *cache = sys.argv[1:]
     pipe = InstructDiffusionPipeline(**tiny.components())
     samples = ImageDataset(mixture(), pipe.tokenizer)
+    if size := os.environ.get("SHARD_SIZE"):
+        encode_shard, cache_module.SHARD_SIZE = cache_module.encode_shard, int(size)
+
+        def encode_and_say(loader, encoders, path):
+            print(f"process {os.environ['RANK']} encodes {path.name}", flush=True)
+            encode_shard(loader, encoders, path)
+
+        cache_module.encode_shard = encode_and_say
     if cache:
         samples = cache_samples(samples, 7, pipe, cache[0])
     pipe = train(pipe, samples, TrainingConfig(**json.loads(settings)), output_dir, resume="latest")

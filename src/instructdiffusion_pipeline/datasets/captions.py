@@ -29,7 +29,7 @@ class CaptionedPictures:
         for path, caption in captions:
             if path not in files:
                 self.skipped.append((path, "a missing file"))
-            elif not caption.strip():
+            elif not isinstance(caption, str) or not caption.strip():
                 self.skipped.append((path, "no caption"))
             else:
                 self._captions.append((path, " ".join(caption.split())))
@@ -56,7 +56,7 @@ def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
 def caption_beside(picture: Path) -> str:
     """The text file of a picture; empty where there is none, or none that can be read."""
     try:
-        return picture.with_suffix(".txt").read_text(encoding="utf-8")
+        return picture.with_suffix(".txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return ""
 

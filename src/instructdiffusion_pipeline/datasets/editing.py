@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
 from instructdiffusion_pipeline.types import Edit
 
 T = TypeVar("T")
+BLANK = " \t\r\n\ufeff"  # what is cut off instructions: white space, and the byte order mark of some editors
 
 # InstructPix2Pix and GIER come without splits; the original cuts them at these shares.
 SHARES = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
@@ -221,7 +222,8 @@ class HubTable:
     """Edits of a Hugging Face `datasets` table or image folder (what `load_dataset` returns for one split).
 
     The columns are named by the arguments; the defaults are those of timbrooks/instructpix2pix-clip-filtered.
-    MagicBrush's are source_img, instruction, target_img. Rows are decoded when they are read.
+    MagicBrush's are source_img, instruction, target_img. Rows are decoded when they are read; a row whose instruction
+    is missing or no text is skipped.
     """
 
     def __init__(
@@ -241,12 +243,50 @@ class HubTable:
         self.table = table.select_columns(self.columns)
         rows = []
         for row, text in enumerate(table[instruction]):
-            if text and text.strip():
+            if not isinstance(text, str | None):
+                self.skipped.append((f"row {row}", f"an instruction that is no text but a {type(text).__name__}"))
+            elif text and text.strip(BLANK):
                 rows.append(row)
             else:
                 self.skipped.append((f"row {row}", "no instruction"))
         require_samples("`table`", rows, self.skipped)
         self._rows = np.array(rows)
+
+    @classmethod
+    def load(
+        cls, name: str | PathLike[str], split: str = "train", revision: str | None = None, **columns: str
+    ) -> Self:
+        """Read a table: a folder of pictures or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
+
+        Args:
+            name: the folder, file or Hub id.
+            split: the part of the table, as in `load_dataset`; not for a folder of `save_to_disk` without splits.
+            revision: branch, tag or commit of the Hub.
+            columns: the arguments `image`, `instruction` and `edited` of the class.
+
+        Raises:
+            ValueError: the table cannot be read, or has no such split or columns.
+            OSError: the Hub cannot be reached.
+        """
+        from datasets import DatasetDict, load_dataset, load_from_disk  # of the extra `data`
+        from datasets.exceptions import DatasetGenerationError
+
+        path = Path(name)
+        try:
+            if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                table = load_from_disk(str(path))
+            elif path.suffix == ".parquet" and path.is_file():
+                table = load_dataset("parquet", data_files=str(path), split=split)
+            else:
+                table = load_dataset(str(name), split=split, revision=revision)
+        # What `datasets` raises for broken files, and for a folder with a script, which it does not run.
+        except (DatasetGenerationError, RuntimeError) as error:
+            raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
+        if isinstance(table, DatasetDict):
+            if split not in table:
+                raise ValueError(f"`split` must be one of {', '.join(table)}; got {split!r}.")
+            table = table[split]
+        return cls(table, **columns)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -256,7 +296,7 @@ class HubTable:
         try:
             row = self.table[place]
             image, text, edited = (row[column] for column in self.columns)
-            return upright_rgb(image), Edit(text.strip(), upright_rgb(edited))
+            return upright_rgb(image), Edit(text.strip(BLANK), upright_rgb(edited))
         except Exception as error:  # decoders raise nearly anything on a broken file
             raise UnreadableSample(self.name(index), f"{type(error).__name__}: {error}") from error
 

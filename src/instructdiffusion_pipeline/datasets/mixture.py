@@ -17,6 +17,7 @@ from instructdiffusion_pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
 SHOWN = 3  # entries that a warning names
+WARNINGS = 100  # samples that are named while they are read
 
 MakeTask = Callable[[Image.Image, Any, random.Random], TrainingTask]
 Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
@@ -133,6 +134,8 @@ class Mixture:
         return np.random.default_rng((self.seed, *key)).permutation(length)
 
     def _skip(self, name: str, error: Exception) -> None:
-        if name not in self.skipped:
+        if name not in self.skipped and len(self.skipped) < WARNINGS:
             logger.warning("%s cannot be used and is replaced by the next usable one: %s", name, error)
+            if len(self.skipped) == WARNINGS - 1:
+                logger.warning("Further samples that cannot be used are counted without a warning.")
         self.skipped[name] += 1

@@ -80,11 +80,9 @@ class DatasetSpec:
         return Source(f"{name} {chosen}", self.read(folder, chosen, **columns), self.make_task, transform)
 
 
-def table(folder: Path, split: str, **columns: str) -> HubTable:
-    """Pairs of pictures that Hugging Face's `load_dataset` reads; `columns` are those of `HubTable`."""
-    from datasets import load_dataset  # of the extra `data`
-
-    return HubTable(load_dataset(str(folder), split=split), **columns)
+def table(folder: Path, default_split: str, split: str | None = None, **options: str) -> HubTable:
+    """Pairs of pictures as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
+    return HubTable.load(folder, split or default_split, **options)
 
 
 KEYPOINTS, SEGMENTATION = Keypoints.from_annotation, Segmentation.from_annotation

@@ -7,22 +7,22 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch
+from instructdiffusion_pipeline.ask import Answer, ask_batch, decode_pictures
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, score_key
 from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
-from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, InstructDiffusionPipeline, centre_crop
+from instructdiffusion_pipeline.tasks import PictureTask, Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -39,12 +39,14 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     resolution: int | None = None,
+    resize_mode: str = "stretch",
     clip: ClipSimilarity | None = None,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> dict[str, Any]:
     """Score a pipeline on `examples`, and write table.md, results.json and a contact sheet for each row of the table.
 
-    The answers are those of `ask`, in the column "model". If the pipeline has a readout, "model" has the masks and
+    The column "model" has the data of `ask`, at the resolution of the pictures. For restored and edited pictures a
+    column "answer alone" has the model's answer, enlarged. If the pipeline has a readout, "model" has the masks and
     joints that it reads, and a column "reading by color" has those of `task.read`.
 
     A run that was killed continues when it is called again with the same arguments, and ends with the same files. An
@@ -58,7 +60,8 @@ def evaluate(
         settings_by_family: arguments of the pipeline's call by task family, which override the model's own.
         batch_size: examples whose records are written together, and tasks per call of the pipeline.
         seed: fixes the noise of each task, together with its place in `examples`.
-        resolution: working size in pixels; by default `pipeline.default_resolution`.
+        resolution: working size in pixels; by default the model's own, as in `ask`.
+        resize_mode: "stretch", as in `ask`, or "crop", as the original.
         clip: adds the CLIP similarity to the scores of edited pictures.
         baselines: other methods, such as `classical_baseline`, by the name of their column.
 
@@ -69,7 +72,6 @@ def evaluate(
         ValueError: names of examples or sources are not unique, the folder has records of another run, or no example
             can be scored.
     """
-    resolution = pipeline.default_resolution if resolution is None else resolution
     settings = settings_by_family or {}
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
@@ -78,6 +80,7 @@ def evaluate(
         "model": pipeline_fingerprint(pipeline),
         "settings": {family: dict(values) for family, values in settings.items()},
         "resolution": resolution,
+        "resize_mode": resize_mode,
         "batch_size": batch_size,
         "seed": seed,
         "clip": clip and clip.name,
@@ -87,7 +90,9 @@ def evaluate(
     folder = Path(folder)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     records = resume(folder, run, len(examples), batch_size)
-    evaluator = Evaluator(pipeline, settings, batch_size, seed, resolution, clip, baselines or {}, folder / "answers")
+    evaluator = Evaluator(
+        pipeline, settings, batch_size, seed, resolution, resize_mode, clip, baselines or {}, folder / "answers"
+    )
     with (
         tqdm(total=len(examples), initial=len(records), desc="examples") as bar,
         open(folder / "records.jsonl", "a") as file,
@@ -138,7 +143,8 @@ class Evaluator:
     settings: Settings
     batch_size: int
     seed: int
-    resolution: int
+    resolution: int | None
+    resize_mode: str
     clip: ClipSimilarity | None
     baselines: Mapping[str, Baseline]
     folder: Path
@@ -151,7 +157,8 @@ class Evaluator:
         for index, lazy in batch.items():
             try:
                 example = lazy.open()
-                size = working_size(*example.image.size, self.resolution, self.pipeline.vae_scale_factor).size
+                options = self.size(example.tasks[0].family)
+                size = self.pipeline.working_size(*example.image.size, **options).size
                 truths = [task.draw(example.image, example.truth) for task in example.tasks]
                 if odd := [picture.size for picture in truths if picture.size != example.image.size]:
                     raise ValueError(f"the truth must have the picture's size {example.image.size}; got {odd[0]}.")
@@ -168,7 +175,7 @@ class Evaluator:
             for start in range(0, len(group), self.batch_size):
                 questions = group[start : start + self.batch_size]
                 truths = [question.truth for question in questions]
-                reconstructed = vae_reconstruction(self.pipeline, truths, self.resolution)
+                reconstructed = vae_reconstruction(self.pipeline, truths, **self.size(family))
                 for question, answer, picture in zip(
                     questions, self.ask(family, questions), reconstructed, strict=True
                 ):
@@ -183,6 +190,15 @@ class Evaluator:
                 records[index]["error"] = one_line(error)
         return list(records.values())
 
+    def size(self, family: str) -> dict[str, Any]:
+        """`resolution` and `resize_mode` of the questions of a family."""
+        resolution = self.resolution
+        if resolution is None:
+            resolution = {**self.pipeline.config.task_settings.get(family, {}), **self.settings.get(family, {})}.get(
+                "resolution"
+            )
+        return {"resolution": resolution, "resize_mode": self.resize_mode}
+
     def ask(self, family: str, questions: Sequence[Question]) -> list[Answer]:
         """Answers to questions of one family and one working size, each with a seed of its own."""
         keys = [np.random.SeedSequence((self.seed, question.index, question.number)) for question in questions]
@@ -190,27 +206,38 @@ class Evaluator:
             self.pipeline,
             [question.example.image for question in questions],
             [question.task for question in questions],
-            resolution=self.resolution,
             generator=[torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys],
-            **self.settings.get(family, {}),
+            **{**self.settings.get(family, {}), **self.size(family)},
         )
 
     def score(self, example: Example, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
         """Measures by column: answer, ceiling, other readings or, for pictures, the input, and the baselines."""
         box, task = answers[0].box, example.tasks[0]
+        size = self.size(task.family)
+        crop = size["resize_mode"] == "crop" and size["resolution"] != 0
+        # What a picture of working size shows; fitting it back to the input may crop it again, to `box`.
+        shown = centre_crop(example.image.size, ceilings[0].size) if crop else box
 
-        def read_by_color(pictures: Sequence[Image.Image]) -> Any:
+        def read_by_color(pictures: Sequence[Image.Image], box: Box) -> Any:
             pairs = zip(example.tasks, pictures, strict=True)
             return merge([task.read(example.image, picture, box) for task, picture in pairs])
 
-        readings = {"model": merge([answer.data for answer in answers]), "ceiling": read_by_color(ceilings)}
-        if isinstance(readings["model"], Image.Image):
+        readings = {"model": merge([answer.data for answer in answers])}
+        if isinstance(task, PictureTask):
+            (reconstructed,) = vae_reconstruction(self.pipeline, [example.image], **size)
+            readings["ceiling"] = task.transfer(example.image, reconstructed, ceilings[0], shown)
+            readings["answer alone"] = task.read(example.image, answers[0].picture, box)
             # The VAE alone removes some noise. These columns show how much of a score is due to it.
             readings["input"] = example.image
-            (reconstructed,) = vae_reconstruction(self.pipeline, [example.image], self.resolution)
-            readings["input through the VAE"] = task.read(example.image, reconstructed, box)
-        elif self.pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
-            readings["reading by color"] = read_by_color([answer.picture for answer in answers])
+            readings["input through the VAE"] = task.read(example.image, reconstructed, shown)
+        else:
+            readings["ceiling"] = read_by_color(ceilings, shown)
+        if (
+            not isinstance(task, PictureTask)
+            and self.pipeline.readout is not None
+            and isinstance(task, Segmentation | Keypoints)
+        ):
+            readings["reading by color"] = read_by_color([answer.picture for answer in answers], box)
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading
@@ -220,13 +247,14 @@ class Evaluator:
 
 @torch.no_grad()
 def vae_reconstruction(
-    pipeline: InstructDiffusionPipeline, pictures: Sequence[Image.Image], resolution: int
+    pipeline: InstructDiffusionPipeline,
+    pictures: Sequence[Image.Image],
+    resolution: int | None = None,
+    resize_mode: str = "stretch",
 ) -> list[Image.Image]:
-    """Encode and decode pictures of one working size, with the same resizing as in a call of the pipeline."""
-    pixels, sizes = pipeline.preprocess_image(list(pictures), resolution)
-    latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
-    decoded = pipeline.decode_latents(latents * pipeline.vae.config.scaling_factor)
-    return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=resolution != 0))
+    """Encode and decode pictures of one working size, at working size, with the same resizing as in a call."""
+    pixels, _ = pipeline.preprocess_image(list(pictures), resolution, resize_mode)
+    return decode_pictures(pipeline, pipeline.encode_image_latents(pixels, pipeline._execution_device))
 
 
 def one_line(error: Exception) -> str:

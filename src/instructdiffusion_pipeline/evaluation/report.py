@@ -11,14 +11,16 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.evaluation.examples import LazyExample
-from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, read, summarize
+from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.image_grid import labeled_grid
+from instructdiffusion_pipeline.readout import read_answer
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # share the first column of scores
 NOTES = """\
-The ceiling, in brackets, is the score of the true answer after encoding and decoding by the VAE, read by color. AP,
+The ceiling, in brackets, is the score of the true answer after encoding and decoding by the VAE, read by color or
+transferred to the input. AP,
 PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled joints; "side" is the longer side of
 the picture. mIoU is the mean over samples; a sample without the object counts 1 if at most one pixel in 1,000 is
 painted, otherwise 0. N-acc is the share of such samples where nothing is painted. Masks and joints are scored on the
@@ -101,7 +103,7 @@ def contact_sheet(
         for index, task in enumerate(example.tasks):
             answer = Image.open(answers / answer_name(record["index"], index))
             panels.append((f'"{task.instruction()}"', answer))
-            overlay = task.overlay(overlay, read(readout, task, example.image, answer, tuple(record["box"])))
+            overlay = task.overlay(overlay, read_answer(task, example.image, answer, tuple(record["box"]), readout))
         panels += [("reading", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         rows.append((f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))

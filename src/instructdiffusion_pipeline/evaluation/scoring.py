@@ -8,29 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.evaluation import metrics
 from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
-from instructdiffusion_pipeline.readout import read_with_readout
-from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint, Pose
 
 Scores = dict[str, float | None]
-
-
-def read(readout: UNet2DModel | None, task: Task, image: Image.Image, answer: Image.Image, box: Box) -> Any:
-    """Read an answer as `ask` does: masks and joints with the `readout` if there is one, otherwise `task.read`."""
-    if readout is not None and isinstance(task, Segmentation | Keypoints):
-        return read_with_readout(readout, task, image, answer, box)
-    return task.read(image, answer, box)
 
 
 def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:

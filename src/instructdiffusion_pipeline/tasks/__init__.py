@@ -1,7 +1,7 @@
 """One file per task family: wording, settings, drawing of answers, and reading of answers."""
 
 import random
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -36,6 +36,20 @@ class Task(TrainingTask, Protocol[Reading]):
 
     def overlay(self, image: Image.Image, reading: Reading) -> Image.Image:
         """The reading drawn on the input."""
+
+
+@runtime_checkable
+class PictureTask(Task[Image.Image], Protocol):
+    """A task whose data is a picture, at the resolution of the input."""
+
+    def transfer(
+        self, image: Image.Image, reconstruction: Image.Image, answer: Image.Image, box: Box | None = None
+    ) -> Image.Image:
+        """Apply what the model changed to `image`, at its own resolution.
+
+        `reconstruction` is `image` after encoding and decoding by the VAE. It and `answer` are of working size, and
+        show the `box` of `image`.
+        """
 
 
 class EmptyAnnotation(ValueError):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
+from instructdiffusion_pipeline.tasks.transfer import transfer_change, transfer_in_box
 from instructdiffusion_pipeline.types import Edit
 
 
@@ -44,6 +45,12 @@ class Editing:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
         """The edited picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
         return paste_answer(image, answer, box)
+
+    def transfer(
+        self, image: Image.Image, reconstruction: Image.Image, answer: Image.Image, box: Box | None = None
+    ) -> Image.Image:
+        """See `PictureTask`."""
+        return transfer_in_box(transfer_change, image, reconstruction, answer, box)
 
     def overlay(self, image: Image.Image, edited: Image.Image) -> Image.Image:
         """Left half before, right half after."""

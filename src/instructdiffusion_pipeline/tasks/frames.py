@@ -51,12 +51,18 @@ class Frame(NamedTuple):
     def place(self, plane: np.ndarray, outside: float) -> np.ndarray:
         """A plane of the frame [height, width] as float32 in the input's size, `outside` the box as given."""
         x, y = self.scale
-        framed = Image.fromarray(plane.astype(np.float32))
-        matrix = (1 / x, 0, -self.box[0] / x, 0, 1 / y, -self.box[1] / y)
-        placed = framed.transform(
-            self.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=outside
+        left, top = math.floor(self.box[0]), math.floor(self.box[1])
+        right, bottom = math.ceil(self.box[2]), math.ceil(self.box[3])
+        framed = Image.fromarray(plane.astype(np.float32)).transform(
+            (right - left, bottom - top),
+            Image.Transform.AFFINE,
+            (1 / x, 0, (left - self.box[0]) / x, 0, 1 / y, (top - self.box[1]) / y),
+            Image.Resampling.BILINEAR,
+            fillcolor=outside,
         )
-        return np.asarray(placed)
+        placed = np.full(self.size[::-1], outside, np.float32)
+        placed[top:bottom, left:right] = framed
+        return placed
 
     def point(self, x: float, y: float) -> tuple[float, float]:
         """A place in pixels of the frame, as one in pixels of the input."""

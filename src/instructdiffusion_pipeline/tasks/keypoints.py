@@ -27,7 +27,7 @@ from instructdiffusion_pipeline.types import Joint, Joints
 RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
 READING_SIDE = 256  # pixels along the short side, where a disc has its training size
-MIN_CONFIDENCE = 0.4
+MIN_SCORE = 0.4
 MIN_EVIDENCE = 16  # levels between a pixel and the asked colour, below which it is left out
 
 COCO_JOINTS = (
@@ -134,7 +134,7 @@ class Keypoints:
         """The position of each joint in pixels of `image`, or None if no disc was found.
 
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
-        None. A joint's confidence is the step of the share from the ring around its disc to the disc, 1 for a disc as
+        None. A joint's score is the step of the share from the ring around its disc to the disc, 1 for a disc as
         drawn. A disc that the frame or other discs leave less than a tenth of is not found.
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
@@ -148,12 +148,12 @@ class Keypoints:
             share = np.minimum(shares[index], 1 - gap / evidence[index].clip(min=1))
             others = np.delete(shares, index, 0).max(0, initial=0) > 0.25
             known = (evidence[index] >= MIN_EVIDENCE) & ~others
-            x, y, confidence = find_disc(share, known, radius)
-            joints[name] = Joint(*frame.point(x, y), confidence) if confidence >= MIN_CONFIDENCE else None
+            x, y, score = find_disc(share, known, radius)
+            joints[name] = Joint(*frame.point(x, y), score) if score >= MIN_SCORE else None
         return joints
 
     def overlay(self, image: Image.Image, joints: Joints) -> Image.Image:
-        """`image` with a cross, a name and a confidence at each joint that was found."""
+        """`image` with a cross, a name and a score at each joint that was found."""
         sheet = upright_rgb(image)
         pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
         for name, color in self.colors.items():
@@ -166,7 +166,7 @@ class Keypoints:
                 side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
                 pen.text(
                     (joint.x + side * 1.5 * arm, joint.y),
-                    f"{name} {joint.confidence:.2f}",
+                    f"{name} {joint.score:.2f}",
                     "white",
                     anchor=anchor,
                     font_size=max(10, min(sheet.size) // 20),
@@ -193,7 +193,7 @@ def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
 
 
 def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[float, float, float]:
-    """Where a disc of `radius` pixels fits the shares [height, width] best: x, y and confidence.
+    """Where a disc of `radius` pixels fits the shares [height, width] best: x, y and score.
 
     The fit at a place is the mean of the shares inside the disc, less the mean in a ring around it, over `known`
     pixels only; so a disc that another covers or the frame cuts is found by what is left of it. Places up to a radius
@@ -235,5 +235,5 @@ def coco_keypoints(joints: Joints, image_id: int, names: tuple[str, ...] = COCO_
         "image_id": image_id,
         "category_id": 1,
         "keypoints": [value for joint in found for value in (joint or (0.0, 0.0, 0.0))],
-        "score": sum(joint.confidence for joint in found if joint) / len(names),
+        "score": sum(joint.score for joint in found if joint) / len(names),
     }

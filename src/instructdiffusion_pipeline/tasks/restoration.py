@@ -9,6 +9,12 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
+from instructdiffusion_pipeline.tasks.transfer import (
+    transfer_change,
+    transfer_denoised,
+    transfer_in_box,
+    transfer_sharpened,
+)
 
 Degradation = Literal["noise", "blur", "watermark"]
 TEMPLATES: dict[str, list[str]] = {
@@ -44,6 +50,7 @@ TEMPLATES: dict[str, list[str]] = {
         "get rid of the logo across the photo",
     ],
 }
+TRANSFERS = {"noise": transfer_denoised, "blur": transfer_sharpened, "watermark": transfer_change}
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,12 @@ class Restoration:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
         """The restored picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
         return paste_answer(image, answer, box)
+
+    def transfer(
+        self, image: Image.Image, reconstruction: Image.Image, answer: Image.Image, box: Box | None = None
+    ) -> Image.Image:
+        """See `PictureTask`."""
+        return transfer_in_box(TRANSFERS[self.degradation], image, reconstruction, answer, box)
 
     def overlay(self, image: Image.Image, restored: Image.Image) -> Image.Image:
         """Left half before, right half after."""

@@ -24,7 +24,7 @@ from instructdiffusion_pipeline.types import Masks
 
 OPACITY = 0.5  # share of the colour in a painted pixel
 READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
-MIN_CONFIDENCE = 0.3  # of a mask; autoencoders and models leave faint traces of colour where they paint nothing
+MIN_SCORE = 0.3  # of a mask; autoencoders and models leave faint traces of colour where they paint nothing
 ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
 
 # {things}: "the cat in blue and the dogs in red"
@@ -114,17 +114,25 @@ class Segmentation:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
         """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
 
-        A mask with a confidence below `MIN_CONFIDENCE` is returned empty.
+        A mask with a score below `MIN_SCORE` is returned empty.
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
         None. Outside the box nothing is set.
+        """
+        return masks_from_margins(self.margins(image, answer, box))
+
+    def margins(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, np.ndarray]:
+        """The coverage of each pixel of `image` less one half: float32 [height, width], positive inside the object.
+
+        Arguments as in `read`. Outside the box the margin is -0.5.
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [MASK_COLORS[color] for color in self.colors.values()]
         shares, _ = coverage(frame.source, frame.answer, colors, OPACITY)
-        return {
-            name: Mask.from_margin(frame.place(share - 0.5, outside=-0.5))
-            for name, share in zip(self.colors, shares, strict=True)
-        }
+        return {name: frame.place(share - 0.5, outside=-0.5) for name, share in zip(self.colors, shares, strict=True)}
+
+    def split(self) -> list["Segmentation"]:
+        """One task for each object."""
+        return [Segmentation({name: color}) for name, color in self.colors.items()]
 
     def overlay(self, image: Image.Image, masks: dict[str, "Mask"]) -> Image.Image:
         """`image` with the masks in their colours, outlined in the complementary colour; needs scikit-image."""
@@ -139,25 +147,32 @@ class Segmentation:
         return Image.fromarray(pixels)
 
 
+def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:
+    """The mask of each object. A pixel that several objects claim goes to the one with the highest margin."""
+    highest = np.maximum.reduce(list(margins.values()))
+    return {
+        name: Mask.from_margin(np.where(margin < highest, np.minimum(margin, 0), margin))
+        for name, margin in margins.items()
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The pixels of an object (bool, height x width), and the confidence of the reading, 0 to 1.
+    """The pixels of an object (bool, height x width), and a score from 0 to 1: how sure it is that it is there.
 
-    `confidence` is the mean distance of the painted pixels from the threshold: 1 if each pixel moved all the way to
-    the colour, 0 if each stopped half way. The confidence of an empty mask is that nothing was painted.
+    The score is the mean distance of the painted pixels from the threshold: 1 if each pixel moved all the way to the
+    colour, 0 if each stopped half way or none was painted. `ask` calibrates it if the model has a calibration.
     """
 
     pixels: np.ndarray
-    confidence: float
+    score: float
 
     @classmethod
     def from_margin(cls, margin: np.ndarray) -> "Mask":
-        """The mask of pixels with a positive margin: the coverage less one half. Empty below `MIN_CONFIDENCE`."""
+        """The mask of pixels with a positive margin: the coverage less one half. Empty below `MIN_SCORE`."""
         pixels = margin > 0
-        clear = np.clip(2 * np.abs(margin), 0, 1)
-        if pixels.any() and (confidence := float(clear[pixels].mean())) >= MIN_CONFIDENCE:
-            return cls(pixels, confidence)
-        return cls(np.zeros_like(pixels), float(clear.mean()))
+        score = float(np.clip(2 * margin[pixels], 0, 1).mean()) if pixels.any() else 0.0
+        return cls(pixels if score >= MIN_SCORE else np.zeros_like(pixels), score)
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:

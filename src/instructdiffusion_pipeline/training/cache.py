@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -74,6 +76,8 @@ def cache_samples(
 ) -> CachedDataset:
     """Encode samples into a folder. A call that was stopped is continued by the next one.
 
+    If several processes were launched, each encodes a part of the files, and all wait for the last.
+
     Args:
         samples: the data. The crop and the wording of a sample are drawn once.
         count: how many samples are encoded, from the first on; may be several epochs.
@@ -100,15 +104,17 @@ def cache_samples(
         "content": dataset_fingerprint(samples, count),
         "encoders": fingerprint(pipeline.vae, *([pipeline.text_encoder] if embeddings else [])),
     }
-    check_run_config(folder, "cache.json", description, "a cache of the same samples")
-    with tqdm(total=count, desc="caching") as bar:
-        for start in range(0, count, SHARD_SIZE):
-            stop = min(start + SHARD_SIZE, count)
-            path = shard_path(folder, start)
-            if not path.exists():
-                loader = DataLoader(samples, batch_size, sampler=range(start, stop), num_workers=num_workers)
-                encode_shard(loader, encoders, path)
-            bar.update(stop - start)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    with state.main_process_first():
+        check_run_config(folder, "cache.json", description, "a cache of the same samples")
+    starts = range(0, count, SHARD_SIZE)[state.process_index :: state.num_processes]
+    for start in tqdm(starts, desc="caching", unit="file", disable=not state.is_main_process):
+        path = shard_path(folder, start)
+        if not path.exists():
+            positions = range(start, min(start + SHARD_SIZE, count))
+            loader = DataLoader(samples, batch_size, sampler=positions, num_workers=num_workers)
+            encode_shard(loader, encoders, path)
+    state.wait_for_everyone()
     return CachedDataset(folder, seed)
 
 

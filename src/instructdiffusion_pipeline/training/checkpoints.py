@@ -1,15 +1,30 @@
-"""Checkpoints that are complete even if a run is killed while it writes one."""
+"""Checkpoints: a model, and the state of the run that continues it. Complete even if a run is killed while it saves.
 
+checkpoint-500/
+    config.json                         settings of the run
+    model_index.json, unet/, ...        the model with its EMA weights; with LoRA pytorch_lora_weights.safetensors
+    state/trained.safetensors           the trained weights
+    state/ema.safetensors               their moving average
+    state/optimizer.bin, ...            accelerate's files, which it reads with `weights_only=True`
+"""
+
+import errno
 import json
+import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from instructdiffusion_pipeline.cli import is_disk_full
 from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import differences
 
@@ -25,17 +40,48 @@ CHANGEABLE_ON_RESUME = {
     "logging_steps",
     "report_to",
 }
+# Settings that decide which weights are trained, and what the optimizer keeps of them.
+FIXED_ON_RESUME = {"lora_rank", "train_text_encoder", "optimizer"}
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, settings: Mapping[str, Any], limit: int) -> Path:
-    """Write `checkpoint-<step>` with the state and `settings` of a run, and keep the newest `limit` checkpoints."""
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    settings: Mapping[str, Any],
+    limit: int,
+    trained: Mapping[str, torch.Tensor],
+    ema: EMAModel | None,
+    save_model: Callable[[Path], None],
+) -> Path:
+    """Write `checkpoint-<step>`, and keep the newest `limit` checkpoints.
+
+    Args:
+        trained: the trained weights by name; empty if accelerate saves them (FSDP).
+        ema: their moving average.
+        save_model: writes the model that the run would return now to a folder.
+
+    Raises:
+        OSError: the disk is full. Earlier checkpoints are not changed.
+    """
     checkpoint = folder / f"checkpoint-{step}"
-    with atomic_write(checkpoint) if accelerator.is_main_process else nullcontext() as partial:
-        (partial,) = broadcast_object_list([partial])  # all processes write into the main one's folder
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        with atomic_write(checkpoint) if accelerator.is_main_process else nullcontext() as partial:
+            (partial,) = broadcast_object_list([partial])  # all processes write into the main one's folder
+            if accelerator.is_main_process:
+                save_model(partial)
+                (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            accelerator.save_state(str(partial / "state"))
+            if accelerator.is_main_process and trained:
+                save_tensors(partial / "state" / "trained.safetensors", trained)
+                if ema:
+                    average = dict(zip(trained, ema.shadow_params, strict=True))
+                    save_tensors(partial / "state" / "ema.safetensors", average)
+            accelerator.wait_for_everyone()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_disk_full(error):  # which torch and safetensors report in words of their own
+            raise OSError(errno.ENOSPC, "No space left on device", str(checkpoint)) from error
+        raise
     if accelerator.is_main_process:
         for older in list_checkpoints(folder)[:-limit]:
             # Moved first, so that a partly deleted folder does not look like a checkpoint.
@@ -45,13 +91,69 @@ def save(accelerator: Accelerator, folder: Path, step: int, settings: Mapping[st
     return checkpoint
 
 
-def find(folder: Path, resume: str | Path | None, settings: Mapping[str, Any]) -> Path | None:
+def load(
+    accelerator: Accelerator, checkpoint: Path, trained: Mapping[str, torch.Tensor], ema: EMAModel | None
+) -> None:
+    """Read the state that `save` wrote. `trained` and the average in `ema` are overwritten in place.
+
+    Raises:
+        ValueError: a file is missing or broken, wants to run code, or has other weights than `trained`.
+    """
+    state = checkpoint / "state"
+    try:
+        accelerator.load_state(str(state))
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"`resume`: {state} cannot be read: {error}") from error
+    if trained:
+        load_tensors(state / "trained.safetensors", trained)
+        if ema:
+            load_tensors(state / "ema.safetensors", dict(zip(trained, ema.shadow_params, strict=True)))
+            ema.optimization_step = step_of(checkpoint)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors by name as safetensors."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+@torch.no_grad()
+def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite `tensors` by those of a file, which must have the same names and shapes and finite values."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"`resume`: {path} cannot be read: {error}") from error
+    if wrong := sorted(
+        name
+        for name in tensors.keys() | found.keys()
+        if name not in tensors
+        or name not in found
+        or found[name].shape != tensors[name].shape
+        or not found[name].isfinite().all()
+    ):
+        raise ValueError(
+            f"`resume`: {path} does not fit the model: {len(wrong)} tensors are missing, unexpected, of another shape"
+            f" or not finite, such as {wrong[0]}."
+        )
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+
+
+def find(
+    folder: Path, resume: str | Path | None, settings: Mapping[str, Any], changes: Collection[str] = ()
+) -> Path | None:
     """Return the checkpoint that `resume` names: a folder, or "latest". None if there is nothing to resume.
+
+    Args:
+        changes: names of `settings` in which the checkpoint may differ.
 
     Raises:
         ValueError: there is no such checkpoint, it belongs to another run, a newer one is in `folder`, or `folder` has
-            checkpoints although `resume` is None.
+            checkpoints although `resume` is None; or `changes` has a name that is unknown or cannot change.
     """
+    possible = settings.keys() - FIXED_ON_RESUME
+    if unknown := sorted(set(changes) - possible):
+        raise ValueError(f"`resume_changes` must be names of {', '.join(sorted(possible))}; got {', '.join(unknown)}.")
     found = list_checkpoints(folder)
     if resume is None:
         if found:
@@ -68,13 +170,27 @@ def find(folder: Path, resume: str | Path | None, settings: Mapping[str, Any]) -
     if found and found[-1].resolve() != checkpoint.resolve():
         raise ValueError(f"`resume` is {checkpoint}, but `output_dir` also has {found[-1]}. Move that one away first.")
     # A constant learning rate does not depend on the length of the run.
-    changeable = CHANGEABLE_ON_RESUME | (
-        {"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else set()
+    changeable = CHANGEABLE_ON_RESUME.union(
+        changes, {"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else ()
     )
-    fixed = {name: value for name, value in settings.items() if name not in changeable}
-    if other := differences(json.loads((checkpoint / "config.json").read_text()), fixed):
-        raise ValueError(f"`resume`: {checkpoint} belongs to another run: {other}.")
+    before = read_settings(checkpoint)
+    if other := differences(before, {name: value for name, value in settings.items() if name not in changeable}):
+        names = [name for name in settings if name not in changeable and before.get(name) != settings[name]]
+        way_on = "" if FIXED_ON_RESUME.intersection(names) else f" To change this, give resume_changes={names}."
+        raise ValueError(f"`resume`: {checkpoint} belongs to another run: {other}.{way_on}")
     return checkpoint
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    path = checkpoint / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"`resume`: {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"`resume`: {path} must be a JSON object of settings.")
+    return settings
 
 
 def step_of(checkpoint: Path) -> int:

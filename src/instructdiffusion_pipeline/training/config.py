@@ -1,7 +1,17 @@
 """The settings of a training run, and the three stages of the paper as recipes."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import torch
+from diffusers.optimization import SchedulerType
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Without piecewise_constant, whose steps no setting can name.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+LEARNING_RATE = 1e-4
+LORA_LEARNING_RATE = 1e-3  # at 1e-4 LoRA layers, which start at zero, hardly change
 
 
 def setting(default: Any, help: str) -> Any:
@@ -19,46 +29,68 @@ class TrainingConfig:
         ValueError: a setting is out of range, or two settings exclude each other.
     """
 
-    max_train_steps: int = field(metadata={"help": "total number of updates"})
+    max_train_steps: int = setting(None, "total number of updates")
+    num_train_epochs: float | None = setting(None, "length of the run in epochs, in place of max_train_steps")
     batch_size: int = setting(64, "samples per process and forward pass")
     gradient_accumulation_steps: int = setting(1, "batches per update")
-    learning_rate: float = setting(1e-4, "learning rate after the warm-up")
-    lr_scheduler: str = setting("constant", "of diffusers: constant, constant_with_warmup, cosine, linear ...")
+    learning_rate: float = setting(
+        None, f"learning rate after the warm-up; if not given: {LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}"
+    )
+    lr_scheduler: str = setting("constant", f"of diffusers: {', '.join(LR_SCHEDULERS)}")
     lr_warmup_steps: int = setting(0, "updates of the warm-up; 0 with constant")
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float = setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = setting(1.0, "norm to which gradients are clipped")
     ema_decay: float = setting(0.9999, "decay of the EMA weights, which are saved; 0 disables EMA")
+    conditioning_dropout_prob: float = setting(0.075, "share of samples that lose the text, and as many the image")
     min_snr_gamma: float | None = setting(None, "gamma of Min-SNR loss weighting (Hang et al., 2023)")
     timestep_bias: float = setting(1.0, "above 1: half of the timesteps are drawn with a density of t^(bias - 1)")
     change_weight: float | None = setting(None, "loss weight of the latents in which target and input differ")
-    lora_rank: int | None = setting(None, "train LoRA layers of this rank in the UNet's attention, not all weights")
+    lora_rank: int | None = setting(None, "train LoRA layers of this rank in the UNet, not all weights")
     train_text_encoder: bool = setting(False, "also train the text encoder; the paper does not")
     text_to_image: bool = setting(False, "train without input pictures, as in the adaptation stage")
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory; takes more time")
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "no, bf16 or fp16; fp16 needs an accelerator")
+    allow_tf32: bool = setting(False, "multiply matrices in TF32 on Ampere GPUs and later")
+    torch_compile: bool = setting(False, "compile the training step; the first update takes minutes")
     num_workers: int = setting(0, "data loader workers per process; the result does not depend on them")
     checkpointing_steps: int = setting(500, "updates between two checkpoints")
-    checkpoints_total_limit: int = setting(1, "number of checkpoints to keep")
-    validation_steps: int = setting(500, "updates between two grids of validation pictures")
+    checkpoints_total_limit: int = setting(3, "number of checkpoints to keep, the newest")
+    validation_steps: int = setting(500, "updates between two validations")
     logging_steps: int = setting(10, "updates between two log entries")
     report_to: str | None = setting(None, "tracker of accelerate: tensorboard, trackio, wandb ...")
     seed: int = setting(0, "seed of LoRA initialization, order of samples, noise and dropout")
 
     def __post_init__(self) -> None:
+        if (self.max_train_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("Either `max_train_steps` or `num_train_epochs` must be given.")
+        if self.learning_rate is None:
+            rate = LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE
+            object.__setattr__(self, "learning_rate", rate)  # the dataclass is frozen
         counts = (
             "max_train_steps batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit"
             " validation_steps logging_steps"
         )
         for name in counts.split():
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma", "timestep_bias", "change_weight"):
+        for name in (
+            "num_train_epochs",
+            "learning_rate",
+            "max_grad_norm",
+            "min_snr_gamma",
+            "timestep_bias",
+            "change_weight",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0; got {value}.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError('`lr_warmup_steps` must be 0 with lr_scheduler "constant"; use "constant_with_warmup".')
+        if not 0 <= self.conditioning_dropout_prob <= 0.5:
+            raise ValueError(
+                f"`conditioning_dropout_prob` must be from 0 to 0.5; got {self.conditioning_dropout_prob}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1; got {self.ema_decay}.")
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -67,9 +99,21 @@ class TrainingConfig:
             raise ValueError("`change_weight` must be None with `text_to_image`, which uses no input picture.")
         if self.lora_rank and self.train_text_encoder:
             raise ValueError("`train_text_encoder` must be False with `lora_rank`, which trains the UNet only.")
-        for name, known in (("optimizer", ("adamw", "adamw8bit")), ("mixed_precision", ("no", "bf16", "fp16"))):
+        for name, known in (
+            ("optimizer", ("adamw", "adamw8bit")),
+            ("mixed_precision", tuple(PRECISIONS)),
+            ("lr_scheduler", tuple(LR_SCHEDULERS)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+
+    def for_samples(self, epoch: int, processes: int) -> "TrainingConfig":
+        """The same settings with `max_train_steps` in place of `num_train_epochs`, for `epoch` samples an epoch."""
+        if self.num_train_epochs is None:
+            return self
+        per_update = self.batch_size * self.gradient_accumulation_steps * processes
+        steps = math.ceil(self.num_train_epochs * epoch / per_update)
+        return replace(self, max_train_steps=steps, num_train_epochs=None)
 
 
 # Each stage's settings that differ from the defaults (sections 3.3, 3.4 and 4.1).

@@ -17,6 +17,7 @@ from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
 FINGERPRINT_SAMPLES = 16  # about as many samples represent a data set
+SHOWN = 3  # instructions that warnings name
 
 
 class TrainingSamples(Protocol):
@@ -35,12 +36,16 @@ class ImageDataset(Dataset):
     An item also has its `position`, the number of its `source` in `sources`, and the number of unreadable samples
     that were `skipped` before it.
 
+    Attributes:
+        cut: how often each instruction of more than 77 tokens was cut; of this process alone.
+
     Raises:
         ValueError: two sources have the same name, or pictures differ in size.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: CLIPTokenizer):
         self.mixture, self.tokenizer = mixture, tokenizer
+        self.cut: Counter[str] = Counter()
         self.sources = [source.name for source in mixture.sources]
         check_source_names(self.sources)
         self.size = mixture[0].image.size
@@ -59,11 +64,24 @@ class ImageDataset(Dataset):
         return {
             "image": pixels(sample.image),
             "target": pixels(sample.target),
-            "input_ids": tokenize(self.tokenizer, sample.instruction),
+            "input_ids": self._tokenize(sample.instruction),
             "position": torch.tensor(position),
             "source": torch.tensor(self.sources.index(source)),
             "skipped": torch.tensor(self.mixture.skipped.total() - skipped),
         }
+
+    def _tokenize(self, instruction: str) -> torch.Tensor:
+        ids, lost = split_tokens(self.tokenizer, instruction)
+        if lost:
+            if instruction not in self.cut and len(self.cut) < SHOWN:
+                logger.warning(
+                    "An instruction of more than %d tokens is cut; lost: %r.%s",
+                    self.tokenizer.model_max_length,
+                    lost,
+                    " Others are cut without a warning." * (len(self.cut) == SHOWN - 1),
+                )
+            self.cut[instruction] += 1
+        return ids
 
 
 def check_source_names(sources: Sequence[str]) -> None:
@@ -88,14 +106,12 @@ def pixels(picture: Image.Image) -> torch.Tensor:
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
-    """Token ids [77], padded or cut to the text encoder's length. A warning shows what was cut."""
+    """Token ids [77], padded or cut to the text encoder's length."""
+    return split_tokens(tokenizer, text)[0]
+
+
+def split_tokens(tokenizer: CLIPTokenizer, text: str) -> tuple[torch.Tensor, str]:
+    """Token ids [77], padded or cut to the text encoder's length, and the part of `text` that was cut."""
     longest = tokenizer.model_max_length
     ids = tokenizer(text, padding="max_length", max_length=longest, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) > longest:
-        logger.warning(
-            "an instruction of more than %d tokens was cut; lost: %r",
-            longest,
-            tokenizer.decode(ids[longest - 1 : -1]),
-        )
-        ids = torch.cat([ids[: longest - 1], ids[-1:]])
-    return ids
+    return torch.cat([ids[: longest - 1], ids[-1:]]), str(tokenizer.decode(ids[longest - 1 : -1]))

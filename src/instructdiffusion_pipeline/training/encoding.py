@@ -11,10 +11,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-# Probabilities of the original implementation. A sample never loses both text and image.
-EMPTY_TEXT_PROBABILITY = 0.075
-ZERO_IMAGE_PROBABILITY = 0.075
-
 Batch = dict[str, Any]  # tensors; in a batch of the training loop also its StepNoise
 
 
@@ -117,8 +113,24 @@ class NoiseCollator:
         return default_collate(list(items)) | {"step_noise": noise}
 
 
+def diffusion_latents(
+    batch: Batch, noise: StepNoise, scaling_factor: float, text_to_image: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the target and of the input, each [B, C, h, w], of an encoded `batch`.
+
+    The target's are a scaled sample of its posterior; the input's are the mode of its posterior, not scaled, or zero
+    with `text_to_image`.
+    """
+    latents = scaling_factor * (batch["target_mean"] + batch["target_std"] * noise.posterior_noise)
+    return latents, torch.zeros_like(latents) if text_to_image else batch["image_latents"].float()
+
+
 def drop_conditioning(
-    text: torch.Tensor, image_latents: torch.Tensor, empty_text: torch.Tensor, random_p: torch.Tensor
+    text: torch.Tensor,
+    image_latents: torch.Tensor,
+    empty_text: torch.Tensor,
+    random_p: torch.Tensor,
+    probability: float = 0.075,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty the text or zero the image latents of some samples, for the three predictions that guidance combines.
 
@@ -126,10 +138,12 @@ def drop_conditioning(
         text: token ids [B, 77] or embeddings [B, 77, d].
         image_latents: [B, C, h, w].
         empty_text: token ids [77] or embeddings [77, d] of the empty text.
-        random_p: [B], uniform in [0, 1). Below 0.075 the text is emptied, from 0.075 to 0.15 the image is zeroed.
+        random_p: [B], uniform in [0, 1). Below `probability` the text is emptied, from there to twice as much the
+            image is zeroed; never both, as in the original implementation.
+        probability: from 0 to 0.5; the default is the original's.
     """
-    empties_text = random_p < EMPTY_TEXT_PROBABILITY
-    zeroes_image = (random_p >= EMPTY_TEXT_PROBABILITY) & (random_p < EMPTY_TEXT_PROBABILITY + ZERO_IMAGE_PROBABILITY)
+    empties_text = random_p < probability
+    zeroes_image = (random_p >= probability) & (random_p < 2 * probability)
     text = torch.where(empties_text.view(-1, *[1] * empty_text.dim()), empty_text, text)
     image_latents = torch.where(zeroes_image[:, None, None, None], 0.0, image_latents)
     return text, image_latents

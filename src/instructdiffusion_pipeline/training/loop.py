@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
@@ -10,7 +12,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env, set_seed
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -21,15 +30,22 @@ from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.fingerprint import fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training import checkpoints
-from instructdiffusion_pipeline.training.config import TrainingConfig
+from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
 from instructdiffusion_pipeline.training.data import TrainingSamples, check_source_names, dataset_fingerprint, tokenize
-from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders, NoiseCollator, drop_conditioning
+from instructdiffusion_pipeline.training.encoding import (
+    Batch,
+    FrozenEncoders,
+    NoiseCollator,
+    diffusion_latents,
+    drop_conditioning,
+)
 from instructdiffusion_pipeline.training.loss import loss_weights
 from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_images
-from instructdiffusion_pipeline.training.model import Denoiser, trainable_parameters
-from instructdiffusion_pipeline.training.validation import ValidationExample, validation_grid
+from instructdiffusion_pipeline.training.model import Denoiser, save_lora, trainable_parameters
+from instructdiffusion_pipeline.training.validation import SEED, ValidationExample, validation_grid, validation_loss
 
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VALIDATION_SAMPLES = 256  # at most; they are encoded again each time
+SHOWN_LOSSES = 100  # updates that the loss in the progress bar is the mean of
 
 
 def train(
@@ -39,6 +55,8 @@ def train(
     output_dir: str | PathLike[str],
     resume: str | Path | None = None,
     validation: Sequence[ValidationExample] = (),
+    validation_dataset: TrainingSamples | None = None,
+    resume_changes: Collection[str] = (),
 ) -> InstructDiffusionPipeline:
     """Train `pipeline` on `dataset`.
 
@@ -51,10 +69,15 @@ def train(
         config: the settings.
         output_dir: gets checkpoints, validation pictures and logs.
         resume: "latest", or the folder of a checkpoint, to continue a run.
-        validation: examples whose pictures are saved every `validation_steps` updates.
+        validation: examples whose pictures are saved before the first update and every `validation_steps` updates.
+        validation_dataset: samples that are not trained on, whose mean loss is logged at the same updates. It is
+            that of the EMA weights, for the first 256 samples with fixed noise, and without weights or dropout.
+        resume_changes: names of settings in which the run may differ from the checkpoint that it continues:
+            fields of `config`, or "samples", "sources" and "content" for changed data.
 
     Returns:
-        The pipeline with the EMA weights (the last weights if `ema_decay` is 0), or with LoRA layers.
+        The pipeline with the EMA weights (the last weights if `ema_decay` is 0), or with LoRA layers. With LoRA the
+        other weights of its UNet were rounded to `mixed_precision`, see `save_lora`.
 
     Raises:
         ValueError: the settings do not fit the machine or the data, two sources have the same name, or the
@@ -66,25 +89,28 @@ def train(
     first = dataset[0]
     check_source_names(dataset.sources)
     check_config(config, pipeline, first)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     # With `mixed_precision` DeepSpeed would train the weights in half precision, so it only gets the autocast below.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if deepspeed else config.mixed_precision,
         step_scheduler_with_optimizer=False,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
     )
+    config = config.for_samples(len(dataset), accelerator.num_processes)
     set_seed(config.seed)
     folder, device = Path(output_dir), accelerator.device
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     encoders = FrozenEncoders.of(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
-    denoiser = Denoiser(pipeline, config)
-    trained, present = trainable_parameters(denoiser), list(denoiser.parameters())
-    accelerator.print(f"Trained parameters: {count_parameters(trained):,} of {count_parameters(present):,}")
-    optimizer = make_optimizer(trained, config)
+    model = Denoiser(pipeline, config)
+    if config.torch_compile:
+        model.compile()
+    optimizer = make_optimizer(list(trainable_parameters(model).values()), config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -101,39 +127,55 @@ def train(
         "content": dataset_fingerprint(dataset, len(dataset)),
         "encoders": fingerprint(pipeline.vae, pipeline.text_encoder),
     }
-    checkpoint = checkpoints.find(folder, resume, settings)
+    checkpoint = checkpoints.find(folder, resume, settings, resume_changes)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     if resume:
         accelerator.print(
             f"Resuming from {checkpoint}" if checkpoint else f"No checkpoint in {folder}: starting from the beginning"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    accelerator.print(describe_size(pipeline, model, config, folder))
+    noise_shape, timesteps = latent_shape(first, pipeline), scheduler.config.num_train_timesteps
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=config.num_workers,
-        collate_fn=NoiseCollator(
-            config.seed, latent_shape(first, pipeline), scheduler.config.num_train_timesteps, config.timestep_bias
-        ),
+        collate_fn=NoiseCollator(config.seed, noise_shape, timesteps, config.timestep_bias),
         pin_memory=device.type == "cuda",
     )
-    denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(denoiser, optimizer, lr_scheduler, loader)
-    parameters = trainable_parameters(denoiser)
+    denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
+    trained = trainable_parameters(model)
+    parameters = list(trained.values())
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         raise ValueError(
             f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, but it is"
             f" {accelerator.gradient_accumulation_steps} in accelerate's configuration; they must be equal."
         )
-    if accelerator.distributed_type == DistributedType.FSDP and validation:
-        accelerator.print("Validation pictures are not made with FSDP, as no process has all weights.")
-        validation = ()
+    # Trained weights are saved by name, and not with the frozen ones. With FSDP, accelerate saves shards.
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    saved = {} if sharded else trained
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
+    if sharded and (validation or validation_dataset):
+        accelerator.print("There is no validation with FSDP, as no process has all weights.")
+        validation, validation_dataset = (), None
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
+        checkpoints.load(accelerator, checkpoint, saved, ema)
         accelerator.step = 0  # counts the batches of an update, whose number may have changed
-        if ema:
-            ema.to(device)  # checkpoints are loaded to the CPU
+        if resume_changes:
+            apply_settings(optimizer, lr_scheduler, config)
+
+    def save_model(path: Path) -> None:
+        """Write what the run would return now, to a new folder."""
+        with ema_weights(ema, parameters):
+            if config.lora_rank:
+                save_lora(pipeline, path)
+            elif sharded:
+                path.mkdir()
+            else:
+                pipeline.save_pretrained(path)
 
     # 3. Train.
     if config.report_to:
@@ -142,13 +184,44 @@ def train(
         pipeline.to(device)
     empty_ids = tokenize(pipeline.tokenizer, "").to(device)
     empty_text = empty_ids if config.train_text_encoder else encoders.embed(empty_ids[None])[0]
+    scale = pipeline.vae.config.scaling_factor
+    validation_batches: Iterable[Batch] = ()
+    if validation_dataset is not None:
+        count = min(len(validation_dataset), VALIDATION_SAMPLES)
+        collate = NoiseCollator(SEED, noise_shape, timesteps)
+        validation_batches = DataLoader(
+            validation_dataset,  # type: ignore[arg-type]
+            config.batch_size,
+            sampler=range(count),
+            collate_fn=collate,
+        )
+
+    def validate(step: int) -> None:
+        due = step % config.validation_steps == 0 or step == config.max_train_steps
+        if not due or not accelerator.is_main_process:
+            return
+        path = validation_path(folder, step)
+        with ema_weights(ema, parameters), accelerator.autocast():
+            if validation_dataset is not None:
+                loss = validation_loss(model, encoders, scheduler, validation_batches, scale, config.text_to_image)
+                tqdm.write(f"Validation loss after {step} updates: {loss:.4f}")
+                accelerator.log({"validation loss": loss}, step=step)
+            if validation:
+                path.parent.mkdir(exist_ok=True)
+                grid = validation_grid(pipeline, validation, config.text_to_image)
+                save_image(path, grid)
+                log_images(accelerator.trackers, grid, step)
+
+    # After a kill between a checkpoint and its validation, the validation is still due.
+    if checkpoint is None or not validation_path(folder, step).exists():
+        validate(step)
     metrics, seen = TrainingMetrics(dataset.sources, device), []
+    recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
         # a. Target latents are a scaled sample of the posterior, image latents the mode of theirs, not scaled.
         batch, noise = encoders.encode(batch), batch["step_noise"]
-        scale = pipeline.vae.config.scaling_factor
-        latents = scale * (batch["target_mean"] + batch["target_std"] * noise.posterior_noise)
+        latents, image_latents = diffusion_latents(batch, noise, scale, config.text_to_image)
         weights = None
         if config.change_weight is not None:
             weights = loss_weights(
@@ -156,9 +229,10 @@ def train(
             )
         text, image_latents = drop_conditioning(
             batch["input_ids" if config.train_text_encoder else "prompt_embeds"].to(empty_text.dtype),
-            torch.zeros_like(latents) if config.text_to_image else batch["image_latents"].float(),
+            image_latents,
             empty_text,
             noise.random_p,
+            config.conditioning_dropout_prob,
         )
 
         # b. Compute gradients. After the last batch of an update, step the optimizer and the EMA.
@@ -180,7 +254,13 @@ def train(
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 update = accelerator.gather({name: torch.cat([part[name] for part in seen]) for name in seen[0]})
                 seen.clear()
-                check_finite(update, None if accelerator.scaler else norm, step, folder, dataset.sources)
+                # The only values of an update that the host waits for.
+                unscaled = torch.as_tensor(0.0 if accelerator.scaler or norm is None else norm, device=device)
+                loss, norm, skipped = torch.stack(
+                    [update["loss"].mean(), unscaled.float(), update["skipped"].sum().float()]
+                ).tolist()
+                if not math.isfinite(loss + norm):
+                    raise not_finite(update, norm, step, folder, dataset.sources)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -191,21 +271,17 @@ def train(
             ema.step(parameters)
 
         # c. Save checkpoints, log, and make validation pictures.
-        metrics.add(update["loss"], update["source"], update["skipped"])
+        metrics.add(update["loss"], update["source"], int(skipped))
+        recent.append(loss)
         bar.update()
-        bar.set_postfix(loss=f"{update['loss'].mean().item():.4f}", skipped=metrics.skipped, refresh=False)
+        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", skipped=metrics.skipped, refresh=False)
         last = step == config.max_train_steps
         if step % config.checkpointing_steps == 0 or last:
-            checkpoints.save(accelerator, folder, step, settings, config.checkpoints_total_limit)
+            limit = config.checkpoints_total_limit
+            checkpoints.save(accelerator, folder, step, settings, limit, saved, ema, save_model)
         if step % config.logging_steps == 0 or last:
             accelerator.log(metrics.summarize() | {"learning rate": lr_scheduler.get_last_lr()[0]}, step=step)
-        if validation and (step % config.validation_steps == 0 or last):
-            with ema_weights(ema, parameters), accelerator.autocast():
-                grid = validation_grid(pipeline, validation, config.text_to_image)
-            if accelerator.is_main_process:
-                (folder / "validation").mkdir(parents=True, exist_ok=True)
-                save_image(folder / "validation" / f"step-{step:06d}.png", grid)
-                log_images(accelerator.trackers, grid, step)
+        validate(step)
 
     # 4. Return the pipeline with the EMA weights.
     bar.close()
@@ -214,9 +290,14 @@ def train(
     if accelerator.distributed_type == DistributedType.FSDP:
         pipeline.unet = gather_unet(accelerator, denoiser, pipeline.unet)
     accelerator.end_training()
-    pipeline.unet.eval().requires_grad_(False)
+    pipeline.unet.float().eval().requires_grad_(False)
     pipeline.text_encoder.eval().requires_grad_(False)
     return pipeline.to(device)
+
+
+def validation_path(folder: Path, step: int) -> Path:
+    """The file of the validation pictures after `step` updates."""
+    return folder / "validation" / f"step-{step:06d}.png"
 
 
 def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
@@ -232,12 +313,12 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         raise ValueError('`mixed_precision` is "fp16" on a CPU, which does not support it; use "bf16" or "no".')
     if config.mixed_precision == "fp16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if (device, config.mixed_precision, compiler) == ("cpu", "bf16", "inductor"):
+    compiled = config.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor"
+    if (device, config.mixed_precision, compiled) == ("cpu", "bf16", True):
         # 280 of the 326 gradients of the small UNet are zero then (torch 2.13), and none in float32.
         raise ValueError(
-            '`mixed_precision` is "bf16" on a CPU, where most gradients are zero with'
-            ' ACCELERATE_DYNAMO_BACKEND=inductor; use "no", or do not compile.'
+            '`mixed_precision` is "bf16" on a CPU, where most gradients are zero with `torch_compile`'
+            ' or ACCELERATE_DYNAMO_BACKEND=inductor; use "no", or do not compile.'
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
@@ -265,7 +346,29 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
             )
 
 
-def count_parameters(parameters: Sequence[torch.nn.Parameter]) -> int:
+def describe_size(pipeline: InstructDiffusionPipeline, model: Denoiser, config: TrainingConfig, folder: Path) -> str:
+    """How many parameters are trained, and the memory and disk space that this takes."""
+    trained = count(trainable_parameters(model).values())
+    state = 8 if config.optimizer == "adamw" else 2  # bytes of the optimizer for a parameter
+    average = 4 if config.ema_decay else 0
+    modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+    whole = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    written = trained * (4 + state + average) + (4 * trained if config.lora_rank else whole)
+    # The newest checkpoint is written before the oldest is removed, and the model at the end.
+    saves = min(config.checkpoints_total_limit + 1, math.ceil(config.max_train_steps / config.checkpointing_steps))
+    room = saves * written + whole
+    free = shutil.disk_usage(folder).free
+    lines = [
+        f"Trained parameters: {trained:,} of {count(model.parameters()):,}",
+        f"Memory without activations: {(whole + trained * (4 + state + average)) / 1e9:.2f} GB",
+        f"Disk space: {written / 1e9:.2f} GB a checkpoint, {room / 1e9:.2f} GB in all, of {free / 1e9:.2f} GB free",
+    ]
+    if room > free:
+        lines.append("Warning: the disk space may not suffice; checkpoints_total_limit lowers the need.")
+    return "\n".join(lines)
+
+
+def count(parameters: Iterable[torch.nn.Parameter]) -> int:
     """The number of values in `parameters`."""
     return sum(parameter.numel() for parameter in parameters)
 
@@ -291,14 +394,23 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
 
 
 def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], decay: float) -> EMAModel | None:
-    """The moving average (EMA) of `parameters`, saved with every checkpoint; None if `decay` is 0."""
+    """The moving average (EMA) of `parameters`; None if `decay` is 0."""
     if not decay:
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("`ema_decay` must be 0 with FSDP, as a checkpoint would have the average of one shard only.")
-    ema = EMAModel(parameters, decay=decay, foreach=True)
-    accelerator.register_for_checkpointing(ema)
-    return ema
+    return EMAModel(parameters, decay=decay, foreach=True)
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, lr_scheduler: AcceleratedScheduler, config: TrainingConfig
+) -> None:
+    """Replace learning rate and weight decay, which a checkpoint restores, by those of `config`."""
+    schedule = lr_scheduler.scheduler  # a LambdaLR, as all of diffusers' are
+    schedule.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        rate = config.learning_rate * factor(schedule.last_epoch)
+        group |= {"lr": rate, "initial_lr": config.learning_rate, "weight_decay": config.weight_decay}
 
 
 def gather_unet(
@@ -328,13 +440,11 @@ def ema_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> I
         ema.restore(parameters)
 
 
-def check_finite(
-    update: dict[str, torch.Tensor], norm: torch.Tensor | float | None, step: int, folder: Path, sources: Sequence[str]
-) -> None:
-    """Raise a FloatingPointError if losses or gradients of an update are not finite, and name its samples."""
+def not_finite(
+    update: Mapping[str, torch.Tensor], norm: float, step: int, folder: Path, sources: Sequence[str]
+) -> FloatingPointError:
+    """The error about losses or gradients of an update that are not finite. It names the samples of the update."""
     bad = ~torch.isfinite(update["loss"])
-    if not bad.any() and (norm is None or math.isfinite(norm)):
-        return
     samples = [
         f"{sources[source]} at position {position}"
         for source, position in zip(update["source"][bad].tolist(), update["position"][bad].tolist(), strict=True)
@@ -342,7 +452,7 @@ def check_finite(
     problem = f"the loss is not finite for {', '.join(samples)}" if samples else f"the norm of the gradients is {norm}"
     seen = sorted({sources[source] for source in update["source"].tolist()})
     saved = checkpoints.list_checkpoints(folder)
-    raise FloatingPointError(
+    return FloatingPointError(
         f"update {step}: {problem}. Its samples are from {', '.join(seen)}. The last good checkpoint is"
         f" {saved[-1] if saved else 'not written yet'}."
     )

@@ -22,14 +22,19 @@ class TrainingMetrics:
         self._reset()
 
     def _reset(self) -> None:
-        self._losses: dict[str, list[float]] = defaultdict(list)
+        self._updates: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._start = time.perf_counter()
 
-    def add(self, losses: torch.Tensor, sources: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Add the samples of one update, gathered from all processes; each argument is [N]."""
-        self.skipped += int(skipped.sum())
-        for loss, source in zip(losses.tolist(), sources.tolist(), strict=True):
-            self._losses[self.sources[source]].append(loss)
+    def add(self, losses: torch.Tensor, sources: torch.Tensor, skipped: int) -> None:
+        """Add the N samples of one update, gathered from all processes.
+
+        Args:
+            losses: [N]; stay on their device until `summarize`.
+            sources: [N], numbers of the samples' sources.
+            skipped: how many unreadable samples were replaced.
+        """
+        self.skipped += skipped
+        self._updates.append((losses, sources))
 
     def summarize(self) -> dict[str, float]:
         """Return the metrics since the last call, and reset them.
@@ -37,14 +42,17 @@ class TrainingMetrics:
         Mean loss, of all samples and by source, and samples per second. The number of skipped samples and the peak
         memory (GB) are of the whole run.
         """
-        every = [loss for losses in self._losses.values() for loss in losses]
+        every, numbers = (torch.cat(column).tolist() for column in zip(*self._updates, strict=True))
+        by_source: dict[str, list[float]] = defaultdict(list)
+        for loss, number in zip(every, numbers, strict=True):
+            by_source[self.sources[number]].append(loss)
         values = {
             "loss": math.fsum(every) / len(every),
             "samples per second": len(every) / (time.perf_counter() - self._start),
             "samples skipped": self.skipped,
             "peak memory, GB": peak_memory(self.device) / 1e9,
         }
-        values |= {f"loss/{name}": math.fsum(losses) / len(losses) for name, losses in self._losses.items()}
+        values |= {f"loss/{name}": math.fsum(losses) / len(losses) for name, losses in by_source.items()}
         self._reset()
         return values
 

@@ -4,15 +4,15 @@ from os import PathLike
 
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.training.config import TrainingConfig
+from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
 from instructdiffusion_pipeline.training.loss import denoising_loss
 
-LORA_TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
+# conv_in too: its weights for the image latents are zero in a UNet that was never trained with them.
+LORA_TARGET_MODULES = ["conv_in", "to_q", "to_k", "to_v", "to_out.0"]
 
 
 def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
@@ -74,6 +74,9 @@ class Denoiser(nn.Module):
         if config.lora_rank:
             lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGET_MODULES)
             self.unet.add_adapter(lora)
+            for parameter in self.unet.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(PRECISIONS[config.mixed_precision])
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.text_encoder = pipeline.text_encoder.float().train() if config.train_text_encoder else None
@@ -98,12 +101,16 @@ class Denoiser(nn.Module):
         )
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the optimizer updates."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer updates, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_lora(pipeline: InstructDiffusionPipeline, folder: str | PathLike[str]) -> None:
-    """Write the LoRA layers of a trained UNet for `load_lora_weights`."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    """Write the LoRA layers of a trained UNet for `load_lora_weights` of the pipeline that they were added to.
+
+    The weights of `pipeline` itself may have been rounded in training. To fuse the layers, load them into the original
+    pipeline: `load_for_training(start)`, `load_lora_weights(folder)`, `fuse_lora()`, `unload_lora_weights()`.
+    """
+    layers = get_peft_model_state_dict(pipeline.unet)
     pipeline.save_lora_weights(folder, unet_lora_layers=layers)

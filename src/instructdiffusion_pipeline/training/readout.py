@@ -24,7 +24,7 @@ from instructdiffusion_pipeline.evaluation import LazyExample, evaluate
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.files import atomic_write, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, working_size
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, HEATMAP_SIGMA, MASK, asked_colors, readout_inputs
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -83,12 +83,12 @@ def train_readout(
         The readout, on the pipeline's device, in its precision.
 
     Raises:
-        ValueError: `folder` has another run, or no example can be used.
+        ValueError: `folder` has another run, or no example can be scored.
     """
     folder = Path(folder)
     pipeline.register_modules(readout=None)
     evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
-    dataset = ReadoutDataset(pipeline, examples, folder / "answers" / "answers", config)
+    dataset = ReadoutDataset(examples, folder / "answers", config)
     readout = fit(dataset, config, folder, pipeline.device)
     pipeline.register_modules(readout=readout.to(dtype=pipeline.unet.dtype))
     evaluate(pipeline, held_out, folder / "held-out", batch_size=batch_size)
@@ -135,30 +135,24 @@ class ReadoutDataset(Dataset):
     """Inputs and targets of a readout: one item for each colour that the tasks of `examples` ask for.
 
     `len` is one epoch; positions go on beyond it. Each epoch has another order, and half of its items are mirrored.
-    The seed and the position determine an item. Examples that were not answered are left out.
+    The seed and the position determine an item.
 
-    Raises:
-        ValueError: no example was answered.
+    Args:
+        examples: as given to `evaluate`. Those that failed there are left out.
+        folder: the one that `evaluate` wrote.
+        config: has the size of the items, and the seed.
     """
 
-    def __init__(
-        self,
-        pipeline: InstructDiffusionPipeline,
-        examples: Sequence[LazyExample],
-        answers: Path,
-        config: ReadoutConfig,
-    ):
-        self.examples, self.answers, self.size, self.seed = examples, answers, config.sample_size, config.seed
-        self.resolution, self.factor = pipeline.default_resolution, pipeline.vae_scale_factor
+    def __init__(self, examples: Sequence[LazyExample], folder: Path, config: ReadoutConfig):
+        self.examples, self.folder, self.size, self.seed = examples, folder, config.sample_size, config.seed
+        records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
+        self.boxes = {record["index"]: tuple(record["box"]) for record in records if "box" in record}
         self.rows = [
             (index, number, name)
-            for index, lazy in enumerate(tqdm(examples, desc="opening"))
-            if (answers / answer_name(index, 0)).exists()
-            for number, task in enumerate(lazy.open().tasks)
+            for index in tqdm(self.boxes, desc="opening")
+            for number, task in enumerate(examples[index].open().tasks)
             for name in task.colors
         ]
-        if not self.rows:
-            raise ValueError("`examples`: the model has answered none of them.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -169,9 +163,8 @@ class ReadoutDataset(Dataset):
         row = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))[offset]
         index, number, name = self.rows[row]
         example = self.examples[index].open()
-        task, answer = example.tasks[number], Image.open(self.answers / answer_name(index, number))
-        box = working_size(example.image.width, example.image.height, self.resolution, self.factor).box
-        frame = Frame.of(example.image, answer, box, shortest=self.size)
+        task, answer = example.tasks[number], Image.open(self.folder / "answers" / answer_name(index, number))
+        frame = Frame.of(example.image, answer, self.boxes[index], shortest=self.size)
         colors, opacity = asked_colors(task)
         inputs = readout_inputs(frame, colors, opacity)[list(task.colors).index(name)]
         truth = example.truth.get(name)

@@ -2,11 +2,13 @@
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
@@ -14,9 +16,12 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks import EmptyAnnotation, make_sample
+from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders, diffusion_latents
+from instructdiffusion_pipeline.training.model import Denoiser
 from instructdiffusion_pipeline.types import Sample
 
 SEED = 0
+EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -29,27 +34,51 @@ class ValidationExample:
 
 
 def validation_examples(
-    mixture: Mixture, settings_by_family: Mapping[str, Mapping[str, Any]] | None = None
+    mixture: Mixture,
+    settings_by_family: Mapping[str, Mapping[str, Any]] | None = None,
+    examples_per_family: int = EXAMPLES,
 ) -> list[ValidationExample]:
-    """Take the first usable sample of each family in `mixture`.
+    """Take the first usable samples of each family in `mixture`.
 
-    Its settings are those of the task, overridden by `settings_by_family` (such as `pipeline.config.task_settings`).
+    Their settings are those of the task, overridden by `settings_by_family` (such as `pipeline.config.task_settings`).
     """
-    examples: dict[str, ValidationExample] = {}
+    examples: dict[str, list[ValidationExample]] = {}
     for source in mixture.sources:
         for index in range(len(source.dataset)):
-            rng = random.Random(SEED)
+            rng = random.Random(SEED + index)
             try:
                 image, annotation = source.read(index, rng)
                 task = source.make_task(image, annotation, rng)
             except (UnreadableSample, EmptyAnnotation):
                 continue
-            if task.family not in examples:
-                settings = {**task.settings, **(settings_by_family or {}).get(task.family, {})}
-                sample = make_sample(task, image, annotation, rng)
-                examples[task.family] = ValidationExample(f"{task.family}: {source.name}", sample, settings)
-            break
-    return list(examples.values())
+            of_family = examples.setdefault(task.family, [])
+            if len(of_family) == examples_per_family:
+                break
+            settings = {**task.settings, **(settings_by_family or {}).get(task.family, {})}
+            sample = make_sample(task, image, annotation, rng)
+            of_family.append(ValidationExample(f"{task.family}: {source.name}", sample, settings))
+    return [example for of_family in examples.values() for example in of_family]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Denoiser,
+    encoders: FrozenEncoders,
+    scheduler: DDPMScheduler,
+    batches: Iterable[Batch],
+    scaling_factor: float,
+    text_to_image: bool = False,
+) -> float:
+    """The mean loss of the samples in `batches`, with all of their conditioning and without loss weights."""
+    device, losses = encoders.vae.device, []
+    for batch in batches:
+        batch = encoders.encode(send_to_device(batch, device))
+        noise = batch["step_noise"]
+        text = batch["prompt_embeds" if model.text_encoder is None else "input_ids"]
+        latents, image_latents = diffusion_latents(batch, noise, scaling_factor, text_to_image)
+        # Without the compiled call, which the training batches alone need.
+        losses.append(model.forward(scheduler, latents, image_latents, text, noise.noise, noise.timesteps, None))
+    return torch.cat(losses).mean().item()
 
 
 @torch.no_grad()

@@ -1,0 +1,267 @@
+"""Transfer what a model changed to the input at the input's own resolution.
+
+A model works at a small size, and its VAE loses detail there. The difference between its answer and the VAE's own
+reconstruction of the input is what the model changed. These functions apply that difference to the input:
+
+- where nothing changed, the input's pixels stay as they are;
+- where colours changed smoothly, the change is a local affine function of the input's colours (He and Sun, "Fast
+  Guided Filter", arXiv 1505.00996), which is evaluated at full resolution;
+- where the content changed, the answer is enlarged and blended in along the edges of the input.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
+from instructdiffusion_pipeline.tasks.frames import inner_box
+
+FIT_SIDE = 64  # pixels along the short side at which the colour transform is fitted
+FIT_RADIUS = 24  # pixels there: the radius of a fit's window
+FIT_ITERATIONS = 6
+FIT_RIDGE = 50.0  # squared levels, added to the variance of the colours in a window; favours no change of colour
+EDGE_RADIUS = 3  # working pixels: the window in which a changed region is aligned with the input's edges
+EDGE_CUT = 0.45  # of the fit: below one half, so that the blend covers the mixed pixels along an edge
+CLOSING = 3  # working pixels: holes and gaps in a changed region up to twice as wide are filled
+EDGE_RIDGE = 100.0  # squared levels
+STRIP_ROWS = 128  # of the input, computed at a time, which bounds the memory
+
+# A region has changed if its change exceeds the lower threshold, and somewhere in the region the upper one. Thresholds
+# are shares of the strongest change, but at least so many levels; a weaker difference is the model's own noise.
+CONTENT_SHARES, CONTENT_LEVELS = (0.2, 0.4), (30.0, 45.0)
+COLOR_SHARES, COLOR_LEVELS = (0.125, 0.25), (8.0, 14.0)
+
+
+Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def transfer_in_box(
+    transfer: Transfer,
+    image: Image.Image,
+    reconstruction: Image.Image,
+    answer: Image.Image,
+    box: Box | None = None,
+) -> Image.Image:
+    """Run one of the functions below on the whole pixels in the `box` of `image` that `answer` shows (None: all).
+
+    What lies outside stays the input's. `reconstruction` and `answer` are of one size.
+    """
+    image = upright_rgb(image)
+    left, top, right, bottom = box or (0.0, 0.0, float(image.width), float(image.height))
+    whole = inner_box((left, top, right, bottom))
+    x, y = answer.width / (right - left), answer.height / (bottom - top)
+    region = ((whole[0] - left) * x, (whole[1] - top) * y, (whole[2] - left) * x, (whole[3] - top) * y)
+    shown = [
+        np.asarray(picture.resize(picture.size, Image.Resampling.LANCZOS, region))
+        for picture in (reconstruction, answer)
+    ]
+    result = transfer(np.asarray(image.crop(whole)), *shown)
+    image.paste(Image.fromarray(result), whole[:2])
+    return image
+
+
+def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Apply an edit to the input at full resolution.
+
+    Args:
+        image: the input [H, W, 3], 8-bit RGB.
+        reconstruction: the VAE's reconstruction of the input at working size [h, w, 3], 8-bit RGB.
+        answer: the model's answer at working size, like `reconstruction`.
+
+    Returns:
+        The edited picture [H, W, 3], 8-bit RGB. Pixels are those of `image`, bit for bit, from one working pixel
+        (H / h input pixels) outside of the regions that changed.
+    """
+    copy, target = _planes(reconstruction), _planes(answer)
+    change = target - copy
+    strongest = float(_mean(change.norm(dim=0, keepdim=True), 1).quantile(0.995))
+
+    # Smooth changes of colour: change = matrix @ color + offset in each window.
+    matrix, offset = fit_color_transform(copy, change, outlier=max(15.0, 0.1 * strongest))
+    explained = torch.einsum("ijhw,jhw->ihw", _enlarge(matrix.flatten(0, 1), copy).unflatten(0, (3, 3)), copy)
+    explained = explained + _enlarge(offset, copy)
+    color_region = changed_region(_mean(explained.norm(dim=0, keepdim=True), 2), strongest, COLOR_SHARES, COLOR_LEVELS)
+
+    # Changed content: what no such transform explains.
+    content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
+    content = (_mean(content, 1) > 0.5).float()
+    content = _erode(_dilate(content, CLOSING), CLOSING)
+    inside = _erode(content, 1)
+    slope, intercept = fit_edges(torch.cat([copy, target]), content)
+
+    result = image.copy()
+    enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
+    changed = torch.maximum(color_region, content)
+    low = (matrix.flatten(0, 1), offset, slope, intercept, color_region, content, inside)
+    for rows, strips in _strips(image.shape[:2], changed, *low):
+        matrix_rows, offset_rows, slope_rows, intercept_rows, color_rows, content_rows, inside_rows = strips
+        source = _planes(image[rows])
+        recolored = torch.einsum("ijhw,jhw->ihw", matrix_rows.unflatten(0, (3, 3)), source) + offset_rows
+        shown = _planes(enlarged[rows])
+        edge = (slope_rows * torch.cat([source, shown])).sum(0, keepdim=True) + intercept_rows
+        # Twice as steep as the fit, which blurs edges; and inside the region as it was found.
+        blend = (2 * (edge - EDGE_CUT) + 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
+        recolored = source + (2 * color_rows).clamp(max=1) * recolored
+        result[rows] = _levels(recolored + blend * (shown - recolored))
+    return result
+
+
+def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Combine a denoised answer with the detail of the noisy input. Arguments as in `transfer_change`.
+
+    The answer gives all that the working size can show. What is finer comes from the input, attenuated by a local
+    Wiener filter, whose noise level is estimated from the finest detail (Donoho and Johnstone, 1994).
+    """
+    height, width = image.shape[:2]
+    small = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
+    coarse = np.asarray(small.resize((width, height), Image.Resampling.LANCZOS))
+    enlarged = np.asarray(Image.fromarray(answer).resize((width, height), Image.Resampling.LANCZOS))
+    detail = _planes(image) - _planes(coarse)
+    noise = (detail.abs().median() / 0.6745) ** 2
+    power = _mean(detail.square().mean(0, keepdim=True), 3)
+    gain = ((power - noise) / power.clamp(min=1e-6)).clamp(min=0)
+    return _levels(_planes(enlarged) + gain * detail)
+
+
+def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Add half of the change to the blurred input. Arguments as in `transfer_change`.
+
+    On the model that ships half of the change scores better than all of it or none.
+    """
+    change = _planes(answer) - _planes(reconstruction)
+    result = image.copy()
+    for rows, (change_rows,) in _strips(image.shape[:2], torch.ones_like(change[:1]), change):
+        result[rows] = _levels(_planes(image[rows]) + 0.5 * change_rows)
+    return result
+
+
+def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit change = matrix @ color + offset in windows around each pixel, ignoring pixels that no fit explains.
+
+    The fit is a guided filter that is repeated with the weights of Geman and McClure (1987). Where the colours of a
+    window are too alike for a matrix, `FIT_RIDGE` makes it zero: a change of the offset alone.
+
+    Args:
+        copy, change: [3, h, w], in levels of 0 to 255.
+        outlier: residual in levels from which a pixel is mostly ignored.
+
+    Returns:
+        matrix [3, 3, h', w'] and offset [3, h', w'] with a short side of at most `FIT_SIDE`.
+    """
+    shrink = FIT_SIDE / max(FIT_SIDE, min(copy.shape[1:]))
+    size = [round(shrink * side) for side in copy.shape[1:]]
+    copy, change = (F.interpolate(plane[None], size, mode="area")[0] for plane in (copy, change))
+    weight = torch.ones_like(copy[:1])
+    for _ in range(FIT_ITERATIONS):
+        total = _mean(weight, FIT_RADIUS).clamp(min=1e-4)
+        mean_copy, mean_change = (_mean(weight * plane, FIT_RADIUS) / total for plane in (copy, change))
+        spread = _mean(weight * _products(copy, copy), FIT_RADIUS) / total - _products(mean_copy, mean_copy)
+        shared = _mean(weight * _products(change, copy), FIT_RADIUS) / total - _products(mean_change, mean_copy)
+        matrix = _solve(spread, shared, FIT_RIDGE)
+        offset = mean_change - torch.einsum("ijhw,jhw->ihw", matrix.unflatten(0, (3, 3)), mean_copy)
+        # Each pixel lies in many windows: their fits are averaged, those with more weight count more.
+        matrix, offset = (_mean(total * plane, FIT_RADIUS) / _mean(total, FIT_RADIUS) for plane in (matrix, offset))
+        matrix = matrix.unflatten(0, (3, 3))
+        residual = change - torch.einsum("ijhw,jhw->ihw", matrix, copy) - offset
+        weight = 1 / (1 + _mean(residual.square().sum(0, keepdim=True), 1) / outlier**2) ** 2
+    return matrix, offset
+
+
+def fit_edges(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit region = slope . guide + intercept around each pixel, so that the region follows edges of the guide.
+
+    `guide` is [C, h, w] and `region` [1, h, w]; slope is [C, h, w] and intercept [1, h, w] (He et al., "Guided Image
+    Filtering", 2013).
+    """
+    mean_guide, mean_region = _mean(guide, EDGE_RADIUS), _mean(region, EDGE_RADIUS)
+    spread = _mean(_products(guide, guide), EDGE_RADIUS) - _products(mean_guide, mean_guide)
+    slope = _solve(spread, _mean(guide * region, EDGE_RADIUS) - mean_guide * mean_region, EDGE_RIDGE)
+    intercept = mean_region - (slope * mean_guide).sum(0, keepdim=True)
+    return _mean(slope, EDGE_RADIUS), _mean(intercept, EDGE_RADIUS)
+
+
+def changed_region(
+    strength: torch.Tensor, strongest: float, shares: tuple[float, float], levels: tuple[float, float]
+) -> torch.Tensor:
+    """The regions [1, h, w] of ones where `strength` exceeds a lower threshold, and an upper one at some pixel."""
+    lower, upper = (max(share * strongest, level) for share, level in zip(shares, levels, strict=True))
+    candidates = (strength > lower).float()
+    region = (strength > upper).float()
+    while True:
+        grown = _dilate(region, 1) * candidates
+        if torch.equal(grown, region):
+            return region
+        region = grown
+
+
+def _planes(pixels: np.ndarray) -> torch.Tensor:
+    """8-bit pixels [h, w, 3] as float32 [3, h, w]."""
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
+
+
+def _levels(planes: torch.Tensor) -> np.ndarray:
+    """[3, h, w] in levels as 8-bit pixels [h, w, 3]."""
+    return planes.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _mean(planes: torch.Tensor, radius: int) -> torch.Tensor:
+    """Means over squares of 2 * radius + 1 pixels, as far as they lie inside the picture."""
+    for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+        planes = F.avg_pool2d(planes[None], kernel, 1, padding, count_include_pad=False)[0]
+    return planes
+
+
+def _dilate(region: torch.Tensor, radius: int) -> torch.Tensor:
+    return F.max_pool2d(region[None], 2 * radius + 1, 1, radius)[0]
+
+
+def _erode(region: torch.Tensor, radius: int) -> torch.Tensor:
+    return -_dilate(-region, radius)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The products of all pairs of channels."""
+    return (left[:, None] * right[None]).flatten(0, 1)
+
+
+def _solve(spread: torch.Tensor, shared: torch.Tensor, ridge: float) -> torch.Tensor:
+    """X with X (spread + ridge) = shared at each pixel; `spread` is [C * C, h, w], `shared` and X [n * C, h, w]."""
+    channels = math.isqrt(len(spread))
+    matrices = spread.unflatten(0, (channels, channels)).permute(2, 3, 0, 1) + ridge * torch.eye(channels)
+    rows = shared.unflatten(0, (-1, channels)).permute(2, 3, 1, 0)
+    return torch.linalg.solve(matrices, rows).permute(3, 2, 0, 1).flatten(0, 1)
+
+
+def _enlarge(planes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(planes[None], like.shape[1:], mode="bilinear")[0]
+
+
+def _strips(
+    size: tuple[int, int], region: torch.Tensor, *planes: torch.Tensor
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Enlarge planes [C, h, w] bilinearly to `size` (height, width), one strip of rows after the other.
+
+    Strips that see nothing of `region` [1, h, w] are left out.
+    """
+    height, width = size
+    for top in range(0, height, STRIP_ROWS):
+        rows = torch.arange(top, min(top + STRIP_ROWS, height))
+        if _rows(region, rows, height).any():
+            strips = [_rows(plane, rows, height) for plane in planes]
+            yield (
+                slice(top, top + len(rows)),
+                [F.interpolate(strip[None], (len(rows), width), mode="bilinear")[0] for strip in strips],
+            )
+
+
+def _rows(planes: torch.Tensor, rows: torch.Tensor, height: int) -> torch.Tensor:
+    """The given `rows` of planes [C, h, w] that are enlarged bilinearly to `height`; [C, len(rows), w]."""
+    place = ((rows + 0.5) * planes.shape[1] / height - 0.5).clamp(0, planes.shape[1] - 1)
+    upper = place.floor().long()
+    lower = (upper + 1).clamp(max=planes.shape[1] - 1)
+    share = (place - upper)[:, None]
+    return planes[:, upper] * (1 - share) + planes[:, lower] * share
