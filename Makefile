@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: small models gain little from more, and slow down a lot when other processes use the cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-app quality setup clean
+.PHONY: demo test test-slow test-app bundle quality setup clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,10 @@ test-app: $(VENV)-app/.ready
 
 test-slow: setup
 	$(PYTEST) -m slow -s
+
+# What the CUDA acceptance run needs beside a checkout. On a machine with a GPU: bash build/cuda/run.sh
+bundle: setup
+	$(BIN)/python tests/cuda/bundle.py --output build/cuda
 
 quality: setup
 	$(BIN)/ruff check .

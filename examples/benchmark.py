@@ -1,12 +1,17 @@
-"""Compare training throughput with that of diffusers' InstructPix2Pix recipe.
+"""Compare the speed of training and inference with that of diffusers' InstructPix2Pix.
 
     python examples/benchmark.py --model small --output benchmark.json
+    python examples/benchmark.py --model small --lora_rank 16
+    python examples/benchmark.py --model small --measure inference
 
-The report has three rows: the recipe; `train` on pictures; `train` on cached latents and embeddings. All use the same
-model, pictures, batch size, precision and optimizer. They run in turn for several rounds, and a ratio compares two
-turns of one round, so that other load on the machine affects both.
-With a GPU, wall time is measured; without one, processor time of this process. Each turn warms up before it is timed
-and saves no checkpoint. The pictures are noise. The weights are random, except with `--model tiny`.
+Training has three rows: diffusers' recipe; `train` on pictures; `train` on cached latents and embeddings. All use the
+same model, pictures, batch size, precision and optimizer. Inference has three rows, eager and compiled: diffusers'
+pipeline; ours with the three branches of guidance; ours with the two branches that keypoints need. All share their
+weights and use the same number of denoising steps.
+
+The rows run in turn for several rounds, and a ratio compares two turns of one round, so that other load on the machine
+affects both. With a GPU, wall time is measured, in bfloat16; without one, processor time of this process, in float32.
+Each turn warms up before it is timed. The weights are random, except with `--model tiny`.
 """
 
 import argparse
@@ -16,7 +21,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,9 +31,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import LoraConfig
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, default_collate
@@ -36,24 +49,28 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.cli import check_output, integer, run_script
+from instructdiffusion_pipeline.cli import UsageError, check_output, integer, run_script
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources
 from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_for_training, train
 from instructdiffusion_pipeline.training.data import tokenize
 from instructdiffusion_pipeline.training.encoding import Batch, StepNoise
 from instructdiffusion_pipeline.training.metrics import peak_memory
+from instructdiffusion_pipeline.training.model import Denoiser
 from instructdiffusion_pipeline.types import Edit
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 PICTURES = 64
 DROPOUT = 0.05  # conditioning_dropout_prob in the recipe's documentation
+LORA_TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]  # of the recipe
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense FLOP per second, from NVIDIA's data sheets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=["training", "inference"], default="training", help="default: training")
     parser.add_argument(
         "--model",
         choices=["tiny", "small", "full"],
@@ -63,42 +80,69 @@ def main() -> None:
     parser.add_argument(
         "--size", type=integer(8), help="side of the pictures, in pixels (default: 64 for tiny, 128 otherwise)"
     )
-    parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update (default: 8)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        help=f"data sets to train on instead of noise; NAME is one of {', '.join(DATASETS)}",
+    )
+    parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update or call (default: 8)")
+    parser.add_argument("--lora_rank", type=integer(1), help="train LoRA layers of this rank (default: all weights)")
     parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
     parser.add_argument("--rounds", type=integer(1), default=5, help="turns of each row (default: 5)")
     parser.add_argument(
         "--updates", type=integer(1), default=6, help="timed updates per turn, after a third as many to warm up"
     )
+    parser.add_argument("--steps", type=integer(1), default=10, help="denoising steps of inference (default: 10)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args()
     if args.output:
         check_output("--output", args.output, args.overwrite)
-    cuda = torch.cuda.is_available()
     args.size = args.size or (64 if args.model == "tiny" else 128)
-    config = TrainingConfig(
-        max_train_steps=10**6,  # `timed` ends the turn
-        checkpointing_steps=10**6,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        mixed_precision="bf16" if cuda else "no",
-    )
-    about = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
-    about |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "precision": config.mixed_precision}
-    report = about | compare(build(args.model), args.size, config, args.rounds, args.updates)
+    pipeline = build(args.model)
+    if args.measure == "inference":
+        report = compare_inference(pipeline, args.size, [args.batch_size], args.steps, args.rounds)
+    else:
+        config = training_config(args.batch_size, args.lora_rank, args.num_workers)
+        samples = training_samples(pipeline, args.size, args.data)
+        report = compare_training(pipeline, samples, config, args.rounds, args.updates)
+    about = {name: str(value) for name, value in vars(args).items() if name not in ("output", "overwrite")}
+    about |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     print(", ".join(f"{name} {value}" for name, value in about.items()), table(report), sep="\n\n")
     if args.output:
-        write_text(args.output, json.dumps(report, indent=2) + "\n")
+        write_text(args.output, json.dumps(about | report, indent=2) + "\n")
 
 
-def compare(
-    pipeline: InstructDiffusionPipeline, size: int, config: TrainingConfig, rounds: int, updates: int
-) -> dict[str, Any]:
-    """Time the three rows on pictures of `size` x `size` pixels. Ratios refer to the first row."""
-    device = Accelerator(mixed_precision=config.mixed_precision).device
-    samples = ImageDataset(
-        Mixture([(Source("noise", Pictures(size), Editing.from_annotation), 1)]), pipeline.tokenizer
+def training_config(batch_size: int, lora_rank: int | None, num_workers: int) -> TrainingConfig:
+    """Settings of a run that does not end by itself and saves nothing; `timed` ends it."""
+    return TrainingConfig(
+        max_train_steps=10**6,
+        checkpointing_steps=10**6,
+        batch_size=batch_size,
+        lora_rank=lora_rank,
+        num_workers=num_workers,
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
     )
+
+
+def training_samples(pipeline: InstructDiffusionPipeline, size: int, data: list[str] | None) -> ImageDataset:
+    """Samples of `size` x `size` pixels: of the data sets "NAME=FOLDER", or pairs of noise."""
+    if data:
+        try:
+            sources = load_sources(data, size)
+        except ValueError as error:
+            raise UsageError(error) from error
+    else:
+        sources = [(Source("noise", Pictures(size), Editing.from_annotation), 1)]
+    return ImageDataset(Mixture(sources), pipeline.tokenizer)
+
+
+def compare_training(
+    pipeline: InstructDiffusionPipeline, samples: ImageDataset, config: TrainingConfig, rounds: int, updates: int
+) -> dict[str, Any]:
+    """Time the three rows of training. Ratios refer to the first row."""
+    device = Accelerator(mixed_precision=config.mixed_precision).device
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         cached = cache_samples(samples, PICTURES, copy_of(pipeline).to(device), Path(folder) / "cache")
@@ -114,51 +158,123 @@ def compare(
                 seconds, peak = timed(turns[row["name"]], updates, device)
                 row["samples_per_second"].append(updates * config.batch_size / seconds)
                 row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
-    flop = unet_flop(copy_of(pipeline).unet.to(device), size // pipeline.vae_scale_factor)
+    unet = Denoiser(copy_of(pipeline), config).unet.to(device)
+    flop = unet_flop(unet, samples.size[0] // pipeline.vae_scale_factor)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     limit = next((peak for name, peak in BF16_PEAK.items() if name in chip), None)
     for row in rows:
-        pairs = zip(row["samples_per_second"], rows[0]["samples_per_second"], strict=True)
-        row["ratios"] = [ours / peer for ours, peer in pairs]
+        row["ratios"] = ratios(row, rows[0])
         row["share_of_bf16_peak"] = limit and median(row["samples_per_second"]) * flop / limit
     return {"unet_flop_per_sample": flop, "cached_samples": PICTURES, "caching_seconds": filling, "rows": rows}
 
 
+def compare_inference(
+    pipeline: InstructDiffusionPipeline,
+    size: int,
+    batch_sizes: Sequence[int],
+    steps: int,
+    rounds: int,
+    backend: str = "inductor",
+) -> dict[str, Any]:
+    """Time calls with pictures of `size` x `size` pixels, eager and then compiled by `backend` of `torch.compile`.
+
+    Ratios refer to diffusers' pipeline with the same batch size, eager or compiled too.
+    """
+    cuda = torch.cuda.is_available()
+    pipeline.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+    parts = {name: part for name, part in pipeline.components.items() if name not in ("readout", "image_encoder")}
+    peer = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    for each in (pipeline, peer):
+        each.set_progress_bar_config(disable=True)
+    ours = partial(pipeline, resolution=0)
+    turns: dict[str, Callable[..., Any]] = {
+        "diffusers' InstructPix2Pix": partial(peer, guidance_scale=7.5, image_guidance_scale=1.5),
+        "InstructDiffusion": partial(ours, guidance_scale=7.5, image_guidance_scale=1.5),
+        "InstructDiffusion, keypoints": partial(ours, guidance_scale=6.0, image_guidance_scale=0.5),
+    }
+    pictures = [image for image, _ in Pictures(size)]
+    rows: list[dict[str, Any]] = []
+    for compiled in (False, True):
+        if compiled:
+            # One compilation serves all batch sizes.
+            pipeline.unet.compile(backend=backend, dynamic=True)
+        for count in batch_sizes:
+            about = {"batch_size": count, "compiled": compiled, "samples_per_second": [], "peak_memory_gb": 0.0}
+            group = [{"name": name} | copy.deepcopy(about) for name in turns]
+            calls = [
+                partial(turn, ["make it winter"] * count, pictures[:count], num_inference_steps=steps)
+                for turn in turns.values()
+            ]
+            for call in calls:  # warm-up
+                call()
+            for _ in range(rounds):
+                for row, call in zip(group, calls, strict=True):
+                    seconds, peak = timed_call(call, pipeline.device)
+                    row["samples_per_second"].append(count / seconds)
+                    row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
+            for row in group:
+                row["ratios"] = ratios(row, group[0])
+            rows += group
+    return {"steps": steps, "rows": rows}
+
+
+def ratios(row: dict[str, Any], peer: dict[str, Any]) -> list[float]:
+    """The speed of `row` relative to that of `peer`, round by round."""
+    pairs = zip(row["samples_per_second"], peer["samples_per_second"], strict=True)
+    return [ours / theirs for ours, theirs in pairs]
+
+
 def table(report: dict[str, Any]) -> str:
-    """The report of `compare` as a Markdown table."""
+    """The report of `compare_training` or `compare_inference` as a Markdown table."""
     lines = [
-        "| | samples per second | ratio to the recipe | peak memory, GB | share of bf16 peak |",
+        "| | samples per second | ratio to diffusers | peak memory, GB | share of bf16 peak |",
         "|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        rate, ratios, share = median(row["samples_per_second"]), row["ratios"], row["share_of_bf16_peak"]
+        name, rate, speed, share = row["name"], row["samples_per_second"], row["ratios"], row.get("share_of_bf16_peak")
+        if "batch_size" in row:
+            name += f", batch {row['batch_size']}, {'compiled' if row['compiled'] else 'eager'}"
         lines.append(
-            f"| {row['name']} | {rate:.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"| {name} | {median(rate):.2f} | {median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
             f" | {row['peak_memory_gb']:.2f} | {f'{share:.1%}' if share else ''} |"
         )
-    cached, seconds = report["cached_samples"], report["caching_seconds"]
-    return "\n".join(
-        [*lines, "", f"Caching {cached} samples took {seconds:.1f} s, {cached / seconds:.2f} per second."]
-    )
+    if "cached_samples" in report:
+        cached, seconds = report["cached_samples"], report["caching_seconds"]
+        lines += ["", f"Caching {cached} samples took {seconds:.1f} s, {cached / seconds:.2f} per second."]
+    return "\n".join(lines)
 
 
 def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, config: TrainingConfig) -> None:
-    """The training loop of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py with --use_ema."""
+    """The training loop of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py with --use_ema.
+
+    With `config.lora_rank` the UNet is frozen and gets LoRA layers, without EMA, as in
+    examples/text_to_image/train_text_to_image_lora.py.
+    """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, dtype = accelerator.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    unet = pipeline.unet.train().requires_grad_(True)
+    unet = pipeline.unet.train()
     pipeline.vae.to(device, dtype).requires_grad_(False)
     pipeline.text_encoder.to(device, dtype).requires_grad_(False)
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
-    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    if rank := config.lora_rank:
+        unet.requires_grad_(False).to(device, dtype)
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGET_MODULES)
+        )
+        cast_training_params(unet, torch.float32)
+        ema = None
+    else:
+        unet.requires_grad_(True)
+        ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
+        ema.to(device)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
     lr_scheduler = get_scheduler(config.lr_scheduler, optimizer)
     endless = range(config.max_train_steps * config.batch_size)  # no pause between epochs, as in `train`
     loader = DataLoader(
         samples, config.batch_size, sampler=endless, num_workers=config.num_workers, collate_fn=collate
     )
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
-    ema.to(device)
     bar = tqdm(total=config.max_train_steps, desc="the recipe")
     for batch in loader:
         with accelerator.accumulate(unet):
@@ -166,12 +282,13 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, con
             mean = accelerator.gather(loss.repeat(config.batch_size)).mean().item()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            ema.step(unet.parameters())
+            if ema:
+                ema.step(unet.parameters())
             bar.update()
             accelerator.log({"train_loss": mean})
         bar.set_postfix(step_loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
@@ -234,24 +351,19 @@ class Timed(Exception):
 def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[float, int]:
     """Seconds that `turn` takes for `updates` updates after its warm-up, and its peak memory in bytes."""
     first, made, stamps = 1 + updates // 3, 0, []
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
 
     def count(*_: Any) -> None:
         nonlocal made
         made += 1
         if made in (first, first + updates):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            stamps.append(clock())
+            stamps.append(clock(device))
         if len(stamps) == 2:
             raise Timed
 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    reset_peak_memory(device)
     hook = register_optimizer_step_post_hook(count)
     try:
         turn()
@@ -262,13 +374,40 @@ def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[
     raise RuntimeError(f"The turn ended after {made} updates, before it was timed.")
 
 
+def timed_call(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
+    """Seconds that `call` takes, and its peak memory in bytes."""
+    reset_peak_memory(device)
+    start = clock(device)
+    call()
+    return clock(device) - start, peak_memory(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: wall time once a GPU has finished its work, otherwise processor time of this process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` be that of what follows."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
 def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
-    """Floating-point operations of forward and backward pass for one sample with latents of `side` x `side`."""
+    """Floating-point operations of forward and backward pass for one sample with latents of `side` x `side`.
+
+    Only gradients that the parameters of `unet` require are counted, so LoRA takes about two thirds of full training.
+    """
     latents = torch.randn(1, unet.config.in_channels, side, side, device=unet.device)
     timestep = torch.zeros(1, device=unet.device)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, device=unet.device)
-    with FlopCounterMode(display=False) as counter:
-        unet.train().requires_grad_(True)(latents, timestep, text).sample.sum().backward()
+    with FlopCounterMode(display=False) as counter, torch.autocast(unet.device.type, torch.bfloat16):
+        unet(latents, timestep, text).sample.sum().backward()
     return counter.get_total_flops()
 
 
@@ -295,6 +434,7 @@ def build(model: str) -> InstructDiffusionPipeline:
     tokenizer = CLIPTokenizer.from_pretrained(TINY_MODEL, subfolder="tokenizer")
     scheduler = EulerAncestralDiscreteScheduler.from_pretrained(TINY_MODEL, subfolder="scheduler")
     unet = UNet2DConditionModel(
+        sample_size=64,
         in_channels=8,
         block_out_channels=[width // part for width in (320, 640, 1280, 1280)],
         cross_attention_dim=768 // part,

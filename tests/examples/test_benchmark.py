@@ -123,6 +123,34 @@ def test_the_report_of_the_model_that_ships(tmp_path, monkeypatch):
     assert len(json.loads(output.read_text())["rows"]) == 3
 
 
+def test_with_lora_the_recipe_trains_the_lora_layers_alone(samples, pipe):
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    benchmark.train_recipe(pipe, samples, dataclasses.replace(CONFIG, batch_size=2, lora_rank=4))
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in pipe.unet.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    added = {name: tensor for name, tensor in after.items() if "lora_B" in name}  # zero before the first update
+    assert added and all(tensor.count_nonzero() for tensor in added.values())
+
+
+def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    pipe = InstructDiffusionPipeline(**tiny.components())
+    report = benchmark.compare_inference(pipe, 32, [1, 2], steps=2, rounds=1, backend=backend)
+    names = ["diffusers' InstructPix2Pix", "InstructDiffusion", "InstructDiffusion, keypoints"]
+    assert [(row["name"], row["batch_size"], row["compiled"]) for row in report["rows"]] == [
+        (name, count, compiled) for compiled in (False, True) for count in (1, 2) for name in names
+    ]
+    assert all(min(row["samples_per_second"]) > 0 for row in report["rows"])
+    assert [row["ratios"] for row in report["rows"][::3]] == [[1]] * 4
+    assert benchmark.table(report).count("\n") == 1 + len(report["rows"])
+    assert len(graphs) == 1, "of a UNet that answers 3, 2, 6 and 4 branches"
+
+
 def test_an_existing_report_is_kept_without_overwrite(tmp_path, monkeypatch, capsys):
     output = tmp_path / "figures.json"
     output.write_text("old")

@@ -6,7 +6,7 @@ import re
 import held_out
 import numpy as np
 import pytest
-import train_readout
+import readout
 from held_out import COUNT_ROWS, SIZE_ROWS, rows
 from PIL import Image, ImageDraw
 from world import UNSEEN_STYLE, is_held_out
@@ -60,4 +60,4 @@ def test_rows_by_size_and_number_ask_for_such_objects(colored_world):
 
 
 def test_no_two_stages_share_their_scenes():
-    assert len({0, 1, train_readout.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's
+    assert len({0, 1, readout.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's

@@ -3,8 +3,8 @@ import sys
 
 import numpy as np
 import pytest
+import readout
 import score
-import train_readout
 import vae
 from held_out import rows as rows_of
 from model import build_pipeline
@@ -14,6 +14,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.evaluation import Example
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.training.readout import ReadoutConfig
 from instructdiffusion_pipeline.types import Joint
 
 GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
@@ -31,14 +32,16 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
         script.main()
 
-    monkeypatch.setattr(train_readout, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
-    monkeypatch.setattr(train_readout, "STEPS", 3)
+    monkeypatch.setattr(readout, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
+    monkeypatch.setattr(readout, "CONFIG", ReadoutConfig(64, max_train_steps=3))
     folders = ("--work_dir", tmp_path / "readout", "--output_dir", model)
-    run(train_readout, "--model", untrained, "--world", world_folder, *folders)
+    run(readout, "--model", untrained, "--world", world_folder, *folders)
     trained = InstructDiffusionPipeline.from_pretrained(model)
     assert trained.readout.config.sample_size == 64 and trained.config.task_settings == pipeline.config.task_settings
+    table = (tmp_path / "readout" / "held-out" / "table.md").read_text()
+    assert "reading by color" in table and "| few keypoints | PCK" in table
     with pytest.raises(SystemExit):
-        run(train_readout, "--model", untrained, "--world", world_folder, *folders)
+        run(readout, "--model", untrained, "--world", world_folder, *folders)
     assert "already exists" in capsys.readouterr().err
     run(score, "--model", model, "--world", world_folder, "--samples", 2, "--output", output)
     rows = json.loads((output / "results.json").read_text())["rows"]

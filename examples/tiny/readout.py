@@ -1,0 +1,59 @@
+"""Train a readout for the small model, on the model's answers to new training scenes.
+
+    python examples/tiny/readout.py --model out/model --world out/tiny/world --work_dir out/readout \\
+        --output_dir out/model-with-readout
+
+The output folder is the model with the component `readout`. The table in WORK_DIR/held-out compares it with reading by
+color, on scenes of photographs that the model was not trained on. An interrupted run continues when it is started
+again.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from model import export_model
+from sources import source
+from world import SIZE, World
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import run_script
+from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.training.readout import ReadoutConfig, train_readout
+
+QUESTIONS = {"segmentation": 1600, "keypoints": 700, "few keypoints": 700, "pose": 400}
+HELD_OUT = 50  # questions of each kind for the table
+SEED = 3  # of the scenes; training of the model uses 0 and 1, scoring 7
+CONFIG = ReadoutConfig(SIZE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument(
+        "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
+    )
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for the model's answers")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the model with its readout")
+    args = parser.parse_args()
+    if args.output_dir.exists():
+        parser.error(f"--output_dir: {args.output_dir} already exists; delete it, or choose another folder")
+    pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    examples, held_out = (
+        [
+            example
+            for name, count in QUESTIONS.items()
+            for example in examples_from(source(name, world, share(count), SEED), share(count), SEED)
+        ]
+        for world, share in (
+            (World(args.world), int),
+            (World(args.world, unseen_photographs=True), lambda count: min(count, HELD_OUT)),
+        )
+    )
+    train_readout(pipeline, examples, held_out, args.work_dir, CONFIG, batch_size=32)
+    export_model(pipeline, args.output_dir, args.world)
+
+
+if __name__ == "__main__":
+    run_script(main)

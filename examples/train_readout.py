@@ -1,0 +1,85 @@
+"""Train a readout for a model: a light U-Net that reads masks and joints from the model's answers.
+
+    python examples/train_readout.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
+        --output_dir out/readout
+
+The model answers questions about the training split of each data set. The readout is trained on these answers, and put
+into the model's folder. The table compares it with reading by color, on answers about the test splits. A run that was
+stopped continues if it is started again with the same options.
+"""
+
+import argparse
+from pathlib import Path
+
+from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.datasets.specs import (
+    DATASETS,
+    KEYPOINTS,
+    SEGMENTATION,
+    load_sources,
+    load_test_sources,
+)
+from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.training.readout import ReadoutConfig, save_readout, train_readout
+
+READABLE = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOINTS, SEGMENTATION)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model, which gets the readout")
+    parser.add_argument(
+        "--data",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help=f"data sets, any number; NAME is one of {', '.join(READABLE)}",
+    )
+    parser.add_argument("--samples", type=integer(1), default=2000, help="of each data set (default: %(default)s)")
+    parser.add_argument(
+        "--test_samples", type=integer(1), default=200, help="of each data set, for the table (default: %(default)s)"
+    )
+    parser.add_argument("--test_split", help="split for the table (default: the validation or test split of each)")
+    parser.add_argument(
+        "--size", type=integer(16), help="side of the readout in pixels (default: the model's, at most 256)"
+    )
+    parser.add_argument("--max_train_steps", type=integer(1), default=1500, help="updates (default: %(default)s)")
+    parser.add_argument("--batch_size", type=integer(1), default=8, help="questions per call (default: %(default)s)")
+    parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of samples, noise and weights (default: 0)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for answers, checkpoint and table")
+    parser.add_argument("--overwrite", action="store_true", help="replace the readout that the model has")
+    args = parser.parse_args()
+    if not (args.model / "model_index.json").is_file():
+        raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")
+    if (args.model / "readout").exists() and not args.overwrite:
+        raise UsageError(f"--model: {args.model} has a readout; --overwrite replaces it.")
+    for entry in args.data:
+        if (name := entry.partition("=")[0]) in DATASETS and name not in READABLE:
+            raise UsageError(f"--data {name}: a readout is for data sets of masks or joints: {', '.join(READABLE)}.")
+
+    pipeline = load_pipeline(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    resolution = pipeline.default_resolution
+    try:
+        sources = [source for source, _ in load_sources(args.data, resolution)]
+        test_sources = load_test_sources(args.data, resolution, args.test_split)
+    except ValueError as error:
+        raise UsageError(error) from error
+    examples, held_out = (
+        [example for source in group for example in examples_from(source, count, args.seed)]
+        for group, count in ((sources, args.samples), (test_sources, args.test_samples))
+    )
+    config = ReadoutConfig(
+        args.size or min(256, resolution), args.max_train_steps, num_workers=args.num_workers, seed=args.seed
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    readout = train_readout(pipeline, examples, held_out, args.output_dir, config, args.batch_size)
+    save_readout(readout, args.model, args.overwrite)
+    print((args.output_dir / "held-out" / "table.md").read_text())
+    print(f"The readout is in {args.model / 'readout'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,107 @@
+"""The script that trains a readout, on data sets as they lie on disk and a model of random weights."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import run_script
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+
+# By its path: examples/tiny has a script of the same name.
+spec = importlib.util.spec_from_file_location("train_any_readout", tiny.ROOT / "examples" / "train_readout.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+SPLITS = ("train2017", "val2017")
+
+
+@pytest.fixture
+def model(tmp_path):
+    settings = {"segmentation": {"num_inference_steps": 1}, "keypoints": {"num_inference_steps": 1}}
+    InstructDiffusionPipeline(**tiny.components(), task_settings=settings).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def coco_stuff(tmp_path):
+    root = tmp_path / "stuff"
+    for part in ("images", "annotations"):
+        for split in SPLITS:
+            (root / part / split).mkdir(parents=True)
+    (root / "labels.txt").write_text("0: unlabeled\n1: person\n2: bicycle\n")
+    for index in range(4):
+        split = SPLITS[index % 2]
+        tiny.picture(64, 48, index).save(root / "images" / split / f"{index}.jpg")
+        label = np.full((48, 64), 255, np.uint8)
+        label[10:40, 10:60] = 1
+        Image.fromarray(label).save(root / "annotations" / split / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path):
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    keypoints = [value for i in range(len(COCO_JOINTS)) for value in (20 + 2 * i, 15 + 2 * i, 2)]
+    person = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [15, 10, 45, 45], "area": 900, "keypoints": keypoints}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
+        "annotations": [person | {"iscrowd": 0}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    for split in SPLITS:
+        (root / split).mkdir()
+        tiny.picture(80, 60).save(root / split / "1.png")
+        (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_readout.py", *map(str, arguments)])
+    run_script(script.main)
+
+
+def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
+    monkeypatch, capsys, tmp_path, model, coco_stuff, coco
+):
+    output = tmp_path / "out" / "readout"
+    data = ["--data", f"coco-stuff={coco_stuff}", f"coco={coco}", "--max_train_steps", 2]
+    run(monkeypatch, "--model", model, *data, "--output_dir", output)
+    loaded = InstructDiffusionPipeline.from_pretrained(model)
+    assert loaded.readout.config.sample_size == loaded.default_resolution == 32
+    asked = json.loads((output / "answers" / "results.json").read_text())
+    assert {row["row"]: row["samples"] for row in asked["rows"]} == {"coco-stuff": 2, "coco": 1}
+    table = (output / "held-out" / "table.md").read_text()
+    assert "| coco-stuff val2017 | mcIoU" in table and "| coco val2017 | PCK" in table and "reading by color" in table
+    assert table in capsys.readouterr().out
+
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "--model", model, *data, "--output_dir", output)
+    assert exit.value.code == 2 and "has a readout; --overwrite replaces it" in capsys.readouterr().err
+    weights = (model / "readout" / "diffusion_pytorch_model.safetensors").read_bytes()
+    run(monkeypatch, "--model", model, *data, "--output_dir", output, "--overwrite")
+    assert (model / "readout" / "diffusion_pytorch_model.safetensors").read_bytes() == weights, "the run continued"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data", "gopro=."], "--data gopro: a readout is for data sets of masks or joints: mpii, coco, "),
+        (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME out of"),
+        (["--data", "coco=missing"], "--data coco: there is no folder missing"),
+        (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),
+        (["--data", "coco=.", "--size", "8"], "--size: must be at least 16"),
+    ],
+)
+def test_bad_arguments_have_status_2(monkeypatch, capsys, tmp_path, model, options, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "--model", model, "--output_dir", "out", *options)
+    assert exit.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (model / "readout").exists()
