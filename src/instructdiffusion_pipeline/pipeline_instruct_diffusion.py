@@ -1268,8 +1268,8 @@ class InstructDiffusionPipeline(
         kept = round(num_inference_steps * strength)
         if kept == 0:
             raise ValueError(
-                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise it, or give more in"
-                " `num_inference_steps`, `timesteps` or `sigmas`."
+                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise it, or give more"
+                " steps in `num_inference_steps`, `timesteps` or `sigmas`."
             )
         first = (num_inference_steps - kept) * self.scheduler.order
         if first > 0 and hasattr(self.scheduler, "set_begin_index"):
