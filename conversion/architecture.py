@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import CLIPTextConfig
+from weights import reading
 
 from instructdiffusion_pipeline.cli import UsageError
 
@@ -33,14 +34,20 @@ SD15_TEXT_HEADS = 12
 
 def read_original_config(path: Path) -> dict[str, Any]:
     """Return `model.params` of a configuration file of the original."""
-    try:
+    with reading(
+        f"--original_config_file: {path} is not a YAML file of the original: it must have model.params.unet_config and"
+        " model.params.first_stage_config"
+    ):
         params = yaml.safe_load(path.read_text())["model"]["params"]
-        params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"--original_config_file: {path} is not a YAML file of the original: it must have "
-            f"model.params.unet_config and model.params.first_stage_config ({error!r})."
-        ) from error
+        dict(params["unet_config"]["params"]), dict(params["first_stage_config"]["params"]["ddconfig"])
+    limits = {"linear_start": 1, "linear_end": 1, "scale_factor": 1000, "timesteps": 100_000}
+    for key, limit in limits.items():
+        number = params.get(key, 1)
+        if type(number) not in (int, float) or not 0 < number <= limit or (key == "timesteps" and number % 1):
+            raise UsageError(
+                f"--original_config_file: model.params.{key} must be a number above 0 and at most {limit}, but is"
+                f" {number!r} in {path}."
+            )
     return params
 
 
@@ -157,10 +164,8 @@ def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
     # For a folder without config.json, transformers returns its default configuration without a warning.
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise UsageError(f"--text_encoder: {source} has no config.json.")
-    try:
+    with reading(f"--text_encoder: no text configuration could be read from {source}"):
         config = CLIPTextConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--text_encoder: no text configuration could be read from {source} ({error}).") from error
     wrong = [
         f"{key} {getattr(config, key)} (the weights: {size})"
         for key, size in sizes.items()
@@ -168,7 +173,7 @@ def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
     ]
     if wrong:
         raise UsageError(f"--text_encoder: {source} describes another text encoder: {', '.join(wrong)}.")
-    if config.hidden_size % config.num_attention_heads:
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise UsageError(
             f"--text_encoder: {source} has {config.num_attention_heads} heads, which does not divide its width "
             f"{config.hidden_size}."

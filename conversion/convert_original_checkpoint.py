@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from original_checkpoint import OriginalCheckpoint
 from original_names import PREFIXES, build_empty, original_shapes
 from transformers import CLIPTextConfig, CLIPTokenizer
-from weights import Weights, check_names, check_new
+from weights import Weights, check_names, check_new, reading
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import UsageError, run_script
@@ -46,7 +46,10 @@ def convert(
 
     # 1. Infer the configurations, and check that the files have exactly the weights of this model.
     text = text_config(checkpoint.shapes, text_encoder)
-    models = build_empty(unet_config(checkpoint.shapes, original), vae_config(checkpoint.shapes, original), text)
+    with reading(f"--original_config_file: {original_config_file} does not describe a model of the original"):
+        unet, vae = unet_config(checkpoint.shapes, original), vae_config(checkpoint.shapes, original)
+    with reading(f"--text_encoder: {text_encoder} does not describe a text encoder of CLIP"):
+        models = build_empty(unet, vae, text)
     scheduler = EulerAncestralDiscreteScheduler(**scheduler_config(original))
     expected = original_shapes(models)
     checkpoint.check(expected, scheduler.betas)
@@ -108,10 +111,8 @@ def load_tokenizer(source: str | None, text: CLIPTextConfig) -> CLIPTokenizer:
             f"{SD15_VOCABULARY}. Give the folder or Hub id of its tokenizer."
         )
     source = source or SD15_TOKENIZER
-    try:
+    with reading(f"--tokenizer: no CLIP tokenizer could be read from {source}"):
         tokenizer = CLIPTokenizer.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--tokenizer: no CLIP tokenizer could be read from {source} ({error}).") from error
     if len(tokenizer) < MIN_VOCABULARY:
         raise UsageError(
             f"--tokenizer: must be a folder with vocab.json and merges.txt, or a Hub id, but {source} is no such "

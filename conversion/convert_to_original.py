@@ -4,16 +4,18 @@ python conversion/convert_to_original.py --model_path folder --checkpoint_path i
 """
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
-from original_names import build_empty, is_pointwise, name_tables
+from original_names import PREFIXES, build_empty, is_pointwise, name_tables
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
-from weights import Weights, check_names, check_new, read_safetensors, read_values
+from weights import Weights, check_names, check_new, read_safetensors, read_values, reading
 
 from instructdiffusion_pipeline.cli import UsageError, run_script
 from instructdiffusion_pipeline.files import atomic_write
@@ -43,13 +45,18 @@ def convert_back(model_path: str | Path) -> Weights:
     for part in (*parts, "scheduler/scheduler_config.json"):
         if not (model_path / part).is_file():
             raise UsageError(f"--model_path: must be the folder of a pipeline, but {model_path} has no {part}.")
-    models = build_empty(
-        UNet2DConditionModel.load_config(model_path / "unet"),
-        AutoencoderKL.load_config(model_path / "vae"),
-        CLIPTextConfig.from_pretrained(model_path / "text_encoder"),
-    )
+    stored = {component: read_component(model_path / component) for component in PREFIXES}
+    with reading(f"--model_path: the configurations in {model_path} do not describe a pipeline"):
+        scheduler = EulerAncestralDiscreteScheduler.load_config(model_path / "scheduler")
+        text = CLIPTextConfig.from_pretrained(model_path / "text_encoder")
+        unet = UNet2DConditionModel.load_config(model_path / "unet")
+        vae = AutoencoderKL.load_config(model_path / "vae")
+        for component, config in (("unet", unet), ("vae", vae), ("text_encoder", text.to_dict())):
+            check_layers(component, config, len(stored[component]))
+        models = build_empty(unet, vae, text)
+        tables = name_tables(models)
     configs = {component: model.config for component, model in models.items()}
-    configs["scheduler"] = EulerAncestralDiscreteScheduler.from_pretrained(model_path / "scheduler").config
+    configs["scheduler"] = {"prediction_type": "epsilon", **scheduler}
     wrong = [
         f"{component} has {key} {configs[component][key]!r} instead of {value!r}"
         for component, settings in REQUIRED_SETTINGS.items()
@@ -59,16 +66,23 @@ def convert_back(model_path: str | Path) -> Weights:
     if wrong:
         raise UsageError(f"--model_path: the original cannot run {model_path}: {'; '.join(wrong)}.")
     weights: Weights = {}
-    for component, table in name_tables(models).items():
+    for component, table in tables.items():
         folder = model_path / component
         where = f"--model_path {folder}"
         check_names(
-            {name: tensor.shape for name, tensor in read_component(folder).items()},
+            {name: tensor.shape for name, tensor in stored[component].items()},
             {name: tensor.shape for name, tensor in models[component].state_dict().items()},
             where,
         )
         weights |= read_values(partial(read_component, folder), table, None, where)
     return {name: tensor[:, :, None, None] if is_pointwise(name) else tensor for name, tensor in weights.items()}
+
+
+def check_layers(component: str, config: Mapping[str, Any], weights: int) -> None:
+    """Raise a UsageError for more layers than weights: a model of 2**40 layers would be built for ever."""
+    for key, value in config.items():
+        if "layers" in key and any(isinstance(n, int) and n > weights for n in np.ravel(value).tolist()):
+            raise UsageError(f"--model_path: {component} has {weights} weights, but {key} is {value}.")
 
 
 def read_component(folder: Path) -> Weights:

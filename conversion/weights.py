@@ -4,12 +4,13 @@ import pickle
 import re
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 from instructdiffusion_pipeline.cli import UsageError
@@ -33,37 +34,47 @@ SAFE_GLOBALS: list[Any] = [(type(name.rpartition(".")[2], (), {}), name) for nam
 SAFE_GLOBALS += [dict, list, int, defaultdict, (typing.Any, "typing.Any")]
 
 
+@contextmanager
+def reading(message: str) -> Iterator[None]:
+    """Raise a UsageError with `message` and the cause if the block fails.
+
+    For blocks that give a file to a library: with a damaged file, libraries raise exceptions of any class.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())}).") from error
+
+
 def read_pickle(path: Path, option: str) -> Any:
     """Read a `.ckpt` or `.pth` file. Its tensors are memory-mapped."""
     if not path.is_file():
         raise UsageError(f"{option}: {path} is not a file.")
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise UsageError(f"{option}: {path} cannot be read: its pickle is damaged ({error}).") from error
-        raise UsageError(
-            f"{option}: {path} was refused, because loading it would run code ({refused[1]}). A checkpoint may contain"
-            " only tensors and plain values."
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise UsageError(
-            f"{option}: {path} cannot be read: it is truncated, or not a zip archive as torch.save writes since torch "
-            f"1.6. Bare pickles are not opened, because they could run code. ({str(error).splitlines()[0]})"
-        ) from error
+    with reading(
+        f"{option}: {path} cannot be read: it is damaged, truncated, or not a zip archive as torch.save writes since"
+        " torch 1.6. Bare pickles are not opened, because they could run code"
+    ):
+        try:
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused is None:
+                raise
+            raise UsageError(
+                f"{option}: {path} was refused, because loading it would run code ({refused[1]}). A checkpoint may"
+                " contain only tensors and plain values."
+            ) from error
 
 
 def read_safetensors(path: Path, option: str) -> dict[str, torch.Tensor]:
     """Read a `.safetensors` file. Its tensors are memory-mapped."""
     if not path.is_file():
         raise UsageError(f"{option}: {path} is not a file.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.offset_keys()}
-    except SafetensorError as error:
-        raise UsageError(f"{option}: {path} is truncated, or not a safetensors file ({error}).") from error
+    with reading(f"{option}: {path} is truncated, or not a safetensors file"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
 def check_names(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
@@ -38,6 +40,15 @@ def test_sixteen_bits_are_scaled_down_and_not_clipped() -> None:
     PIL.Image.fromarray(levels).save(file, "PNG")
     read = np.asarray(upright_rgb(PIL.Image.open(file)))
     assert np.array_equal(read[..., 0], levels // 257)
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("F", 1 / 255), ("F", 1), ("I", 1), ("I", 257), ("I;16", 257)])
+def test_the_range_of_grey_values_is_recognised(mode: str, scale: float) -> None:
+    grey = np.arange(256).reshape(16, 16)
+    types = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
+    picture = PIL.Image.fromarray((grey * scale).astype(types[mode]))
+    assert picture.mode == mode
+    assert np.array_equal(np.asarray(upright_rgb(picture))[..., 1], grey)
 
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 255.5), ("F", float("nan"))])
@@ -202,8 +213,8 @@ LATENTS = torch.zeros(1, 4, 16, 16)
     ("change", "message"),
     [
         ({"prompt": None}, "`prompt` or `prompt_embeds` must be given"),
-        ({"prompt": []}, r"`prompt` must be a text or a non-empty list of texts, but is \[\]"),
-        ({"prompt": 3}, "`prompt` must be a text or a non-empty list of texts, but is 3"),
+        ({"prompt": []}, r"`prompt` must be a text or a non-empty list of texts, .*, but is \[\]"),
+        ({"prompt": 3}, "`prompt` must be a text or a non-empty list of texts, .*, but is 3"),
         ({"prompt": ["cat", 3]}, "`prompt` must be a text"),
         ({"prompt_embeds": torch.zeros(1, 77, 32)}, "`prompt` and `prompt_embeds` must not both be given"),
         ({"prompt": None, "prompt_embeds": torch.zeros(77, 32)}, r"`prompt_embeds` must .* \(77, 32\)"),
@@ -218,6 +229,20 @@ LATENTS = torch.zeros(1, 4, 16, 16)
         ({"image": torch.zeros(5, 5)}, r"`image` must be .* but holds Tensor of shape \(5, 5\)"),
         ({"image": torch.zeros(1, 5, 8, 8)}, "`image` must have 3 channels, .* but has 5"),
         ({"image": [tiny.picture(), torch.zeros(4, 16, 16)]}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": np.zeros((16, 16, 4), np.uint8)}, r"`image` must be .* but holds ndarray of shape \(16, 16, 4\)"),
+        ({"image": np.random.rand(16, 16, 4) - 0.5}, r"`image` must be .* but holds ndarray of shape \(16, 16, 4\)"),
+        ({"image": torch.ones(4, 16, 16)}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": torch.rand(1, 4, 16, 16)}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": torch.full((4, 16, 16), 255.0)}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": torch.full((4, 16, 16), 255, dtype=torch.uint8)}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": LATENTS - 1j}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": LATENTS - torch.inf}, "`image` must be finite"),
+        ({"image": LATENTS + torch.nan}, "`image` must be finite"),
+        ({"latents": LATENTS.long()}, "`latents` must be a floating-point tensor of finite values, .* torch.int64"),
+        ({"latents": LATENTS.bool()}, "`latents` must be a floating-point tensor of finite values, .* torch.bool"),
+        ({"latents": LATENTS * 1j}, "`latents` must be a floating-point tensor of finite values, .* torch.complex64"),
+        ({"latents": LATENTS + torch.nan}, "`latents` must be a floating-point tensor of finite values"),
+        ({"latents": LATENTS + torch.inf}, "`latents` must be a floating-point tensor of finite values"),
         ({"image": torch.zeros(3, 0, 8)}, "`image` must be at least 1 x 1 pixel, but is 8 x 0"),
         (
             {"image": np.zeros((8, 8, 3), np.uint16)},
@@ -227,17 +252,29 @@ LATENTS = torch.zeros(1, 4, 16, 16)
         ({"image": torch.full((3, 8, 8), torch.nan)}, r"`image` must hold floating-point values in \[0, 1\] .* nan"),
         ({"image": LATENTS, "resolution": 64}, "`resolution` must be None or 0 for image latents, but is 64"),
         ({"image": [LATENTS, LATENTS[..., :8]]}, "`image` must hold image latents of one shape"),
-        ({"resolution": 8}, "`resolution` must be 0 .* or an integer of at least 16, but is 8"),
+        ({"resolution": 8}, "`resolution` must be 0 .* or an integer of at least 16 and at most 16384, but is 8"),
         ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, but is 0"),
         ({"generator": [0]}, r"`generator` must be .* but is \[0\]"),
         ({"image": tiny.picture(400, 10), "resolution": 64}, "`image` of 400 x 10 pixels is too elongated"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, but is 0"),
-        ({"num_inference_steps": 2.0}, "`num_inference_steps` must be an integer of at least 1, but is 2.0"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1, but is 0"),
+        (
+            {"num_inference_steps": 0},
+            "`num_inference_steps` must be an integer of at least 1 and at most 1000, but is 0",
+        ),
+        (
+            {"num_inference_steps": 2.0},
+            "`num_inference_steps` must be an integer of at least 1 and at most 1000, but is 2.0",
+        ),
+        (
+            {"num_images_per_prompt": 0},
+            "`num_images_per_prompt` must be an integer of at least 1 and at most 1000, but is 0",
+        ),
         ({"guidance_scale": "5"}, "`guidance_scale` must be a finite number, but is '5'"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, but is nan"),
         ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a finite number, but is inf"),
-        ({"clip_skip": 2}, "`clip_skip` must be at least 0 and below the text encoder's 2 layers, but is 2"),
+        (
+            {"clip_skip": 2},
+            "`clip_skip` must be an integer of at least 0 and below the text encoder's 2 layers, but is 2",
+        ),
         ({"image": torch.zeros(0, 3, 32, 32)}, r"`image` must be .* but holds Tensor of shape \(0, 3, 32, 32\)"),
         ({"strength": 0}, "`strength` must be above 0 and at most 1, but is 0"),
         ({"strength": 1.01}, "`strength` must be above 0 and at most 1, but is 1.01"),
@@ -248,13 +285,94 @@ LATENTS = torch.zeros(1, 4, 16, 16)
             r"`latents` must have the shape \(1, 4, 16, 16\), but has \(1, 4, 8, 8\)",
         ),
         ({"generator": [tiny.generator()] * 2}, "`generator` must be one or a list of 1, .* but has 2"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be among .* but has \['noise'\]"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be a list of names among .* but is \['noise'\]"),
         ({"ip_adapter_image": tiny.picture()}, "need an IP-Adapter, but none is loaded"),
     ],
 )
 def test_mistakes_are_named(pipe: InstructDiffusionPipeline, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe(**tiny.inputs(**change))
+
+
+def test_embeddings_that_do_not_fit_are_named(pipe: InstructDiffusionPipeline) -> None:
+    for embeds in (torch.zeros(1, 77, 33), torch.zeros(1, 77, 32).long(), torch.full((1, 77, 32), torch.nan)):
+        with pytest.raises(ValueError, match=r"`prompt_embeds` must be .* of shape \(B, 77, 32\), but is Tensor"):
+            pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds))
+        with pytest.raises(ValueError, match=r"`negative_prompt_embeds` must be .* of shape \(B, 77, 32\), but is"):
+            pipe(**tiny.inputs(negative_prompt_embeds=embeds))
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "vae", "unet"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(pipe: InstructDiffusionPipeline, component: str, value: float) -> None:
+    name, weight = next(
+        (name, weight)
+        for name, weight in getattr(pipe, component).named_parameters()
+        if "conv_out.w" in name or "fc1.w" in name
+    )
+    weight.data.view(-1)[0] = value
+    message = rf"`{component}` gave values that are NaN or infinite: its weight {name} is .* \(1 weights are\)"
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny.inputs())
+
+
+@pytest.mark.parametrize(("change", "component"), [({"guidance_scale": 1e30}, "unet"), ({"latents": 1e30}, "unet")])
+def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline, change: dict, component: str) -> None:
+    change = {name: LATENTS + value if name == "latents" else value for name, value in change.items()}
+    with pytest.raises(
+        ValueError, match=f"`{component}` gave values that are NaN .* look for large ones in .*`latents`"
+    ):
+        pipe(**tiny.inputs(**change))
+
+
+@pytest.mark.parametrize("component", ["vae", "unet"])
+def test_half_precision_that_overflows_is_named(pipe: InstructDiffusionPipeline, component: str) -> None:
+    half = pipe.to(torch.float16)
+    layer = half.unet.conv_out if component == "unet" else half.vae.decoder.conv_in
+    layer.weight.data.fill_(60000)
+    with pytest.raises(ValueError, match=f"`{component}` gave values .* float16 overflowed; use bfloat16 or float32"):
+        half(**tiny.inputs(num_inference_steps=1))
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_folder_that_lacks_a_weight_is_refused(
+    pipe: InstructDiffusionPipeline, tmp_path: Path, component: str
+) -> None:
+    pipe.save_pretrained(tmp_path)
+    (file,) = (tmp_path / component).glob("*.safetensors")
+    weights = load_file(file)
+    name, _ = next(iter(getattr(pipe, component).named_parameters()))
+    weights["other"] = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"`{component}` must have all of its weights .* 1 are missing: {name}"):
+        InstructDiffusionPipeline.from_pretrained(tmp_path)
+    given = {component: getattr(pipe, component)}
+    assert InstructDiffusionPipeline.from_pretrained(tmp_path, **given).components[component] is given[component]
+
+
+def test_old_names_of_weights_count(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+    """Those of the attention in the VAE of Stable Diffusion 1.5, and of text encoders before transformers 5.6."""
+    pipe.save_pretrained(tmp_path)
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    for file in (*tmp_path.glob("vae/*.safetensors"), *tmp_path.glob("text_encoder/*.safetensors")):
+        weights = load_file(file)
+        prefix = "text_model." if file.parent.name == "text_encoder" else ""
+        renamed = {}
+        for name, weight in weights.items():
+            for new, before in old.items():
+                name = name.replace(new, before)
+            renamed[prefix + name.removeprefix(prefix)] = weight
+        assert renamed.keys() != weights.keys()
+        save_file(renamed, file, metadata={"format": "pt"})
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(loaded(**tiny.inputs()).images, pipe(**tiny.inputs()).images)
+
+
+def test_variants_and_shards_have_all_weights(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("unet/*.fp16-*"))) > 1
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert np.array_equal(loaded(**tiny.inputs()).images, pipe(**tiny.inputs()).images)
 
 
 def test_a_unet_that_sees_no_image_is_refused(pipe: InstructDiffusionPipeline) -> None:

@@ -7,16 +7,18 @@ The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tas
 import functools
 import inspect
 import json
-import math
 import os
+import re
+import reprlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from numbers import Integral, Real
+from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import PIL.Image
@@ -31,6 +33,7 @@ from diffusers.loaders import (
     TextualInversionLoaderMixin,
 )
 from diffusers.models import ImageProjection
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
     retrieve_latents,
@@ -55,6 +58,12 @@ logger = logging.get_logger(__name__)
 Box = tuple[float, float, float, float]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 RESIZE_MODES = ("crop", "stretch")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_RESOLUTION = 16384
+MAX_IMAGES_PER_PROMPT = 1000
+# torch cannot compare these numbers.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+FINITE_TENSOR = "a floating-point tensor of finite values"
 # The paper's settings for editing, used where neither the caller nor the model names a value.
 DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
 
@@ -183,18 +192,28 @@ def working_size(
 
 
 def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended."""
+    """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
+
+    The range of the modes F and I follows from the values: 0 to 1 or 0 to 255 in F, 0 to 255 or 0 to 65535 in I.
+
+    Raises:
+        ValueError: if values of the modes F and I are outside of these ranges.
+    """
     with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         # Pillow opens 16-bit files in modes that start with I, and `convert` would clip values above 255 to white.
-        levels, white = np.asarray(picture), 255 if picture.mode == "F" else 65535
-        if not (levels.min() >= 0 and levels.max() <= white):
+        levels = np.asarray(picture)
+        lowest, highest = levels.min(initial=0), levels.max(initial=0)
+        whites = {"F": (1, 255), "I": (255, 65535)}.get(picture.mode, (65535,))
+        if not (lowest >= 0 and highest <= whites[-1]):
             raise ValueError(
-                f"`image` of mode {picture.mode} must hold values from 0 to {white}, but holds values from"
-                f" {levels.min()} to {levels.max()}."
+                f"`image` of mode {picture.mode} must hold values from 0 to {whites[-1]}, but holds values from"
+                f" {lowest} to {highest}."
             )
-        picture = PIL.Image.fromarray((levels // (white // 255)).astype(np.uint8))
+        white = next(white for white in whites if highest <= white)
+        levels = levels // (white // 255) if white > 255 else np.rint(levels * (255 // white))
+        picture = PIL.Image.fromarray(levels.astype(np.uint8))
     elif picture.mode == "La":
         picture = picture.convert("LA")
     return picture.convert("RGB")
@@ -206,17 +225,83 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
         return [picture for item in image for picture in _as_pictures(item)]
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.dtype.kind in "fiub":
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3 and _is_numeric(image):
         # torch takes neither negative strides nor foreign byte orders.
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         image = torch.from_numpy(native).movedim(-1, -3)
-    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and len(image) > 0:
+    if _is_readable(image) and image.ndim in (3, 4) and len(image) > 0:
+        image = image.detach()
         return [image] if image.ndim == 3 else list(image)
-    received = f"{type(image).__name__} of shape {tuple(image.shape)}" if hasattr(image, "shape") else repr(image)
     raise ValueError(
         "`image` must be a PIL picture, a tensor (3, H, W) or (B, 3, H, W), an array (H, W, 3) or (B, H, W, 3), image"
-        f" latents (B, C, h, w), or a non-empty list of these, but holds {received}."
+        f" latents (B, C, h, w), or a non-empty list of these, but holds {_described(image)}."
     )
+
+
+def _is_numeric(array: np.ndarray) -> bool:
+    """Whether torch has a type for the array's numbers: not for objects, texts, dates and long doubles."""
+    return array.dtype.kind in "fiub" and array.dtype.itemsize <= 8
+
+
+def _is_image_latents(picture: Any, channels: int) -> TypeGuard[torch.Tensor]:
+    """Whether an item of `image` is image latents (C, h, w), and not an RGBA picture.
+
+    The values of a picture are in [0, 1] or are 8-bit levels; those of image latents are neither, unless all are zero.
+    """
+    if not isinstance(picture, torch.Tensor) or picture.shape[0] != channels or not picture.is_floating_point():
+        return False
+    is_picture = picture.numel() > 0 and picture.min() >= 0 and (picture.max() <= 1 or not picture.frac().any())
+    return not is_picture or not picture.any()
+
+
+def _require(condition: bool, name: str, expected: str, value: Any) -> None:
+    """Raises a ValueError that names an argument, what it must be and what it is."""
+    if not condition:
+        raise ValueError(f"`{name}` must be {expected}, but is {_described(value)}.")
+
+
+def _described(value: Any) -> str:
+    """A short text for any argument in an error message."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    return reprlib.repr(value)
+
+
+def _is_integer(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _is_number(value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> bool:
+    """Whether a value is an int or float in a range; NaN, infinity and numbers that float32 cannot hold are not."""
+    is_real = isinstance(value, (int, float, np.integer, np.float16, np.float32)) and not isinstance(value, bool)
+    # Python compares integers of any size with a float exactly.
+    return is_real and bool(low <= (value if isinstance(value, int) else float(value)) <= high)
+
+
+def _is_readable(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor whose numbers torch can compare: dense, with data, not of 8-bit floats."""
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    return is_dense and value.dtype not in FLOAT8
+
+
+def _is_finite_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    return _is_readable(value) and value.is_floating_point() and value.numel() > 0 and bool(value.isfinite().all())
+
+
+def _accepts_step(callback: Any) -> bool:
+    """Whether a callback may be called as `callback(pipeline, step, timestep, tensors)`."""
+    if not callable(callback):
+        return False
+    try:
+        inspect.signature(callback).bind(None, 0, None, {})
+    except (TypeError, ValueError):  # Other arguments; or built in, without a signature.
+        return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that has an encoding; unpaired surrogates have none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
@@ -271,6 +356,23 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
                 _in_call.difference_update(ids)
 
     return exclusive_call
+
+
+def _missing_weights(model: Any, variant: str | None) -> list[str]:
+    """The names of the parameters that the files lack from which a component was loaded."""
+    folder = Path(model.config._name_or_path)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    plain = [file for file in files if "." not in file.stem]
+    files = [file for file in files if f".{variant}" in file.name] or plain
+    stored = {_current_name(name) for file in files for name in load_state_dict(str(file))}
+    return [name for name, _ in model.named_parameters() if files and _current_name(name) not in stored]
+
+
+def _current_name(name: str) -> str:
+    """The name of a weight without the differences between versions of diffusers and transformers."""
+    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+        name = name.replace(old, new)
+    return re.sub(r"^((text|vision)_model\.)+", "", name)
 
 
 def add_code(folder: str | os.PathLike[str]) -> None:
@@ -381,6 +483,25 @@ class InstructDiffusionPipeline(
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         # `working_size` decides the size; the processor only converts between value ranges.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pretrained`, but weights must not be missing: they would be random numbers.
+
+        Raises:
+            ValueError: if the files of a model lack weights; the message names them.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+        for component, model in models.items():
+            if component not in kwargs:
+                missing = _missing_weights(model, kwargs.get("variant"))
+                if missing:
+                    raise ValueError(
+                        f"`{component}` must have all of its weights in {pretrained_model_name_or_path}, but"
+                        f" {len(missing)} are missing: {', '.join(missing)}."
+                    )
+        return pipe
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -581,9 +702,16 @@ class InstructDiffusionPipeline(
             output_type,
             clip_skip,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
+            resolution,
+            eta,
+            latents,
+            return_dict,
+            cross_attention_kwargs,
+            resize_mode,
         )
-        self._guidance_scale = guidance_scale
-        self._image_guidance_scale = image_guidance_scale
+        self._guidance_scale = float(guidance_scale)
+        self._image_guidance_scale = float(image_guidance_scale)
         self._interrupt = False
         self._current_timestep: torch.Tensor | None = None
         device = self._execution_device
@@ -660,7 +788,11 @@ class InstructDiffusionPipeline(
                     tensors = {}
                     for name in callback_on_step_end_tensor_inputs:
                         tensors[name] = locals()[name]
-                    changed = callback_on_step_end(self, i, t, tensors) or {}
+                    changed = callback_on_step_end(self, i, t, tensors)
+                    changed = {} if changed is None else changed
+                    _require(
+                        isinstance(changed, dict), "callback_on_step_end", "a callable that returns a dict", changed
+                    )
                     if cuts_off_guidance and changed["prompt_embeds"] is not prompt_embeds:
                         # The callback writes what disables guidance in Stable Diffusion, and keeps one prompt only.
                         self._guidance_scale = self._image_guidance_scale = 0.5
@@ -674,6 +806,7 @@ class InstructDiffusionPipeline(
                     progress_bar.update()
 
         self._current_timestep = None
+        self._check_finite("unet", latents)
 
         # 7. Decode the answers with the VAE, (N, 3, H, W) in [0, 1], and run the safety checker.
         nsfw_content_detected = None
@@ -709,15 +842,39 @@ class InstructDiffusionPipeline(
         output_type: str,
         clip_skip: int | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        resolution: int | None = None,
+        eta: float = 0.0,
+        latents: torch.Tensor | None = None,
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        resize_mode: str = "crop",
     ) -> None:
         """Raises a ValueError that names the argument, its value and what would be valid."""
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` must be a component of this pipeline to answer, but is None.")
+        if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
+                f" but takes {self.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
+            )
+
+        # Texts, pictures and tensors.
         self._check_text("prompt", prompt, prompt_embeds)
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
             raise ValueError("`image` must be given: the picture that `prompt` is about.")
+        _require(
+            resolution is None or _is_integer(resolution, 16, MAX_RESOLUTION) or _is_integer(resolution, 0, 0),
+            "resolution",
+            f"0 (the picture's own size) or an integer of at least 16 and at most {MAX_RESOLUTION}",
+            resolution,
+        )
+        _require(latents is None or _is_finite_tensor(latents), "latents", FINITE_TENSOR, latents)
+        self._check_ip_adapter(ip_adapter_image, ip_adapter_image_embeds)
+
+        # The schedule.
         schedules = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         given = [name for name, value in schedules.items() if value is not None]
         if len(given) != 1:
@@ -725,66 +882,136 @@ class InstructDiffusionPipeline(
                 "Only one of `num_inference_steps`, `timesteps` and `sigmas` may be given, but this call has"
                 f" {' and '.join(given)}."
             )
-        for name, custom in (("timesteps", timesteps), ("sigmas", sigmas)):
+        train_steps = self.scheduler.config.num_train_timesteps
+        _require(
+            num_inference_steps is None or _is_integer(num_inference_steps, 1, train_steps),
+            "num_inference_steps",
+            f"an integer of at least 1 and at most {train_steps}",
+            num_inference_steps,
+        )
+        ranges = {"timesteps": (timesteps, 0.0, train_steps - 1), "sigmas": (sigmas, 0.0, FLOAT32_MAX)}
+        for name, (custom, low, high) in ranges.items():
             if custom is None:
                 continue
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"`{name}` must be None: {type(self.scheduler).__name__} takes no custom {name}.")
-            if not isinstance(custom, (list, tuple, np.ndarray)) or len(custom) == 0:
-                raise ValueError(f"`{name}` must be a non-empty list of numbers, but is {custom!r}.")
-        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
-        for name, count in counts.items():
-            if count is None and name == "num_inference_steps":
-                continue
-            if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, but is {count!r}.")
-        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if not isinstance(scale, Real) or not math.isfinite(scale):
-                raise ValueError(f"`{name}` must be a finite number, but is {scale!r}.")
-        layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
-        if clip_skip is not None and layers is not None and not 0 <= clip_skip < layers:
-            raise ValueError(
-                f"`clip_skip` must be at least 0 and below the text encoder's {layers} layers, but is {clip_skip}."
+            numbers = custom.tolist() if isinstance(custom, np.ndarray) else custom
+            _require(
+                isinstance(numbers, (list, tuple))
+                and len(numbers) > 0
+                and all(_is_number(number, low, high) for number in numbers)
+                and all(before > after for before, after in pairwise(numbers)),
+                name,
+                f"a non-empty list of numbers from {low:g} to {high:g} in descending order",
+                custom,
             )
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has"
-                f" {unknown}."
-            )
-        if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
-            raise ValueError(
-                f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
-                f" but takes {self.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
-            )
+        _require(_is_number(strength, 0, 1) and strength > 0, "strength", "above 0 and at most 1", strength)
+        _require(_is_number(eta, 0, 1), "eta", "a number from 0 to 1", eta)
 
-        if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
+        # Other numbers and choices.
+        _require(
+            _is_integer(num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT),
+            "num_images_per_prompt",
+            f"an integer of at least 1 and at most {MAX_IMAGES_PER_PROMPT}",
+            num_images_per_prompt,
+        )
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            _require(_is_number(scale), name, "a finite number", scale)
+        layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
+        _require(
+            clip_skip is None or layers is None or _is_integer(clip_skip, 0, layers - 1),
+            "clip_skip",
+            f"an integer of at least 0 and below the text encoder's {layers} layers",
+            clip_skip,
+        )
+        generators = generator if isinstance(generator, list) else [generator]
+        _require(
+            generator is None or all(isinstance(item, torch.Generator) for item in generators),
+            "generator",
+            "a torch.Generator or a list of them",
+            generator,
+        )
+        choices = {"output_type": (output_type, OUTPUT_TYPES), "resize_mode": (resize_mode, RESIZE_MODES)}
+        for name, (choice, options) in choices.items():
+            _require(isinstance(choice, str) and choice in options, name, f"one of {options}", choice)
+        _require(isinstance(return_dict, bool), "return_dict", "True or False", return_dict)
+        attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
+        _require(
+            isinstance(attention, dict)
+            and all(isinstance(name, str) for name in attention)
+            and (attention.get("scale") is None or _is_number(attention["scale"])),
+            "cross_attention_kwargs",
+            'a dict of names, whose "scale" is a finite number',
+            cross_attention_kwargs,
+        )
+        _require(
+            callback_on_step_end is None or _accepts_step(callback_on_step_end),
+            "callback_on_step_end",
+            "a callable (pipeline, step, timestep, tensors)",
+            callback_on_step_end,
+        )
+        names = callback_on_step_end_tensor_inputs
+        _require(
+            isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names),
+            "callback_on_step_end_tensor_inputs",
+            f"a list of names among {self._callback_tensor_inputs}",
+            names,
+        )
+
+    def _check_text(self, name: str, text: str | list[str] | None, embeds: torch.Tensor | None) -> None:
+        if text is not None and embeds is not None:
+            raise ValueError(f"`{name}` and `{name}_embeds` must not both be given.")
+        is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(map(_is_text, text))
+        expected = "a text or a non-empty list of texts, without unpaired surrogates"
+        _require(text is None or _is_text(text) or is_list_of_texts, name, expected, text)
+        width = self.unet.config.cross_attention_dim
+        width = width if isinstance(width, int) else width[0]
+        _require(
+            embeds is None or (_is_finite_tensor(embeds) and embeds.ndim == 3 and embeds.shape[2] == width),
+            f"{name}_embeds",
+            f"{FINITE_TENSOR} of shape (B, 77, {width})",
+            embeds,
+        )
+
+    def _check_ip_adapter(self, image: Any, embeds: list[torch.Tensor] | None) -> None:
+        if image is not None and embeds is not None:
             raise ValueError("`ip_adapter_image` and `ip_adapter_image_embeds` must not both be given.")
         has_ip_adapter = self.unet.config.encoder_hid_dim_type == "ip_image_proj"
-        shows_image = ip_adapter_image is not None or ip_adapter_image_embeds is not None
+        shows_image = image is not None or embeds is not None
         if shows_image and not has_ip_adapter:
             raise ValueError(
                 "`ip_adapter_image` and `ip_adapter_image_embeds` need an IP-Adapter, but none is loaded."
             )
         if has_ip_adapter and not shows_image:
             raise ValueError("`ip_adapter_image` or `ip_adapter_image_embeds` must be given: an IP-Adapter is loaded.")
+        tensors = embeds if isinstance(embeds, list) else [embeds]
+        _require(
+            embeds is None or all(_is_finite_tensor(tensor) and tensor.ndim >= 3 for tensor in tensors),
+            "ip_adapter_image_embeds",
+            f"a list that holds, for each IP-Adapter, {FINITE_TENSOR} of shape (2, K, D)",
+            embeds,
+        )
 
-    @staticmethod
-    def _check_text(name: str, text: str | list[str] | None, embeds: torch.Tensor | None) -> None:
-        if text is not None and embeds is not None:
-            raise ValueError(f"`{name}` and `{name}_embeds` must not both be given.")
-        is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(isinstance(item, str) for item in text)
-        if not (text is None or isinstance(text, str) or is_list_of_texts):
-            raise ValueError(f"`{name}` must be a text or a non-empty list of texts, but is {text!r}.")
-        if embeds is not None and embeds.ndim != 3:
-            raise ValueError(f"`{name}_embeds` must have the shape (B, 77, D), but has {tuple(embeds.shape)}.")
+    def _check_finite(self, name: str, result: torch.Tensor) -> None:
+        """Raises a ValueError with the likely cause if the result of the component `name` is not finite."""
+        if result.isfinite().all():
+            return
+        model = getattr(self, name)
+        weights = [
+            key
+            for key, weight in model.named_parameters()
+            if weight.is_floating_point() and not weight.is_meta and not weight.float().isfinite().all()
+        ]
+        if weights:
+            cause = f"its weight {weights[0]} is NaN or infinite ({len(weights)} weights are)"
+        elif model.dtype == torch.float16:
+            cause = "float16 overflowed; use bfloat16 or float32"
+        else:
+            cause = (
+                "numbers overflowed; look for large ones in `guidance_scale`, `image_guidance_scale`, `sigmas`,"
+                " `latents`, `image`, `prompt_embeds` and `negative_prompt_embeds`"
+            )
+        raise ValueError(f"`{name}` gave values that are NaN or infinite: {cause}.")
 
     def preprocess_image(
         self, image: PipelineImageInput, resolution: int | None = None, resize_mode: str = "crop"
@@ -805,13 +1032,14 @@ class InstructDiffusionPipeline(
         """
         pictures = _as_pictures(image)
         channels = self.vae.config.latent_channels
-        image_latents = [p for p in pictures if isinstance(p, torch.Tensor) and p.shape[0] == channels]
+        image_latents = [p for p in pictures if _is_image_latents(p, channels)]
         if len(image_latents) == len(pictures):
             if resolution:
                 raise ValueError(f"`resolution` must be None or 0 for image latents, but is {resolution}.")
             shapes = [tuple(latents.shape) for latents in image_latents]
             if len(set(shapes)) > 1:
                 raise ValueError(f"`image` must hold image latents of one shape, but holds {shapes}.")
+            _require(all(map(_is_finite_tensor, image_latents)), "image", "finite if it holds image latents", image)
             height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
             return torch.stack(image_latents), [(width, height)] * len(shapes)
 
@@ -928,6 +1156,7 @@ class InstructDiffusionPipeline(
                 logger.warning(f"CLIP reads at most {limit} tokens; this part of the prompt was cut: {lost!r}")
         with self._lora_scaled(lora_scale):
             states = self.text_encoder(ids.input_ids.to(device), output_hidden_states=clip_skip is not None)
+        self._check_finite("text_encoder", states.last_hidden_state)
         if clip_skip is None:
             return states.last_hidden_state
         # Newer transformers have no `text_model` inside a CLIPTextModel any more.
@@ -1020,7 +1249,9 @@ class InstructDiffusionPipeline(
         """
         if pixels.shape[1] == self.vae.config.latent_channels:
             return pixels.to(device, torch.float32)
-        return retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax").float()
+        latents = retrieve_latents(self.vae.encode(pixels.to(device, self.vae.dtype)), sample_mode="argmax")
+        self._check_finite("vae", latents)
+        return latents.float()
 
     def prepare_timesteps(
         self,
@@ -1038,7 +1269,8 @@ class InstructDiffusionPipeline(
         kept = round(num_inference_steps * strength)
         if kept == 0:
             raise ValueError(
-                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise one of the two."
+                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise it, or give more"
+                " steps in `num_inference_steps`, `timesteps` or `sigmas`."
             )
         first = (num_inference_steps - kept) * self.scheduler.order
         if first > 0 and hasattr(self.scheduler, "set_begin_index"):
@@ -1074,7 +1306,9 @@ class InstructDiffusionPipeline(
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return self.image_processor.postprocess(self.vae.decode(latents, return_dict=False)[0].float(), "pt")
+        pictures = self.vae.decode(latents, return_dict=False)[0]
+        self._check_finite("vae", pictures)
+        return self.image_processor.postprocess(pictures.float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
         """The pictures (N, 3, H, W), offensive ones replaced by black, and the verdicts (None without a checker)."""

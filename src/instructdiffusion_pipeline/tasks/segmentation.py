@@ -206,8 +206,9 @@ class Mask:
         polygons = []
         for part in regionprops(label(self.pixels, connectivity=1)):
             # Twice as large, so that the corners that contours cut off are half a pixel at most.
-            enlarged = np.pad(part.image.repeat(2, 0).repeat(2, 1), 1)
-            rows, columns = max(find_contours(enlarged, 0.5), key=len)[:-1].T
+            enlarged = np.pad(part.image_filled.repeat(2, 0).repeat(2, 1), 1)
+            (outline,) = find_contours(enlarged, 0.5)
+            rows, columns = outline[:-1].T
             top, left = part.bbox[:2]
             polygons.append(np.stack([left + (columns - 0.5) / 2, top + (rows - 0.5) / 2], 1).ravel().tolist())
         return polygons
