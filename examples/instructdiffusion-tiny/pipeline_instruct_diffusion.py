@@ -51,6 +51,7 @@ from diffusers.utils import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import ImageOps
+from safetensors import safe_open
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 logger = logging.get_logger(__name__)
@@ -364,8 +365,16 @@ def _missing_weights(model: Any, variant: str | None) -> list[str]:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     plain = [file for file in files if "." not in file.stem]
     files = [file for file in files if f".{variant}" in file.name] or plain
-    stored = {_current_name(name) for file in files for name in load_state_dict(str(file))}
+    stored = {_current_name(name) for file in files for name in _weight_names(file)}
     return [name for name, _ in model.named_parameters() if files and _current_name(name) not in stored]
+
+
+def _weight_names(file: Path) -> list[str]:
+    """The names of the weights in a file; those of a safetensors file are read from its header."""
+    if file.suffix != ".safetensors":
+        return list(load_state_dict(str(file)))
+    with safe_open(file, "pt") as weights:
+        return list(weights.keys())
 
 
 def _current_name(name: str) -> str:
