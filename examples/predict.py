@@ -1,0 +1,263 @@
+"""Ask a model the same question about many pictures, and write the answers as files.
+
+    python examples/predict.py --task segmentation --objects "sunflower, dog" --images photos --output out
+    python examples/predict.py --task keypoints --joints "left wrist, nose" --images photos --output out
+    python examples/predict.py --task restoration --degradation noise --images photos --output out
+    python examples/predict.py --task editing --instruction "make it night" --images photos --output out
+
+Segmentation writes masks as PNG and coco.json (run lengths, boxes, scores), keypoints writes coco.json, both
+with overlays; restoration and editing write pictures at the resolution of the input. A run that was stopped continues
+when it is started again. Pictures that cannot be read are skipped and named.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from instructdiffusion_pipeline import (
+    KEYPOINT_COLORS,
+    MASK_COLORS,
+    Answer,
+    Editing,
+    InstructDiffusionPipeline,
+    Joint,
+    Keypoints,
+    Mask,
+    Restoration,
+    Segmentation,
+    ask_batch,
+)
+from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script
+from instructdiffusion_pipeline.files import save_image, write_text
+from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
+from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.colors import most_visible_first
+from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS
+from instructdiffusion_pipeline.tasks.restoration import Degradation
+
+TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# task -> the option that says what is asked
+QUESTIONS = {
+    "segmentation": "objects",
+    "keypoints": "joints",
+    "restoration": "degradation",
+    "editing": "instruction",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, nargs="+", required=True, help="picture files, or folders of them")
+    parser.add_argument("--task", choices=QUESTIONS, required=True)
+    parser.add_argument("--objects", help="names of objects, separated by commas")
+    parser.add_argument("--joints", help="names of joints, separated by commas")
+    parser.add_argument("--degradation", choices=get_args(Degradation), help="what to remove")
+    parser.add_argument("--instruction", help='the edit, for example "make it night"')
+    parser.add_argument("--slices", type=float, help="for small objects: side of overlapping parts, for example 0.56")
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
+    parser.add_argument("--steps", type=integer(1), help="denoising steps (default: the model's own)")
+    parser.add_argument("--batch_size", type=integer(1), default=8, help="pictures a call (default: %(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder; new, or of the same run")
+    args = parser.parse_args()
+
+    question = check_question(args)
+    paths = list(find_pictures(args.images))
+    pipe = load_pipeline(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    run = {
+        "model": pipeline_fingerprint(pipe),
+        "question": {args.task: question},
+        "settings": {"slices": args.slices, "steps": args.steps, "seed": args.seed},
+        "pictures": [str(path) for path in paths],
+    }
+    check_run_config(args.output, "run.json", run, "answers of the same run")
+    records = args.output / "records"
+    records.mkdir(exist_ok=True)
+    names = unique_names(paths)
+    settings = {} if args.steps is None else {"num_inference_steps": args.steps}
+
+    open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
+    with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="pictures") as bar:
+        for batch in batches(pipe, open_paths, args.batch_size, bar):
+            tasks = [make_tasks(args.task, question, image) for image in batch.values()]
+            answers = [
+                ask_batch(
+                    pipe,
+                    list(batch.values()),
+                    column,
+                    slices=args.slices,
+                    # The noise depends on the picture, and not on its batch.
+                    generator=[seeded(args.seed, paths.index(path)) for path in batch],
+                    **settings,
+                )
+                for column in zip(*tasks, strict=True)
+            ]
+            for path, parts in zip(batch, zip(*answers, strict=True), strict=True):
+                record = write_answer(args.output, names[path], path, parts)
+                # Written last: a picture without a record is asked about again.
+                write_text(records / f"{names[path]}.json", json.dumps(record) + "\n")
+                bar.update()
+
+    found = {path: records / f"{names[path]}.json" for path in paths}
+    done = {path: json.loads(record.read_text()) for path, record in found.items() if record.exists()}
+    if args.task in ("segmentation", "keypoints"):
+        write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done), indent=1) + "\n")
+    print(f"{len(done)} of {len(paths)} pictures answered: {args.output}")
+
+
+def check_question(args: argparse.Namespace) -> Any:
+    """The value of the option that belongs to --task: a list of names, or a text. The other options must be absent."""
+    wanted = QUESTIONS[args.task]
+    for option in QUESTIONS.values():
+        if option != wanted and getattr(args, option) is not None:
+            raise UsageError(f"--{option} has no effect with --task {args.task}, which needs --{wanted}.")
+    value = getattr(args, wanted)
+    if not value or not value.strip():
+        raise UsageError(f"--{wanted} must be given with --task {args.task}.")
+    if args.slices is not None and (args.task != "segmentation" or not 0.1 <= args.slices < 1):
+        raise UsageError("--slices must be from 0.1 to below 1, and needs --task segmentation.")
+    if wanted not in ("objects", "joints"):
+        return value
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    limit = len(MASK_COLORS) if wanted == "objects" else 100
+    if not 0 < len(set(names)) == len(names) <= limit:
+        raise UsageError(f"--{wanted} must be one to {limit} different names, but is {value!r}.")
+    return names
+
+
+def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
+    """The picture files among `entries` and directly in folders among them, each once."""
+    found: dict[Path, None] = {}
+    for entry in entries:
+        if entry.is_dir():
+            inside = sorted(path for path in entry.iterdir() if path.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UsageError(f"--images: the folder {entry} has no pictures ({', '.join(sorted(SUFFIXES))}).")
+            found |= dict.fromkeys(inside)
+        elif entry.is_file():
+            found[entry] = None
+        else:
+            raise UsageError(f"--images: there is no file or folder {entry}.")
+    return iter(found)
+
+
+def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The name of each picture's output files: its stem, with its number where several have the same."""
+    stems = [path.stem for path in paths]
+    return {
+        path: path.stem if stems.count(path.stem) == 1 else f"{path.stem}-{number}"
+        for number, path in enumerate(paths)
+    }
+
+
+def batches(
+    pipe: InstructDiffusionPipeline, paths: Sequence[Path], batch_size: int, bar: tqdm
+) -> Iterator[dict[Path, Image.Image]]:
+    """Pictures of one working size at a time. Those that cannot be used are named and left out."""
+    waiting: dict[tuple[int, int], dict[Path, Image.Image]] = defaultdict(dict)
+    for path in paths:
+        try:
+            image = open_image("--images", path)
+            size = pipe.working_size(*image.size, resize_mode="stretch").size
+        except ValueError as error:
+            bar.write(f"skipped: {error}")
+            bar.update()
+            continue
+        waiting[size][path] = image
+        # Of pictures of many sizes, some batches stay small, so that few pictures wait in memory.
+        if len(waiting[size]) == batch_size or sum(map(len, waiting.values())) == 4 * batch_size:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+    yield from waiting.values()
+
+
+def make_tasks(task: str, question: Any, image: Image.Image) -> list[Task]:
+    """The tasks that ask `question` about a picture: one, or one for each five joints."""
+    if task == "segmentation":
+        return [Segmentation(dict(zip(question, most_visible_first(image, MASK_COLORS), strict=False)))]
+    if task == "keypoints":
+        colors = most_visible_first(image, KEYPOINT_COLORS)
+        groups = [question[start : start + MAX_JOINTS] for start in range(0, len(question), MAX_JOINTS)]
+        return [Keypoints(dict(zip(group, colors, strict=False))) for group in groups]
+    return [Restoration(question) if task == "restoration" else Editing(question)]
+
+
+def seeded(seed: int, number: int) -> torch.Generator:
+    """A generator for one picture of a run."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+
+
+def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Write the pictures of the answers to one picture, and return its record for coco.json."""
+    (answer, *_) = answers
+    record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
+    if answer.nsfw_content_detected:
+        raise ValueError(f"{path}: the model's safety checker replaced the answer.")
+    if isinstance(answer.data, Image.Image):
+        save_image(folder / f"{name}.png", answer.data)
+        return record
+    overlay = answer.image
+    for part in answers:
+        overlay = part.task.overlay(overlay, part.data)
+    save_image(folder / f"{name}-overlay.png", overlay)
+    readings = {key: reading for part in answers for key, reading in part.data.items()}
+    for key, reading in readings.items():
+        if isinstance(reading, Mask):
+            save_image(folder / f"{name}-{key}.png".replace("/", " "), Image.fromarray(reading.pixels))
+    record["readings"] = {key: as_json(reading) for key, reading in readings.items()}
+    return record
+
+
+def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None:
+    """A mask as the fields of a COCO annotation, a joint as x, y and score."""
+    if not isinstance(reading, Mask):
+        return reading and [float(value) for value in reading]
+    area = int(reading.pixels.sum())
+    return {"bbox": reading.box, "area": area, "segmentation": reading.rle, "score": reading.score}
+
+
+def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each picture."""
+    images, annotations = [], []
+    for number, record in enumerate(records.values(), 1):
+        readings = record.pop("readings")
+        images.append({"id": number, **record})
+        if task == "segmentation":
+            annotations += [
+                {"image_id": number, "category_id": 1 + names.index(name), "iscrowd": 0, **reading}
+                for name, reading in readings.items()
+                if reading["area"]
+            ]
+        else:
+            joints = [readings[name] for name in names]
+            found = [joint[2] for joint in joints if joint]
+            annotations.append(
+                {
+                    "image_id": number,
+                    "category_id": 1,
+                    "keypoints": [value for joint in joints for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
+                    "num_keypoints": len(found),
+                    "score": sum(found) / len(joints),
+                }
+            )
+    categories = (
+        [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+        if task == "segmentation"
+        else [{"id": 1, "name": "person", "keypoints": list(names)}]
+    )
+    annotations = [{"id": number, **annotation} for number, annotation in enumerate(annotations, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+if __name__ == "__main__":
+    run_script(main)
