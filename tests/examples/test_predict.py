@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import predict
@@ -56,7 +57,7 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
 def test_more_than_five_joints_are_asked_for_in_parts(run_predict):
     names = ["nose", "left eye", "right eye", "left ear", "right ear", "left wrist"]
     run_predict("--task", "keypoints", "--joints", ", ".join(names))
-    content = json.loads(open("out/coco.json").read())
+    content = json.loads(Path("out/coco.json").read_text())
     assert content["categories"] == [{"id": 1, "name": "person", "keypoints": names}]
     assert [len(annotation["keypoints"]) for annotation in content["annotations"]] == [18] * 4
 
