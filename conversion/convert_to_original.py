@@ -55,8 +55,8 @@ def convert_back(model_path: str | Path) -> Weights:
             check_layers(component, config, len(stored[component]))
         models = build_empty(unet, vae, text)
         tables = name_tables(models)
-    configs = {component: model.config for component, model in models.items()}
-    configs["scheduler"] = {"prediction_type": "epsilon", **scheduler}
+        configs = {component: model.config for component, model in models.items()}
+        configs["scheduler"] = {"prediction_type": "epsilon", **scheduler}
     wrong = [
         f"{component} has {key} {configs[component][key]!r} instead of {value!r}"
         for component, settings in REQUIRED_SETTINGS.items()
