@@ -9,7 +9,7 @@ from weights import Weights, check_names, read_pickle, read_safetensors, read_va
 
 from instructdiffusion_pipeline.cli import UsageError
 
-# Entries that are no parameters. The scheduler recomputes them from its betas.
+# Entries that are not parameters. The scheduler recomputes them from its betas.
 SCHEDULE_BUFFERS = {
     "betas",
     "alphas_cumprod",

@@ -46,7 +46,7 @@ def main() -> None:
 
     # Check all arguments before the model is loaded.
     if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
-        parser.error(f"--output: must end in the suffix of a picture format, such as .png, but is {args.output}")
+        parser.error(f"--output: must have an image file extension such as .png, but is {args.output}")
     image = open_image("--image", args.image)
     side_by_side = args.output.with_stem(args.output.stem + "-side-by-side")
     for path in (args.output, side_by_side):

@@ -154,7 +154,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         raise UsageError(f"--init: there is no file or folder {options.init}.")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if options.push_to and state.is_main_process:
-        create_repo(options.push_to, exist_ok=True)  # a refusal must come before the training
+        create_repo(options.push_to, exist_ok=True)  # fails before the training if the repository cannot be created
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
     pipeline = load_for_training(start)

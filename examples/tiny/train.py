@@ -27,12 +27,12 @@ SAMPLES = 4_000_000  # different ones; after them they are repeated
 CONFIG = TrainingConfig(
     max_train_steps=12_000,
     batch_size=64,
-    learning_rate=5e-4,  # with 1e-3 the loss falls more slowly, with 2e-3 it rises
+    learning_rate=5e-4,  # with 1e-3 the loss decreases more slowly, with 2e-3 it diverges
     lr_scheduler="cosine",
     lr_warmup_steps=200,
     ema_decay=0.999,
-    # Near pure noise the model must decide from picture and instruction what to draw and where; at lower noise levels
-    # the noisy latents show it. With this bias a third of the timesteps is above 900. The change weight is for small
+    # At high noise levels the output depends on image and instruction only; at lower levels it is visible in the noisy
+    # latents. With this bias a third of the timesteps is above 900. The change weight is for small
     # targets: a disc covers four latents of 256.
     timestep_bias=8,
     change_weight=10,

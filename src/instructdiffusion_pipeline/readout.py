@@ -23,7 +23,8 @@ from instructdiffusion_pipeline.types import Joint
 MASK, HEATMAP = 0, 1  # output channels
 CHANNELS = 10  # input channels: input picture, answer and asked colour, three each, and the coverage read by colour
 HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at a joint
-# A peak below this is no joint. At 0.5 the readout reports as few absent joints as reading by colour, and finds more.
+# Minimum peak height of a joint. At 0.5 the false-positive rate equals that of decoding by color, with more joints
+# found.
 MIN_PEAK = 0.5
 
 
@@ -85,7 +86,7 @@ def run_readout(
     """Run a readout on `answer`, at the size that it was made for.
 
     Args:
-        readout: takes `CHANNELS` channels and gives 2: the logits of mask and heatmap.
+        readout: a UNet with `CHANNELS` input channels and two output channels, the logits of mask and heatmap.
         task, image, answer, box: as in `task.read`.
 
     Returns:
@@ -118,7 +119,7 @@ def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
 
 
 def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch.Tensor:
-    """The network's inputs for each of N colours, [N, CHANNELS, height, width], values about -1 to 1."""
+    """The network's inputs for each of N colours, [N, CHANNELS, height, width], with values of roughly -1 to 1."""
     shares, _ = coverage(frame.source, frame.answer, colors, opacity)
     pictures = np.concatenate([frame.source, frame.answer], -1).transpose(2, 0, 1) / 127.5 - 1  # [6, H, W]
     painted = np.broadcast_to(np.array(colors)[:, :, None, None] / 127.5 - 1, (len(colors), 3, *pictures.shape[1:]))
@@ -127,9 +128,9 @@ def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch
 
 
 def heatmap_peak(heatmap: np.ndarray) -> tuple[float, float, float]:
-    """The highest place of a heatmap [height, width], to a fraction of a pixel, and its value: x, y, 0 to 1."""
+    """The subpixel position of the maximum of a heatmap, and its value."""
     row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    # The window is symmetric also at the rim; otherwise the centroid would move inward.
+    # Keep the window symmetric at the border, because a one-sided window biases the centroid.
     reach_y, reach_x = (
         min(round(2 * HEATMAP_SIGMA), place, side - 1 - place)
         for place, side in zip((row, column), heatmap.shape, strict=True)

@@ -108,7 +108,7 @@ def test_the_whole_of_a_wide_picture_is_edited(run_edit):
         ("--guidance_scale nan", "--guidance_scale: must be a finite number, but is nan"),
         ("--image_guidance_scale inf", "--image_guidance_scale: must be a finite number, but is inf"),
         ("--seed -1", "--seed: must be from 0 to 18446744073709551615, but is -1"),
-        ("--output out.doc", r"--output: must end in the suffix of a picture format, .* out\.doc"),
+        ("--output out.doc", r"--output: must have an image file extension .* out\.doc"),
         ("--output missing/out.png", "--output: .* there is no folder missing"),
         ("--output photo.png --overwrite", r"--output: must not be an input of this script, but is photo\.png"),
         ("--image missing.png", r"--image: missing\.png cannot be read as a picture"),

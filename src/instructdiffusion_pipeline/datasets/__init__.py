@@ -1,4 +1,4 @@
-"""One file an on-disk format: it reads `(image, annotation)` as the source publishes it, and knows nothing else.
+"""One module per dataset format. Datasets return `(image, annotation)`.
 
 `transforms` crops, resizes and flips what was read; `mixture` turns it into training samples; `specs` is the table of
 all data sets that can be trained on and evaluated on.
@@ -25,7 +25,7 @@ LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a 
 
 
 class UnreadableSample(Exception):
-    """A sample that cannot be read now: `what` it is (file and annotation) and the `cause`."""
+    """A sample cannot be read. `what` is the file and annotation, `cause` the reason."""
 
     def __init__(self, what: str | PathLike[str], cause: object):
         super().__init__(str(what), str(cause))
@@ -61,9 +61,8 @@ def read_image(
 ) -> Image.Image:
     """Read a picture in 8-bit RGB, or raise an `UnreadableSample` that calls it `name` (default: its path).
 
-    By default it is turned the way its EXIF orientation asks for. `turn=False` leaves the pixels as they are stored:
-    annotations in pixels count those, because the tools they were made with ignore the orientation. A picture of
-    another `size` than the one its annotations state is unreadable too.
+    By default the EXIF orientation is applied. Use `turn=False` for datasets whose annotations refer to the stored
+    pixels (COCO). If `size` is given, an image of another size raises `UnreadableSample`.
     """
     try:
         with Image.open(source) as picture:
@@ -80,7 +79,7 @@ def read_image(
 
 
 def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = json.loads) -> Any:
-    """What a text file holds, JSON by default; a ValueError that says what was `expected` where it cannot be read."""
+    """Read and parse a text file (JSON by default). Raises a ValueError with the description `expected`."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # JSON may be nested too deep
@@ -88,7 +87,7 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
 
 
 def list_records(content: Any, file: str | PathLike[str], name: str = "") -> list[dict[str, Any]]:
-    """The JSON objects that a file's `content` lists, or that it lists under `name`; a ValueError if it does not."""
+    """Return the list of JSON objects in `content`, or in `content[name]`. Raises a ValueError otherwise."""
     found = (isinstance(content, dict) and content.get(name)) if name else content
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         under = name and f" under {name!r}"
@@ -146,7 +145,7 @@ def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
-    """The pictures of a COCO JSON by their ids; what has no id or no file name is `skipped`."""
+    """The pictures of a COCO JSON by their ids; entries without id or file name are added to `skipped`."""
     pictures = {}
     for picture in list_records(content, file, "images"):
         if why := wrong_field(picture, id=is_id, file_name=is_file_name):

@@ -204,8 +204,8 @@ class InstructPix2Pix:
     """InstructPix2Pix's generated data in its zip files, shard-00.zip and on; one item a pair of pictures.
 
     A shard holds folders with a prompt.json (its "edit" is the instruction), metadata.jsonl and pairs {seed}_0.jpg,
-    {seed}_1.jpg. The zip files stay packed. Only places in them are held in memory, no open file, so that workers may
-    share the data set. `split`: see `part_of`; it parts prompts, not pairs. The prompts come in the order of the
+    {seed}_1.jpg. Samples are read from the zip files. Only file offsets are kept in memory, so data loader workers can
+    share the dataset. The split is by prompt, not by pair (see `part_of`). The prompts come in the order of the
     published seeds.json where that lies beside the zip files, else sorted by name.
     """
 

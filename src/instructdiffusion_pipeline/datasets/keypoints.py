@@ -66,14 +66,14 @@ AIC_SIGMAS: dict[str, float] = {
 }  # fmt: skip
 
 UNIT = 200  # pixels, of a scale
-PADDING = 1.25  # how much larger than the person's box the region is that a person is cropped to
+PADDING = 1.25  # padding factor of the person box
 CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
 AIC_FILL = 1.0  # the same in AI Challenger's
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person in a picture; all in pixels of it, (0, 0) the middle of the top left one.
+    """One person in a picture; coordinates in image pixels; (0, 0) is the center of the top-left pixel.
 
     The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
     `area` is that of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the JSON
@@ -104,7 +104,7 @@ class CocoKeypoints:
         joints: names of the joints, in the order of the JSON's `keypoints`.
         box_fill: the person's share of the box, which gives the area of people who have none in the JSON.
 
-    A joint of visibility 0 is None; one that is hidden but labelled (1) has its place.
+    A joint of visibility 0 is None; occluded joints (1) are included.
     """
 
     def __init__(

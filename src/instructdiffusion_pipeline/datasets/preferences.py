@@ -11,7 +11,7 @@ from instructdiffusion_pipeline.datasets.editing import EditTriples
 
 
 def load_preferences(root: str | PathLike[str]) -> EditTriples:
-    """A folder that `make_candidates` filled: what was moved into picks/ are the edited pictures of inputs/."""
+    """Read a folder written by `make_candidates`. Images in picks/ are the targets for the images in inputs/."""
     root = Path(root)
     if not any((root / "picks").glob("*.png")):
         raise ValueError(f"{root / 'picks'} is empty; move the best of {root / 'candidates'} there.")

@@ -1,4 +1,4 @@
-"""Degraded pictures and their clean ones, in folders: GoPro, REDS (blur), SIDD (noise), CLWD (watermarks)."""
+"""Paired folders of degraded and clean images: GoPro, REDS (blur), SIDD (noise), CLWD (watermarks)."""
 
 import re
 from os import PathLike

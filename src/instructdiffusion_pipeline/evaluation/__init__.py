@@ -1,4 +1,4 @@
-"""Evaluation: ask a model about a data set, score its answers, and compare with what its VAE allows.
+"""Evaluation: evaluate a model on a dataset and compare with the upper bound given by its VAE.
 
 Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and true answers, `evaluator` the run,
 `metrics` and `scoring` the scores, `report` the table, and `baselines` classical restoration methods.

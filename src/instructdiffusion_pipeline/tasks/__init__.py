@@ -1,4 +1,4 @@
-"""One file per task family: wording, settings, drawing of answers, and reading of answers."""
+"""One module per task: prompt templates, default arguments, drawing of targets, decoding of outputs."""
 
 import random
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable

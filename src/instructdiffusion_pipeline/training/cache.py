@@ -25,8 +25,8 @@ SHARD_SIZE = 1024  # samples per file
 class CachedDataset(Dataset):
     """The encoded samples in a folder, memory-mapped, in another order each epoch.
 
-    A sample has the mode of the input's posterior, and mean and standard deviation of the target's, from which every
-    epoch draws anew, [C, h, w]; and text embeddings [77, d] or token ids [77]. They are stored in half precision.
+    A sample contains the posterior mode of the input latents, the posterior mean and standard deviation of the target
+    latents (sampled in every epoch), and text embeddings or token ids. They are stored in half precision.
 
     Args:
         folder: written by `cache_samples`.
@@ -74,12 +74,12 @@ def cache_samples(
     num_workers: int = 0,
     seed: int = 0,
 ) -> CachedDataset:
-    """Encode samples into a folder. A call that was stopped is continued by the next one.
+    """Encode samples into a folder. An interrupted call is resumed by calling it again.
 
     If several processes were launched, each encodes a part of the files, and all wait for the last.
 
     Args:
-        samples: the data. The crop and the wording of a sample are drawn once.
+        samples: the data. Crop and prompt of a sample are fixed when it is cached.
         count: how many samples are encoded, from the first on; may be several epochs.
         pipeline: has the encoders.
         folder: new, or with a cache of the same samples.

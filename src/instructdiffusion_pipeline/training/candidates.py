@@ -35,7 +35,7 @@ def make_candidates(
     batch_size: int = 4,
     seed: int = 0,
 ) -> None:
-    """Answer each sample at its own size with every guidance setting of `grid`, each from different noise.
+    """Answer each sample at its own size with every guidance setting of `grid`, with different noise.
 
     A run that was stopped continues when it is called again.
 

@@ -15,7 +15,7 @@ LORA_LEARNING_RATE = 1e-3  # at 1e-4 LoRA layers, which start at zero, hardly ch
 
 
 def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its default and its `--help` in examples/train.py."""
+    """Dataclass field with a help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -26,7 +26,7 @@ class TrainingConfig:
     One update uses `batch_size` x `gradient_accumulation_steps` x number of processes samples.
 
     Raises:
-        ValueError: a setting is out of range, or two settings exclude each other.
+        ValueError: a setting is out of range, or two settings are incompatible.
     """
 
     max_train_steps: int = setting(None, "total number of updates")

@@ -21,7 +21,10 @@ SHOWN = 3  # instructions that warnings name
 
 
 class TrainingSamples(Protocol):
-    """What `train` takes: an `ImageDataset` or a `CachedDataset`. `len` is one epoch; positions go on beyond it."""
+    """What `train` takes: an `ImageDataset` or a `CachedDataset`.
+
+    `len` is the length of an epoch; indices beyond it continue with the next epoch.
+    """
 
     sources: list[str]
 

@@ -36,7 +36,8 @@ class FrozenEncoders:
 
         `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior),
         `target_mean` and `target_std` (the target's posterior), each [B, C, h, w], not scaled. `input_ids` [B, 77]
-        become `prompt_embeds` [B, 77, d], unless the text encoder is trained. What is already encoded stays.
+        become `prompt_embeds` [B, 77, d], unless the text encoder is trained. Entries that are already encoded are
+        kept.
         """
         batch = dict(batch)
         if "target" in batch:
@@ -132,7 +133,7 @@ def drop_conditioning(
     random_p: torch.Tensor,
     probability: float = 0.075,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty the text or zero the image latents of some samples, for the three predictions that guidance combines.
+    """Conditioning dropout for classifier-free guidance: empty the text or zero the image latents of some samples.
 
     Args:
         text: token ids [B, 77] or embeddings [B, 77, d].

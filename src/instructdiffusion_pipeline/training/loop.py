@@ -90,7 +90,7 @@ def train(
     check_source_names(dataset.sources)
     check_config(config, pipeline, first)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    # With `mixed_precision` DeepSpeed would train the weights in half precision, so it only gets the autocast below.
+    # With `mixed_precision` DeepSpeed would train the weights in half precision, so only the autocast below is used.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if deepspeed else config.mixed_precision,
@@ -219,7 +219,7 @@ def train(
     recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
-        # a. Target latents are a scaled sample of the posterior, image latents the mode of theirs, not scaled.
+        # a. Target latents: posterior sample, scaled. Image latents: posterior mode, not scaled.
         batch, noise = encoders.encode(batch), batch["step_noise"]
         latents, image_latents = diffusion_latents(batch, noise, scale, config.text_to_image)
         weights = None
@@ -315,7 +315,7 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
     compiled = config.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor"
     if (device, config.mixed_precision, compiled) == ("cpu", "bf16", True):
-        # 280 of the 326 gradients of the small UNet are zero then (torch 2.13), and none in float32.
+        # With inductor and bfloat16 on a CPU, 280 of 326 gradients are zero (torch 2.13).
         raise ValueError(
             '`mixed_precision` is "bf16" on a CPU, where most gradients are zero with `torch_compile`'
             ' or ACCELERATE_DYNAMO_BACKEND=inductor; use "no", or do not compile.'

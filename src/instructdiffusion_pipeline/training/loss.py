@@ -50,10 +50,8 @@ def denoising_loss(
 
 
 def loss_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
-    """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w]: `change_weight` where target and input differ.
-
-    The mean over a picture is 1. So a small change, such as a disc on a joint, counts more than the unchanged rest of
-    its picture, and a picture that changes everywhere has weights of 1.
+    """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w]: `change_weight` where target and input latents differ,
+    1 elsewhere, normalized to mean 1 per image.
     """
     changed = (target - image).square().mean(1, keepdim=True).sqrt() > CHANGE_THRESHOLD
     weights = torch.where(changed, change_weight, 1.0)

@@ -18,11 +18,11 @@ LORA_TARGET_MODULES = ["conv_in", "to_q", "to_k", "to_v", "to_out.0"]
 def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     """Load a pipeline to train, in float32, from a folder or Hub id of InstructDiffusion or Stable Diffusion.
 
-    A UNet without channels for image latents gets them (see `expand_conv_in`). The scheduler becomes
+    If the UNet has no input channels for image latents, they are added (see `expand_conv_in`). The scheduler becomes
     InstructDiffusion's and keeps the model's `prediction_type`. A safety checker is not loaded.
 
     Raises:
-        ValueError: the UNet takes neither the latents nor twice their channels.
+        ValueError: the number of UNet input channels is neither C nor 2 * C.
     """
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
     pipeline = InstructDiffusionPipeline.from_pretrained(

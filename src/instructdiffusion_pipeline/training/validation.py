@@ -1,4 +1,4 @@
-"""Validation pictures: the same examples with the same noise at every stage of a run."""
+"""Validation pictures: the same examples with the same noise at every validation step."""
 
 import copy
 import random
