@@ -64,7 +64,7 @@ def convert_back(model_path: str | Path) -> Weights:
         if configs[component][key] != value
     ]
     if wrong:
-        raise UsageError(f"--model_path: the original cannot run {model_path}: {'; '.join(wrong)}.")
+        raise UsageError(f"--model_path: the original code does not support {model_path}: {'; '.join(wrong)}.")
     weights: Weights = {}
     for component, table in tables.items():
         folder = model_path / component

@@ -1,4 +1,4 @@
-"""The contract between data sets, tasks, training and evaluation.
+"""Shared types of data sets, tasks, training and evaluation.
 
 A data set reads `(image, annotation)`. The type of the annotation depends on the task family:
 

@@ -36,7 +36,7 @@ class UnreadableSample(Exception):
 
 
 class AnnotatedImages(Protocol[A_co]):
-    """A data set as read from disk. `sample` says what an annotation is in each family.
+    """A data set as read from disk. See `types` for the annotation of each task family.
 
     Attributes:
         skipped: (what, why) of each entry that cannot be used, filled on construction.

@@ -38,7 +38,7 @@ SHARES = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
 
 
 def part_of(items: Sequence[T], split: str) -> Sequence[T]:
-    """The share of `items` that `split` (train, val, test) stands for: the first nine tenths, and a twentieth each."""
+    """The share of `items` that `split` (train, val, test) stands for: 90, 5 and 5 %, in order."""
     if split not in SHARES:
         raise ValueError(f"`split` must be one of {', '.join(SHARES)}; got {split!r}.")
     first, last = (int(share * len(items)) for share in SHARES[split])
@@ -46,7 +46,7 @@ def part_of(items: Sequence[T], split: str) -> Sequence[T]:
 
 
 class EditTriples:
-    """Edits that are listed somewhere: paths from `folder` to the picture and the edited picture, and an instruction.
+    """Triples of picture, instruction and edited picture; the paths are relative to `folder`.
 
     Pictures of a triple may differ in size. `pictures` counts the pairs: a pair may come with several instructions.
     A triple that lacks one of the three (None, or of another type) is skipped.
