@@ -147,7 +147,7 @@ def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: se
 def few_keypoints(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
-    """Ask for n joints, where n is chosen from `counts`: a small model learns slowly from questions with five colours."""
+    """Ask for n joints, n chosen from `counts`: a small model learns slowly from questions with five colours."""
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.from_annotation(image, {name: joints[name] for name in names}, rng)
 

@@ -50,8 +50,9 @@ def denoising_loss(
 
 
 def loss_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
-    """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w]: `change_weight` where target and input latents differ,
-    1 elsewhere, normalized to mean 1 per image.
+    """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w], with mean 1 for each image.
+
+    They are `change_weight` where target and input latents differ and 1 elsewhere, before the normalization.
     """
     changed = (target - image).square().mean(1, keepdim=True).sqrt() > CHANGE_THRESHOLD
     weights = torch.where(changed, change_weight, 1.0)
