@@ -127,7 +127,9 @@ def move(world: World, rng: random.Random) -> Change:
     while True:
         scene, words, old = choose(world, rng)
         place, (there, center) = rng.choice(list(PLACES.items()))
-        moved = Thing(old.name, on_canvas(old.layer.crop(old.layer.getchannel("A").getbbox()), center, rng))
+        moved = Thing(
+            old.name, on_canvas(old.layer.crop(old.layer.getchannel("A").getbbox()), world.frame, center, rng)
+        )
         if scene.minus(old).fits(moved) and math.dist(moved.center, old.center) >= MIN_MOVE:
             break
     words = rng.choice(MOVE).format(old=words, place=place, there=there)

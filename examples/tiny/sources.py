@@ -14,10 +14,11 @@ from figures import draw_figure
 from PIL import Image
 from pose import WholePose
 from referring_expressions import mentions, referring_expressions
-from world import SIZE, Scene, World
+from world import Scene, World
 
 from instructdiffusion_pipeline.datasets.mixture import FixedTask, Mixture, Source
 from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
@@ -85,7 +86,9 @@ def annotate(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Imag
     """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`."""
     expressions = referring_expressions(scene, set(world.objects), rng)
     masks = {words: scene.mask(*things) for words, things in expressions.items()}
-    return scene.image, masks | dict.fromkeys(sorted(world.objects.keys() - scene.names), np.zeros((SIZE, SIZE), bool))
+    return scene.image, masks | dict.fromkeys(
+        sorted(world.objects.keys() - scene.names), np.zeros(scene.image.size[::-1], bool)
+    )
 
 
 def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:
@@ -135,6 +138,39 @@ def color_edited(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
     """Return a picture and a random edit of its colours."""
     image = picture(world, rng)
     return image, edit_colors(image, rng)
+
+
+def recolored_scene(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
+    """Return a scene and a random edit of its colours."""
+    image = world.scene(rng).image
+    return image, edit_colors(image, rng)
+
+
+def at_the_rim(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """Make a picture with one object that touches a random side of the picture, and its mask."""
+    width, height = world.frame
+    x, y = rng.uniform(0, width), rng.uniform(0, height)
+    center = rng.choice([(0, y), (width, y), (x, 0), (x, height)])
+    name = rng.choice(sorted(world.names))
+    scene = Scene(world.background(rng)).plus(world.place(name, rng, center=center))
+    return scene.image, {name: scene.masks[0]}
+
+
+def one_each(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
+    """Make a scene whose objects have different names, and the mask of each."""
+    while True:
+        scene = world.scene(rng, pairs=0)
+        if len(scene.things) == max(world.counts) and scene.names <= world.names:
+            return scene.image, {thing.name: mask for thing, mask in zip(scene.things, scene.masks, strict=True)}
+
+
+def all_at_once(image: Image.Image, masks: Masks, rng: random.Random) -> Segmentation:
+    """Ask for all objects, in different colors."""
+    colors: dict[str, str] = {}
+    for name, mask in masks.items():
+        free = {color: rgb for color, rgb in MASK_COLORS.items() if color not in colors.values()}
+        colors[name] = rng.choice(visible_colors(image, mask, free))
+    return Segmentation(colors)
 
 
 def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: set[str]) -> Segmentation:

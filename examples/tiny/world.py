@@ -14,7 +14,7 @@ SIZE = 64
 OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the picture's side
 # number of objects -> probability. Usually several, so that a model that ignores the name gets a high loss.
 OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
-SPRITE_SIDE = 80  # pixels in memory: more than the largest object has, because it is rotated first
+SPRITE_SIDE = 80  # pixels in memory for a frame of `SIZE`: more than the largest object, as it is rotated first
 PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
 MIN_VISIBLE = 0.6  # share of an object's visible pixels that each further object must leave visible
 ATTEMPTS = 5  # to find such a position for an object
@@ -110,8 +110,9 @@ class World:
         unseen_photographs: use the held-out photographs only.
         unseen_objects: use all objects, with at least one held-out name in every scene.
         styles: drawing styles of the objects.
-        sizes: range of an object's longer side, relative to the picture's side.
+        sizes: range of an object's longer side, relative to the picture's shorter side.
         counts: number of objects -> probability.
+        frame: width and height of the pictures, in pixels.
 
     Attributes:
         names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
@@ -125,8 +126,9 @@ class World:
         styles: tuple[str, ...] = STYLES,
         sizes: tuple[float, float] = OBJECT_SIZES,
         counts: Mapping[int, float] = OBJECT_COUNTS,
+        frame: tuple[int, int] = (SIZE, SIZE),
     ):
-        self.sizes, self.counts = sizes, counts
+        self.sizes, self.counts, self.frame = sizes, counts, frame
         paths = sorted((folder / "photographs").glob("*.png"))
         self.photographs = [
             Image.open(path).convert("RGB") for path in paths if is_held_out(path.stem) == unseen_photographs
@@ -136,16 +138,17 @@ class World:
             for path in sorted((folder / "objects" / style).glob("*.png")):
                 if unseen_objects or not is_held_out(path.stem):
                     sprite = Image.open(path).convert("RGBA")
-                    sprite.thumbnail((SPRITE_SIDE, SPRITE_SIDE))
+                    sprite.thumbnail((SPRITE_SIDE * min(frame) // SIZE,) * 2)
                     self.objects.setdefault(path.stem, []).append(sprite)
         self.names = {name for name in self.objects if is_held_out(name) == unseen_objects}
 
     def background(self, rng: random.Random) -> Image.Image:
-        """Return a random square crop of a random photograph, mirrored with a probability of 0.5."""
+        """Return a random crop of a random photograph, mirrored with a probability of 0.5."""
         photograph = rng.choice(self.photographs)
-        side = rng.uniform(0.4, 1) * min(photograph.size)
-        left, top = (rng.uniform(0, length - side) for length in photograph.size)
-        image = photograph.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        scale = rng.uniform(0.4, 1) * min(of / side for of, side in zip(photograph.size, self.frame, strict=True))
+        width, height = (scale * side for side in self.frame)
+        left, top = (rng.uniform(0, of - side) for of, side in zip(photograph.size, (width, height), strict=True))
+        image = photograph.resize(self.frame, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
     def scene(self, rng: random.Random, pairs: float = PAIRS) -> Scene:
@@ -183,21 +186,23 @@ class World:
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
         sprite = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         sprite = sprite.crop(sprite.getchannel("A").getbbox())
-        scale = (side or SIZE * rng.uniform(*self.sizes)) / max(sprite.size)
+        scale = (side or min(self.frame) * rng.uniform(*self.sizes)) / max(sprite.size)
         sprite = sprite.resize([max(1, round(length * scale)) for length in sprite.size], Image.Resampling.LANCZOS)
         alpha = sprite.getchannel("A")
         sprite = ImageEnhance.Brightness(sprite).enhance(rng.uniform(0.75, 1.15))
         sprite.putalpha(alpha)
-        return Thing(name, on_canvas(sprite, center, rng))
+        return Thing(name, on_canvas(sprite, self.frame, center, rng))
 
 
-def on_canvas(sprite: Image.Image, center: tuple[float, float] | None, rng: random.Random) -> Image.Image:
+def on_canvas(
+    sprite: Image.Image, frame: tuple[int, int], center: tuple[float, float] | None, rng: random.Random
+) -> Image.Image:
     """Paste `sprite` on a transparent canvas, as near as possible to `center` or at random, completely inside."""
-    room = [SIZE - length for length in sprite.size]
+    room = [side - length for side, length in zip(frame, sprite.size, strict=True)]
     corner = [rng.randint(0, free) for free in room]
     if center:
         wanted = [round(middle - length / 2) for middle, length in zip(center, sprite.size, strict=True)]
         corner = [min(max(0, start), free) for start, free in zip(wanted, room, strict=True)]
-    layer = Image.new("RGBA", (SIZE, SIZE))
+    layer = Image.new("RGBA", frame)
     layer.paste(sprite, tuple(corner))
     return layer

@@ -1,0 +1,84 @@
+"""Scores of the small model on larger pictures of several shapes, at the pictures' own resolution.
+
+    python examples/tiny/score_shapes.py --world out/tiny/world --samples 300 --output out/shapes
+
+The rows are segmentation in four shapes, of objects at the rim, and of two and three objects in one question, and
+edits at 384 pixels. The photographs and the drawing style of the segmentation rows were not trained on. `--slices 0.56` asks about
+overlapping parts of the pictures too. The files are those of an evaluation; table.md has the scores. A run that was
+stopped continues when it is started again.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import edits
+import sources
+from held_out import SEED, held_out_world
+from sources import GeneratedDataset
+from world import UNSEEN_STYLE
+
+from instructdiffusion_pipeline.cli import integer, load_pipeline, run_script
+from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.evaluation import evaluate, examples_from
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+
+SHAPES = {"1:1": (256, 256), "3:2": (384, 256), "2:3": (256, 384), "16:9": (456, 256)}
+SIZES = (0.3, 0.5)  # of the objects, relative to the shorter side
+EDITED = (384, 384)
+TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
+    )
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
+    parser.add_argument("--samples", type=integer(1), default=300, help="of each row (default: %(default)s)")
+    parser.add_argument("--slices", type=float, help="side of overlapping parts, relative to the picture's side")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    args = parser.parse_args()
+
+    pipeline = load_pipeline(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    examples = [case for source in rows(args.world, args.samples) for case in examples_from(source, args.samples)]
+    settings = {} if args.slices is None else {"segmentation": {"slices": args.slices}}
+    evaluate(pipeline, examples, args.output, settings)
+    print((args.output / "table.md").read_text())
+
+
+def rows(folder: Path, count: int) -> list[Source]:
+    """Return sources of `count` examples each, from the material that `fetch` wrote to `folder`."""
+
+    def dataset(example: Callable, **options: Any) -> GeneratedDataset:
+        return GeneratedDataset(partial(example, held_out_world(folder, **options)), count, SEED)
+
+    style = {"styles": (UNSEEN_STYLE,), "sizes": SIZES}
+    shapes = [
+        Source(f"segmentation, {name}", dataset(sources.present, frame=frame, **style), Segmentation.from_annotation)
+        for name, frame in SHAPES.items()
+    ]
+    rim = dataset(sources.at_the_rim, frame=SHAPES["3:2"], **style)
+    several = {
+        number: dataset(sources.one_each, frame=SHAPES["1:1"], counts={number: 1}, **style) for number in (2, 3)
+    }
+    return [
+        *shapes,
+        Source("segmentation, at the rim, 3:2", rim, Segmentation.from_annotation),
+        *(Source(f"one of {number} objects", data, Segmentation.from_annotation) for number, data in several.items()),
+        *(Source(f"{number} objects at once", data, sources.all_at_once) for number, data in several.items()),
+        Source(
+            "objects removed, 384 pixels",
+            dataset(partial(sources.edited, change=edits.remove), frame=EDITED),
+            Editing.from_annotation,
+        ),
+        Source("color edits, 384 pixels", dataset(sources.recolored_scene, frame=EDITED), Editing.from_annotation),
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main)
