@@ -14,6 +14,7 @@ from instructdiffusion_pipeline import (
     Segmentation,
     ask,
     ask_batch,
+    ask_boxes,
 )
 from instructdiffusion_pipeline.ask import Response, View, combine_views, slice_boxes
 from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
@@ -200,3 +201,25 @@ def test_pictures_come_back_at_their_own_resolution(pipe):
     answer = ask(pipe, image, TASKS[3], generator=tiny.generator(), callback_on_step_end=unchanged,
                  callback_on_step_end_tensor_inputs=["image_latents"], **FAST)  # fmt: skip
     assert np.array_equal(answer.data, image) and not np.array_equal(answer.picture, image)
+
+
+def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
+    image, task = tiny.picture(width=120, height=90), Keypoints({"nose": "blue", "left wrist": "red"})
+    boxes = [(10, 20, 42, 44), (70, 5, 118, 85), (0, 0, 16, 16)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    answers = ask_boxes(pipe, image, task, boxes, batch_size=2, generator=generators, **FAST)
+    assert [answer.box for answer in answers] == [(6, 12, 46, 52), (44, -5, 144, 95), (-2, -2, 18, 18)]
+    for seed, answer in enumerate(answers):
+        alone = ask(
+            pipe, image.crop(answer.box), task, generator=torch.Generator().manual_seed(seed), **FAST
+        )  # fmt: skip
+        left, top = answer.box[:2]
+        for name, joint in alone.data.items():
+            found = answer.data[name]
+            assert (joint is None) == (found is None)
+            assert joint is None or np.allclose((found.x - left, found.y - top), (joint.x, joint.y), atol=0.1)
+        assert answer.overlay.size == image.size
+    with pytest.raises(ValueError, match="with an area; got"):
+        ask_boxes(pipe, image, task, [(5, 5, 5, 9)])
+    with pytest.raises(TypeError, match="`task` must be Keypoints; got Segmentation"):
+        ask_boxes(pipe, image, TASKS[0], boxes)

@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .ask import Answer, ask, ask_batch
+from .ask import Answer, ask, ask_batch, ask_boxes
 from .datasets.mixture import Mixture, Source
 from .hub import export, push
 from .pipeline_instruct_diffusion import (
@@ -43,6 +43,7 @@ __all__ = [
     "WorkingSize",
     "ask",
     "ask_batch",
+    "ask_boxes",
     "export",
     "push",
     "upright_rgb",

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -19,12 +19,15 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 )
 from instructdiffusion_pipeline.readout import mask_margins, read_answer
 from instructdiffusion_pipeline.tasks import PictureTask, Task
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, masks_from_margins
+from instructdiffusion_pipeline.types import Joint
 
 Reading = TypeVar("Reading")
 
 SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
+BOX_PADDING = 1.25  # of a person's box, as in the paper's evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,60 @@ def ask(
         ```
     """
     return ask_batch(pipeline, [image], [task], [instruction], use_readout, slices, **settings)[0]
+
+
+def ask_boxes(
+    pipeline: InstructDiffusionPipeline,
+    image: Image.Image,
+    task: Keypoints,
+    boxes: Sequence[Box],
+    batch_size: int = 8,
+    **settings: Any,
+) -> list[Answer[dict[str, Joint | None]]]:
+    """Ask for the joints of each person of a picture, about the part of the picture around the person's box.
+
+    As in the evaluation of the paper, the part is a square of 1.25 times the longer side of the box. What lies outside
+    the picture is black.
+
+    Args:
+        pipeline, image, task, settings: as in `ask`.
+        boxes: (left, top, right, bottom) of each person, in pixels of `image`.
+        batch_size: boxes per call of the pipeline. `generator` may be one, or a list with one for each box.
+
+    Returns:
+        An answer for each box. Its `data` is in pixels of `image`; its `box` is the part that the model saw.
+
+    Raises:
+        TypeError, ValueError: see `ask_batch`; or a box has no area, or `task` is no `Keypoints`.
+    """
+    if not isinstance(task, Keypoints):
+        raise TypeError(f"`task` must be Keypoints; got {type(task).__name__}.")
+    image = upright_rgb(image)
+    regions = [padded_square(box) for box in boxes]
+    answers: list[Answer[dict[str, Joint | None]]] = []
+    for start in range(0, len(regions), batch_size):
+        chunk = regions[start : start + batch_size]
+        batch = dict(settings)
+        if isinstance(settings.get("generator"), list):
+            batch["generator"] = settings["generator"][start : start + batch_size]
+        crops = [image.crop(region) for region in chunk]
+        for region, answer in zip(chunk, ask_batch(pipeline, crops, [task] * len(chunk), **batch), strict=True):
+            joints = {
+                name: joint and joint._replace(x=joint.x + region[0], y=joint.y + region[1])
+                for name, joint in answer.data.items()
+            }
+            answers.append(replace(answer, image=image, box=region, data=joints))
+    return answers
+
+
+def padded_square(box: Box) -> tuple[int, int, int, int]:
+    """The square of whole pixels around the middle of a box, `BOX_PADDING` times as large as its longer side."""
+    left, top, right, bottom = box
+    if not (left < right and top < bottom):
+        raise ValueError(f"`boxes` must be (left, top, right, bottom) with an area; got {box}.")
+    side = round(BOX_PADDING * max(right - left, bottom - top))
+    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    return x, y, x + side, y + side
 
 
 class View(NamedTuple):
