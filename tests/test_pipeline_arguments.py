@@ -15,7 +15,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import InstructDiffusionPipeline, Segmentation, ask
 
 ARGUMENTS = [name for name in inspect.signature(InstructDiffusionPipeline.__call__).parameters if name != "self"]
 SHAPES = [(1, 4, 16, 16), (4, 16, 16), (3, 16, 16), (1, 77, 32)]
@@ -54,12 +54,13 @@ def values() -> list[Any]:
 
 def check(call: Callable[..., Any], argument: str, value: Any) -> None:
     """Call it; an answer must be finite, and an error must be of the two kinds and name the argument."""
+    names = [argument, argument.removesuffix("_embeds"), "prompt" if argument == "instruction" else argument]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             answer = call(**{argument: value})
     except (TypeError, ValueError) as error:
-        assert f"`{argument}`" in str(error) or f"`{argument.removesuffix('_embeds')}`" in str(error)
+        assert any(f"`{name}`" in str(error) for name in names)
     else:
         images = answer[0] if isinstance(answer, tuple) else answer.images
         assert all(np.isfinite(np.asarray(image)).all() for image in images)
@@ -91,3 +92,15 @@ def test_every_value_of_an_argument(pipe: InstructDiffusionPipeline, argument: s
     call = pipeline_call(pipe, argument)
     for value in values():
         check(call, argument, value)
+
+
+OF_ASK = [name for name in inspect.signature(ask).parameters if name != "settings"]
+SET_BY_ASK = {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}
+
+
+@pytest.mark.parametrize("argument", OF_ASK + [name for name in ARGUMENTS if name not in SET_BY_ASK])
+def test_every_type_of_an_argument_of_ask(pipe: InstructDiffusionPipeline, argument: str) -> None:
+    call = {"pipeline": pipe, "image": tiny.picture(), "task": Segmentation({"cat": "blue"}), "resolution": 64}
+    call |= {} if argument in ("timesteps", "sigmas") else {"num_inference_steps": 1}
+    for value in random.Random(argument).sample(values(), 40):
+        check(lambda **change: ([ask(**(call | change)).data["cat"].score], None), argument, value)

@@ -145,6 +145,14 @@ def test_another_network_is_refused(scene):
         read_with_readout(network(in_channels=3), Segmentation({"cat": "blue"}), image, image)
 
 
+@pytest.mark.parametrize("task", [Segmentation({"cat": "blue"}), Keypoints({"nose": "red"})])
+def test_a_readout_with_a_weight_that_is_not_finite_is_named(task):
+    readout, image = network(), Image.new("RGB", (64, 64))
+    next(readout.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+        read_with_readout(readout, task, image, image)
+
+
 def test_ask_reads_with_the_pipelines_readout_unless_told_otherwise(pipe, by_color):
     image, task = tiny.picture(150, 100), Keypoints({"nose": "red"})
     settings = {"resolution": 64, "num_inference_steps": 2}

@@ -4,11 +4,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
@@ -193,7 +194,7 @@ def ask_batch(
             pictures come back, or in which form.
     """
     instructions = [None] * len(tasks) if instructions is None else instructions
-    check_questions(images, tasks, instructions, slices, settings)
+    check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)
     own = [{**task.settings, **pipeline.config.task_settings.get(task.family, {})} for task in tasks]
     if any(other != own[0] for other in own):
         raise ValueError(
@@ -248,13 +249,19 @@ def ask_batch(
 
 
 def check_questions(
+    pipeline: InstructDiffusionPipeline,
     images: Sequence[Image.Image],
     tasks: Sequence[Task],
     instructions: Sequence[str | None],
+    use_readout: bool,
     slices: float | None,
     settings: dict[str, Any],
 ) -> None:
     """Raise a TypeError or ValueError that names the argument of `ask_batch` that does not fit."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(f"`pipeline` must be an InstructDiffusionPipeline; got {type(pipeline).__name__}.")
+    if not isinstance(use_readout, bool):
+        raise TypeError(f"`use_readout` must be True or False; got {type(use_readout).__name__}.")
     if not len(images) == len(tasks) == len(instructions) > 0:
         raise ValueError(
             "`images`, `tasks` and `instructions` must have the same length, at least one; got"
@@ -266,10 +273,18 @@ def check_questions(
                 "`image` must be a PIL picture and `task` a task such as Segmentation({'cat': 'red'}); got"
                 f" {type(image).__name__} and {type(task).__name__}."
             )
+    for words in instructions:
+        if not (words is None or isinstance(words, str)):
+            raise TypeError(f"`instruction` must be a text or None; got {type(words).__name__}.")
+    for name in ("generator", "negative_prompt", "negative_prompt_embeds"):
+        value: Any = settings.get(name)
+        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
+        if (is_tensor or isinstance(value, list)) and len(value) not in (1, len(images)):
+            raise ValueError(f"`{name}` must be one, or as many as the {len(images)} pictures; got {len(value)}.")
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
         raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}: `ask` sets these itself.")
     if slices is not None:
-        if not 0.1 <= slices < 1:
+        if not isinstance(slices, Real) or not 0.1 <= slices < 1:
             raise ValueError(f"`slices` must be a share of the picture's sides, 0.1 to below 1; got {slices!r}.")
         if others := {task.family for task in tasks if not isinstance(task, Segmentation)}:
             raise ValueError(f"`slices` is for tasks of segmentation only; got {', '.join(sorted(others))}.")

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -156,12 +155,7 @@ def working_size(
     """
     if width < 1 or height < 1:
         raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
-    if not isinstance(resolution, Integral) or isinstance(resolution, bool) or (resolution < 16 and resolution != 0):
-        raise ValueError(
-            f"`resolution` must be 0 (the picture's own size) or an integer of at least 16, but is {resolution!r}."
-        )
-    if resize_mode not in RESIZE_MODES:
-        raise ValueError(f"`resize_mode` must be one of {RESIZE_MODES}, but is {resize_mode!r}.")
+    _check_size(resolution, resize_mode)
     resolution = int(resolution)
     if resolution == 0:
         own_width, own_height = (max(1, side // vae_scale_factor) * vae_scale_factor for side in (width, height))
@@ -259,6 +253,15 @@ def _require(condition: bool, name: str, expected: str, value: Any) -> None:
     """Raises a ValueError that names an argument, what it must be and what it is."""
     if not condition:
         raise ValueError(f"`{name}` must be {expected}, but is {_described(value)}.")
+
+
+def _check_size(resolution: int | None, resize_mode: str) -> None:
+    """Raises a ValueError for a wrong `resolution` or `resize_mode`."""
+    is_size = _is_integer(resolution, 16, MAX_RESOLUTION) or _is_integer(resolution, 0, 0)
+    expected = f"0 (the picture's own size) or an integer of at least 16 and at most {MAX_RESOLUTION}"
+    _require(resolution is None or is_size, "resolution", expected, resolution)
+    is_mode = isinstance(resize_mode, str) and resize_mode in RESIZE_MODES
+    _require(is_mode, "resize_mode", f"one of {RESIZE_MODES}", resize_mode)
 
 
 def _described(value: Any) -> str:
@@ -712,12 +715,10 @@ class InstructDiffusionPipeline(
             clip_skip,
             callback_on_step_end_tensor_inputs,
             callback_on_step_end,
-            resolution,
             eta,
             latents,
             return_dict,
             cross_attention_kwargs,
-            resize_mode,
         )
         self._guidance_scale = float(guidance_scale)
         self._image_guidance_scale = float(image_guidance_scale)
@@ -852,12 +853,10 @@ class InstructDiffusionPipeline(
         clip_skip: int | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        resolution: int | None = None,
         eta: float = 0.0,
         latents: torch.Tensor | None = None,
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        resize_mode: str = "crop",
     ) -> None:
         """Raises a ValueError that names the argument, its value and what would be valid."""
         for name in ("vae", "unet", "scheduler"):
@@ -874,12 +873,6 @@ class InstructDiffusionPipeline(
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
             raise ValueError("`image` must be given: the picture that `prompt` is about.")
-        _require(
-            resolution is None or _is_integer(resolution, 16, MAX_RESOLUTION) or _is_integer(resolution, 0, 0),
-            "resolution",
-            f"0 (the picture's own size) or an integer of at least 16 and at most {MAX_RESOLUTION}",
-            resolution,
-        )
         _require(latents is None or _is_finite_tensor(latents), "latents", FINITE_TENSOR, latents)
         self._check_ip_adapter(ip_adapter_image, ip_adapter_image_embeds)
 
@@ -940,9 +933,8 @@ class InstructDiffusionPipeline(
             "a torch.Generator or a list of them",
             generator,
         )
-        choices = {"output_type": (output_type, OUTPUT_TYPES), "resize_mode": (resize_mode, RESIZE_MODES)}
-        for name, (choice, options) in choices.items():
-            _require(isinstance(choice, str) and choice in options, name, f"one of {options}", choice)
+        is_choice = isinstance(output_type, str) and output_type in OUTPUT_TYPES
+        _require(is_choice, "output_type", f"one of {OUTPUT_TYPES}", output_type)
         _require(isinstance(return_dict, bool), "return_dict", "True or False", return_dict)
         attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
         _require(
@@ -1039,6 +1031,7 @@ class InstructDiffusionPipeline(
         Raises:
             ValueError: if a picture is not readable as one, or if their working sizes differ.
         """
+        _check_size(resolution, resize_mode)
         pictures = _as_pictures(image)
         channels = self.vae.config.latent_channels
         image_latents = [p for p in pictures if _is_image_latents(p, channels)]

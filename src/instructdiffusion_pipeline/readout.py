@@ -108,6 +108,10 @@ def run_readout(
     if readout.device.type != "meta":  # sequential offloading moves inputs itself
         inputs = inputs.to(readout.device)
     logits = readout(inputs.to(readout.dtype), timestep=0).sample[..., :height, :width]
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"`readout` gave values that are NaN or infinite: its weights are, or {readout.dtype} overflowed."
+        )
     return frame, logits.float().sigmoid().cpu().numpy()
 
 
