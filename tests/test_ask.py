@@ -99,7 +99,7 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
     image = tiny.picture()
     with pytest.raises(ValueError, match="must have the same length, at least one; got 1, 1 and 0"):
         ask_batch(pipe, [image], [TASKS[0]], [])
-    with pytest.raises(ValueError, match="`tasks` must have the same settings; got keypoints, segmentation"):
+    with pytest.raises(ValueError, match="the same settings, but those of keypoints and segmentation differ"):
         ask_batch(pipe, [image, image], TASKS[:2], ["a", "b"])
 
 
