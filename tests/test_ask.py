@@ -185,7 +185,10 @@ def test_slices_ask_about_the_parts_too(pipe):
         callback_on_step_end=lambda pipe, step, t, tensors: calls.append(len(tensors["latents"])) or {}, **FAST
     )  # fmt: skip
     assert calls == [1, 1, 8, 8, 1, 1] and answer.data["cat"].pixels.shape == (32, 32)
-    for slices, task, message in ((1.0, TASKS[0], "0.1 to below 1; got 1.0"), (0.5, TASKS[1], "only; got keypoints")):
+    for slices, task, message in (
+        (1.0, TASKS[0], "0.1 to below 1; got 1.0"),
+        (0.5, TASKS[1], "only for segmentation tasks; got keypoints"),
+    ):
         with pytest.raises(ValueError, match=message):
             ask(pipe, tiny.picture(), task, slices=slices)
 

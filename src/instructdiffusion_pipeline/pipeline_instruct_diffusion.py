@@ -1310,7 +1310,7 @@ class InstructDiffusionPipeline(
         shape = image_latents.shape
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
-                f"`generator` must be one or a list of {shape[0]}, one per answer, but has {len(generator)}."
+                f"`generator` must be one or a list of {shape[0]}, one per output, but has {len(generator)}."
             )
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
