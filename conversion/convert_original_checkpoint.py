@@ -1,6 +1,6 @@
 """Convert a checkpoint of the original InstructDiffusion to a folder that `from_pretrained` loads.
 
-    python conversion/convert_original_checkpoint.py --checkpoint_path v1-5.ckpt --ema_state state.pth --dump_path out
+    python conversion/convert_original_checkpoint.py --checkpoint_path base.ckpt --ema_state state.pth --dump_path out
 
 It reads released weights, base checkpoints with schedule buffers, and training states. A training state has the EMA
 weights of the UNet only; the other weights come from its base checkpoint, which may be Stable Diffusion 1.5.
@@ -29,7 +29,7 @@ from instructdiffusion_pipeline.files import atomic_write
 
 SD15_TOKENIZER = "openai/clip-vit-large-patch14"
 SD15_VOCABULARY = 49408
-MIN_VOCABULARY = 514  # every byte, in and at the end of a word, and two special tokens
+MIN_VOCABULARY = 514  # smallest CLIP vocabulary: 256 bytes, 256 bytes with </w>, 2 special tokens
 
 
 def convert(
@@ -46,7 +46,7 @@ def convert(
 
     # 1. Infer the configurations, and check that the files have exactly the weights of this model.
     text = text_config(checkpoint.shapes, text_encoder)
-    with reading(f"--original_config_file: {original_config_file} does not describe a model of the original"):
+    with reading(f"--original_config_file: {original_config_file} does not describe a model of the original code"):
         unet, vae = unet_config(checkpoint.shapes, original), vae_config(checkpoint.shapes, original)
     with reading(f"--text_encoder: {text_encoder} does not describe a text encoder of CLIP"):
         models = build_empty(unet, vae, text)
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | None, text: CLIPTextConfig) -> CLIPTokenizer:
     if source is None and text.vocab_size != SD15_VOCABULARY:
         raise UsageError(
             f"--tokenizer is needed: this text encoder has {text.vocab_size} tokens, Stable Diffusion 1.5's has "
-            f"{SD15_VOCABULARY}. Give the folder or Hub id of its tokenizer."
+            f"{SD15_VOCABULARY}. Give the folder or Hub id of the tokenizer."
         )
     source = source or SD15_TOKENIZER
     with reading(f"--tokenizer: no CLIP tokenizer could be read from {source}"):
@@ -149,9 +149,10 @@ def main() -> None:
     )
     parser.add_argument(
         "--text_encoder",
-        help="folder or Hub id of its configuration; not needed for the sizes of Stable Diffusion 1.5",
+        help="folder or Hub id with the configuration (config.json) of the CLIP text encoder; not needed for the sizes"
+        " of Stable Diffusion 1.5",
     )
-    parser.add_argument("--tokenizer", help=f"folder or Hub id (default: {SD15_TOKENIZER})")
+    parser.add_argument("--tokenizer", help=f"folder or Hub id of the tokenizer (default: {SD15_TOKENIZER})")
     parser.add_argument("--half", action="store_true", help="save in float16")
     parser.add_argument("--dump_path", required=True, help="output folder; it must not exist yet")
     args = vars(parser.parse_args())

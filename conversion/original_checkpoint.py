@@ -1,4 +1,4 @@
-"""Read a checkpoint of the original: a released or base checkpoint, optionally with the UNet of a training state."""
+"""Read an original checkpoint: a released or base checkpoint, optionally with the UNet of a training state."""
 
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class OriginalCheckpoint:
         self.unused += [f"{EMA_PREFIX}* ({len(averages)} entries)"] if averages else []
 
     def read(self, expected: Shapes, dtype: torch.dtype | None) -> Weights:
-        """Read the weights `expected`, under the original's names, as `dtype` (None: as stored)."""
+        """Read the weights `expected`, under their original names, as `dtype` (None: as stored)."""
         names = {name: name for name in expected}
         weights: Weights = {}
         if self.ema_state is not None:

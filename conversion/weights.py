@@ -54,7 +54,7 @@ def read_pickle(path: Path, option: str) -> Any:
         raise UsageError(f"{option}: {path} is not a file.")
     with reading(
         f"{option}: {path} cannot be read: it is damaged, truncated, or not a zip archive as torch.save writes since"
-        " torch 1.6. Bare pickles are not opened, because they could run code"
+        " torch 1.6. Files in the older pickle format are not supported, because they could run code"
     ):
         try:
             with torch.serialization.safe_globals(SAFE_GLOBALS):

@@ -9,9 +9,9 @@ same model, pictures, batch size, precision and optimizer. Inference has three r
 pipeline; ours with the three branches of guidance; ours with the two branches that keypoints need. All share their
 weights and use the same number of denoising steps.
 
-The rows run in turn for several rounds, and a ratio compares two turns of one round, so that other load on the machine
-affects both. With a GPU, wall time is measured, in bfloat16; without one, processor time of this process, in float32.
-Each turn warms up before it is timed. The weights are random, except with `--model tiny`.
+The rows run alternately for several rounds. Each ratio is computed within one round, so that other load on the machine
+affects both measurements. On a GPU, wall time is measured, in bfloat16; on a CPU, processor time of this process, in
+float32. There is a warm-up before each measurement. The weights are random, except with `--model tiny`.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def main() -> None:
         "--model",
         choices=["tiny", "small", "full"],
         default="small",
-        help="the model that ships; Stable Diffusion 1.5, a quarter as wide (default); or full width, for a GPU",
+        help="tiny: examples/instructdiffusion-tiny; small: Stable Diffusion 1.5 with a quarter of the channels"
+        " (default); full: Stable Diffusion 1.5",
     )
     parser.add_argument(
         "--size", type=integer(8), help="side of the pictures, in pixels (default: 64 for tiny, 128 otherwise)"
@@ -89,12 +90,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update or call (default: 8)")
     parser.add_argument("--lora_rank", type=integer(1), help="train LoRA layers of this rank (default: all weights)")
     parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
-    parser.add_argument("--rounds", type=integer(1), default=5, help="turns of each row (default: 5)")
+    parser.add_argument("--rounds", type=integer(1), default=5, help="number of measurements of each row (default: 5)")
     parser.add_argument(
-        "--updates", type=integer(1), default=6, help="timed updates per turn, after a third as many to warm up"
+        "--updates",
+        type=integer(1),
+        default=6,
+        help="timed updates per measurement, after a warm-up of a third of that number (default: 6)",
     )
     parser.add_argument("--steps", type=integer(1), default=10, help="denoising steps of inference (default: 10)")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args()
     if args.output:
@@ -115,7 +119,7 @@ def main() -> None:
 
 
 def training_config(batch_size: int, lora_rank: int | None, num_workers: int) -> TrainingConfig:
-    """Settings of a run that does not end by itself and saves nothing; `timed` ends it."""
+    """Settings of a run that saves nothing and is stopped by `timed`."""
     return TrainingConfig(
         max_train_steps=10**6,
         checkpointing_steps=10**6,
@@ -345,11 +349,11 @@ def recipe_loss(
 
 
 class Timed(Exception):
-    """Ends a turn once its updates have been timed."""
+    """Stops a measurement after its last timed update."""
 
 
 def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[float, int]:
-    """Seconds that `turn` takes for `updates` updates after its warm-up, and its peak memory in bytes."""
+    """Seconds of `updates` updates of `turn` after a warm-up, and the peak memory in bytes."""
     first, made, stamps = 1 + updates // 3, 0, []
 
     def count(*_: Any) -> None:
@@ -371,7 +375,7 @@ def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[
         return stamps[1] - stamps[0], peak_memory(device)
     finally:
         hook.remove()
-    raise RuntimeError(f"The turn ended after {made} updates, before it was timed.")
+    raise RuntimeError(f"Training ended after {made} updates, before the measurement was complete.")
 
 
 def timed_call(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
@@ -391,7 +395,7 @@ def clock(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` be that of what follows."""
+    """Reset the counter that `peak_memory` reads."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -426,7 +430,7 @@ class Pictures(list):
 
 
 def build(model: str) -> InstructDiffusionPipeline:
-    """The model that ships, or Stable Diffusion 1.5 with random weights, for "small" a quarter as wide."""
+    """instructdiffusion-tiny, or Stable Diffusion 1.5 with random weights; "small" has a quarter of its channels."""
     if model == "tiny":
         return load_for_training(TINY_MODEL)
     torch.manual_seed(0)
@@ -461,7 +465,7 @@ def build(model: str) -> InstructDiffusionPipeline:
 
 
 def copy_of(pipeline: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
-    """A copy of the model that a turn may train, move and cast."""
+    """A copy of the model for one measurement, which trains, moves and casts it."""
     return type(pipeline)(**copy.deepcopy(pipeline.components))
 
 

@@ -2,8 +2,8 @@
 
     python examples/train.py --init path/to/model --data table=my-pictures --max_train_steps 2000 --output_dir out/run
 
---recipe chooses a stage of the paper (adaptation, multitask, alignment); each of its settings can be changed by its
-own option. With --resume latest a run that was stopped continues. docs/training.md is the guide.
+--recipe selects the default settings for a stage of the paper (adaptation, multitask, alignment); other options
+override them. --resume latest continues a run that was stopped. See docs/training.md.
 """
 
 import argparse
@@ -45,10 +45,10 @@ CONVERTER = Path(__file__).parent.parent / "conversion" / "convert_original_chec
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults other than None, and the description with its line breaks."""
+    """Shows defaults that are not empty, and the description with its line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FirstSamples:
 
 
 def option(help: str, action: str = "store", **others: Any) -> Any:
-    """A command line option: its --help, how argparse stores it, and the arguments of its dataclass field."""
+    """Dataclass field for a command-line option; `others` are arguments of `field`."""
     return field(metadata={"help": help, "action": action}, **others)
 
 
@@ -81,13 +81,14 @@ class Options:
     """The model that a run starts from, its data, and where it writes."""
 
     init: str = option("folder or Hub id of InstructDiffusion or Stable Diffusion 1.5, or an original checkpoint")
-    data: list[str] = option(f"NAME=FOLDER, once or several times; NAME: {', '.join(DATASETS)}", action="extend")
-    output_dir: Path = option("folder for checkpoints, validation pictures, logs, and the trained model in model/")
-    recipe: str = option(
-        f"stage of the paper whose settings are the defaults: {', '.join(RECIPES)}", default="multitask"
+    data: list[str] = option(
+        f"data sets as NAME=FOLDER, one or several. NAME is one of {', '.join(DATASETS)}", action="extend"
     )
+    output_dir: Path = option("folder for checkpoints, validation images, logs, and the trained model (in model/)")
+    recipe: str = option(f"default settings for a stage of the paper: {', '.join(RECIPES)}", default="multitask")
     resolution: int | None = option(
-        "side of the training pictures; if not given: 256, or the model's size if it is smaller", default=None
+        "side of the training images in pixels (default: 256, or the model's resolution if it is smaller)",
+        default=None,
     )
     image_column: str = option("column of the input pictures in every table", default="original_image")
     instruction_column: str = option("column of the instructions in every table", default="edit_prompt")
@@ -97,24 +98,26 @@ class Options:
     random_flip: bool = option(
         "flip half of the samples of tables; not for instructions that say left or right", default=False
     )
-    max_train_samples: int | None = option("use only this many samples of every data set, the first", default=None)
+    max_train_samples: int | None = option("use only the first N samples of every data set", default=None)
     validation_data: list[str] = option(
-        "NAME=FOLDER as in --data, for validation loss and pictures: the test split of a published data set, any other"
-        " data whole. If not given, the pictures are of training samples",
+        "data sets as in --data, for the validation loss and images: the test split of published data sets, and"
+        " --validation_split of tables. Without it the images are of training samples",
         "extend",
         default_factory=list,
     )
     validation_split: str = option("split of every table in --validation_data", default="train")
-    num_validation_images: int = option("validation pictures of each task family", default=4)
-    cache_samples: int | None = option("encode this many samples once, and train on these only", default=None)
-    conversion: str = option(f"options of {CONVERTER.name}, in one string, if --init is a checkpoint", default="")
-    resume: str | None = option("continue from a checkpoint: 'latest', or its folder", default=None)
+    num_validation_images: int = option("number of validation images per task family", default=4)
+    cache_samples: int | None = option("encode N samples once, and train only on these", default=None)
+    conversion: str = option(f"options for {CONVERTER.name} in one string, if --init is a checkpoint", default="")
+    resume: str | None = option("'latest' or the path of a checkpoint folder to resume from", default=None)
     resume_changes: list[str] = option(
-        "settings in which the run may differ from the checkpoint: learning_rate, content (of the data) ...",
+        "settings that may differ from the checkpoint's, such as learning_rate, or content (the data)",
         "extend",
         default_factory=list,
     )
-    validation_num_inference_steps: int | None = option("denoising steps of validation pictures", default=None)
+    validation_num_inference_steps: int | None = option(
+        "number of denoising steps for validation images", default=None
+    )
     push_to: str | None = option("OWNER/NAME of a Hub repository to push the trained model to", default=None)
 
 
@@ -135,8 +138,8 @@ def run(options: Options, config: TrainingConfig) -> None:
     model = options.output_dir / "model"
     if model.exists():
         raise UsageError(
-            f"--output_dir: {model} exists, from a run that has ended. examples/push_to_hub.py publishes it. Give"
-            " another folder; or move model/ (and lora/) away, and continue that run with --resume and more steps."
+            f"--output_dir: {model} already exists. Publish it with examples/push_to_hub.py; or choose another folder;"
+            " or move model/ and lora/ away and use --resume latest with a larger --max_train_steps."
         )
     for entry in parse_entries(options.data):
         known = [(other.key, other.folder) for other in parse_entries(options.validation_data)]
@@ -154,7 +157,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         raise UsageError(f"--init: there is no file or folder {options.init}.")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if options.push_to and state.is_main_process:
-        create_repo(options.push_to, exist_ok=True)  # fails before the training if the repository cannot be created
+        create_repo(options.push_to, exist_ok=True)  # fail before training if the repository cannot be created
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
     pipeline = load_for_training(start)
@@ -202,7 +205,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         pipeline.load_lora_weights(options.output_dir / "lora")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    # All at once, so that a run that is killed here can be resumed.
+    # Atomic, so that a run that is killed here can be resumed.
     with atomic_write(model) as partial:
         export(pipeline, partial)
         describe(partial, options, config, about)
@@ -262,7 +265,7 @@ def validation_sources(options: Options, size: int) -> list[tuple[Source, float]
 
 
 def describe(folder: Path, options: Options, config: TrainingConfig, about: str) -> None:
-    """Add to the model card in `folder` what the model was trained on, with which settings, and its last pictures."""
+    """Add the data sets, the settings and the last validation images to the model card in `folder`."""
     card = ModelCard.load(folder / "README.md")
     start = Path(options.init).name
     if not Path(options.init).exists():
@@ -321,7 +324,9 @@ def converted(init: str, output_dir: Path, options: str) -> str:
         output_dir.mkdir(parents=True, exist_ok=True)
         own = ["--checkpoint_path", init, "--dump_path", str(folder)]
         if subprocess.run([sys.executable, str(CONVERTER), *own, *shlex.split(options)]).returncode:
-            raise UsageError(f"--init: {init} was not converted, see above. --conversion takes the script's options.")
+            raise UsageError(
+                f"--init: conversion of {init} failed (see above). Pass options of the converter with --conversion."
+            )
     return str(folder)
 
 

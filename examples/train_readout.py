@@ -1,11 +1,11 @@
-"""Train a readout for a model: a light U-Net that reads masks and joints from the model's answers.
+"""Train a readout for a model: a light U-Net that decodes masks and keypoints from the model's outputs.
 
     python examples/train_readout.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
         --output_dir out/readout
 
-The model answers questions about the training split of each data set. The readout is trained on these answers, and put
-into the model's folder. The table compares it with reading by color, on answers about the test splits. A run that was
-stopped continues if it is started again with the same options.
+The model is run on the training split of each data set. The readout is trained on its outputs, and saved in the
+model's folder. The table compares it with decoding by color on the test splits. A run that was stopped continues if it
+is started again with the same options.
 """
 
 import argparse
@@ -27,29 +27,47 @@ READABLE = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model, which gets the readout")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model; the readout is saved there")
     parser.add_argument(
         "--data",
         action="extend",
         nargs="+",
         required=True,
         metavar="NAME=FOLDER",
-        help=f"data sets, any number; NAME is one of {', '.join(READABLE)}",
+        help=f"data sets, one or several; NAME is one of {', '.join(READABLE)}",
     )
-    parser.add_argument("--samples", type=integer(1), default=2000, help="of each data set (default: %(default)s)")
     parser.add_argument(
-        "--test_samples", type=integer(1), default=200, help="of each data set, for the table (default: %(default)s)"
+        "--samples",
+        type=integer(1),
+        default=2000,
+        help="number of training samples per data set (default: %(default)s)",
     )
-    parser.add_argument("--test_split", help="split for the table (default: the validation or test split of each)")
     parser.add_argument(
-        "--size", type=integer(16), help="side of the readout in pixels (default: the model's, at most 256)"
+        "--test_samples",
+        type=integer(1),
+        default=200,
+        help="number of test samples per data set, for the table (default: %(default)s)",
     )
-    parser.add_argument("--max_train_steps", type=integer(1), default=1500, help="updates (default: %(default)s)")
-    parser.add_argument("--batch_size", type=integer(1), default=8, help="questions per call (default: %(default)s)")
+    parser.add_argument(
+        "--test_split", help="split for the table (default: the validation or test split of each data set)"
+    )
+    parser.add_argument(
+        "--size",
+        type=integer(16),
+        help="resolution of the readout in pixels (default: the model's resolution, at most 256)",
+    )
+    parser.add_argument(
+        "--max_train_steps", type=integer(1), default=1500, help="number of updates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
+    )
     parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="of samples, noise and weights (default: 0)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for answers, checkpoint and table")
-    parser.add_argument("--overwrite", action="store_true", help="replace the readout that the model has")
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed for samples, noise and weights (default: 0)")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder for the model's outputs, the checkpoint and the table"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing readout of the model")
     args = parser.parse_args()
     if not (args.model / "model_index.json").is_file():
         raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")

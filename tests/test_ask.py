@@ -100,7 +100,7 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
     image = tiny.picture()
     with pytest.raises(ValueError, match="must have the same length, at least one; got 1, 1 and 0"):
         ask_batch(pipe, [image], [TASKS[0]], [])
-    with pytest.raises(ValueError, match="`tasks` must have the same settings; got keypoints, segmentation"):
+    with pytest.raises(ValueError, match="the same settings, but those of keypoints and segmentation differ"):
         ask_batch(pipe, [image, image], TASKS[:2], ["a", "b"])
 
 
@@ -186,7 +186,10 @@ def test_slices_ask_about_the_parts_too(pipe):
         callback_on_step_end=lambda pipe, step, t, tensors: calls.append(len(tensors["latents"])) or {}, **FAST
     )  # fmt: skip
     assert calls == [1, 1, 8, 8, 1, 1] and answer.data["cat"].pixels.shape == (32, 32)
-    for slices, task, message in ((1.0, TASKS[0], "0.1 to below 1; got 1.0"), (0.5, TASKS[1], "only; got keypoints")):
+    for slices, task, message in (
+        (1.0, TASKS[0], "0.1 to below 1; got 1.0"),
+        (0.5, TASKS[1], "only for segmentation tasks; got keypoints"),
+    ):
         with pytest.raises(ValueError, match=message):
             ask(pipe, tiny.picture(), task, slices=slices)
 

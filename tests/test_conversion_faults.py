@@ -160,7 +160,7 @@ def test_pickle_that_wants_to_run_code_is_refused(tmp_path: Path, module: str, n
 def test_bare_pickle_is_not_opened(tmp_path: Path):
     path = tmp_path / "evil.ckpt"
     path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match="Bare pickles are not opened, because they could run code"):
+    with pytest.raises(ValueError, match="older pickle format are not supported, because they could run code"):
         convert(path, **OPTIONS)
 
 

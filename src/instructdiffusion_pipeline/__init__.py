@@ -1,4 +1,4 @@
-"""InstructDiffusion as a diffusers pipeline: one image model that follows instructions."""
+"""InstructDiffusion as a diffusers pipeline: one model for many vision tasks."""
 
 import diffusers
 

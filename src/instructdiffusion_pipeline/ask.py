@@ -1,4 +1,4 @@
-"""Ask a model a question about a picture, and get data back."""
+"""Run a pipeline for a vision task and decode its output image."""
 
 import math
 import warnings
@@ -33,19 +33,20 @@ BOX_PADDING = 1.25  # of a person's box, as in the paper's evaluation
 
 @dataclass(frozen=True, eq=False)
 class Answer(Generic[Reading]):
-    """A model's answer to a task about a picture.
+    """The output of the pipeline for a task, and the data that was decoded from it.
 
     Attributes:
-        task: the question.
+        task: the task.
         image: the input, RGB, upright.
-        instruction: the prompt that the model was given; of a segmentation of several objects one in each line.
-        picture: the model's answer, enlarged to the pixels of the input. It shows the `box` of the input. The answers
-            to several questions about one picture are combined: each object is taken from the answer about it.
+        instruction: the prompt; for a segmentation of several objects, one prompt per line.
+        picture: the output image, resized to the input size. It shows the region `box` of the input. For a
+            segmentation of several objects, the output images are combined: each object is copied from its own output.
         box: (left, top, right, bottom) in pixels of the input: all of it, or the centre with `resize_mode="crop"`.
-        data: the reading, typed by the task, in pixels of the input: `dict[str, Mask]` for `Segmentation`,
-            `dict[str, Joint | None]` for `Keypoints` (None: not found), the picture at the resolution of the input for
-            `Restoration` and `Editing`.
-        nsfw_content_detected: whether the pipeline's safety checker replaced the answer by black; `data` is then void.
+        data: the decoded output, in pixels of the input; its type depends on the task: `dict[str, Mask]` for
+            `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), a picture at the resolution of
+            the input for `Restoration` and `Editing`.
+        nsfw_content_detected: whether the safety checker replaced the output by a black image; `data` is then
+            meaningless.
     """
 
     task: Task[Reading]
@@ -58,7 +59,7 @@ class Answer(Generic[Reading]):
 
     @property
     def overlay(self) -> Image.Image:
-        """The reading drawn on the input."""
+        """The decoded data drawn on the input."""
         return self.task.overlay(self.image, self.data)
 
 
@@ -71,21 +72,23 @@ def ask(
     slices: float | None = None,
     **settings: Any,
 ) -> Answer[Reading]:
-    """Ask `task` about `image` and read the answer.
+    """Run `task` on `image` and decode the output.
 
-    The whole picture is seen (`resize_mode="stretch"`), and the data is at the resolution of the picture. A
-    segmentation of several objects asks one question for each object, all in one call of the pipeline, because the
-    models were trained on one object a question.
+    The whole picture is used (`resize_mode="stretch"`), and the data is at the resolution of the picture. A
+    segmentation of several objects uses one prompt per object, all in one call of the pipeline, because the models
+    were trained on prompts with one object.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
         image: PIL picture of any mode and size.
-        task: the question, for example `Segmentation({"cat": "blue"})`.
-        instruction: the wording; by default the task's own. A segmentation of several objects is then one question.
-        use_readout: whether the pipeline's `readout`, if it has one, reads masks and joints. False: by colour.
-        slices: for small objects of a segmentation: the question is also asked about overlapping parts of the picture,
-            whose sides are this share of the picture's, and the views are combined. With 0.56 there are nine parts for
-            each object, so the UNet computes ten times as much.
+        task: the task, for example `Segmentation({"cat": "blue"})`.
+        instruction: the prompt; by default that of the task. If given, a segmentation of several objects uses this
+            prompt alone.
+        use_readout: whether to use the pipeline's `readout`, if it has one, to decode masks and keypoints. If False,
+            they are decoded by color.
+        slices: for segmentation of small objects: the model is also run on overlapping parts of the picture, whose
+            sides are this share of the picture's sides, and the masks are combined. With 0.56 there are nine parts per
+            object, so the UNet computes ten times as much.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 
@@ -157,7 +160,7 @@ def padded_square(box: Box) -> tuple[int, int, int, int]:
 
 
 class View(NamedTuple):
-    """One question to the pipeline: about a picture or a slice of it, and about one object of a segmentation."""
+    """One input of the pipeline: a picture or a slice of it, with the prompt of a task or of one of its objects."""
 
     number: int  # of the picture in the batch
     task: Task
@@ -167,7 +170,7 @@ class View(NamedTuple):
 
 
 class Response(NamedTuple):
-    """The pipeline's answer to a view, at working size; it shows the `box` of the view's image."""
+    """The output of the pipeline for a view, at working size; it shows the region `box` of the view's image."""
 
     picture: Image.Image
     reconstruction: Image.Image | None
@@ -188,24 +191,24 @@ def ask_batch(
     """`ask` for several pictures of one working size in one call of the pipeline.
 
     Raises:
-        TypeError: an image is not a PIL picture, or a task is not a task.
+        TypeError: an element of `images` is not a PIL picture, or an element of `tasks` is not a task object.
         ValueError: there are no pictures; the numbers of pictures, tasks and instructions differ; the settings of the
-            tasks differ; `slices` is no share or a task is no segmentation; or `settings` would change how many
-            pictures come back, or in which form.
+            tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
+            contains an argument that `ask` sets itself (prompt, image, output_type, ...).
     """
     instructions = [None] * len(tasks) if instructions is None else instructions
     check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)
     own = [{**task.settings, **pipeline.config.task_settings.get(task.family, {})} for task in tasks]
     if any(other != own[0] for other in own):
+        families = " and ".join(sorted({task.family for task in tasks}))
         raise ValueError(
-            f"`tasks` must have the same settings; got {', '.join(sorted({task.family for task in tasks}))}."
-            " Ask them in separate calls."
+            f"`tasks` must have the same settings, but those of {families} differ. Pass them in separate calls."
         )
     settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
     readout = pipeline.readout if use_readout else None
     images = [upright_rgb(image) for image in images]
 
-    # One question for each object, about the whole picture and about its slices.
+    # One prompt per object, for the whole picture and for its slices.
     views = [
         View(number, part, part.instruction() if words is None else words, image, (0, 0))
         for number, (image, task, words) in enumerate(zip(images, tasks, instructions, strict=True))
@@ -257,7 +260,7 @@ def check_questions(
     slices: float | None,
     settings: dict[str, Any],
 ) -> None:
-    """Raise a TypeError or ValueError that names the argument of `ask_batch` that does not fit."""
+    """Raise a TypeError or ValueError if an argument of `ask_batch` is invalid."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"`pipeline` must be an InstructDiffusionPipeline; got {type(pipeline).__name__}.")
     if not isinstance(use_readout, bool):
@@ -285,9 +288,9 @@ def check_questions(
         raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}: `ask` sets these itself.")
     if slices is not None:
         if not isinstance(slices, Real) or not 0.1 <= slices < 1:
-            raise ValueError(f"`slices` must be a share of the picture's sides, 0.1 to below 1; got {slices!r}.")
+            raise ValueError(f"`slices`, a share of the picture's sides, must be from 0.1 to below 1; got {slices!r}.")
         if others := {task.family for task in tasks if not isinstance(task, Segmentation)}:
-            raise ValueError(f"`slices` is for tasks of segmentation only; got {', '.join(sorted(others))}.")
+            raise ValueError(f"`slices` is only for segmentation tasks; got {', '.join(sorted(others))}.")
 
 
 def run_views(
@@ -298,7 +301,7 @@ def run_views(
     generator: torch.Generator | list[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[Response]:
-    """Answers to all views of one working size in one call of the pipeline."""
+    """Outputs for all views of one working size in one call of the pipeline."""
     pixels, _ = pipeline.preprocess_image([view.image for view in views], resolution, resize_mode)
     image_latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
     if isinstance(generator, list):
@@ -319,7 +322,7 @@ def run_views(
 
 
 def decode_pictures(pipeline: InstructDiffusionPipeline, image_latents: torch.Tensor) -> list[Image.Image]:
-    """The VAE's pictures of image latents (B, C, h, w), at working size."""
+    """Decode image latents (B, C, h, w) to pictures at working size."""
     decoded = pipeline.decode_latents(image_latents * pipeline.vae.config.scaling_factor)
     sizes = [(decoded.shape[3], decoded.shape[2])] * len(decoded)
     return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=False))
@@ -339,7 +342,8 @@ def combine_views(
 ) -> dict[str, np.ndarray]:
     """The margin [height, width] of each object, from the views of the whole picture and of its slices.
 
-    An object is where the whole picture shows it, and where at least half of the slices that see the pixel do.
+    A pixel belongs to an object if the output for the whole picture marks it, or at least half of the outputs for the
+    slices that contain the pixel.
     """
 
     def margins_of(view: View, response: Response) -> dict[str, np.ndarray]:

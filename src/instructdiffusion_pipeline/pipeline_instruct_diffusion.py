@@ -1,4 +1,4 @@
-"""InstructDiffusion as a diffusers pipeline: one model for many vision tasks, instructed by text, answering in pixels.
+"""InstructDiffusion as a diffusers pipeline: a model for many vision tasks, from instruction and image to image.
 
 The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tasks" (Geng et al., CVPR 2024, arXiv
 2309.03895). This file imports nothing from its package, because Hub repositories carry a copy of it.
@@ -64,7 +64,7 @@ MAX_IMAGES_PER_PROMPT = 1000
 # torch cannot compare these numbers.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 FINITE_TENSOR = "a floating-point tensor of finite values"
-# The paper's settings for editing, used where neither the caller nor the model names a value.
+# The original code's settings for editing, used if neither the caller nor the model gives a value.
 DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
 
 EXAMPLE_DOC_STRING = """
@@ -111,10 +111,11 @@ class Guidance(NamedTuple):
 
 
 class WorkingSize(NamedTuple):
-    """The size at which the model works, and the part of the picture that its answer shows.
+    """The size at which the model works, and the part of the picture that its output shows.
 
-    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. The box is valid for PIL
-    answers, which are fitted back to the input. Array, tensor and latent answers show `centre_crop(input_size, size)`.
+    `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. `box` is for PIL outputs,
+    which are resized back to the input size. Outputs of type np, pt and latent show the region
+    `centre_crop(input_size, size)`.
     """
 
     size: tuple[int, int]
@@ -122,7 +123,7 @@ class WorkingSize(NamedTuple):
 
 
 def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The largest centred box of `size` with the proportions of `target`: the part that `ImageOps.fit` keeps."""
+    """The largest centred box of `size` with the aspect ratio of `target`: the part that `ImageOps.fit` keeps."""
     width, height = size
     crop_width = min(width, height * target[0] / target[1])
     crop_height = min(height, width * target[1] / target[0])
@@ -138,16 +139,16 @@ def working_size(
     resize_mode: str = "crop",
     size_multiple: int = 64,
 ) -> WorkingSize:
-    """The size at which the model works for an input of `width` x `height` pixels, and the box that its answer shows.
+    """The size at which the model works for an input of `width` x `height` pixels, and the box that its output shows.
 
-    With a `resolution` of 0 the picture is resized to the next smaller multiples of `vae_scale_factor`, at least one,
-    and nothing is cropped. Otherwise `resize_mode` decides:
+    With a `resolution` of 0 both sides are rounded down to a multiple of `vae_scale_factor`, at least one multiple;
+    nothing is cropped. Otherwise `resize_mode` decides:
 
-    - "crop", the original's rule: both sides are multiples of 64 and the long side is near `resolution`. The picture
-      is fitted to that size and the answer is fitted back. Each fit crops to the centre, so the answer shows the box
-      that remains after both crops.
-    - "stretch": the whole picture is resized. The short side is the multiple of `size_multiple` nearest to
-      `resolution`, the long side the multiple nearest to the picture's proportions.
+    - "crop", as in the original: `resolution` refers to the long side. Both sides are multiples of 64, and the long
+      side is near `resolution`. The picture is fitted to that size and the output is fitted back. Each fit crops to
+      the centre, so the output shows the box that remains after both crops.
+    - "stretch": `resolution` refers to the short side, which is the multiple of `size_multiple` nearest to it. The
+      long side is the multiple that best preserves the aspect ratio. The whole picture is resized.
 
     Raises:
         ValueError: if a side or the resolution is too small, the mode is unknown, or the long side would exceed four
@@ -164,14 +165,14 @@ def working_size(
     if resize_mode == "stretch":
         short = size_multiple * max(1, round(resolution / size_multiple))
         long = size_multiple * max(1, round(long_side * short / (short_side * size_multiple)))
+        size = (short, long) if width < height else (long, short)
         if long > 4 * short:
             raise ValueError(
-                f"`image` of {width} x {height} pixels is too elongated: it would become {short} x {long} pixels, and"
-                " no side may exceed four times the other. Cut it into parts."
+                f"`image` of {width} x {height} pixels is too elongated: it would become {size[0]} x {size[1]} pixels,"
+                " and no side may exceed four times the other. Crop it."
             )
-        size = (short, long) if width < height else (long, short)
         return WorkingSize(size, (0.0, 0.0, float(width), float(height)))
-    # Integer arithmetic: floating point misses a multiple of 64 for one size in seventeen, and loses a block.
+    # Integer arithmetic, because floating-point rounding would make one size in seventeen smaller by 64 pixels.
     short = 64 * -(-short_side * resolution // (64 * long_side))
     long = 64 * (long_side * short // (64 * short_side))
     size = (short, long) if width < height else (long, short)
@@ -317,7 +318,7 @@ def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> 
 
 
 def resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
-    """The picture in the given (width, height): cropped to the proportions first, or stretched."""
+    """The picture in the given (width, height): cropped to the aspect ratio first, or stretched."""
     if crop:
         return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
     return picture.resize(size, PIL.Image.Resampling.LANCZOS)
@@ -327,19 +328,19 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
     """Repeats (1 or batch_size, ...) to (batch_size * copies, ...); the copies of one sample are adjacent."""
     if tensor.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"`{name}` has {tensor.shape[0]} entries, but this call makes {batch_size} samples: prompts, negative"
-            " prompts and images must be equally many, or one for all."
+            f"`{name}` has {tensor.shape[0]} entries, but this call has {batch_size} samples: the numbers of prompts,"
+            " negative prompts and images must be equal or 1."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
 
 
-# Ids of the pipelines and schedulers that are in a call now; both keep the state of the call.
+# Ids of the pipelines and schedulers that are running; both store the state of a call.
 _in_call: set[int] = set()
 _in_call_lock = threading.Lock()
 
 
 def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a call while the pipeline or its scheduler is in another one, whose steps it would disturb."""
+    """Raise a RuntimeError if the pipeline or its scheduler is already running another call."""
 
     @functools.wraps(call)
     def exclusive_call(self: "InstructDiffusionPipeline", *args: Any, **kwargs: Any) -> Any:
@@ -347,9 +348,9 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
         with _in_call_lock:
             if ids & _in_call:
                 raise RuntimeError(
-                    "This pipeline or its scheduler is in a call already, in another thread or in a callback of its"
-                    " own. For a second call at the same time make a pipeline that shares all components but the"
-                    " scheduler: InstructDiffusionPipeline.from_pipe(pipe,"
+                    "This pipeline or its scheduler is already running, in another thread or in its own callback. For"
+                    " concurrent calls create a second pipeline that shares all components except the scheduler:"
+                    " InstructDiffusionPipeline.from_pipe(pipe,"
                     " scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))"
                 )
             _in_call.update(ids)
@@ -363,7 +364,7 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _missing_weights(model: Any, variant: str | None) -> list[str]:
-    """The names of the parameters that the files lack from which a component was loaded."""
+    """The names of the parameters of a component that are missing in its files."""
     folder = Path(model.config._name_or_path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     plain = [file for file in files if "." not in file.stem]
@@ -404,10 +405,10 @@ def add_code(folder: str | os.PathLike[str]) -> None:
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
     Args:
-        images: the answers. A list of PIL pictures, each in the size of its input; or, at working size, an array
+        images: the outputs. A list of PIL pictures, each in the size of its input; or, at working size, an array
             (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, C, h, w), multiplied by the VAE's scaling
             factor.
-        nsfw_content_detected: one `bool` per answer, or `None` without a safety checker. Flagged answers are black.
+        nsfw_content_detected: one `bool` per output, or `None` without a safety checker. Flagged outputs are black.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -423,21 +424,21 @@ class InstructDiffusionPipeline(
     FromSingleFileMixin,
 ):
     """
-    Pipeline that answers an instruction about a picture with a picture: edits, restored photographs, masks, keypoints.
+    Pipeline for instruction-based editing, restoration, segmentation and keypoint detection. Its output is an image.
 
     The method is InstructDiffusion (Geng et al., CVPR 2024, arXiv 2309.03895). LoRA weights, IP-Adapters, textual
     inversions and single-file checkpoints load as in diffusers' Stable Diffusion pipelines.
 
     Args:
-        vae: encodes the input and decodes the answer.
+        vae: encodes the input and decodes the output.
         text_encoder: CLIP text model; the instruction enters as its last hidden state.
         tokenizer: the tokenizer that belongs to `text_encoder`.
-        unet: takes twice the VAE's latent channels, noisy latents and image latents: 8 for Stable Diffusion 1.5.
-        scheduler: the model was made for `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
-        safety_checker: blackens answers that it classifies as offensive; needs `feature_extractor`.
+        unet: takes the noisy latents concatenated with the image latents (8 channels for Stable Diffusion 1.5).
+        scheduler: the original uses `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
+        safety_checker: replaces outputs that it classifies as offensive by black images; needs `feature_extractor`.
         feature_extractor: prepares pictures for `safety_checker` and `image_encoder`.
         image_encoder: encodes the pictures given to an IP-Adapter.
-        readout: a `UNet2DModel` that reads masks and joints from answers. `instructdiffusion_pipeline.ask` uses it;
+        readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
         task_settings: call arguments that suit this model, by task family, for example
@@ -467,7 +468,7 @@ class InstructDiffusionPipeline(
         super().__init__()
         if safety_checker is None and requires_safety_checker:
             logger.warning(
-                "`requires_safety_checker` is set but there is no `safety_checker`: answers are returned unfiltered."
+                "`requires_safety_checker` is set but there is no `safety_checker`: outputs are returned unfiltered."
             )
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("`safety_checker` needs a `feature_extractor` to prepare its pictures, but got None.")
@@ -519,8 +520,9 @@ class InstructDiffusionPipeline(
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """Read a model's `model_index.json`, and replace a class name of the form [file, class] by the class alone.
 
-        A folder with that form carries this file, and diffusers would run the folder's copy of it, which needs trust.
-        A caller of this class has the code already. All ways of loading, from a folder or the Hub, use this method.
+        A folder with that form contains a copy of this file, which diffusers would run only with
+        `trust_remote_code=True`. This class does not need the copy. All ways of loading, from a folder or the Hub, use
+        this method.
         """
         settings = super()._dict_from_json_file(json_file)
         name = settings.get("_class_name")
@@ -531,8 +533,8 @@ class InstructDiffusionPipeline(
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`; called by `save_pretrained` and `push_to_hub`.
 
-        If a folder or Hub repository brought this class (`trust_remote_code=True`), the new folder gets the code too.
-        Otherwise it could not be loaded where the package is not installed.
+        If this class was loaded from a folder or repository (`trust_remote_code=True`), the code is saved too.
+        Otherwise the new folder could not be loaded without the package.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         # diffusers imports the code of folders and repositories as modules of this package.
@@ -549,9 +551,9 @@ class InstructDiffusionPipeline(
 
     @property
     def size_multiple(self) -> int:
-        """The number of pixels that both sides of a stretched picture are multiples of: 64 for Stable Diffusion 1.5.
+        """Both sides of a stretched picture are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
 
-        Each level of the UNet but the last halves the latents.
+        Each UNet level except the last halves the latent size.
         """
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
@@ -624,46 +626,53 @@ class InstructDiffusionPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> InstructDiffusionPipelineOutput | tuple:
         """
-        Answers `prompt` about `image`.
+        Applies the instruction `prompt` to `image`.
 
-        Prompts, negative prompts and images may be single or lists of one length; a single one serves all samples. B
-        is the number of samples of the call, N = B * num_images_per_prompt the number of answers.
+        Prompts, negative prompts and images may be single or lists of one length; a single one is used for all
+        samples. B is the number of samples of the call, N = B * num_images_per_prompt the number of outputs.
 
         Args:
-            prompt: the instruction. Tokens past the 77th are cut, with a warning that quotes them.
-            image: a picture: PIL (any mode; EXIF orientation is applied, transparency dropped, 16-bit values scaled
-                down), a tensor (3, H, W) or (B, 3, H, W) or an array (H, W, 3) or (B, H, W, 3), with floating-point
-                values in [0, 1] or 8-bit values; or a tensor of image latents (B, C, h, w): the mode of the VAE's
-                posterior, not multiplied by its scaling factor. C is 4 for Stable Diffusion 1.5.
-            num_inference_steps: denoising steps, at least 1. `None` for this and for the two scales takes the model's
-                own value (`pipe.config.task_settings["editing"]`), else the paper's: 100, 5.0 and 1.25.
-            guidance_scale: text scale s_T: how much the instruction counts. Any finite number; see `Guidance`.
-            image_guidance_scale: image scale s_I: how much the input picture counts. 1/2 for both scales is plain
-                sampling.
-            negative_prompt: replaces the empty text in the branch without instruction.
-            resolution: the size at which the model works, in pixels; see `working_size`. `None` is the size that the
-                model was made for (`pipe.default_resolution`), 0 the picture's own size, rounded down to the VAE's
-                factor. Image latents take `None` or 0.
+            prompt: the instruction. Longer prompts are truncated to 77 tokens, with a warning that contains the
+                removed text.
+            image: one of
+
+                - a PIL picture of any mode: EXIF orientation is applied, transparency is dropped, 16-bit values are
+                  scaled to 8 bits;
+                - a tensor (3, H, W) or (B, 3, H, W) or an array (H, W, 3) or (B, H, W, 3), with floating-point values
+                  in [0, 1] or 8-bit values. Values in [-1, 1] raise an error;
+                - a tensor of image latents (B, C, h, w): the mode of the VAE's posterior, not multiplied by its
+                  scaling factor. C is 4 for Stable Diffusion 1.5;
+                - a list of these.
+            num_inference_steps: denoising steps, at least 1. If this or a scale is `None`, the value in
+                `pipe.config.task_settings["editing"]` is used, otherwise the default of the original code (100, 5.0
+                and 1.25).
+            guidance_scale: guidance scale for the instruction (s_T). Any finite number; see `Guidance`.
+            image_guidance_scale: guidance scale for the input picture (s_I). If both scales are 0.5, guidance is
+                disabled.
+            negative_prompt: used instead of the empty prompt in the branch without the instruction.
+            resolution: the size at which the model works, in pixels; see `working_size`. `None` is
+                `pipe.default_resolution`, 0 the picture's own size, rounded down to a multiple of the VAE's factor.
+                Must be `None` or 0 for image latents.
             resize_mode: "crop" crops the picture to a size near `resolution`, as the original does; "stretch" resizes
-                the whole picture. Without effect for image latents and a `resolution` of 0.
+                the whole picture. No effect for image latents or a `resolution` of 0.
             timesteps: custom timesteps, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             strength: the share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, from
                 the noised image latents. 1.0 runs all steps from pure noise.
-            num_images_per_prompt: answers per sample.
+            num_images_per_prompt: number of outputs per sample.
             eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; only DDIM-like schedulers use it.
             generator: one generator for the call, or a list of N. A CPU generator draws the same noise on any device.
             latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
             prompt_embeds: (1 or B, 77, D), instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
-            ip_adapter_image: the input of the IP-Adapters: for each one picture or one list of pictures.
-            ip_adapter_image_embeds: instead of `ip_adapter_image`, for each IP-Adapter (2, K, D): the negative
-                embeddings of K pictures, then the positive ones; (2 * B, K, D) if samples differ, all negative ones
-                first; or (1, K, D), the positive ones alone, with zeros as the negative ones.
+            ip_adapter_image: for each IP-Adapter, a picture or a list of pictures.
+            ip_adapter_image_embeds: instead of `ip_adapter_image`, one tensor per IP-Adapter, with shape (2, K, D):
+                negative and positive embeddings of K pictures; or (2 * B, K, D), one pair per sample, all negative
+                embeddings first; or (1, K, D), positive embeddings only (the negative ones are zeros).
             output_type: "pil" for 8-bit pictures in the size of their input; "np", "pt" or "latent" for working size.
-            return_dict: whether to return an [`InstructDiffusionPipelineOutput`] or a plain tuple of its fields.
+            return_dict: whether to return an [`InstructDiffusionPipelineOutput`] instead of a plain tuple.
             cross_attention_kwargs: passed to the attention processors. Its "scale" is the scale of LoRA layers, also
                 of those in the text encoder.
             clip_skip: how many of the text encoder's last layers to skip.
@@ -677,10 +686,10 @@ class InstructDiffusionPipeline(
         Examples:
 
         Returns:
-            [`InstructDiffusionPipelineOutput`] or `tuple`: the N answers, and the verdicts of the safety checker.
+            [`InstructDiffusionPipelineOutput`] or `tuple`: the N outputs, and the results of the safety checker.
 
         Raises:
-            ValueError: if an argument does not fit; the message names it. Pictures of one call must share a working
+            ValueError: if an argument is invalid. Pictures of one call must share a working
                 size, which must not be too elongated (see `working_size`).
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -740,7 +749,7 @@ class InstructDiffusionPipeline(
             clip_skip=clip_skip,
         )
 
-        # 3. Expand all conditions to one entry per answer, N = B * num_images_per_prompt.
+        # 3. Expand all conditions to one entry per output, N = B * num_images_per_prompt.
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
         prompt_embeds = _expand("prompt", prompt_embeds, batch_size, num_images_per_prompt)
         negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, num_images_per_prompt)
@@ -804,7 +813,8 @@ class InstructDiffusionPipeline(
                         isinstance(changed, dict), "callback_on_step_end", "a callable that returns a dict", changed
                     )
                     if cuts_off_guidance and changed["prompt_embeds"] is not prompt_embeds:
-                        # The callback writes what disables guidance in Stable Diffusion, and keeps one prompt only.
+                        # SDCFGCutoffCallback sets the scale that disables guidance in Stable Diffusion, and keeps
+                        # only the last prompt.
                         self._guidance_scale = self._image_guidance_scale = 0.5
                         del changed["prompt_embeds"]
                     latents = changed.pop("latents", latents)
@@ -818,7 +828,7 @@ class InstructDiffusionPipeline(
         self._current_timestep = None
         self._check_finite("unet", latents)
 
-        # 7. Decode the answers with the VAE, (N, 3, H, W) in [0, 1], and run the safety checker.
+        # 7. Decode the outputs with the VAE, (N, 3, H, W) in [0, 1], and run the safety checker.
         nsfw_content_detected = None
         images: Any = latents.to(dtype)
         if output_type != "latent":
@@ -861,7 +871,7 @@ class InstructDiffusionPipeline(
         """Raises a ValueError that names the argument, its value and what would be valid."""
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
-                raise ValueError(f"`{name}` must be a component of this pipeline to answer, but is None.")
+                raise ValueError(f"The pipeline has no `{name}`.")
         if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
             raise ValueError(
                 f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
@@ -872,7 +882,7 @@ class InstructDiffusionPipeline(
         self._check_text("prompt", prompt, prompt_embeds)
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
-            raise ValueError("`image` must be given: the picture that `prompt` is about.")
+            raise ValueError("`image` must be given.")
         _require(latents is None or _is_finite_tensor(latents), "latents", FINITE_TENSOR, latents)
         self._check_ip_adapter(ip_adapter_image, ip_adapter_image_embeds)
 
@@ -1025,11 +1035,11 @@ class InstructDiffusionPipeline(
             resolution, resize_mode: see `working_size`; a `resolution` of `None` is `default_resolution`.
 
         Returns:
-            The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of a PIL
-            answer to it.
+            The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its
+            PIL output.
 
         Raises:
-            ValueError: if a picture is not readable as one, or if their working sizes differ.
+            ValueError: if a picture is invalid, or if the working sizes differ.
         """
         _check_size(resolution, resize_mode)
         pictures = _as_pictures(image)
@@ -1065,8 +1075,8 @@ class InstructDiffusionPipeline(
                 tensors.append(_resize_tensor(self._unit_range(picture), sizes[0], crop))
         if len(set(sizes)) > 1:
             raise ValueError(
-                "`image` must hold pictures that share a working size, but they come in"
-                f" {', '.join(f'{w} x {h}' for w, h in answer_sizes)} pixels and would be worked on in"
+                "`image` must hold pictures of one working size, but pictures of"
+                f" {', '.join(f'{w} x {h}' for w, h in answer_sizes)} pixels have the working sizes"
                 f" {', '.join(f'{w} x {h}' for w, h in sizes)}. Pass them in separate calls."
             )
         return self.image_processor.preprocess(torch.stack(tensors)), answer_sizes
@@ -1107,7 +1117,7 @@ class InstructDiffusionPipeline(
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
             do_classifier_free_guidance: whether to encode the negative prompt too.
-            negative_prompt: replaces the empty text; one, or a list of B.
+            negative_prompt: used instead of the empty prompt; one, or a list of B.
             prompt_embeds: (B, 77, D), to be used instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), to be used instead of `negative_prompt`.
             lora_scale: scale of the text encoder's LoRA layers while it runs.
@@ -1190,7 +1200,7 @@ class InstructDiffusionPipeline(
         Encodes the input of the IP-Adapters, for `ip_adapter_image_embeds` of `__call__`.
 
         Args:
-            ip_adapter_image: for each IP-Adapter one picture or one list of K pictures.
+            ip_adapter_image: for each IP-Adapter, a picture or a list of K pictures.
             ip_adapter_image_embeds: embeddings as `__call__` takes them, instead of `ip_adapter_image`.
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
@@ -1198,7 +1208,7 @@ class InstructDiffusionPipeline(
 
         Returns:
             For each IP-Adapter a tensor (2 * B * num_images_per_prompt, K, ...), the negative embeddings first;
-            without `do_classifier_free_guidance` the positive ones alone.
+            without `do_classifier_free_guidance` only the positive ones.
 
         Raises:
             ValueError: if the number of inputs is not the number of IP-Adapters, or embeddings do not come in pairs.
@@ -1220,7 +1230,7 @@ class InstructDiffusionPipeline(
         prepared = []
         for embeds in given:
             if len(embeds) == 1:
-                # The positive one alone; the negative of pooled embeddings is zeros.
+                # Only positive embeddings; the negative ones are zeros.
                 embeds = torch.cat([torch.zeros_like(embeds), embeds])
             elif len(embeds) % 2 == 1:
                 raise ValueError(
@@ -1288,12 +1298,12 @@ class InstructDiffusionPipeline(
     ) -> torch.Tensor:
         """The initial latents (N, C, h, w): pure noise, or the image latents noised to the timestep `start` (1,).
 
-        Latents are float32 in every precision of the UNet, so that a seed always draws the same noise.
+        Latents are always float32, so that a seed gives the same noise with every dtype of the UNet.
         """
         shape = image_latents.shape
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
-                f"`generator` must be one or a list of {shape[0]}, one per answer, but has {len(generator)}."
+                f"`generator` must be one or a list of {shape[0]}, one per output, but has {len(generator)}."
             )
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
@@ -1313,7 +1323,7 @@ class InstructDiffusionPipeline(
         return self.image_processor.postprocess(pictures.float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
-        """The pictures (N, 3, H, W), offensive ones replaced by black, and the verdicts (None without a checker)."""
+        """The pictures (N, 3, H, W), offensive ones replaced by black, and the results (None without a checker)."""
         if self.safety_checker is None:
             return images, None
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
@@ -1329,7 +1339,7 @@ class InstructDiffusionPipeline(
         arrays = VaeImageProcessor.pt_to_numpy(images)
         if output_type == "np":
             return arrays
-        # The original truncates instead of rounding; its pictures can be reproduced only in the same way.
+        # Truncate instead of rounding, as the original code does, to reproduce its pictures.
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
         return [

@@ -56,5 +56,5 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
 
 def test_nothing_left_is_an_error(tmp_path):
     picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="no sample is left to use; skipped 1 with no caption"):
+    with pytest.raises(ValueError, match="no usable samples; skipped 1 with no caption"):
         img2dataset(tmp_path)

@@ -101,7 +101,7 @@ def test_what_triples_lack_is_named(tmp_path):
     assert [dataset.name(index).split(": ")[1] for index in (0, 1, 2, 3)] == ["darker", "less light", "dim", "darker"]
     with pytest.raises(UnreadableSample, match="b_0.jpg"):
         dataset[0]
-    with pytest.raises(ValueError, match="images: no sample is left to use; skipped 6 with a missing file"):
+    with pytest.raises(ValueError, match="images: no usable samples; skipped 6 with a missing file"):
         gier(tmp_path, "test")
 
 
@@ -267,7 +267,7 @@ def test_what_shards_lack_is_named(tmp_path):
     with pytest.raises(UnreadableSample, match="0/1_0.jpg"):
         dataset[0]
     (tmp_path / "shard-00.zip").unlink()
-    with pytest.raises(ValueError, match="no sample is left to use; skipped 1 with a broken zip file"):
+    with pytest.raises(ValueError, match="no usable samples; skipped 1 with a broken zip file"):
         InstructPix2Pix(tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_instructpix2pix_comes_in_the_published_order(tmp_path):
     assert names == [f"shard-00.zip/00{name}_0.jpg" for name in ("2/2", "2/32", "1/1", "3/3")]
     assert all(is_triple(train[index], "make it winter") for index in range(4))
     assert train.skipped == [(f"{name}_0.jpg", "a missing file") for name in ("004/8", "004/9", "005/7")]
-    with pytest.raises(ValueError, match="no sample is left to use; skipped 1 with a missing file"):
+    with pytest.raises(ValueError, match="no usable samples; skipped 1 with a missing file"):
         InstructPix2Pix(tmp_path, "test")
 
 
@@ -494,7 +494,7 @@ def test_tables_in_every_form(tmp_path, own_cache, write):
 def test_an_instruction_that_is_no_text_is_skipped():
     features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
     lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))
-    with pytest.raises(ValueError, match="skipped 3 with an instruction that is no text but a list"):
+    with pytest.raises(ValueError, match="skipped 3 with an instruction that is not text but list"):
         HubTable(lists)
 
 
@@ -540,5 +540,5 @@ def test_a_table_of_datasets():
         HubTable(table)[1]
     with pytest.raises(ValueError, match="`table` has no column .*'source_img'.*edit_prompt"):
         HubTable(table, image="source_img")
-    with pytest.raises(ValueError, match="no sample is left to use; skipped 2 with no instruction"):
+    with pytest.raises(ValueError, match="no usable samples; skipped 2 with no instruction"):
         HubTable(table.remove_columns("edit_prompt").add_column("edit_prompt", [None, " "]))

@@ -143,7 +143,7 @@ def test_two_folders_of_one_data_set_are_two_rows(monkeypatch, tmp_path, model, 
     [
         ("gopr=/x", "--data must be NAME=FOLDER with a NAME out of .*; got 'gopr=/x'"),
         ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
-        ("gopro=/tmp", "/tmp/test: no sample is left"),
+        ("gopro=/tmp", "/tmp/test: no samples found"),
         ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
         ("captions=/tmp", "can be trained on, but not evaluated on"),
     ],
@@ -157,5 +157,5 @@ def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data
 
 def test_sidd_is_not_scored_on_its_training_data(monkeypatch, tmp_path, model):
     (tmp_path / "Data").mkdir()
-    with pytest.raises(ValueError, match="`split` must be train"):
+    with pytest.raises(ValueError, match="`split` is 'val', but .*Data is the split 'train'"):
         call(monkeypatch, "--model", model, f"--data=sidd={tmp_path}", "--output", tmp_path / "output")

@@ -121,9 +121,7 @@ def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch
     assert (trained / "validation.png").read_bytes() == (tmp_path / "run" / "validation" / sheets[1]).read_bytes()
     config = json.loads((tmp_path / "run" / "checkpoint-2" / "config.json").read_text())
     assert config["learning_rate"] == 1e-3 and config["sources"] == ["table"]
-    assert "run/model exists, from a run that has ended" in refused(
-        monkeypatch, capfd, model, f"table={table}", tmp_path / "run"
-    )
+    assert "run/model already exists" in refused(monkeypatch, capfd, model, f"table={table}", tmp_path / "run")
 
 
 def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
     again = run(tmp_path / "parts", "latest", batch_size=2, gradient_accumulation_steps=2)
     assert max((whole[name] - again[name]).abs().max() for name in whole) < 1e-5
     with pytest.raises(
-        ValueError, match="is .*checkpoint-3, but .* also has .*checkpoint-4. Move that one away first"
+        ValueError, match="must be the newest checkpoint in .*checkpoint-4; got .*checkpoint-3. To resume"
     ):
         run(tmp_path / "parts", tmp_path / "parts" / "checkpoint-3")
 

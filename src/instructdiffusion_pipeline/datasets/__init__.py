@@ -47,7 +47,7 @@ class AnnotatedImages(Protocol[A_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, A_co]:
-        """An RGB picture and its annotation. Raises `UnreadableSample` where a file is broken."""
+        """An RGB picture and its annotation. Raises `UnreadableSample` if a file is broken."""
 
     def name(self, index: int) -> str:
         """The file, and the annotation if a file has several; for reports."""
@@ -59,7 +59,7 @@ def read_image(
     turn: bool = True,
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Read a picture in 8-bit RGB, or raise an `UnreadableSample` that calls it `name` (default: its path).
+    """Read a picture in 8-bit RGB. Raises an `UnreadableSample` with `name` (default: the path) if it is broken.
 
     By default the EXIF orientation is applied. Use `turn=False` for datasets whose annotations refer to the stored
     pixels (COCO). If `size` is given, an image of another size raises `UnreadableSample`.
@@ -70,7 +70,7 @@ def read_image(
                 with suppress(Exception):  # a damaged EXIF block raises nearly anything
                     picture.getexif().pop(ExifTags.Base.Orientation, None)
             image = upright_rgb(picture)
-            image.info.clear()  # or the orientation that was left out would be applied by what gets the picture
+            image.info.clear()  # otherwise the caller would apply the EXIF orientation that was ignored here
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
     if size and image.size != size:
@@ -156,13 +156,13 @@ def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> 
 
 
 def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skipped) -> None:
-    """Raise a ValueError that counts `skipped` by reason if a data set has no `samples` left."""
+    """Raise a ValueError that counts the reasons in `skipped` if a data set has no `samples`."""
     if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())
-        raise ValueError(f"{folder}: no sample is left to use; skipped {counts or 'none, for none was found'}.")
+        raise ValueError(f"{folder}: " + (f"no usable samples; skipped {counts}." if counts else "no samples found."))
 
 
 def files_below(folder: Path) -> set[str]:
-    """Every file below `folder`, as its path from there with forward slashes; none if there is no such folder."""
+    """The paths of all files in `folder`, relative to it, with forward slashes. Empty if there is no such folder."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

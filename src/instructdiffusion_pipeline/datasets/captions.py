@@ -65,7 +65,7 @@ def caption_beside(picture: Path) -> str:
 
 
 def coco_captions(root: str | PathLike[str], split: str = "train2017") -> CaptionedPictures:
-    """COCO: annotations/captions_{split}.json; pictures in {split}/ or images/{split}/. An item is one caption."""
+    """COCO: annotations/captions_{split}.json; pictures in {split}/ or images/{split}/. One sample per caption."""
     root = Path(root)
     file = root / "annotations" / f"captions_{split}.json"
     about = read_annotations(file, "a JSON file of captions")

@@ -1,4 +1,4 @@
-"""Every pixel's class as a PNG beside each picture: COCO-Stuff."""
+"""COCO-Stuff: semantic segmentation with one PNG label map per image."""
 
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,8 @@ from instructdiffusion_pipeline.types import Masks
 
 UNLABELED = {1: 255, 0: 0}  # the value of a pixel, by the offset from values to numbers
 LAST_NUMBER = 182
-PROBED = 100  # label pictures that are looked at when a data set is opened
-# COCO drew these things in no picture (eye glasses, window, mirror ...): a picture may well show what has no mask.
+PROBED = 100  # number of label maps that are checked when a data set is opened
+# These classes were never annotated (eye glasses, window, mirror ...), so an image may contain them without a label.
 NEVER_LABELED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 READABLE_NAMES = {
     "playingfield": "playing field",
@@ -29,7 +29,7 @@ READABLE_NAMES = {
 
 
 def readable_name(label: str) -> str:
-    """A label as a person would say it: "wall-brick" is a brick wall, "sky-other" the sky."""
+    """Convert a label to plain words: "wall-brick" to "brick wall", "sky-other" to "sky"."""
     if label in READABLE_NAMES:
         return READABLE_NAMES[label]
     noun, _, kind = label.partition("-")
@@ -39,11 +39,10 @@ def readable_name(label: str) -> str:
 class CocoStuff:
     """COCO-Stuff: images/{split}/*.jpg, annotations/{split}/*.png, labels.txt; splits train2017, val2017.
 
-    A pixel of value v is of the class that labels.txt gives the number v + 1; 255 is unlabeled. Label pictures that
-    hold the numbers themselves, and 0 where nothing is labelled, are recognised by the numbers that never occur
-    (`offset` is then 0, not 1). The annotation has a mask for each class, those the picture lacks included: these
-    share one mask that is all False. A general class covers its kinds: "wall-other", said as "wall", is every wall,
-    brick walls too.
+    A pixel of value v belongs to the class with the number v + 1 in labels.txt; 255 is unlabeled. Label maps that
+    contain the numbers themselves, and 0 for unlabeled, are recognized by the numbers that never occur (`offset` is
+    then 0, not 1). The annotation has a mask for every class; absent classes share one empty mask. An "-other" class
+    includes its subclasses: "wall" includes brick walls.
     """
 
     def __init__(self, root: str | PathLike[str], split: str = "train2017"):
@@ -64,7 +63,7 @@ class CocoStuff:
         self.offset = self._find_offset()
 
     def _find_offset(self) -> int:
-        """What to add to a pixel's value for the number of its class: 1 as published, 0 if more labels fit that."""
+        """The difference between class number and pixel value: 1 as published, 0 if more label maps fit that."""
         fits = {1: 0, 0: 0}
         for stem in self._stems[:: max(1, len(self._stems) // PROBED)]:
             try:
@@ -101,7 +100,7 @@ class CocoStuff:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """The values of a grey PNG, or of one with a palette the indices: its colours only serve the eye."""
+    """Pixel values of a grayscale PNG, or palette indices of a palette PNG."""
     try:
         with Image.open(path) as label:
             if label.mode not in ("L", "P"):
@@ -112,14 +111,14 @@ def read_label(path: Path) -> np.ndarray:
 
 
 def possible_values(offset: int) -> set[int]:
-    """The values that pixels of label pictures have, if a class has the number value + `offset`."""
+    """The possible pixel values of label maps, if the number of a class is its pixel value + `offset`."""
     return {number - offset for number in range(1, LAST_NUMBER + 1) if number not in NEVER_LABELED} | {
         UNLABELED[offset]
     }
 
 
 def class_numbers(labels: str) -> dict[str, set[int]]:
-    """The numbers of each class by its spoken name, from lines "171: wall-brick"."""
+    """The numbers of each class by its readable name, from lines "171: wall-brick"."""
     numbers: dict[str, int] = {}
     for line in labels.splitlines():
         key, _, label = line.partition(": ")

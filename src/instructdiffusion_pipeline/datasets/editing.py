@@ -33,12 +33,12 @@ from instructdiffusion_pipeline.types import Edit
 T = TypeVar("T")
 BLANK = " \t\r\n\ufeff"  # what is cut off instructions: white space, and the byte order mark of some editors
 
-# InstructPix2Pix and GIER come without splits; the original cuts them at these shares.
+# InstructPix2Pix and GIER are published without splits; these are the splits of the original.
 SHARES = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
 
 
 def part_of(items: Sequence[T], split: str) -> Sequence[T]:
-    """The share of `items` that `split` (train, val, test) stands for: 90, 5 and 5 %, in order."""
+    """The `items` of a split, in order: train 90 %, val 5 %, test 5 %."""
     if split not in SHARES:
         raise ValueError(f"`split` must be one of {', '.join(SHARES)}; got {split!r}.")
     first, last = (int(share * len(items)) for share in SHARES[split])
@@ -46,10 +46,10 @@ def part_of(items: Sequence[T], split: str) -> Sequence[T]:
 
 
 class EditTriples:
-    """Triples of picture, instruction and edited picture; the paths are relative to `folder`.
+    """A data set of (input path, instruction, edited path) triples; paths are relative to `folder`.
 
-    Pictures of a triple may differ in size. `pictures` counts the pairs: a pair may come with several instructions.
-    A triple that lacks one of the three (None, or of another type) is skipped.
+    The pictures of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
+    several instructions. A triple with a missing or malformed entry is skipped.
     """
 
     def __init__(self, folder: str | PathLike[str], triples: Iterable[tuple[Any, Any, Any]]):
@@ -82,10 +82,10 @@ class EditTriples:
 
 
 def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
-    """GIER: GIER.json and images/. Each summary, an expert's or an amateur's, is an instruction of its own.
+    """GIER: GIER.json and images/. Each summary, by an expert or an amateur, is a separate instruction.
 
-    The published splits of 80, 10 and 10 % are taken where they lie in the folder: {split}_sess_3.json, also below
-    splits/. Else the input pictures are parted (see `part_of`), so that no picture is on both sides.
+    The published splits (80, 10 and 10 %) are used if {split}_sess_3.json is in the folder or in splits/. Otherwise
+    the input pictures are split (see `part_of`), so that no picture is in two splits.
     """
     root = Path(root)
     lists = [folder / f"{split}_sess_3.json" for folder in (root, root / "splits")]
@@ -140,8 +140,8 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> "EditTriples 
 def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GQA-Inpaint: objects taken out of GQA's images/{picture}.jpg in images_inpainted/{picture}/{object}.jpg.
 
-    Splits: train, test. The words come from {split}_instructions.json where there is one (test), else from
-    {split}_scenes.json: see `removal`.
+    Splits: train, test. Instructions come from {split}_instructions.json if it exists (test), otherwise from
+    {split}_scenes.json. Objects that cannot be identified by name and position are skipped (see `removal`).
     """
     root = Path(root)
     if split not in ("train", "test"):
@@ -176,10 +176,10 @@ def is_scene(value: Any) -> bool:
 
 
 def removal(scene: dict[str, Any], id: str) -> str | None:
-    """Words that ask to remove one object of a GQA scene; None where they would mean another one as well.
+    """The instruction to remove an object of a GQA scene. None if the object cannot be identified.
 
-    As in the published loader, the picture may have another object of that name, if the two are in different thirds of
-    it; these are told apart as the one "at the left" (or the center, or the right).
+    As in the published loader, a picture may have two objects of one name if they are in different thirds of it; the
+    instruction then adds "at the left", "at the center" or "at the right".
     """
     objects, positions = scene["objects"], scene.get("image_relative_positions")
     name = objects[id]["name"]
@@ -196,12 +196,12 @@ def removal(scene: dict[str, Any], id: str) -> str | None:
 
 
 LONGEST_NAME = 200  # bytes, of a file in a shard; a longer one is not InstructPix2Pix's
-# The number of a pair's shard, and where in it prompt, picture and edited picture lie.
+# The shard of a pair, and the offsets and sizes of prompt, picture and edited picture in it.
 PAIR = np.dtype([("shard", "u2"), ("offsets", "u8", 3), ("sizes", "u4", 3)])
 
 
 class InstructPix2Pix:
-    """InstructPix2Pix's generated data in its zip files, shard-00.zip and on; one item a pair of pictures.
+    """InstructPix2Pix's generated data in its zip files (shard-00.zip ...); one sample per pair.
 
     A shard holds folders with a prompt.json (its "edit" is the instruction), metadata.jsonl and pairs {seed}_0.jpg,
     {seed}_1.jpg. Samples are read from the zip files. Only file offsets are kept in memory, so data loader workers can
@@ -349,7 +349,7 @@ class HubTable:
 
     The columns are named by the arguments; the defaults are those of timbrooks/instructpix2pix-clip-filtered.
     MagicBrush's are source_img, instruction, target_img. Rows are decoded when they are read; a row whose instruction
-    is missing or no text is skipped.
+    is missing or is not text is skipped.
     """
 
     def __init__(
@@ -363,14 +363,14 @@ class HubTable:
         unknown = sorted(set(self.columns) - set(table.column_names))
         if unknown:
             raise ValueError(
-                f"`table` has no column {unknown}, but {', '.join(table.column_names)}; rename those, or name them as"
-                " arguments. A folder of pictures needs a metadata.jsonl."
+                f"`table` has no column {unknown}; it has {', '.join(table.column_names)}. Pass the column names. A"
+                " folder of pictures needs a metadata.jsonl."
             )
         self.table = table.select_columns(self.columns)
         rows = []
         for row, text in enumerate(table[instruction]):
             if not isinstance(text, str | None):
-                self.skipped.append((f"row {row}", f"an instruction that is no text but a {type(text).__name__}"))
+                self.skipped.append((f"row {row}", f"an instruction that is not text but {type(text).__name__}"))
             elif text and text.strip(BLANK):
                 rows.append(row)
             else:

@@ -44,9 +44,9 @@ MPII_JOINTS = (
     "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
 )  # fmt: skip
 
-# OKS sigmas: how far annotators differ in placing a joint, relative to the root of the person's area. COCO's are those
-# of pycocotools. CrowdPose and AI Challenger have the same 14 joints, and published sigmas of their own (in
-# the sources of crowdposetools and of AI_Challenger_2017's keypoint_eval.py, which writes twice the sigma).
+# OKS sigmas: the standard deviation of annotations of a joint, relative to the square root of the person's area.
+# COCO's are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from crowdposetools and
+# from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma.
 COCO_SIGMAS: dict[str, float] = {
     "nose": 0.026, "left eye": 0.025, "right eye": 0.025, "left ear": 0.035, "right ear": 0.035,
     "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
@@ -65,19 +65,19 @@ AIC_SIGMAS: dict[str, float] = {
     "head top": 0.01291456, "neck": 0.01236173,
 }  # fmt: skip
 
-UNIT = 200  # pixels, of a scale
+UNIT = 200  # pixels per unit of `scale`, as in MPII and HRNet
 PADDING = 1.25  # padding factor of the person box
-CROWDPOSE_FILL = 0.53  # the person's share of the box, in CrowdPose's evaluation; its JSON has no areas
-AIC_FILL = 1.0  # the same in AI Challenger's
+CROWDPOSE_FILL = 0.53  # ratio of person area to box area in CrowdPose's evaluation; its JSON has no areas
+AIC_FILL = 1.0  # the same ratio in AI Challenger's evaluation
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person in a picture; coordinates in image pixels; (0, 0) is the center of the top-left pixel.
+    """One person in a picture. Coordinates are in image pixels; (0, 0) is the center of the top-left pixel.
 
     The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
-    `area` is that of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the JSON
-    (of MPII, the place in it).
+    `area` is the area of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the
+    JSON (in MPII the index of the entry).
     """
 
     joints: Joints
@@ -96,13 +96,13 @@ def center_and_scale(box: Sequence[float]) -> tuple[tuple[float, float], tuple[f
 
 
 class CocoKeypoints:
-    """People of a COCO keypoint JSON, one item a person.
+    """People of a COCO keypoint JSON, one sample per person.
 
     Args:
         annotations: the JSON file.
-        images: the folder that its file names start from.
+        images: the folder of the pictures.
         joints: names of the joints, in the order of the JSON's `keypoints`.
-        box_fill: the person's share of the box, which gives the area of people who have none in the JSON.
+        box_fill: ratio of person area to box area, for people without an area in the JSON.
 
     A joint of visibility 0 is None; occluded joints (1) are included.
     """
@@ -166,7 +166,7 @@ class CocoKeypoints:
 
 
 def is_area(value: Any) -> bool:
-    """Whether a value of a file can be an area in pixels."""
+    """Whether a value of a file can be an area in square pixels."""
     return is_number(value, LARGEST_NUMBER**2)
 
 
@@ -182,7 +182,7 @@ def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, flo
 
 
 def area(item: dict[str, Any], box_fill: float) -> float:
-    """The person's area in pixels; `box_fill` of the box where the JSON has none."""
+    """The person's area in square pixels from the JSON; `box_fill` times the box area if it has none."""
     return item["area"] if item.get("area") is not None else box_fill * item["bbox"][2] * item["bbox"][3]
 
 
@@ -192,7 +192,7 @@ def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[s
 
 
 class MpiiKeypoints:
-    """People of an MPII JSON as HRNet and Simple Baselines use it: train.json, valid.json; one item a person.
+    """People of an MPII JSON as HRNet and Simple Baselines use it: train.json, valid.json; one sample per person.
 
     `annotations` is a list of {image, center, scale, joints [16][2], joints_vis [16]}, counted from 1 as in Matlab.
     The region is moved down by 15 pixels per unit of scale and enlarged by 1.25, so that no limb is cut.

@@ -1,4 +1,4 @@
-"""Training samples out of several data sets: one seed fixes what comes at which position, and every random choice."""
+"""Training samples from several data sets; order and all random choices depend on one seed."""
 
 import logging
 import math
@@ -16,8 +16,8 @@ from instructdiffusion_pipeline.tasks import EmptyAnnotation, TrainingTask, make
 from instructdiffusion_pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
-SHOWN = 3  # entries that a warning names
-WARNINGS = 100  # samples that are named while they are read
+SHOWN = 3  # number of entries that a warning names
+WARNINGS = 100  # number of unusable samples that warnings name
 
 MakeTask = Callable[[Image.Image, Any, random.Random], TrainingTask]
 Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
@@ -25,7 +25,7 @@ Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, and the task that each sample is used for.
+    """A data set with its transform and task.
 
     `transform` crops and flips a sample (see `transforms`); `make_task` chooses the task for the result, for example
     `Segmentation.from_annotation`.
@@ -53,17 +53,16 @@ class FixedTask:
 
 
 class Mixture:
-    """Samples of several sources, in proportions given by weights, in an order that depends on `seed`.
+    """Weighted mixture of several sources, in an order that depends on `seed`.
 
-    A weight multiplies the length of its source: an epoch has a new fifth of a source with the weight 0.2 (all of it
-    in five epochs), and a source with the weight 20 twenty times. `len(mixture)` is one epoch, and iteration ends
-    after it, but positions do not end: `mixture[position]` is a sample for any position from 0 on. It depends on the
-    seed and the position alone, so ranks and workers may share positions out as they like.
+    An epoch contains `weight * len(source)` samples of each source. With weight 0.2 each epoch has a different fifth
+    of the source; with weight 20 the source is repeated 20 times. `len(mixture)` is the length of an epoch.
+    `mixture[position]` is defined for any position >= 0 and depends only on `seed` and `position`, so positions can be
+    distributed freely over processes and workers.
 
     Attributes:
-        counts: how many samples of each source an epoch shows.
-        skipped: how often each item could not be read or left nothing to ask, by source and name; of this process
-            alone.
+        counts: number of samples of each source in an epoch.
+        skipped: how often each sample could not be used, by source and name, in this process.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]], seed: int = 0):
@@ -101,7 +100,7 @@ class Mixture:
                 return make_sample(source.make_task(image, annotation, rng), image, annotation, rng)
             except (UnreadableSample, EmptyAnnotation) as error:
                 self._skip(name, error)
-            except (ValueError, IndexError) as error:  # an array of another size is an IndexError
+            except (ValueError, IndexError) as error:  # a mask of the wrong size raises an IndexError
                 raise ValueError(f"{name}: {error}") from error
         raise ValueError(f"{source.name}: none of the {len(source.dataset)} samples can be used.")
 
@@ -120,10 +119,10 @@ class Mixture:
         return self.sources[number], place - int(self._ends[number]) + self._lengths[number]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """What an epoch shows, [len(self)]: places in all sources laid end to end."""
+        """The samples of an epoch as indices into the concatenated sources, [len(self)]."""
         parts = []
         for number, (length, count) in enumerate(zip(self._lengths, self.counts, strict=True)):
-            # Each source runs through permutation after permutation of itself; an epoch takes the next `count` of it.
+            # Each source is an endless stream of permutations; an epoch takes its next `count` samples.
             first, last = epoch * count, (epoch + 1) * count
             rounds = range(first // length, -(-last // length))
             stream = np.concatenate([self._permutation(length, number + 1, turn) for turn in rounds])

@@ -1,4 +1,4 @@
-"""The answers of a model that people prefer, for the alignment stage; see `training.candidates`."""
+"""The outputs of a model that people selected, for the alignment stage; see `training.candidates`."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Objects that a sentence names: RefCOCO, RefCOCO+, RefCOCOg (pickled references) and gRefCOCO (JSON).
+"""Referring expression segmentation: RefCOCO, RefCOCO+, RefCOCOg (pickled references) and gRefCOCO (JSON).
 
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
@@ -33,15 +33,15 @@ RunLengths = dict[str, Any]  # {"size": [height, width], "counts": bytes}
 
 
 class ReferringExpressions:
-    """One item a reference: an object, or several, or none, with the sentences that name it.
+    """One sample per reference: zero or more objects and the expressions that refer to them.
 
     Args:
-        references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json; instances.json lies beside it.
+        references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json, in a folder with instances.json.
         images: the folder of COCO's train2014 pictures.
         split: as the references name it: train, val, testA, testB, test. RefCOCO's testA and testB together are test.
 
-    The annotation gives each sentence, in lower case as the original asks it, the same mask: the union of all its
-    objects and their polygons, all False where a sentence of gRefCOCO names nothing in the picture. Needs pycocotools.
+    The annotation maps each expression, in lower case as in the original, to the union of the masks of its objects.
+    The mask is empty if an expression of gRefCOCO has no target. Needs pycocotools.
     """
 
     def __init__(self, references: str | PathLike[str], images: str | PathLike[str], split: str = "train"):
@@ -129,7 +129,7 @@ def object_ids(reference: dict[str, Any]) -> list[int]:
 
 
 def sentences(reference: dict[str, Any]) -> list[str]:
-    """What a reference's object is called, in lower case."""
+    """The expressions of a reference, in lower case."""
     said = (sentence["sent"].strip().lower() for sentence in reference["sentences"])
     return [sentence for sentence in said if sentence]
 
@@ -200,7 +200,7 @@ def polygons(outline: Any, width: int, height: int) -> list[list[float]]:
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed")
 
 
 def load_plain_pickle(path: Path) -> Any:

@@ -12,13 +12,13 @@ SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 class PairedImages:
-    """Pairs below `folder`: the annotation is the clean picture.
+    """Pairs of a degraded picture and its clean picture, which is the annotation.
 
     Args:
-        folder: where to look, at any depth.
-        patterns: pairs of a regular expression for the path of a degraded picture, from `folder`, with forward
-            slashes, and of the path of its clean one, with \\1, \\2 for the expression's groups. The first one that
-            leads to a file counts.
+        folder: searched recursively.
+        patterns: pairs of a regular expression for the path of a degraded picture, relative to `folder`, with forward
+            slashes, and the path of its clean picture, with \\1, \\2 for the expression's groups. The first pattern
+            whose clean picture exists is used.
     """
 
     def __init__(self, folder: str | PathLike[str], *patterns: tuple[str, str]):
@@ -60,7 +60,7 @@ def gopro(root: str | PathLike[str], split: str = "train", gamma: bool = False) 
 def reds(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """REDS: {split}/{split}_blur/{clip}/*.png and {split}_sharp/; also {split}/blur/ and sharp/.
 
-    Also {split}_blur_jpeg/{clip}/*.jpg, whose clean pictures are the same PNGs. What lies there of the two is read.
+    Also {split}_blur_jpeg/{clip}/*.jpg, with the same clean pictures. If both folders exist, both are read.
     """
     blurred = rf"((?:{split}_)?)blur(?:_jpeg)?"
     return PairedImages(
@@ -73,16 +73,16 @@ def sidd(root: str | PathLike[str], split: str = "train") -> PairedImages:
 
     Also {split}/input_crops/ and gt_crops/. Files of a pair have the same name, or NOISY in one and GT in the other.
 
-    Nothing of Data/ is held out, because SIDD publishes all of it for training, and models are trained on all of it.
-    For validation it publishes blocks in .mat files; as PNGs they go to val/input/ and val/gt/, beside Data/ or not.
+    All of Data/ is the training split. For validation, convert SIDD's blocks (.mat files) to PNG files in val/input/
+    and val/gt/.
     """
     root = Path(root)
     if (root / "Data").is_dir() and split == "train":
         return PairedImages(root / "Data", (r"(.*)NOISY(.*)", r"\1GT\2"))
     if (root / "Data").is_dir() and not any((root / split / name).is_dir() for name in ("input", "input_crops")):
         raise ValueError(
-            f"`split` must be train, which {root / 'Data'} is published for, or have pictures in"
-            f" {root / split / 'input'} and gt; got {split!r}."
+            f"`split` is {split!r}, but {root / 'Data'} is the split 'train'. Put the PNG files of {split!r} into"
+            f" {root / split / 'input'} and {root / split / 'gt'}."
         )
     return PairedImages(
         root / split, (r"input(|_crops)/(.+)", r"gt\1/\2"), (r"input(|_crops)/(.*)NOISY(.*)", r"gt\1/\2GT\3")

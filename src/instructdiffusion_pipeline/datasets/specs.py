@@ -42,17 +42,17 @@ Transform = PersonCrop | EvaluationPersonCrop | SquareCrop | Resize
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a data set is read, cropped and asked about, in training and in evaluation.
+    """Reader, transforms, task and splits of a data set.
 
     Attributes:
         read: reads a split of a folder: `read(folder, split)`.
-        make_task: chooses the question about a sample.
+        make_task: chooses the task for a sample.
         transform: crops and flips a sample for training.
-        test_transform: does so for evaluation, and adds the OKS sigmas of joints; None: pictures stay whole.
+        test_transform: crops a sample for evaluation, and adds the OKS sigmas of joints; None: no crop.
         train_split: the split to train on.
         test_split: the split to evaluate on; None: the data set is for training only.
         weight: multiplies the length of the data set in a mixture.
-        folder: of the data set in `original_mixture`; None: it is not part of that.
+        folder: name of the data set's folder for `original_mixture`, or None if it is not part of that mixture.
     """
 
     read: Callable[..., AnnotatedImages[Any]]
@@ -97,7 +97,7 @@ def referring(name: str) -> DatasetSpec:
     def read(folder: Path, split: str) -> ReferringExpressions:
         return ReferringExpressions(folder / name, folder / "images" / "train2014", split)
 
-    # A referring expression says where things are: no flips.
+    # No flips, because referring expressions contain left and right.
     return DatasetSpec(read, SEGMENTATION, SquareCrop(), test_split="val", folder="coco_2014")
 
 
@@ -149,10 +149,10 @@ class Entry(NamedTuple):
 
 
 def parse_entries(entries: Sequence[str]) -> list[Entry]:
-    """Entries "NAME=FOLDER" of a command line's --data. FOLDER may hold any characters, commas and "=" too.
+    """Parse entries "NAME=FOLDER" of the option --data. FOLDER may contain any characters, including commas and "=".
 
-    Several folders of one NAME are told apart as "NAME:folder name", or by their whole paths where two folders share
-    their name. Raises a ValueError for an unknown NAME, a folder that does not exist, and for a repeated entry.
+    Several folders of one NAME are called "NAME:folder name", or "NAME:path" if two folders have the same name. Raises
+    a ValueError for an unknown NAME, a folder that does not exist, and a repeated entry.
     """
     pairs: list[tuple[str, Path]] = []
     for entry in entries:
@@ -211,7 +211,7 @@ def columns_of(entry: Entry, columns: Mapping[str, str] | None) -> Mapping[str, 
 
 
 def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
-    """The data sets `names` of the original's mixture, with its weights, at 256 x 256 pixels.
+    """The data sets `names` with the sampling weights of the original, at 256 x 256 pixels.
 
     `names` are keys of `DATASETS` that have a `folder`. Each data set lies in that folder of `root`, in the layout
     that its reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,

@@ -1,4 +1,4 @@
-"""Crops, turns and flips of a picture together with its annotation; they run before anything is drawn.
+"""Joint transforms of image and annotation: crop, rotation, flip. They run before the target is drawn.
 
 Each is a callable `(image, annotation, rng) -> (image, annotation)` without state.
 """
@@ -23,12 +23,12 @@ LOWER_BODY = {"pelvis", "hip", "knee", "ankle"}
 
 @dataclass(frozen=True)
 class PersonCrop:
-    """Cuts one person out, `size` pixels square, and turns a `Person` into its `Joints` there.
+    """Crops one person to `size` x `size` pixels, and converts a `Person` to its `Joints` in the crop.
 
-    With `jitter`, as in the original: the region is 0.65 to 1.35 times as large (Gaussian, sigma 0.35), in 60 % of the
-    cases turned (Gaussian, sigma 45 degrees, at most 90) and in half of them flipped. With the probability `half_body`
-    people with more than eight labelled joints are cut to the upper or lower body; the original does so on COCO alone.
-    Raises an `UnreadableSample` if no joint is left in the frame.
+    With `jitter`, as in the original: the region is scaled by 0.65 to 1.35 (Gaussian, sigma 0.35), rotated with
+    probability 0.6 (Gaussian, sigma 45 degrees, at most 90), and flipped with probability 0.5. With probability
+    `half_body`, people with more than eight labelled joints are cropped to the upper or lower body; only used for
+    COCO, as in the original. Raises an `UnreadableSample` if no joint is in the crop.
     """
 
     size: int = 256
@@ -55,7 +55,7 @@ class PersonCrop:
 
 @dataclass(frozen=True)
 class EvaluationPersonCrop:
-    """Cuts one person out for an evaluation, `size` pixels square, and turns a `Person` into a `Pose`.
+    """Crops one person to `size` x `size` pixels for evaluation, and converts a `Person` to a `Pose`.
 
     `sigmas` are the OKS sigmas of the data set's joints.
     """
@@ -72,7 +72,8 @@ class EvaluationPersonCrop:
 def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], float] | None:
     """Centre and side, in pixels, of a square around the labelled joints of the upper or the lower body.
 
-    None if the chosen half has fewer than two places. Where both have three or more, the upper one has 69 %.
+    None if the chosen half has fewer than two distinct joints. If both halves have at least three joints, the upper
+    half is chosen with probability 0.69.
     """
     halves: tuple[list[Joint], list[Joint]] = [], []
     for name, joint in joints.items():
@@ -89,7 +90,10 @@ def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], 
 
 
 def crop_matrix(center: tuple[float, float], side: float, angle: float, size: int) -> np.ndarray:
-    """The matrix [2, 3] from pixels to those of a crop `size` wide: `side` pixels at `center`, turned by degrees."""
+    """The matrix [2, 3] from image pixels to pixels of a crop.
+
+    The crop is a square of `side` pixels around `center`, rotated by `angle` degrees and resized to `size` pixels.
+    """
     zoom, radians = size / side, math.radians(angle)
     linear = zoom * np.array([[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]])
     return np.column_stack([linear, size / 2 - linear @ center])
@@ -116,11 +120,11 @@ def swap_sides(name: str) -> str:
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """The same random square, `size` pixels, of the picture and of masks, clean picture or edited picture, if any.
+    """Random square crop of image and annotation, `size` x `size` pixels.
 
-    The square takes the whole short side and is resized (Lanczos; masks: nearest pixel); with `resize` False it is
-    `size` pixels as they are. `flip` is the probability of a mirror image; where a mask's name or an instruction says
-    left or right, nothing is flipped.
+    The square has the side of the short side and is resized (Lanczos; masks: nearest pixel); with `resize=False` a
+    square of `size` pixels is cropped without resizing. `flip` is the probability of a horizontal flip; nothing is
+    flipped if a mask's name or an instruction contains left or right.
     """
 
     size: int = 256
@@ -147,9 +151,10 @@ class SquareCrop:
 
 @dataclass(frozen=True)
 class Resize:
-    """Picture and edited picture resized to `size` pixels square, whatever their proportions, as the original does.
+    """Resizes picture and edited picture to `size` x `size` pixels regardless of aspect ratio, as the original does.
 
-    So nothing that an instruction speaks of is cut off. `flip` as in `SquareCrop`.
+    Nothing is cropped, so that everything that the instruction refers to stays in the image. `flip` as in
+    `SquareCrop`.
     """
 
     size: int = 256
@@ -161,7 +166,7 @@ class Resize:
 
 
 def random_flip(image: Image.Image, annotation: Any, chance: float, rng: random.Random) -> tuple[Image.Image, Any]:
-    """Both mirrored, with the probability `chance`, unless the annotation's words say left or right."""
+    """Flip both with probability `chance`, unless a text of the annotation contains left or right."""
     if rng.random() >= chance or names_a_side(annotation):
         return image, annotation
     return ImageOps.mirror(image), transform_annotation(
@@ -170,7 +175,7 @@ def random_flip(image: Image.Image, annotation: Any, chance: float, rng: random.
 
 
 def names_a_side(annotation: Any) -> bool:
-    """Whether an instruction, a caption or the name of a mask says left or right."""
+    """Whether an instruction, a caption or the name of a mask contains left or right."""
     if isinstance(annotation, Image.Image):
         return False
     texts = [annotation.instruction] if isinstance(annotation, Edit) else annotation
@@ -184,7 +189,7 @@ def transform_annotation(
     picture: Callable[[Image.Image], Image.Image],
     mask: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
-    """The annotation of a picture of `size` with its picture or its masks changed; masks that are shared stay so."""
+    """The annotation of a picture of `size` with its picture or masks transformed; shared masks remain shared."""
     if isinstance(annotation, str):
         return annotation
     if isinstance(annotation, Edit):

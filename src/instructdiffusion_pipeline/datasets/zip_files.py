@@ -1,4 +1,4 @@
-"""Where the files of a large zip file lie; for the 2.6 million of InstructPix2Pix `zipfile` is slow and takes 2 GB."""
+"""Offsets of the files in a large zip file. For InstructPix2Pix (2.6 million) `zipfile` is slow and needs 2 GB."""
 
 import os
 import struct
@@ -22,7 +22,7 @@ Place = tuple[int, int]  # where the header of a file starts, and its compressed
 
 
 def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
-    """The name and the place of each file of a zip file. Raises `zipfile.BadZipFile` where it is broken."""
+    """The name and the place of each file of a zip file. Raises `zipfile.BadZipFile` if it is broken."""
     try:
         directory = read_central_directory(path)
         start, end, unpack = 0, len(directory), ENTRY.unpack_from
@@ -73,7 +73,7 @@ def sizes_of_64_bits(extra: bytes, *values: int) -> list[int]:
 
 
 def read_file(path: Path, place: Place) -> bytes:
-    """What a file of a zip file holds. Raises `zipfile.BadZipFile` where it is broken, or too large to be read."""
+    """The content of a file in a zip file. Raises `zipfile.BadZipFile` if it is broken or too large."""
     offset, size = place
     try:
         with path.open("rb") as file:

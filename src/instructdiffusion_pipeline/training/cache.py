@@ -80,9 +80,9 @@ def cache_samples(
 
     Args:
         samples: the data. Crop and prompt of a sample are fixed when it is cached.
-        count: how many samples are encoded, from the first on; may be several epochs.
-        pipeline: has the encoders.
-        folder: new, or with a cache of the same samples.
+        count: number of samples to encode, from index 0; may be more than an epoch.
+        pipeline: its VAE and text encoder are used.
+        folder: a new folder, or one with a cache of the same samples.
         embeddings: store text embeddings. False: token ids, for training the text encoder.
         seed: fixes the order in which the cached samples are shown.
 

@@ -1,7 +1,7 @@
-"""Candidates for the alignment stage: many answers to each instruction, from which people pick the best.
+"""Candidates for the alignment stage: many outputs for each instruction, from which people select the best.
 
-Geng et al., CVPR 2024, section 3.4: twenty guidance settings per sample, of which people keep none, one or two; about
-a thousand pictures. `datasets.preferences` reads the picked ones for fine-tuning.
+Geng et al., CVPR 2024, section 3.4: twenty guidance settings per sample, of which people select at most two; the paper
+uses about 1,000 selected images. `datasets.preferences` reads the selected images for fine-tuning.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def make_candidates(
 ) -> None:
     """Answer each sample at its own size with every guidance setting of `grid`, with different noise.
 
-    A run that was stopped continues when it is called again.
+    An interrupted call is resumed by calling it again.
 
     Args:
         pipeline: answers the instructions.

@@ -1,4 +1,4 @@
-"""Checkpoints: a model, and the state of the run that continues it. Complete even if a run is killed while it saves.
+"""Atomic checkpoints: a model, and the state that is needed to resume the run.
 
 checkpoint-500/
     config.json                         settings of the run
@@ -97,7 +97,7 @@ def load(
     """Read the state that `save` wrote. `trained` and the average in `ema` are overwritten in place.
 
     Raises:
-        ValueError: a file is missing or broken, wants to run code, or has other weights than `trained`.
+        ValueError: a file is missing or broken, contains code, or has other weights than `trained`.
     """
     state = checkpoint / "state"
     try:
@@ -168,7 +168,10 @@ def find(
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f'`resume` must be "latest" or the folder of a checkpoint; got {checkpoint}.')
     if found and found[-1].resolve() != checkpoint.resolve():
-        raise ValueError(f"`resume` is {checkpoint}, but `output_dir` also has {found[-1]}. Move that one away first.")
+        raise ValueError(
+            f"`resume` must be the newest checkpoint in `output_dir`, {found[-1]}; got {checkpoint}. To resume from an"
+            " older one, move the newer ones away."
+        )
     # A constant learning rate does not depend on the length of the run.
     changeable = CHANGEABLE_ON_RESUME.union(
         changes, {"max_train_steps"} if settings["lr_scheduler"].startswith("constant") else ()

@@ -23,7 +23,7 @@ def setting(default: Any, help: str) -> Any:
 class TrainingConfig:
     """Settings of `train`. The defaults are the paper's where it states one (Geng et al., CVPR 2024, section 4.1).
 
-    One update uses `batch_size` x `gradient_accumulation_steps` x number of processes samples.
+    One update uses `batch_size * gradient_accumulation_steps * num_processes` samples.
 
     Raises:
         ValueError: a setting is out of range, or two settings are incompatible.
@@ -31,21 +31,25 @@ class TrainingConfig:
 
     max_train_steps: int = setting(None, "total number of updates")
     num_train_epochs: float | None = setting(None, "length of the run in epochs, in place of max_train_steps")
-    batch_size: int = setting(64, "samples per process and forward pass")
+    batch_size: int = setting(64, "batch size per device")
     gradient_accumulation_steps: int = setting(1, "batches per update")
     learning_rate: float = setting(
         None, f"learning rate after the warm-up; if not given: {LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}"
     )
-    lr_scheduler: str = setting("constant", f"of diffusers: {', '.join(LR_SCHEDULERS)}")
+    lr_scheduler: str = setting("constant", f"learning rate scheduler of diffusers: {', '.join(LR_SCHEDULERS)}")
     lr_warmup_steps: int = setting(0, "updates of the warm-up; 0 with constant")
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float = setting(0.01, "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "norm to which gradients are clipped")
+    max_grad_norm: float = setting(1.0, "maximum gradient norm")
     ema_decay: float = setting(0.9999, "decay of the EMA weights, which are saved; 0 disables EMA")
-    conditioning_dropout_prob: float = setting(0.075, "share of samples that lose the text, and as many the image")
-    min_snr_gamma: float | None = setting(None, "gamma of Min-SNR loss weighting (Hang et al., 2023)")
-    timestep_bias: float = setting(1.0, "above 1: half of the timesteps are drawn with a density of t^(bias - 1)")
-    change_weight: float | None = setting(None, "loss weight of the latents in which target and input differ")
+    conditioning_dropout_prob: float = setting(0.075, "probability of dropping the text, and of dropping the image")
+    min_snr_gamma: float | None = setting(
+        None, "gamma of Min-SNR loss weighting (Hang et al., 2023); if not given: off"
+    )
+    timestep_bias: float = setting(1.0, "values above 1 draw half of the timesteps with density t^(bias - 1)")
+    change_weight: float | None = setting(
+        None, "loss weight where target and input latents differ, for small models; if not given: off"
+    )
     lora_rank: int | None = setting(None, "train LoRA layers of this rank in the UNet, not all weights")
     train_text_encoder: bool = setting(False, "also train the text encoder; the paper does not")
     text_to_image: bool = setting(False, "train without input pictures, as in the adaptation stage")
@@ -54,12 +58,12 @@ class TrainingConfig:
     allow_tf32: bool = setting(False, "multiply matrices in TF32 on Ampere GPUs and later")
     torch_compile: bool = setting(False, "compile the training step; the first update takes minutes")
     num_workers: int = setting(0, "data loader workers per process; the result does not depend on them")
-    checkpointing_steps: int = setting(500, "updates between two checkpoints")
-    checkpoints_total_limit: int = setting(3, "number of checkpoints to keep, the newest")
-    validation_steps: int = setting(500, "updates between two validations")
-    logging_steps: int = setting(10, "updates between two log entries")
-    report_to: str | None = setting(None, "tracker of accelerate: tensorboard, trackio, wandb ...")
-    seed: int = setting(0, "seed of LoRA initialization, order of samples, noise and dropout")
+    checkpointing_steps: int = setting(500, "save a checkpoint every N updates")
+    checkpoints_total_limit: int = setting(3, "number of newest checkpoints to keep")
+    validation_steps: int = setting(500, "validate every N updates")
+    logging_steps: int = setting(10, "log every N updates")
+    report_to: str | None = setting(None, "tracker of accelerate, such as tensorboard, trackio or wandb")
+    seed: int = setting(0, "seed for LoRA initialization, order of samples, noise and dropout")
 
     def __post_init__(self) -> None:
         if (self.max_train_steps is None) == (self.num_train_epochs is None):

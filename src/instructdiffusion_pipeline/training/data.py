@@ -36,8 +36,8 @@ class TrainingSamples(Protocol):
 class ImageDataset(Dataset):
     """The samples of a mixture as pictures [3, H, W], 8 bits, and token ids [77].
 
-    An item also has its `position`, the number of its `source` in `sources`, and the number of unreadable samples
-    that were `skipped` before it.
+    An item also has its `position`, the index of its `source` in `sources`, and the number of unreadable samples that
+    were `skipped` before it.
 
     Attributes:
         cut: how often each instruction of more than 77 tokens was cut; of this process alone.

@@ -80,8 +80,8 @@ def draw_step_noise(
 ) -> StepNoise:
     """Draw the noise of the samples at `positions`, for latents of `shape` [C, h, w], in the original's order.
 
-    Each sample's noise depends on `seed` and its position alone, so batch size, processes and workers do not change a
-    run. With a `timestep_bias` other than 1, half of the timesteps are uniform and the other half have the density
+    The noise of a sample depends only on `seed` and its position, not on the batch size, processes or workers. With a
+    `timestep_bias` other than 1, half of the timesteps are uniform and the other half have the density
     t^(`timestep_bias` - 1).
     """
     columns = []

@@ -45,7 +45,7 @@ from instructdiffusion_pipeline.training.model import Denoiser, save_lora, train
 from instructdiffusion_pipeline.training.validation import SEED, ValidationExample, validation_grid, validation_loss
 
 VALIDATION_SAMPLES = 256  # at most; they are encoded again each time
-SHOWN_LOSSES = 100  # updates that the loss in the progress bar is the mean of
+SHOWN_LOSSES = 100  # number of updates over which the loss in the progress bar is averaged
 
 
 def train(
@@ -76,12 +76,12 @@ def train(
             fields of `config`, or "samples", "sources" and "content" for changed data.
 
     Returns:
-        The pipeline with the EMA weights (the last weights if `ema_decay` is 0), or with LoRA layers. With LoRA the
-        other weights of its UNet were rounded to `mixed_precision`, see `save_lora`.
+        The pipeline with the EMA weights (the last weights if `ema_decay` is 0). With `lora_rank`, the LoRA layers are
+        not fused, and the other weights of the UNet were rounded to `mixed_precision`, see `save_lora`.
 
     Raises:
-        ValueError: the settings do not fit the machine or the data, two sources have the same name, or the
-            checkpoints are those of another run.
+        ValueError: the machine or the data do not support the settings, two sources have the same name, or the
+            checkpoints belong to another run.
         FloatingPointError: a loss is not finite, or, without loss scaling, a gradient. No checkpoint contains the
             failed update.
     """
@@ -158,7 +158,7 @@ def train(
     accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     if sharded and (validation or validation_dataset):
-        accelerator.print("There is no validation with FSDP, as no process has all weights.")
+        accelerator.print("No validation with FSDP, because no process has all weights.")
         validation, validation_dataset = (), None
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
@@ -338,7 +338,7 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         )
     if "target" in first:
         height, width = first["target"].shape[1:]
-        # Each level of the UNet but the last halves the latents.
+        # Each UNet level except the last halves the latent size.
         factor = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if height % factor or width % factor:
             raise ValueError(

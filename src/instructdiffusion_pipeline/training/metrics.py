@@ -40,7 +40,7 @@ class TrainingMetrics:
         """Return the metrics since the last call, and reset them.
 
         Mean loss, of all samples and by source, and samples per second. The number of skipped samples and the peak
-        memory (GB) are of the whole run.
+        memory (GB) count from the start of the run.
         """
         every, numbers = (torch.cat(column).tolist() for column in zip(*self._updates, strict=True))
         by_source: dict[str, list[float]] = defaultdict(list)
