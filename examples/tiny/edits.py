@@ -60,7 +60,7 @@ PLACES = {
 }
 ADDED_SIDE = 28
 MIN_MOVE = 10  # pixels
-NEW_STYLE = 0  # style of new objects; of two possible styles the model would learn the mean
+NEW_STYLE = 0  # style of new objects; with two styles for one instruction, an MSE loss leads to their average
 
 
 class Change(NamedTuple):

@@ -54,8 +54,8 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
     )
-    # Near pure noise, where the model decides what to draw and where, the answer contributes only a fifteenth of
-    # epsilon. A small network does not predict epsilon that precisely, so it predicts velocity.
+    # At high noise levels the image contributes only 1/15 of epsilon. A small network does not predict epsilon that
+    # precisely, so it predicts velocity.
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -29,7 +29,7 @@ def mentions(expression: str, names: set[str]) -> bool:
 
 
 def referring_expressions(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:
-    """Return one expression for everything that can be referred to, and the objects it refers to.
+    """Return a mapping from referring expressions to the objects they refer to, one expression per set of objects.
 
     Only objects in `names` are included, and only positions and sizes that differ enough.
     """

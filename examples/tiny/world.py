@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 SIZE = 64
 OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the picture's side
-# number of objects -> probability. Mostly several, so that a model must not ignore the name and paint all objects.
+# number of objects -> probability. Usually several, so that a model that ignores the name gets a high loss.
 OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
 SPRITE_SIDE = 80  # pixels in memory: more than the largest object has, because it is rotated first
 PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
@@ -23,7 +23,7 @@ UNSEEN_STYLE = "twemoji"
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a name is in the held-out tenth. The hash of the name decides, so the set never changes."""
+    """Whether a name is held out: about one in ten, chosen by a hash of the name, so that the set never changes."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
