@@ -1,10 +1,10 @@
-"""Compare one model for all task families with one model for each family, as in the paper's ablation.
+"""Compare a multi-task model with single-task models, as in the paper's ablation.
 
     python examples/tiny/ablation.py --work_dir out/tiny --output_dir out/ablation
 
 All models are trained on the same number of cached samples, from random weights except for the VAE, which is that of
-the work folder. A model for one family is trained on the samples of that family only. All models are scored on the
-held-out examples, and ablation.md has both scores for every row. An interrupted run continues when it is started
+the work folder. A single-task model is trained on the samples of one task family only. All models are scored on the
+held-out examples, and ablation.md has both scores for every row. An interrupted run is resumed when it is started
 again.
 """
 
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder for the models, their scores and the table"
     )
-    parser.add_argument("--steps", type=int, default=2_000, help="training steps of each model")
-    parser.add_argument("--samples", type=int, default=500, help="examples in each row")
+    parser.add_argument("--steps", type=int, default=2_000, help="training steps per model (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=500, help="samples per row (default: %(default)s)")
     args = parser.parse_args()
     cases = cases_by_family(args.work_dir / "world", args.samples)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def cases_by_family(world: Path, count: int) -> dict[str, list[LazyExample]]:
 
 def table(together: Mapping[str, Any], alone: Mapping[str, Any]) -> str:
     """Return a table of the first metric of each row: PSNR in dB, others in percent."""
-    lines = ["| | metric | one model for all families | one model for the family |", "| --- | --- | --: | --: |"]
+    lines = ["| | metric | multi-task model | single-task model |", "| --- | --- | --: | --: |"]
     for row, scores in together.items():
         metric = next(iter(scores))
         values = (format_score(metric, columns[metric]["model"]) for columns in (scores, alone[row]))

@@ -1,4 +1,4 @@
-"""Draw jointed figures in random poses, with exact positions of COCO's joints.
+"""Draw human figures in random poses, with exact positions of COCO's joints.
 
 Left and right are the figure's own: they are mirrored in the picture if it faces the viewer. Figures seen from behind
 have hair instead of a face.

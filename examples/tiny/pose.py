@@ -1,4 +1,4 @@
-"""A task that asks for the whole pose at once. A small model learns it sooner than single joints by name."""
+"""A task that asks for the whole pose at once. A small model learns it faster than single joints by name."""
 
 import random
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class WholePose(Keypoints):
     """Asks for nine joints, each always in the same colour.
 
     A model that does not know the names of joints yet learns more from it than from `Keypoints`: every sample shows
-    nine joints, and which side is left.
+    nine joints and distinguishes left from right.
     """
 
     colors: Mapping[str, str] = field(default_factory=lambda: COLORS)

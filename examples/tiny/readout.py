@@ -1,11 +1,11 @@
-"""Train a readout for the small model, on the model's answers to new training scenes.
+"""Train a readout for the small model, on the model's outputs for new training scenes.
 
     python examples/tiny/readout.py --model out/model --world out/tiny/world --work_dir out/readout \\
         --output_dir out/model-with-readout
 
-The output folder is the model with the component `readout`. The table in WORK_DIR/held-out compares it with reading by
-color, on scenes of photographs that the model was not trained on. An interrupted run continues when it is started
-again.
+The output folder contains the model with the component `readout`. The table in WORK_DIR/held-out compares it with
+decoding by color, on scenes with photographs that were not used in training. An interrupted run is resumed when it is
+started again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from instructdiffusion_pipeline.evaluation import examples_from
 from instructdiffusion_pipeline.training.readout import ReadoutConfig, train_readout
 
 QUESTIONS = {"segmentation": 1600, "keypoints": 700, "few keypoints": 700, "pose": 400}
-HELD_OUT = 50  # questions of each kind for the table
+HELD_OUT = 50  # maximum number of examples per task in the table
 SEED = 3  # of the scenes; training of the model uses 0 and 1, scoring 7
 CONFIG = ReadoutConfig(SIZE)
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
     )
-    parser.add_argument("--work_dir", type=Path, required=True, help="folder for the model's answers")
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for the model's outputs and checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the model with its readout")
     args = parser.parse_args()
     if args.output_dir.exists():

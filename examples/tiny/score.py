@@ -1,12 +1,12 @@
-"""Scores of the small model on generated scenes that training never saw.
+"""Evaluate the small model on generated scenes that were not used in training.
 
     python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --output out/scores
 
-The script asks every row of held_out.py; a run that was stopped continues when it is started again. It adds scores
-that an evaluation does not have: whether the model uses the name in the instruction, whether it confuses left and
-right, PSNR inside and outside the edited region, and whether the model's own segmentation finds the objects that it
-added. It writes the files of an evaluation, beyond.json, scores.md (the table of the model card) and the folder "own"
-with the model's own segmentation.
+The script evaluates every row defined in held_out.py; an interrupted run is resumed when it is started again. It adds
+metrics that `evaluate` does not compute: whether the model segments the named object, whether it swaps left and right,
+PSNR inside and outside the edited region, and whether the model segments the objects that it added. It writes the
+files of `evaluate`, beyond.json (the additional metrics), scores.md (the table of the model card) and the folder "own"
+with the segmentation of added objects. `examples/tiny/train.py --work_dir out/tiny` creates the folder out/tiny/world.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-MIN_CHANGE = 16  # grey levels in one channel; pixels that the true answer changes by less are outside the change
+MIN_CHANGE = 16  # grey levels in one channel; pixels that the ground truth changes by less are outside the change
 MIN_PAINTED = 0.01  # share of the picture; smaller masks count as empty
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
@@ -53,10 +53,16 @@ def main() -> None:
     parser.add_argument(
         "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
     )
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
-    parser.add_argument("--samples", type=integer(1), default=500, help="of each row (default: %(default)s)")
-    parser.add_argument("--batch_size", type=integer(1), default=32, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
+    parser.add_argument(
+        "--samples", type=integer(1), default=500, help="samples per row of the table (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=integer(1), default=32, help="samples per pipeline call (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)
@@ -76,7 +82,7 @@ def main() -> None:
 
 
 def answers_by_name(folder: Path) -> dict[str, Path]:
-    """Return the paths of the answers that an evaluation saved, by the names of its examples."""
+    """Return the paths of the output images that `evaluate` saved, by the names of the examples."""
     records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
     return {record["name"]: folder / "answers" / answer_name(record["index"], 0) for record in records}
 
@@ -112,8 +118,9 @@ def beyond(
 def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
     """Score a mask.
 
-    If the object is absent: whether anything was painted. If it is present: the IoU. If there are several objects:
-    also the IoU of a mask of all objects, and whether the IoU with the one asked for is higher than with the others.
+    If the object is absent: whether the mask is a false positive. If it is present: the IoU. If there are several
+    objects: also the IoU of a mask of all objects, and whether the IoU with the named object is higher than the IoU
+    with the others.
     """
     (task,) = example.tasks
     ((name, found),) = task.read(example.image, answer).items()
@@ -131,7 +138,7 @@ def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
 
 
 def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """Score joints: confused with the same joint on the other side, missed, or found though outside the frame."""
+    """Score joints: swapped with the joint on the other side, not detected, or detected though outside the image."""
     (task,) = example.tasks
     swaps = {"left": "right", "right": "left"}
     confused, missed, invented = [], [], []
@@ -149,7 +156,7 @@ def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
 
 
 def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.Image]) -> dict[str, list[float]]:
-    """Return the PSNR in dB of each picture in `shown`, inside and outside the region that the true answer changes."""
+    """Return the PSNR in dB of each image in `shown`, inside and outside the region that the ground truth changes."""
     right = np.asarray(truth, dtype=np.float32)
     changed = np.abs(right - np.asarray(before, dtype=np.float32)).max(-1) >= MIN_CHANGE
     values: dict[str, list[float]] = {}
@@ -162,7 +169,7 @@ def in_pictures(before: Image.Image, truth: Image.Image, shown: dict[str, Image.
 
 
 def own_cases(world: World, sources: Sequence[Source], answers: Mapping[str, Path]) -> list[LazyExample]:
-    """Return examples that ask for the object that the model has added to a picture in its earlier answer."""
+    """Return segmentation examples for the objects that the model has added in its output images."""
 
     def open_case(change: Callable[[World, random.Random], Change], index: int, path: Path) -> Example:
         rng = random.Random(f"{SEED} {index}")  # the seed of `GeneratedDataset`

@@ -27,14 +27,14 @@ from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
 SIGMAS = (5.0, 60.0)  # of noise, in grey levels
 FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
-# The same in pictures for restoration and color edits. It is a separate constant, so that a change of the training
-# of keypoints does not change the pictures that these tasks are scored on.
+# The same share in images for restoration and color edits. It is a separate constant, so that a change of the keypoint
+# training does not change the images on which these tasks are scored.
 PICTURE_FACING_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class GeneratedDataset:
-    """`length` examples that are generated when they are read. `seed` and index determine an example."""
+    """A data set of `length` generated examples. An example is determined by `seed` and its index."""
 
     example: Callable[[random.Random], tuple[Image.Image, Any]]
     length: int
@@ -75,7 +75,7 @@ def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 
 def present(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """Make a scene of objects with different names, with their masks, and with every object that was to be placed."""
+    """Make a scene of objects with different names, with their masks. Scenes that lack an object are drawn again."""
     while True:
         scene = world.scene(rng, pairs=0)
         if len(scene.things) in world.counts:
@@ -183,7 +183,11 @@ def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: se
 def few_keypoints(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
+<<<<<<< HEAD
     """Ask for n joints, n chosen from `counts`: a small model learns slowly from questions with five colours."""
+=======
+    """Ask for at most n joints, where n is chosen from `counts`. Small models learn slowly from five at once."""
+>>>>>>> d442238ac15f697966a02609514c70c9b42cc722
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.from_annotation(image, {name: joints[name] for name in names}, rng)
 

@@ -1,4 +1,4 @@
-"""The table of scores in the model card and the README."""
+"""The table of scores in the model card."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,12 +11,12 @@ PCK, MIOU = "PCK@0.05 of the side", "mIoU"
 BY_COLOR = "reading by color"
 SEGMENTATION = {
     "segmentation, seen names": "names and styles of training",
-    "segmentation, unseen drawing style": "a drawing style never trained on",
-    "segmentation, unseen names": "names never trained on",
+    "segmentation, unseen drawing style": "a drawing style not used in training",
+    "segmentation, unseen names": "names not used in training",
 }
 JOINTS = {
-    "one joint, facing": "one joint by name, facing",
-    "one joint, from behind": "one joint by name, from behind",
+    "one joint, facing": "one joint by name, figure facing the viewer",
+    "one joint, from behind": "one joint by name, figure seen from behind",
     "keypoints, facing": "one to five joints by name, facing",
     "keypoints, from behind": "one to five joints by name, from behind",
     "pose, facing": '"show the pose", facing',
@@ -37,15 +37,15 @@ def table(
         own_results: what `evaluate` returned for `score.own_cases`.
     """
     scores, own = ({row["row"]: row["scores"] for row in result["rows"]} for result in (results, own_results))
-    lines = ["| | this model | for comparison |", "| --- | --- | --- |"]
+    lines = ["| task: metric | this model | for comparison |", "| --- | --- | --- |"]
     for row, what in SEGMENTATION.items():
         lines += segmentation(what, scores[row], beyond[row])
     row = "segmentation, left or right of two"
     lines.append(
-        f'| "the left ...", "the right ..." of two: the one asked for painted best'
+        f'| "the left ...", "the right ..." of two: accuracy'
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
-    lines.append(overlap("mIoU of the one asked for", scores[row][MIOU]))
+    lines.append(overlap("mIoU", scores[row][MIOU]))
     lines += [layout(row, scores[row][MIOU], beyond[row]) for row in (*SIZE_ROWS, *COUNT_ROWS)]
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
@@ -53,34 +53,35 @@ def table(
     for what in CHANGES:
         lines.append(changed(what, beyond[f"objects {what}"], own.get(OWN.format(what))))
     psnr = scores["color edits"]["PSNR"]
-    lines.append(f"| colours of the picture edited: PSNR | {decibels(psnr)} | {psnr['input']:.1f} unchanged |")
+    lines.append(f"| color edits: PSNR | {decibels(psnr)} | {psnr['input']:.1f} input |")
     return "\n".join(lines) + "\n"
 
 
 def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
-    """Lines of a segmentation row: IoU of objects that are present, false positives, and use of the name."""
+    """Lines of a segmentation row: mIoU, false-positive rate, and accuracy in choosing the named object."""
     several, everything = (decimal(beyond.get(f"mIoU among several{kind}")) for kind in ("", ", all objects painted"))
     yield (
-        f"| segmentation, {what}: mIoU if present | **{decimal(beyond.get('mIoU where present'))}**"
-        f" | among several {several}; {everything} if all objects were painted |"
+        f"| segmentation, {what}: mIoU on images with the object | **{decimal(beyond.get('mIoU where present'))}**"
+        f" | {several} on images with several objects; {everything} if every object were masked |"
     )
-    yield f"| ... painted though absent | **{percent(beyond.get('painted though absent'))}** | |"
+    rate = percent(beyond.get("painted though absent"))
+    yield f"| ... false-positive rate on images without the object | **{rate}** | |"
     asked_best = percent(beyond.get("the asked one of several"))
-    yield f"| ... of several, the one asked for painted best | **{asked_best}** | |"
-    yield overlap("mIoU including absent ones", scores[MIOU])
+    yield f"| ... accuracy: highest IoU with the named object | **{asked_best}** | |"
+    yield overlap("mIoU including images without the object", scores[MIOU])
 
 
 def layout(row: str, miou: Mapping[str, float], beyond: Mapping[str, float]) -> str:
-    """The line of a row of objects of a certain size or number, in a drawing style never trained on."""
+    """The line of a row of objects of a certain size or number, in a drawing style not used in training."""
     asked_best = percent(beyond.get("the asked one of several"))
     ours = f"**{decimal(miou['model'])}** ({decimal(miou['ceiling'])})"
-    others = f"the one asked for painted best {asked_best}{also_by_color(miou)}"
-    return f"| {row}, a drawing style never trained on: mIoU | {ours} | {others} |"
+    others = f"accuracy {asked_best}{also_by_color(miou)}"
+    return f"| {row}, a drawing style not used in training: mIoU | {ours} | {others} |"
 
 
 def overlap(what: str, miou: Mapping[str, float]) -> str:
-    """A line with the mIoU, and that of reading by colour if the model has a readout."""
-    by_color = f"{decimal(miou[BY_COLOR])} read by colour" if BY_COLOR in miou else ""
+    """A line with the mIoU, and that of decoding by color if the model has a readout."""
+    by_color = f"{decimal(miou[BY_COLOR])} decoded by color" if BY_COLOR in miou else ""
     return f"| ... {what} | **{decimal(miou['model'])}** ({decimal(miou['ceiling'])}) | {by_color} |"
 
 
@@ -89,39 +90,39 @@ def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
     confused, missed = (percent(beyond.get(name)) for name in ("left and right confused", "no disc"))
     return (
         f"| {what}: PCK at 5 % of the side | **{decimal(scores[PCK]['model'])}** ({decimal(scores[PCK]['ceiling'])})"
-        f" | sides confused {confused}, no disc {missed}{also_by_color(scores[PCK])} |"
+        f" | left and right swapped {confused}, not detected {missed}{also_by_color(scores[PCK])} |"
     )
 
 
 def also_by_color(columns: Mapping[str, float]) -> str:
-    """The score of reading by colour, to be appended, if the model has a readout."""
-    return f", {decimal(columns[BY_COLOR])} read by colour" if BY_COLOR in columns else ""
+    """The score of decoding by color, to be appended, if the model has a readout."""
+    return f", {decimal(columns[BY_COLOR])} decoded by color" if BY_COLOR in columns else ""
 
 
 def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
-    """The line of a restoration row, and for watermarks a second one with PSNR inside and outside the mark."""
+    """The line of a restoration row, and for watermarks a second one with PSNR inside and outside the watermark."""
     psnr = scores["PSNR"]
     others = f"{psnr['input']:.1f} input, {psnr['input through the VAE']:.1f} through the autoencoder"
     yield f"| {RESTORED[row]}: PSNR | {decibels(psnr)} | {others}, {psnr['classical']:.1f} {CLASSICAL[row]} |"
     if row == "watermark":
         marked = beyond["PSNR inside the change, input"]
-        yield f"| ... inside the mark, outside it | {parts(beyond)} | {marked:.1f} input |"
+        yield f"| ... PSNR inside, outside the watermark | {parts(beyond)} | {marked:.1f} input |"
 
 
 def changed(what: str, beyond: Mapping[str, float], own: Scores | None) -> str:
     """The line of an edit of objects."""
     segmented = ""
     if own:
-        miou = f"{decimal(own[MIOU]['model'])} ({decimal(own[MIOU]['ceiling'])})"
-        segmented = f"; mIoU of the model's own segmentation {miou}"
-    others = f"{beyond['PSNR inside the change, input']:.1f} unchanged"
+        miou = f"{decimal(own[MIOU]['model'])} ({decimal(own[MIOU]['ceiling'])} on the ground truth)"
+        segmented = f"; segmentation of the new object by this model: mIoU {miou}"
+    others = f"{beyond['PSNR inside the change, input']:.1f} input"
     if what == "removed":
-        others += f", {beyond['PSNR inside the change, inpainted']:.1f} inpainting the known mask"
+        others += f", {beyond['PSNR inside the change, inpainted']:.1f} biharmonic inpainting with the known mask"
     return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {others}{segmented} |"
 
 
 def parts(beyond: Mapping[str, float]) -> str:
-    """PSNR inside and outside the region that the true answer changes, with the ceilings in parentheses."""
+    """PSNR inside and outside the region that the ground truth changes, with the ceilings in parentheses."""
     inside, outside, *ceilings = (
         beyond[f"PSNR {where} the change{column}"] for column in ("", ", ceiling") for where in ("inside", "outside")
     )

@@ -67,14 +67,14 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     assert {line.count(" | ") for line in lines} == {2}
     (pairs,) = (row["scores"]["mIoU"] for row in rows if row["row"] == "segmentation, left or right of two")
     ours, ceiling, by_color = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "reading by color"))
-    assert f"| ... mIoU of the one asked for | **{ours}** ({ceiling}) | {by_color} read by colour |" in lines
+    assert f"| ... mIoU | **{ours}** ({ceiling}) | {by_color} decoded by color |" in lines
     (small,) = (row["scores"]["mIoU"] for row in rows if "0.2 to 0.3" in row["row"])
     (line,) = (line for line in lines if "objects of 0.2 to 0.3" in line)
     assert f"| **{small['model']:.2f}** ({small['ceiling']:.2f}) |" in line and line.endswith(
-        f"{small['reading by color']:.2f} read by colour |"
+        f"{small['reading by color']:.2f} decoded by color |"
     )
     read_twice = [row for row in rows if any("reading by color" in values for values in row["scores"].values())]
-    assert sum("read by colour" in line for line in lines) == len(read_twice)
+    assert sum("decoded by color" in line for line in lines) == len(read_twice)
     (noise,) = (row["scores"]["PSNR"] for row in rows if row["row"] == "noise")
     (line,) = (line for line in lines if "noise" in line)
     assert line == (
