@@ -178,7 +178,7 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
         env |= {"HF_HOME": str(tmp_path / "cache")}
         refused = run(checkpoint, f"table={table}", tmp_path / "run", **settings)
-        assert refused.returncode and "--init: " in refused.stderr and "--conversion takes" in refused.stderr
+        assert refused.returncode and "--init: " in refused.stderr and "with --conversion" in refused.stderr
         settings["conversion"] = " ".join(f"--{name} '{path}'" for name, path in conversion.items())
         done = run(checkpoint, f"table={table}", tmp_path / "run", env=env, push_to="you/mine", **settings)
         assert done.returncode == 0, done.stderr
