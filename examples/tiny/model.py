@@ -54,13 +54,8 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
     )
-<<<<<<< HEAD
-    # At high noise levels the image contributes only 1/15 of epsilon. A small network does not
-    # predict epsilon that precisely, so it predicts velocity.
-=======
     # At high noise levels the image contributes only 1/15 of epsilon. A small network does not predict epsilon that
     # precisely, so it predicts velocity.
->>>>>>> d442238ac15f697966a02609514c70c9b42cc722
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -29,11 +29,7 @@ def mentions(expression: str, names: set[str]) -> bool:
 
 
 def referring_expressions(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:
-<<<<<<< HEAD
-    """Return a mapping from referring expressions to the objects they refer to, one expression per referable set.
-=======
     """Return a mapping from referring expressions to the objects they refer to, one expression per set of objects.
->>>>>>> d442238ac15f697966a02609514c70c9b42cc722
 
     Only objects in `names` are included, and only positions and sizes that differ enough.
     """

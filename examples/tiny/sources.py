@@ -183,11 +183,7 @@ def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: se
 def few_keypoints(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
-<<<<<<< HEAD
-    """Ask for n joints, n chosen from `counts`: a small model learns slowly from questions with five colours."""
-=======
     """Ask for at most n joints, where n is chosen from `counts`. Small models learn slowly from five at once."""
->>>>>>> d442238ac15f697966a02609514c70c9b42cc722
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.from_annotation(image, {name: joints[name] for name in names}, rng)
 

@@ -32,13 +32,8 @@ CONFIG = TrainingConfig(
     lr_warmup_steps=200,
     ema_decay=0.999,
     # At high noise levels the output depends on image and instruction only; at lower levels it is visible in the noisy
-<<<<<<< HEAD
-    # latents. With this bias a third of the timesteps is above 900. The change weight is for small
-    # targets: a disc covers four latents of 256.
-=======
     # latents. With this bias a third of the timesteps is above 900. The change weight is for small targets: a disc
     # covers four latents of 256.
->>>>>>> d442238ac15f697966a02609514c70c9b42cc722
     timestep_bias=8,
     change_weight=10,
     train_text_encoder=True,
