@@ -441,7 +441,7 @@ def test_ip_adapter_masks_tell_where(pipe: InstructDiffusionPipeline) -> None:
         ({}, "`ip_adapter_image` or `ip_adapter_image_embeds` must be given: an IP-Adapter is loaded"),
         ({"ip_adapter_image_embeds": [embeds()] * 2}, "must have 1 entries, one per IP-Adapter, but has 2"),
         ({"ip_adapter_image_embeds": [embeds(rows=3)]}, r"odd number of entries: its shape is \(3, 1, 32\)"),
-        ({"ip_adapter_image_embeds": [embeds(rows=4)]}, "`ip_adapter_image_embeds` has 2 entries, .* makes 1 samples"),
+        ({"ip_adapter_image_embeds": [embeds(rows=4)]}, "`ip_adapter_image_embeds` has 2 entries, .* has 1 samples"),
         ({"ip_adapter_image": tiny.picture(), "ip_adapter_image_embeds": [embeds()]}, "must not both be given"),
         ({"ip_adapter_image": tiny.picture()}, "`ip_adapter_image` needs an `image_encoder`"),
     ],

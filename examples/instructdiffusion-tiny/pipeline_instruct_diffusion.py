@@ -195,6 +195,7 @@ def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: if values of the modes F and I are outside of these ranges.
     """
+    picture.load()  # outside of the block below, which must not hide that a file is damaged
     with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):

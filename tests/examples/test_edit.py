@@ -103,7 +103,7 @@ def test_the_whole_of_a_wide_picture_is_edited(run_edit):
     [
         ("--steps 0", "--steps: must be at least 1, but is 0"),
         ("--steps many", "--steps: invalid integer value: 'many'"),
-        ("--resolution 8", "`resolution` must be 0 .* at least 16, but is 8"),
+        ("--resolution 8", "`resolution` must be 0 .* at least 16 .* but is 8"),
         ("--resolution -64", "`resolution` must be 0 .* but is -64"),
         ("--guidance_scale nan", "--guidance_scale: must be a finite number, but is nan"),
         ("--image_guidance_scale inf", "--image_guidance_scale: must be a finite number, but is inf"),
@@ -167,9 +167,9 @@ def test_the_side_by_side_file_does_not_replace_the_input(run_edit):
 
 def test_ctrl_c_ends_with_one_line_and_leaves_no_file(tmp_path):
     tiny.picture(64, 64).save(tmp_path / "photo.png")
-    process = start("--image", str(tmp_path / "photo.png"), "--output", str(tmp_path / "out.png"), "--steps", "100000")
+    process = start("--image", str(tmp_path / "photo.png"), "--output", str(tmp_path / "out.png"), "--steps", "1000")
     shown = ""
-    while "/100000" not in shown:  # denoising has begun
+    while "/1000 " not in shown:  # denoising has begun
         character = process.stderr.read(1)
         assert character, shown
         shown += character

@@ -66,6 +66,7 @@ def read_image(
     """
     try:
         with Image.open(source) as picture:
+            picture.load()  # outside of the block below, which must not hide that the file is damaged
             if not turn:
                 with suppress(Exception):  # a damaged EXIF block raises nearly anything
                     picture.getexif().pop(ExifTags.Base.Orientation, None)
