@@ -21,7 +21,7 @@ _WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetenso
 _CARD = """
 # {name}
 
-An InstructDiffusion model. Its input is a picture and an instruction in words; its answer is a picture.
+An InstructDiffusion model. Its inputs are an image and a text instruction; its output is an image.
 
 Load it with diffusers alone. This runs the file `pipeline_instruct_diffusion.py` of this repository, so read that file
 before you trust it:
@@ -34,7 +34,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 ```
 
-With the package `instructdiffusion_pipeline` installed, its code is used instead, and no trust is needed:
+With the package `instructdiffusion_pipeline` installed, its code is used, and `trust_remote_code` is not needed:
 
 ```python
 from diffusers.utils import load_image
@@ -47,7 +47,7 @@ answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 
 
 def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], license: str | None = None) -> Path:
-    """Write weights, settings, code and model card to a new folder, which appears complete or not at all.
+    """Write weights, settings, code and model card to a new folder, atomically.
 
     The folder loads with `InstructDiffusionPipeline.from_pretrained(path)`, and without this package with
     `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is this package's pipeline file.
@@ -81,7 +81,7 @@ def push(
     """Upload weights, settings, code and model card to a model repository on the Hub, in one commit.
 
     A missing repository is created. Needs a token with write access (`hf auth login`, or the variable `HF_TOKEN`).
-    If the repository holds a pipeline already, the weight files of that pipeline's components are replaced. Other
+    If the repository already contains a pipeline, the weight files of its components are replaced. Other
     files are not changed, and neither is an existing model card.
 
     Args:
@@ -97,7 +97,7 @@ def push(
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
         ValueError: `pipeline` has LoRA layers or an IP-Adapter.
         huggingface_hub.errors.HFValidationError: `repo_id` is not a valid name.
-        huggingface_hub.errors.HTTPError: the Hub cannot be reached or refused; no commit was made.
+        huggingface_hub.errors.HTTPError: the Hub cannot be reached or rejects the request; no commit was made.
     """
     _check(pipeline)
     # Before the weights are written, so that a bad name or token is reported at once.

@@ -1,7 +1,7 @@
-"""The readout: a light U-Net that reads masks and joints from a model's answers (Geng et al., CVPR 2024).
+"""The readout: a small U-Net that decodes masks and joints from output images (Geng et al., CVPR 2024).
 
-The paper used such a network but did not publish it. Reading by colour (`task.read`) assumes that the model paints
-the exact colour; a readout is trained on the answers of its model. It is the component `readout` of a pipeline.
+The paper used such a network but did not publish it. Decoding by color (`task.read`) assumes that the model paints the
+exact color; a readout is trained on the output images of its model. It is the component `readout` of a pipeline.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from instructdiffusion_pipeline.tasks.segmentation import OPACITY, Mask, Segment
 from instructdiffusion_pipeline.types import Joint
 
 MASK, HEATMAP = 0, 1  # output channels
-CHANNELS = 10  # input channels: input picture, answer and asked colour, three each, and the coverage read by colour
+CHANNELS = 10  # input channels: input image (3), output image (3), requested color (3), coverage by color (1)
 HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at a joint
-# A peak below this is no joint. At 0.5 the readout reports as few absent joints as reading by colour, and finds more.
+# Minimum peak of a joint. At 0.5 the false-positive rate equals that of decoding by color, and more joints are found.
 MIN_PEAK = 0.5
 
 
@@ -34,7 +34,7 @@ def read_answer(
     box: Box | None = None,
     readout: UNet2DModel | None = None,
 ) -> Reading:
-    """`task.read`; but masks and joints are read with the `readout`, if there is one."""
+    """Like `task.read`, but masks and joints are decoded with the `readout`, if there is one."""
     if readout is not None and isinstance(task, Segmentation | Keypoints):
         return cast(Reading, read_with_readout(readout, task, image, answer, box))
     return task.read(image, answer, box)
@@ -47,7 +47,7 @@ def read_with_readout(
     answer: Image.Image,
     box: Box | None = None,
 ) -> dict[str, Mask] | dict[str, Joint | None]:
-    """Read masks or joints from `answer` with a readout, as `task.read` does by colour."""
+    """Decode masks or joints from `answer` with a readout, as `task.read` does by color."""
     if isinstance(task, Segmentation):
         return masks_from_margins(mask_margins(task, image, answer, box, readout))
     frame, planes = run_readout(readout, task, image, answer, box)
@@ -65,7 +65,7 @@ def mask_margins(
     box: Box | None = None,
     readout: UNet2DModel | None = None,
 ) -> dict[str, np.ndarray]:
-    """`task.margins`, read with a `readout` if there is one: the probability of each pixel less one half."""
+    """Like `task.margins`, but with a `readout`, if there is one: the probability of each pixel minus 0.5."""
     if readout is None:
         return task.margins(image, answer, box)
     frame, planes = run_readout(readout, task, image, answer, box)
@@ -82,27 +82,27 @@ def run_readout(
     answer: Image.Image,
     box: Box | None = None,
 ) -> tuple[Frame, np.ndarray]:
-    """Run a readout on `answer`, at the size that it was made for.
+    """Run a readout on `answer`, at the size that it was trained for.
 
     Args:
-        readout: takes `CHANNELS` channels and gives 2: the logits of mask and heatmap.
+        readout: a UNet with `CHANNELS` input channels and two output channels, the logits of mask and heatmap.
         task, image, answer, box: as in `task.read`.
 
     Returns:
         The frame, and the probabilities of mask and heatmap for each of N names, [N, 2, height, width].
 
     Raises:
-        ValueError: the readout takes or gives another number of channels.
+        ValueError: the readout has another number of input or output channels.
     """
     if (readout.config.in_channels, readout.config.out_channels) != (CHANNELS, 2):
         raise ValueError(
-            f"`readout` must take {CHANNELS} channels and give 2, but takes {readout.config.in_channels} and gives"
-            f" {readout.config.out_channels}."
+            f"`readout` must have {CHANNELS} input channels and 2 output channels; got {readout.config.in_channels}"
+            f" and {readout.config.out_channels}."
         )
     frame = Frame.of(image, answer, box, shortest=readout.config.sample_size)
     inputs = readout_inputs(frame, *asked_colors(task))
     height, width = inputs.shape[-2:]
-    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level but the last halves the sides
+    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size
     inputs = torch.nn.functional.pad(inputs, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     if readout.device.type != "meta":  # sequential offloading moves inputs itself
         inputs = inputs.to(readout.device)
@@ -111,14 +111,14 @@ def run_readout(
 
 
 def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
-    """The colours that a task asks for, and the opacity at which they are painted."""
+    """The requested colors of a task, and the opacity at which they are painted."""
     if isinstance(task, Segmentation):
         return [MASK_COLORS[color] for color in task.colors.values()], OPACITY
     return [KEYPOINT_COLORS[color] for color in task.colors.values()], 1.0
 
 
 def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch.Tensor:
-    """The network's inputs for each of N colours, [N, CHANNELS, height, width], values about -1 to 1."""
+    """The network's inputs for each of N colors, [N, CHANNELS, height, width], with values of roughly -1 to 1."""
     shares, _ = coverage(frame.source, frame.answer, colors, opacity)
     pictures = np.concatenate([frame.source, frame.answer], -1).transpose(2, 0, 1) / 127.5 - 1  # [6, H, W]
     painted = np.broadcast_to(np.array(colors)[:, :, None, None] / 127.5 - 1, (len(colors), 3, *pictures.shape[1:]))
@@ -127,9 +127,9 @@ def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch
 
 
 def heatmap_peak(heatmap: np.ndarray) -> tuple[float, float, float]:
-    """The highest place of a heatmap [height, width], to a fraction of a pixel, and its value: x, y, 0 to 1."""
+    """The subpixel position of the maximum of a heatmap [height, width], and its value: x, y, 0 to 1."""
     row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    # The window is symmetric also at the rim; otherwise the centroid would move inward.
+    # Keep the window symmetric at the border, because a one-sided window biases the centroid.
     reach_y, reach_x = (
         min(round(2 * HEATMAP_SIGMA), place, side - 1 - place)
         for place, side in zip((row, column), heatmap.shape, strict=True)

@@ -1,14 +1,14 @@
-"""The contract between data sets, tasks, training and evaluation.
+"""Shared types of data sets, tasks, training and evaluation.
 
-A data set reads `(image, annotation)`. What an annotation is depends on the family alone:
+A data set reads `(image, annotation)`. The type of the annotation depends on the task family:
 
-    keypoints       Joints: joint name -> Joint, or None where it is not visible
-    segmentation    Masks: object name -> bool array [height, width]; all False where the object is absent
+    keypoints       Joints: joint name -> Joint, or None if it is not visible
+    segmentation    Masks: object name -> bool array [height, width]; all False if the object is absent
     restoration     the clean picture
     editing         Edit: the instruction and the edited picture
     adaptation      the caption
 
-A task then turns it into a `Sample` (see `tasks`).
+A task converts it to a `Sample` (see `tasks`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair: `instruction` asks to turn `image` into `target` (two RGB pictures of one size)."""
+    """One training sample: `target` is the output for `instruction` and `image` (two RGB images of one size)."""
 
     image: Image.Image
     target: Image.Image
@@ -29,7 +29,7 @@ class Sample:
 
 
 class Joint(NamedTuple):
-    """A place in pixels; (0, 0) is the middle of the top left pixel. `score` is 0 to 1."""
+    """A position in pixels; (0, 0) is the center of the top-left pixel. `score` is from 0 to 1."""
 
     x: float
     y: float
@@ -37,7 +37,7 @@ class Joint(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """What an editing data set says of a picture."""
+    """Annotation of an editing data set: the instruction and the edited image."""
 
     instruction: str
     edited: Image.Image
@@ -49,10 +49,11 @@ Masks = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Pose(Mapping[str, Joint | None]):
-    """The true `joints` of a person, in pixels, and what the keypoint AP needs besides.
+    """The ground-truth `joints` of a person in pixels, and the area and sigmas that keypoint AP needs.
 
-    `area`, in square pixels, is the area of the person's mask in COCO, 0.53 of the box in CrowdPose, the box in AI
-    Challenger; `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but not AP.
+    `area`, in square pixels, is the area in the JSON file, or a fraction of the person's box if it has none (0.53 in
+    CrowdPose, 1 in AI Challenger); `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but
+    not AP.
     """
 
     joints: Joints

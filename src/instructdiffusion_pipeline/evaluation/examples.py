@@ -17,9 +17,9 @@ from instructdiffusion_pipeline.types import Joints
 
 
 class Example(NamedTuple):
-    """An RGB picture, the tasks to ask about it, and its annotation.
+    """An RGB image, its tasks, and its annotation.
 
-    The answers to several tasks are scored together: the 17 joints of a person take four tasks.
+    The results of several tasks are merged before scoring, for example of four tasks for the 17 joints of a person.
     """
 
     image: Image.Image
