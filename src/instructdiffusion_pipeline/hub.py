@@ -68,7 +68,7 @@ def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], li
     _check(pipeline)
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"path: {path} already exists; give the name of a new folder")
+        raise FileExistsError(f"`path` must be a new folder, but {path} already exists.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         _write(pipeline, partial, path.name, license)
@@ -133,15 +133,15 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
     # By name: a pipeline loaded with `trust_remote_code=True` has the class of its folder's file.
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
-        raise TypeError(f"pipeline: expected an {InstructDiffusionPipeline.__name__}, got {found}")
+        raise TypeError(f"`pipeline` must be an {InstructDiffusionPipeline.__name__}; got {found}.")
     for component in ("unet", "text_encoder"):
         if getattr(getattr(pipeline, component), "peft_config", None):
             raise ValueError(
-                f"pipeline: its {component} has LoRA layers, which cannot be saved with it; call fuse_lora() to keep"
-                " their effect, then unload_lora_weights()"
+                f"`pipeline` must not have LoRA layers, but its {component} has. Call fuse_lora() to keep their"
+                " effect, then unload_lora_weights()."
             )
     if pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj":
-        raise ValueError("pipeline: it has an IP-Adapter, which cannot be saved with it; call unload_ip_adapter()")
+        raise ValueError("`pipeline` must not have an IP-Adapter. Call unload_ip_adapter() first.")
 
 
 def _write(pipeline: InstructDiffusionPipeline, folder: Path, name: str, license: str | None) -> None:

@@ -160,7 +160,7 @@ class Mask:
     """The pixels of an object (bool, height x width), and a score from 0 to 1 for its presence.
 
     The score is the mean of 2 * coverage - 1 over the painted pixels: 1 for full coverage, 0 if no pixel has a
-    coverage above 0.5. `ask` calibrates it if the model has a calibration.
+    coverage above 0.5.
     """
 
     pixels: np.ndarray
