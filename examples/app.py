@@ -1,9 +1,9 @@
-"""A web page to ask a model questions about a picture, with one tab for each task family.
+"""Gradio demo with one tab for each task family.
 
     pip install ".[app]"
     python examples/app.py --model path/to/model
 
-The page shows the answer, what is read from it, and the overlay. It is served to this machine only.
+It shows the output image, the masks or joints, and an overlay. The server listens on localhost only.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ Outputs = tuple[str, Image.Image, Image.Image, dict[str, Any] | None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub id (default: the model that ships)")
+    parser.add_argument(
+        "--model", default=TINY_MODEL, help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
     args = parser.parse_args()
     if gr is None:
         sys.exit('error: gradio is not installed; `pip install ".[app]"` installs it.')
@@ -70,7 +72,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
                 tabs = gr.Tabs()
             with gr.Column():
                 instruction = gr.Textbox(label="instruction")
-                answer = gr.Image(label="the model's answer", format="png")
+                answer = gr.Image(label="output image", format="png")
                 overlay = gr.Image(label="overlay", format="png")
                 data = gr.JSON(label="data")
         with tabs:
@@ -84,7 +86,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
                         gr.Slider(0, 15, settings["guidance_scale"], step=0.1, label="guidance scale"),
                         gr.Slider(0, 5, settings["image_guidance_scale"], step=0.05, label="image guidance scale"),
                     ]
-                    gr.Button("Ask", variant="primary").click(
+                    gr.Button("Run", variant="primary").click(
                         answer_with(pipe, make_task),
                         [picture, asked, seed, *sliders],
                         [instruction, answer, overlay, data],
@@ -95,7 +97,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
 
 
 def example_picture() -> Image.Image:
-    """A photograph with a sunflower on it, an object that the model that ships knows."""
+    """A photograph with a sunflower emoji on it, one of the objects that `instructdiffusion-tiny` was trained on."""
     from skimage import data
 
     image, sunflower = ImageOps.fit(Image.fromarray(data.chelsea()), (256, 256)), Image.open(SUNFLOWER).convert("RGBA")
@@ -138,7 +140,7 @@ def assign_colors(picture: Image.Image, names: Sequence[str], colors: Mapping[st
     Raises a ValueError if there are no names, more names than colours, or two equal names.
     """
     if not 0 < len(set(names)) == len(names) <= len(colors):
-        raise ValueError(f"Name one to {len(colors)} different things; got {', '.join(names) or 'none'}.")
+        raise ValueError(f"Enter 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
     return dict(zip(names, most_visible_first(picture, colors), strict=False))
 
 
@@ -155,7 +157,7 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - gradio looks for it here
     ) -> Outputs:
         if picture is None or seed is None:
-            raise gr.Error("A question needs a picture and a seed: drop a picture into the frame, type an integer.")
+            raise gr.Error("Select an image and enter an integer seed.")
         try:
             picture = upright_rgb(picture)
             task = make_task(picture, asked)
@@ -171,7 +173,7 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
         except ValueError as error:
             raise gr.Error(str(error)) from error
         if result.nsfw_content_detected:
-            raise gr.Error("The model's safety checker made the answer black, so nothing can be read from it.")
+            raise gr.Error("The safety checker flagged the output image and replaced it by a black image.")
         return task.instruction(), result.picture, result.overlay, as_json(result.data)
 
     return answer

@@ -1,4 +1,4 @@
-"""Make candidates for the alignment stage: many answers to each question, from which people pick the best.
+"""Make candidates for the alignment stage: many output images per sample, from which people pick the best.
 
     python examples/candidates.py --model out/run/model --data table=my-pictures --samples 1000 --output out/candidates
 
@@ -8,7 +8,7 @@ out/candidates/candidates into out/candidates/picks, or none if all are bad. The
     python examples/train.py --recipe alignment --init out/run/model --data preferences=out/candidates \\
         --max_train_steps 300 --output_dir out/aligned
 
-A run that was stopped continues if it is started again with the same options.
+An interrupted run is resumed when it is started again with the same options.
 """
 
 import argparse
@@ -24,7 +24,9 @@ TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub id (default: the model that ships)")
+    parser.add_argument(
+        "--model", default=TINY_MODEL, help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
     parser.add_argument(
         "--data",
         action="append",
@@ -32,22 +34,25 @@ def main() -> None:
         metavar="NAME=FOLDER",
         help=f"data set with pictures and instructions; may be repeated; NAME is one of {', '.join(DATASETS)}",
     )
-    parser.add_argument("--samples", type=integer(1), default=1000, help="number of questions (default: 1000)")
+    parser.add_argument("--samples", type=integer(1), default=1000, help="number of samples (default: 1000)")
     parser.add_argument(
-        "--resolution", type=integer(16), help="side of the pictures (default: the size the model was made for)"
+        "--resolution", type=integer(16), help="side of the images in pixels (default: the model's resolution)"
     )
     text_scales, image_scales = (sorted(set(scales)) for scales in zip(*GUIDANCE_GRID, strict=True))
-    for name, scales in (("--guidance_scales", text_scales), ("--image_guidance_scales", image_scales)):
+    for name, scales, what in (
+        ("--guidance_scales", text_scales, "guidance scales of the instruction"),
+        ("--image_guidance_scales", image_scales, "guidance scales of the image"),
+    ):
         parser.add_argument(
             name,
             type=finite,
             nargs="+",
             default=scales,
-            help=f"each is combined with each of the other kind (default: {' '.join(map(str, scales))})",
+            help=f"{what}; all combinations of both options are run (default: {' '.join(map(str, scales))})",
         )
-    parser.add_argument("--steps", type=integer(1), default=100, help="denoising steps of an answer (default: 100)")
-    parser.add_argument("--batch_size", type=integer(1), default=4, help="questions per call (default: 4)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="seed of samples and noise (default: 0)")
+    parser.add_argument("--steps", type=integer(1), default=100, help="number of denoising steps (default: 100)")
+    parser.add_argument("--batch_size", type=integer(1), default=4, help="samples per pipeline call (default: 4)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the samples and the noise (default: 0)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the candidates")
     args = parser.parse_args()
     try:

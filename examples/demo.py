@@ -1,10 +1,10 @@
-"""Ask the model that ships one question of each task family, and read its answers as data.
+"""Run `instructdiffusion-tiny` for one task of each family and decode its outputs.
 
     python examples/demo.py --overwrite
 
-Writes demo.png, with a row of pictures for each question, and demo-input.png, a picture to try edit.py on, into the
-current folder. The photographs come from the scikit-image package; the model was not trained on them. A sunflower and
-a figure of the kind that the model knows are drawn on two of them.
+Writes demo.png, with a row of images for each task, and demo-input.png, an image to try edit.py on, into the current
+folder. The photographs come from the scikit-image package; the model was not trained on them. A sunflower emoji and a
+drawn figure are pasted onto two of them, because the model was trained on such objects.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     pipe = load_pipeline(TINY_MODEL)
     sunflower = with_overlay(square(data.chelsea(), SIDE), "sunflower", (10, 10))
     figure = with_overlay(square(data.rocket(), SIDE), "figure", (0, 0))
-    # Noise is added at the size at which the model works; resizing afterwards would remove it.
+    # Noise is added at the working size of the model; resizing afterwards would remove it.
     noisy = add_noise(square(data.astronaut(), pipe.default_resolution), NOISE_SIGMA, np.random.default_rng(0))
     questions: list[tuple[Image.Image, Task]] = [
         (figure, Keypoints({"left wrist": "red", "right wrist": "blue", "left knee": "yellow"})),
@@ -54,7 +54,7 @@ def main() -> None:
         rows.append((task.family, [(caption, enlarge(picture)) for caption, picture in panels]))
     save_image(INPUT, sunflower)
     save_image(OUTPUT, labeled_grid(rows))
-    print(f"The answers are in {OUTPUT.resolve()}\n{INPUT} is a picture to try edit.py on.")
+    print(f"The results are in {OUTPUT.resolve()}\n{INPUT} is an image to try edit.py on.")
 
 
 def square(pixels: np.ndarray, side: int) -> Image.Image:

@@ -2,8 +2,8 @@
 
     python examples/edit.py --image photo.jpg --instruction "make it night"
 
-Writes the edited picture to --output (edited.png), and it beside the input and the model's answer to a second file
-(edited-side-by-side.png). Without further options the model's own settings for editing are used.
+Writes the edited image to --output (edited.png). A second file (edited-side-by-side.png) shows the input, the edited
+image and the output of the model. By default the model's `task_settings` for editing are used.
 """
 
 import argparse
@@ -31,17 +31,23 @@ TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", type=Path, required=True, help="the picture to edit")
+    parser.add_argument("--image", type=Path, required=True, help="the image to edit")
     parser.add_argument("--instruction", required=True, help='what to do, for example "make it night"')
-    parser.add_argument("--model", default=TINY_MODEL, help="folder or Hub id (default: the model that ships)")
-    parser.add_argument("--output", type=Path, default=Path("edited.png"), help="default: edited.png")
+    parser.add_argument(
+        "--model", default=TINY_MODEL, help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("edited.png"), help="output file (default: edited.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist; never the input")
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0, help="seed of the noise (default: 0)")
-    own = "(default: the model's own)"
+    own = "(default: the model's `task_settings`)"
     parser.add_argument("--steps", type=integer(1), help=f"number of denoising steps {own}")
-    parser.add_argument("--guidance_scale", type=finite, help=f"weight of the instruction {own}")
-    parser.add_argument("--image_guidance_scale", type=finite, help=f"weight of the input picture {own}")
-    parser.add_argument("--resolution", type=int, help=f"short side at which the model works; 0: the picture's {own}")
+    parser.add_argument("--guidance_scale", type=finite, help=f"guidance scale of the instruction {own}")
+    parser.add_argument("--image_guidance_scale", type=finite, help=f"guidance scale of the input image {own}")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        help="short side of the working size in pixels; 0 uses the image size (default: the model's resolution)",
+    )
     args = parser.parse_args()
 
     # Check all arguments before the model is loaded.
@@ -71,13 +77,13 @@ def main() -> None:
     )
 
     save_image(args.output, answer.data)
-    panels = [("input", image), (args.instruction, answer.data), ("the model's answer, enlarged", answer.picture)]
+    panels = [("input", image), (args.instruction, answer.data), ("output of the model, enlarged", answer.picture)]
     save_image(side_by_side, labeled_grid([(args.image.name, panels)]))
-    print(f"{args.output}: the edited picture\n{side_by_side}: input, edited picture and the model's answer")
+    print(f"{args.output}: the edited image\n{side_by_side}: input, edited image and output of the model")
 
 
 def check_size(image: Image.Image, resolution: int | None, rule: Callable[..., WorkingSize] = working_size) -> None:
-    """Raise a UsageError if the picture is too elongated or the resolution too small."""
+    """Raise a UsageError if the aspect ratio is too large or the resolution too small."""
     try:
         rule(*image.size, resolution, resize_mode="stretch")
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""Score a model on data sets in their published layouts, and write a table, JSON and contact sheets.
+"""Evaluate a model on data sets in their published layouts, and write a table, JSON and contact sheets.
 
     python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
 
-A run that was stopped continues when the same command is started again. docs/datasets.md describes the layouts.
+An interrupted run is resumed when the same command is started again. docs/datasets.md describes the layouts.
 """
 
 import argparse
@@ -21,26 +21,34 @@ TASKS = (Keypoints, Segmentation, Restoration, Editing)  # of the data sets
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the model that ships)")
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
     parser.add_argument(
         "--data",
         action="extend",
         nargs="+",
         required=True,
         metavar="NAME=FOLDER",
-        help=f"data sets, any number; NAME is one of {', '.join(TESTABLE)}",
+        help=f"data sets; may be repeated; NAME is one of {', '.join(TESTABLE)}",
     )
     parser.add_argument("--split", help="split of all data sets (default: the validation or test split of each)")
     parser.add_argument("--image_column", help="column of a table with the input pictures")
     parser.add_argument("--instruction_column", help="column of a table with the instructions")
     parser.add_argument("--target_column", help="column of a table with the edited pictures")
-    parser.add_argument("--samples", type=integer(1), default=500, help="of each data set (default: %(default)s)")
-    parser.add_argument("--steps", type=integer(1), help="denoising steps (default: the model's own)")
-    parser.add_argument("--batch_size", type=integer(1), default=8, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and the choice of samples (default: 0)")
-    parser.add_argument("--resolution", type=integer(16), help="working size (default: that of the model)")
+    parser.add_argument(
+        "--samples", type=integer(1), default=500, help="number of samples per data set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=integer(1), help="number of denoising steps (default: the model's `task_settings`)"
+    )
+    parser.add_argument(
+        "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
+    parser.add_argument("--resolution", type=integer(16), help="in pixels (default: the model's resolution)")
     parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited pictures")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="output folder (default: %(default)s)")
     args = parser.parse_args()
     options = {"image": args.image_column, "instruction": args.instruction_column, "edited": args.target_column}
     columns = {name: column for name, column in options.items() if column}

@@ -1,13 +1,13 @@
-"""Ask a model the same question about many pictures, and write the answers as files.
+"""Run a model for one task on many images, and write the results as files.
 
     python examples/predict.py --task segmentation --objects "sunflower, dog" --images photos --output out
     python examples/predict.py --task keypoints --joints "left wrist, nose" --images photos --output out
     python examples/predict.py --task restoration --degradation noise --images photos --output out
     python examples/predict.py --task editing --instruction "make it night" --images photos --output out
 
-Segmentation writes masks as PNG and coco.json (run lengths, boxes, scores), keypoints writes coco.json, both
-with overlays; restoration and editing write pictures at the resolution of the input. A run that was stopped continues
-when it is started again. Pictures that cannot be read are skipped and named.
+Segmentation writes masks as PNG and coco.json (RLE, boxes, scores), keypoints writes coco.json, both with overlays;
+restoration and editing write images at the resolution of the input. An interrupted run is resumed when it is started
+again. Images that cannot be read are skipped with a message.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from instructdiffusion_pipeline.tasks.restoration import Degradation
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# task -> the option that says what is asked
+# task -> the option with its argument
 QUESTIONS = {
     "segmentation": "objects",
     "keypoints": "joints",
@@ -56,18 +56,24 @@ QUESTIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, nargs="+", required=True, help="picture files, or folders of them")
+    parser.add_argument("--images", type=Path, nargs="+", required=True, help="image files, or folders of image files")
     parser.add_argument("--task", choices=QUESTIONS, required=True)
     parser.add_argument("--objects", help="names of objects, separated by commas")
     parser.add_argument("--joints", help="names of joints, separated by commas")
     parser.add_argument("--degradation", choices=get_args(Degradation), help="what to remove")
     parser.add_argument("--instruction", help='the edit, for example "make it night"')
-    parser.add_argument("--slices", type=float, help="for small objects: side of overlapping parts, for example 0.56")
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
-    parser.add_argument("--steps", type=integer(1), help="denoising steps (default: the model's own)")
-    parser.add_argument("--batch_size", type=integer(1), default=8, help="pictures a call (default: %(default)s)")
-    parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder; new, or of the same run")
+    parser.add_argument("--slices", type=float, help="for small objects: side of overlapping slices, for example 0.56")
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="folder or Hub id (default: examples/instructdiffusion-tiny)"
+    )
+    parser.add_argument(
+        "--steps", type=integer(1), help="number of denoising steps (default: the model's `task_settings`)"
+    )
+    parser.add_argument(
+        "--batch_size", type=integer(1), default=8, help="images per pipeline call (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="output folder; new, or of an interrupted run")
     args = parser.parse_args()
 
     question = check_question(args)
@@ -105,7 +111,7 @@ def main() -> None:
             ]
             for path, parts in zip(batch, zip(*answers, strict=True), strict=True):
                 record = write_answer(args.output, names[path], path, parts)
-                # Written last: a picture without a record is asked about again.
+                # Written last, so that an image without a record is processed again.
                 write_text(records / f"{names[path]}.json", json.dumps(record) + "\n")
                 bar.update()
 
@@ -164,7 +170,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
 def batches(
     pipe: InstructDiffusionPipeline, paths: Sequence[Path], batch_size: int, bar: tqdm
 ) -> Iterator[dict[Path, Image.Image]]:
-    """Pictures of one working size at a time. Those that cannot be used are named and left out."""
+    """Batches of images of one working size. Images that cannot be used are skipped with a message."""
     waiting: dict[tuple[int, int], dict[Path, Image.Image]] = defaultdict(dict)
     for path in paths:
         try:
@@ -175,14 +181,14 @@ def batches(
             bar.update()
             continue
         waiting[size][path] = image
-        # Of pictures of many sizes, some batches stay small, so that few pictures wait in memory.
+        # With many different sizes, incomplete batches are used, so that few images are kept in memory.
         if len(waiting[size]) == batch_size or sum(map(len, waiting.values())) == 4 * batch_size:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
     yield from waiting.values()
 
 
 def make_tasks(task: str, question: Any, image: Image.Image) -> list[Task]:
-    """The tasks that ask `question` about a picture: one, or one for each five joints."""
+    """The tasks for an image: one, or one for every five joints."""
     if task == "segmentation":
         return [Segmentation(dict(zip(question, most_visible_first(image, MASK_COLORS), strict=False)))]
     if task == "keypoints":
@@ -198,7 +204,7 @@ def seeded(seed: int, number: int) -> torch.Generator:
 
 
 def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Write the pictures of the answers to one picture, and return its record for coco.json."""
+    """Write the result images of one input image, and return its record for coco.json."""
     (answer, *_) = answers
     record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
     if answer.nsfw_content_detected:

@@ -218,5 +218,5 @@ def test_an_input_is_never_overwritten(spelling, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "symbolic").symlink_to("input")
     (tmp_path / "hard").hardlink_to(source)
-    with pytest.raises(UsageError, match="must not be an input"):
+    with pytest.raises(UsageError, match="must not overwrite the input"):
         check_output("--output", tmp_path / spelling, overwrite=True, inputs=[source])

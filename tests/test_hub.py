@@ -433,7 +433,7 @@ def test_export_leaves_what_is_there_alone(pipe: InstructDiffusionPipeline, tmp_
     target = tmp_path / "model"
     target.mkdir()
     (target / "notes").write_text("mine")
-    with pytest.raises(FileExistsError, match=f"path: {re.escape(str(target))} already exists"):
+    with pytest.raises(FileExistsError, match=f"`path` must be .*{re.escape(str(target))} already exists"):
         export(pipe, target)
     assert files(tmp_path) == {"model/notes"}
 
@@ -482,7 +482,7 @@ def test_a_killed_export_leaves_no_folder_of_that_name(root: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("write", [export, push])
 def test_another_pipeline_is_refused(write: Callable, tmp_path: Path):
-    with pytest.raises(TypeError, match="pipeline: expected an InstructDiffusionPipeline, got str"):
+    with pytest.raises(TypeError, match="`pipeline` must be an InstructDiffusionPipeline; got str"):
         write("a string", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -490,7 +490,7 @@ def test_another_pipeline_is_refused(write: Callable, tmp_path: Path):
 @pytest.mark.parametrize("write", [export, push])
 def test_a_pipeline_with_lora_layers_is_refused(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="pipeline: its unet has LoRA layers"):
+    with pytest.raises(ValueError, match="`pipeline` must not have LoRA layers, but its unet has"):
         write(pipe, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

@@ -141,7 +141,7 @@ def test_a_peak_is_found_to_a_fraction_of_a_pixel(x, y):
 
 def test_another_network_is_refused(scene):
     image, _ = scene
-    with pytest.raises(ValueError, match="must take 10 channels and give 2, but takes 3 and gives 2"):
+    with pytest.raises(ValueError, match="must have 10 input channels and 2 output channels; got 3 and 2"):
         read_with_readout(network(in_channels=3), Segmentation({"cat": "blue"}), image, image)
 
 

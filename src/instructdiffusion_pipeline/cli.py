@@ -1,4 +1,4 @@
-"""What the command line scripts share: exit statuses, loading a model, reading a picture, and protecting files."""
+"""Shared code of the command line scripts: exit statuses, loading models and images, argument checks."""
 
 import argparse
 import errno
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, upright_rgb
 
 FAILURES = (OSError, ValueError, FloatingPointError, HTTPError, SafetensorError, torch.OutOfMemoryError)
-# How C++ and Rust code reports a write that failed: safetensors, and torch in three places.
+# Messages of failed writes from safetensors (Rust) and torch (C++).
 FAILED_WRITES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
@@ -31,7 +31,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Call `main`, and end the process with a one-line message and an exit status if it fails.
 
     The statuses are 2 for a bad argument (`UsageError` or argparse's own), 1 for other failures, 130 for Ctrl-C and
-    141 if the reader of the output has gone away. Programming errors, such as TypeError, keep their traceback.
+    141 if the output pipe was closed (SIGPIPE). Programming errors, such as TypeError, keep their traceback.
 
     ```python
     if __name__ == "__main__":
@@ -64,7 +64,7 @@ def fail(message: object, status: int) -> NoReturn:
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of space, reported by Python or by C++ and Rust code."""
+    """Whether a write failed because the disk is full, as reported by Python, C++ or Rust code."""
     return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FAILED_WRITES)
 
 
@@ -121,10 +121,11 @@ def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
 
 
 def open_image(option: str, path: Path) -> Image.Image:
-    """Read a picture: upright, RGB. A picture that is large enough to be a decompression bomb is refused.
+    """Read an image as RGB, with its EXIF orientation applied.
 
     Raises:
-        UsageError: `path`, the value of the command line's `option`, cannot be read as a picture.
+        UsageError: `path`, the value of the command line's `option`, cannot be read as a picture, or is large enough
+            to be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -142,11 +143,11 @@ def check_output(option: str, path: Path, overwrite: bool, inputs: Iterable[Path
         UsageError: the folder does not exist, the file is one of `inputs`, or it exists and `overwrite` is False.
     """
     if not path.parent.is_dir():
-        raise UsageError(f"{option}: must be in an existing folder, but there is no folder {path.parent}.")
+        raise UsageError(f"{option}: there is no folder {path.parent}.")
     if not path.exists():
         return
     if any(path.samefile(source) for source in inputs):
-        raise UsageError(f"{option}: must not be an input of this script, but is {path}.")
+        raise UsageError(f"{option}: must not overwrite the input {path}.")
     if path.is_dir():
         raise UsageError(f"{option}: must be a file, but {path} is a folder.")
     if not overwrite:

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Atomic writes of files and folders."""
 
 import shutil
 import tempfile
@@ -16,7 +16,7 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
 
     The block writes a file or a folder at the temporary path, which has the name of `path` inside a new hidden folder
     beside it. A process that is killed leaves that folder (`.NAME.*`), which may be deleted. An existing file at
-    `path` is replaced; an existing folder with content is an OSError.
+    `path` is replaced. Raises an OSError if `path` is a folder that is not empty.
 
     ```python
     with atomic_write("scores.json") as partial:

@@ -1,4 +1,4 @@
-"""Fingerprints of models and runs, so that a folder is only continued by the run that began it."""
+"""Hashes of models and run settings, to check that a resumed run has the same settings."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
 
 
 def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """A hash of all that answers depend on: weights, readout, scheduler, task settings, precision and device."""
+    """A hash of everything that outputs depend on: weights, readout, scheduler, task settings, precision, device."""
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     if pipeline.readout is not None:
         parts.append(pipeline.readout)
@@ -36,7 +36,7 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
     """Write the configuration of a run to the JSON file `name` in `folder`, or compare it with the file that is there.
 
     Args:
-        what: what the folder may have, for the error.
+        what: what the folder may contain; used in the error message.
 
     Raises:
         ValueError: the file has another configuration.

@@ -21,7 +21,7 @@ _WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetenso
 _CARD = """
 # {name}
 
-An InstructDiffusion model. Its input is a picture and an instruction in words; its answer is a picture.
+An InstructDiffusion model. Its inputs are an image and a text instruction; its output is an image.
 
 Load it with diffusers alone. This runs the file `pipeline_instruct_diffusion.py` of this repository, so read that file
 before you trust it:
@@ -34,7 +34,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 ```
 
-With the package `instructdiffusion_pipeline` installed, its code is used instead, and no trust is needed:
+With the package `instructdiffusion_pipeline` installed, its code is used, and `trust_remote_code` is not needed:
 
 ```python
 from diffusers.utils import load_image
@@ -47,7 +47,7 @@ answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 
 
 def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], license: str | None = None) -> Path:
-    """Write weights, settings, code and model card to a new folder, which appears complete or not at all.
+    """Write weights, settings, code and model card to a new folder, atomically.
 
     The folder loads with `InstructDiffusionPipeline.from_pretrained(path)`, and without this package with
     `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is this package's pipeline file.
@@ -68,7 +68,7 @@ def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], li
     _check(pipeline)
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"path: {path} already exists; give the name of a new folder")
+        raise FileExistsError(f"`path` must be a new folder, but {path} already exists.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         _write(pipeline, partial, path.name, license)
@@ -81,7 +81,7 @@ def push(
     """Upload weights, settings, code and model card to a model repository on the Hub, in one commit.
 
     A missing repository is created. Needs a token with write access (`hf auth login`, or the variable `HF_TOKEN`).
-    If the repository holds a pipeline already, the weight files of that pipeline's components are replaced. Other
+    If the repository already contains a pipeline, the weight files of its components are replaced. Other
     files are not changed, and neither is an existing model card.
 
     Args:
@@ -97,7 +97,7 @@ def push(
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
         ValueError: `pipeline` has LoRA layers or an IP-Adapter.
         huggingface_hub.errors.HFValidationError: `repo_id` is not a valid name.
-        huggingface_hub.errors.HTTPError: the Hub cannot be reached or refused; no commit was made.
+        huggingface_hub.errors.HTTPError: the Hub cannot be reached or rejects the request; no commit was made.
     """
     _check(pipeline)
     # Before the weights are written, so that a bad name or token is reported at once.
@@ -133,15 +133,15 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
     # By name: a pipeline loaded with `trust_remote_code=True` has the class of its folder's file.
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
-        raise TypeError(f"pipeline: expected an {InstructDiffusionPipeline.__name__}, got {found}")
+        raise TypeError(f"`pipeline` must be an {InstructDiffusionPipeline.__name__}; got {found}.")
     for component in ("unet", "text_encoder"):
         if getattr(getattr(pipeline, component), "peft_config", None):
             raise ValueError(
-                f"pipeline: its {component} has LoRA layers, which cannot be saved with it; call fuse_lora() to keep"
-                " their effect, then unload_lora_weights()"
+                f"`pipeline` must not have LoRA layers, but its {component} has. Call fuse_lora() to keep their"
+                " effect, then unload_lora_weights()."
             )
     if pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj":
-        raise ValueError("pipeline: it has an IP-Adapter, which cannot be saved with it; call unload_ip_adapter()")
+        raise ValueError("`pipeline` must not have an IP-Adapter. Call unload_ip_adapter() first.")
 
 
 def _write(pipeline: InstructDiffusionPipeline, folder: Path, name: str, license: str | None) -> None:

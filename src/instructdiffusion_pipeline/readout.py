@@ -1,7 +1,7 @@
-"""The readout: a light U-Net that reads masks and joints from a model's answers (Geng et al., CVPR 2024).
+"""The readout: a small U-Net that decodes masks and joints from output images (Geng et al., CVPR 2024).
 
-The paper used such a network but did not publish it. Reading by colour (`task.read`) assumes that the model paints
-the exact colour; a readout is trained on the answers of its model. It is the component `readout` of a pipeline.
+The paper used such a network but did not publish it. Decoding by color (`task.read`) assumes that the model paints the
+exact color; a readout is trained on the output images of its model. It is the component `readout` of a pipeline.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.tasks.segmentation import OPACITY, Mask, Segment
 from instructdiffusion_pipeline.types import Joint
 
 MASK, HEATMAP = 0, 1  # output channels
-CHANNELS = 10  # input channels: input picture, answer and asked colour, three each, and the coverage read by colour
+CHANNELS = 10  # input channels: input image (3), output image (3), requested color (3), coverage by color (1)
 HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at a joint
 # Minimum peak height of a joint. At 0.5 the false-positive rate equals that of decoding by color, with more joints
 # found.
@@ -35,7 +35,7 @@ def read_answer(
     box: Box | None = None,
     readout: UNet2DModel | None = None,
 ) -> Reading:
-    """`task.read`; but masks and joints are read with the `readout`, if there is one."""
+    """Like `task.read`, but masks and joints are decoded with the `readout`, if there is one."""
     if readout is not None and isinstance(task, Segmentation | Keypoints):
         return cast(Reading, read_with_readout(readout, task, image, answer, box))
     return task.read(image, answer, box)
@@ -48,7 +48,7 @@ def read_with_readout(
     answer: Image.Image,
     box: Box | None = None,
 ) -> dict[str, Mask] | dict[str, Joint | None]:
-    """Read masks or joints from `answer` with a readout, as `task.read` does by colour."""
+    """Decode masks or joints from `answer` with a readout, as `task.read` does by color."""
     if isinstance(task, Segmentation):
         return masks_from_margins(mask_margins(task, image, answer, box, readout))
     frame, planes = run_readout(readout, task, image, answer, box)
@@ -66,7 +66,7 @@ def mask_margins(
     box: Box | None = None,
     readout: UNet2DModel | None = None,
 ) -> dict[str, np.ndarray]:
-    """`task.margins`, read with a `readout` if there is one: the probability of each pixel less one half."""
+    """Like `task.margins`, but with a `readout`, if there is one: the probability of each pixel minus 0.5."""
     if readout is None:
         return task.margins(image, answer, box)
     frame, planes = run_readout(readout, task, image, answer, box)
@@ -83,7 +83,7 @@ def run_readout(
     answer: Image.Image,
     box: Box | None = None,
 ) -> tuple[Frame, np.ndarray]:
-    """Run a readout on `answer`, at the size that it was made for.
+    """Run a readout on `answer`, at the size that it was trained for.
 
     Args:
         readout: a UNet with `CHANNELS` input channels and two output channels, the logits of mask and heatmap.
@@ -93,17 +93,17 @@ def run_readout(
         The frame, and the probabilities of mask and heatmap for each of N names, [N, 2, height, width].
 
     Raises:
-        ValueError: the readout takes or gives another number of channels.
+        ValueError: the readout has another number of input or output channels.
     """
     if (readout.config.in_channels, readout.config.out_channels) != (CHANNELS, 2):
         raise ValueError(
-            f"`readout` must take {CHANNELS} channels and give 2, but takes {readout.config.in_channels} and gives"
-            f" {readout.config.out_channels}."
+            f"`readout` must have {CHANNELS} input channels and 2 output channels; got {readout.config.in_channels}"
+            f" and {readout.config.out_channels}."
         )
     frame = Frame.of(image, answer, box, shortest=readout.config.sample_size)
     inputs = readout_inputs(frame, *asked_colors(task))
     height, width = inputs.shape[-2:]
-    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level but the last halves the sides
+    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size
     inputs = torch.nn.functional.pad(inputs, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     if readout.device.type != "meta":  # sequential offloading moves inputs itself
         inputs = inputs.to(readout.device)
@@ -116,7 +116,7 @@ def run_readout(
 
 
 def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
-    """The colours that a task asks for, and the opacity at which they are painted."""
+    """The requested colors of a task, and the opacity at which they are painted."""
     if isinstance(task, Segmentation):
         return [MASK_COLORS[color] for color in task.colors.values()], OPACITY
     return [KEYPOINT_COLORS[color] for color in task.colors.values()], 1.0

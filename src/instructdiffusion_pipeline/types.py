@@ -2,13 +2,13 @@
 
 A data set reads `(image, annotation)`. The type of the annotation depends on the task family:
 
-    keypoints       Joints: joint name -> Joint, or None where it is not visible
-    segmentation    Masks: object name -> bool array [height, width]; all False where the object is absent
+    keypoints       Joints: joint name -> Joint, or None if it is not visible
+    segmentation    Masks: object name -> bool array [height, width]; all False if the object is absent
     restoration     the clean picture
     editing         Edit: the instruction and the edited picture
     adaptation      the caption
 
-A task then turns it into a `Sample` (see `tasks`).
+A task converts it to a `Sample` (see `tasks`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair: `instruction` asks to turn `image` into `target` (two RGB pictures of one size)."""
+    """One training sample: `target` is the output for `instruction` and `image` (two RGB images of one size)."""
 
     image: Image.Image
     target: Image.Image
@@ -51,8 +51,9 @@ Masks = Mapping[str, np.ndarray]
 class Pose(Mapping[str, Joint | None]):
     """The ground-truth `joints` of a person in pixels, and the area and sigmas that keypoint AP needs.
 
-    `area`, in square pixels, is the area of the person's mask in COCO, 0.53 of the box in CrowdPose, the box in AI
-    Challenger; `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but not AP.
+    `area`, in square pixels, is the area in the JSON file, or a fraction of the person's box if it has none (0.53 in
+    CrowdPose, 1 in AI Challenger); `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but
+    not AP.
     """
 
     joints: Joints

@@ -95,10 +95,10 @@ def test_colours_that_show_on_the_picture_come_first():
 @pytest.mark.parametrize(
     ("family", "asked", "told"),
     [
-        ("keypoints", [], "Name one to 9 different things; got none"),
-        ("segmentation", ", ", "Name one to 8 different things; got none"),
-        ("segmentation", "cat, cat", "Name one to 8 different things; got cat, cat"),
-        ("segmentation", ", ".join(map(str, range(9))), "Name one to 8 different things; got 0, 1"),
+        ("keypoints", [], "Enter 1 to 9 different names; got none"),
+        ("segmentation", ", ", "Enter 1 to 8 different names; got none"),
+        ("segmentation", "cat, cat", "Enter 1 to 8 different names; got cat, cat"),
+        ("segmentation", ", ".join(map(str, range(9))), "Enter 1 to 8 different names; got 0, 1"),
         ("editing", " ", "must say what to edit"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_bad_question_is_told(client, photograph, family, asked, told):
 
 def test_a_missing_picture_or_seed_is_told(client, photograph):
     for picture, seed in ((None, 1), (photograph, None)):
-        with pytest.raises(AppError, match="needs a picture and a seed"):
+        with pytest.raises(AppError, match="Select an image and enter an integer seed"):
             put(client, "restoration", picture, "noise", seed)
 
 

@@ -110,7 +110,7 @@ def test_the_whole_of_a_wide_picture_is_edited(run_edit):
         ("--seed -1", "--seed: must be from 0 to 18446744073709551615, but is -1"),
         ("--output out.doc", r"--output: must have an image file extension .* out\.doc"),
         ("--output missing/out.png", "--output: .* there is no folder missing"),
-        ("--output photo.png --overwrite", r"--output: must not be an input of this script, but is photo\.png"),
+        ("--output photo.png --overwrite", r"--output: must not overwrite the input photo\.png"),
         ("--image missing.png", r"--image: missing\.png cannot be read as a picture"),
         ("--image text.png", r"--image: text\.png cannot be read as a picture"),
         ("--image strip.png --resolution 64", "`image` of 640 x 1 pixels is too elongated"),
@@ -186,4 +186,4 @@ def test_a_bad_argument_in_a_process_has_status_2(tmp_path):
     process = start("--image", str(tmp_path / "photo.png"), "--output", str(tmp_path / "photo.png"))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and (tmp_path / "photo.png").read_bytes() == before
-    assert stderr.splitlines()[-1].startswith("error: --output: must not be an input")
+    assert stderr.splitlines()[-1].startswith("error: --output: must not overwrite the input")

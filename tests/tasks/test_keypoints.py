@@ -172,7 +172,7 @@ def test_pick_leaves_out_what_lies_outside_and_asks_for_what_cannot_be_seen():
 
 
 def test_nothing_to_ask():
-    with pytest.raises(EmptyAnnotation, match="`joints` must hold one inside the 64 x 64 pixels"):
+    with pytest.raises(EmptyAnnotation, match="`joints` has no joint inside the 64 x 64 image"):
         Keypoints.from_annotation(Image.new("RGB", (64, 64)), {"nose": Joint(500, 10)}, random.Random(0))
 
 

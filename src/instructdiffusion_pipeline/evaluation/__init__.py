@@ -1,6 +1,6 @@
 """Evaluation: evaluate a model on a dataset and compare with the upper bound given by its VAE.
 
-Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and true answers, `evaluator` the run,
+Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and ground truth, `evaluator` the run,
 `metrics` and `scoring` the scores, `report` the table, and `baselines` classical restoration methods.
 """
 

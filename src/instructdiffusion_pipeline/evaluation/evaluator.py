@@ -1,4 +1,4 @@
-"""Evaluate a pipeline: ask it about examples, and score its answers and what its VAE allows."""
+"""Evaluate a pipeline: run it on examples and compute the scores of its outputs and of the VAE upper bound."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 Settings = Mapping[str, Mapping[str, Any]]
-Baseline = Callable[[Example], Any]  # returns a reading, or None if the baseline is not for this example
+Baseline = Callable[[Example], Any]  # returns a prediction, or None if the baseline does not apply
 
 
 @torch.no_grad()
@@ -45,21 +45,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a pipeline on `examples`, and write table.md, results.json and a contact sheet for each row of the table.
 
-    The column "model" has the data of `ask`, at the resolution of the pictures. For restored and edited pictures a
-    column "answer alone" has the model's answer, enlarged. If the pipeline has a readout, "model" has the masks and
-    joints that it reads, and a column "reading by color" has those of `task.read`.
+    The column "model" has the data of `ask`, at the resolution of the images. For restored and edited images a column
+    "answer alone" has the output of the model, enlarged. With a readout, the column "model" is decoded by the readout
+    and the column "reading by color" by `task.read`.
 
-    A run that was killed continues when it is called again with the same arguments, and ends with the same files. An
-    example that cannot be opened, drawn or scored is counted and listed below the table. An exception of the pipeline
-    ends the run.
+    An interrupted run is resumed by calling it again with the same arguments; the results are identical. An example
+    that cannot be opened, drawn or scored is counted and listed below the table. An exception of the pipeline ends the
+    run.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
         examples: see `examples_from`.
         folder: new, or with records of the same run.
         settings_by_family: arguments of the pipeline's call by task family, which override the model's own.
-        batch_size: examples whose records are written together, and tasks per call of the pipeline.
-        seed: fixes the noise of each task, together with its place in `examples`.
+        batch_size: number of tasks per pipeline call, and of examples per write.
+        seed: seed of the noise; the noise of a task depends on the seed and the index of its example.
         resolution: working size in pixels; by default the model's own, as in `ask`.
         resize_mode: "stretch", as in `ask`, or "crop", as the original.
         clip: adds the CLIP similarity to the scores of edited pictures.
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:
-    """The complete batches of records of this `run` in `folder`. An incomplete batch is cut off the file."""
+    """The complete batches of records of this `run` in `folder`. An incomplete batch is removed from the file."""
     path = folder / "records.jsonl"
     if path.exists() and not (folder / "run.json").exists():
         raise ValueError(f"`folder` has {path} without run.json, so its run is unknown. Choose another folder.")
@@ -126,7 +126,7 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
 
 @dataclass(frozen=True)
 class Question:
-    """Task `number` of the example at `index`, and the true answer as a picture."""
+    """Task `number` of the example at `index`, and its ground-truth image."""
 
     index: int
     number: int
@@ -137,7 +137,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Answers and scores a few examples at a time; see `evaluate`."""
+    """Runs the pipeline on batches of examples and scores them; see `evaluate`."""
 
     pipeline: InstructDiffusionPipeline
     settings: Settings
@@ -161,8 +161,8 @@ class Evaluator:
                 size = self.pipeline.working_size(*example.image.size, **options).size
                 truths = [task.draw(example.image, example.truth) for task in example.tasks]
                 if odd := [picture.size for picture in truths if picture.size != example.image.size]:
-                    raise ValueError(f"the truth must have the picture's size {example.image.size}; got {odd[0]}.")
-            except Exception as error:  # of any kind: one bad example must not end the run
+                    raise ValueError(f"the ground truth must have the image size {example.image.size}; got {odd[0]}.")
+            except Exception as error:  # of any kind, so that one bad example does not end the run
                 records[index]["error"] = one_line(error)
                 continue
             examples[index] = example
@@ -191,7 +191,7 @@ class Evaluator:
         return list(records.values())
 
     def size(self, family: str) -> dict[str, Any]:
-        """`resolution` and `resize_mode` of the questions of a family."""
+        """`resolution` and `resize_mode` for the tasks of a family."""
         resolution = self.resolution
         if resolution is None:
             resolution = {**self.pipeline.config.task_settings.get(family, {}), **self.settings.get(family, {})}.get(
@@ -200,7 +200,7 @@ class Evaluator:
         return {"resolution": resolution, "resize_mode": self.resize_mode}
 
     def ask(self, family: str, questions: Sequence[Question]) -> list[Answer]:
-        """Answers to questions of one family and one working size, each with a seed of its own."""
+        """Run the pipeline on tasks of one family and one working size, each with its own seed."""
         keys = [np.random.SeedSequence((self.seed, question.index, question.number)) for question in questions]
         return ask_batch(
             self.pipeline,
@@ -211,7 +211,7 @@ class Evaluator:
         )
 
     def score(self, example: Example, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
-        """Measures by column: answer, ceiling, other readings or, for pictures, the input, and the baselines."""
+        """Measurements per column: model, ceiling, alternative decoding or (for images) the input, baselines."""
         box, task = answers[0].box, example.tasks[0]
         size = self.size(task.family)
 
@@ -260,5 +260,5 @@ def one_line(error: Exception) -> str:
 
 
 def merge(readings: Sequence[Any]) -> Any:
-    """The readings of an example's tasks as one."""
+    """Merge the decoded data of an example's tasks."""
     return readings[0] if len(readings) == 1 else {name: value for part in readings for name, value in part.items()}

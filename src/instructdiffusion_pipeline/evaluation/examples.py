@@ -17,7 +17,7 @@ from instructdiffusion_pipeline.types import Joints
 
 
 class Example(NamedTuple):
-    """An RGB picture, the tasks to ask about it, and its annotation.
+    """An RGB image, its tasks, and its annotation.
 
     The results of several tasks are merged before scoring, for example four tasks for the 17 joints of a person.
     """

@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.types import Joint, Joints, Pose
 # Stands for a joint that was not found. COCO uses (0, 0), which in a small picture may be near the true joint.
 NOT_FOUND = Joint(-1e4, -1e4, 0.0)
 MAX_PSNR = 100.0  # dB; the PSNR of two equal pictures is infinite, and means must be finite
-# Share of a picture's pixels. The VAE alone changes pictures so that a few pixels are read as painted.
+# Maximum fraction of false-positive pixels that is ignored if the object is absent; VAE artifacts cause a few.
 MAX_STRAY = 0.001
 
 
@@ -30,7 +30,7 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
 
     Args:
         poses: the true joints. All must have an area and the same sigmas. Poses without joints are left out.
-        found: the joints found, one reading for each pose.
+        found: the predicted joints, one mapping for each pose.
 
     Returns:
         The scores by name, or None if no pose has joints.
@@ -126,7 +126,7 @@ class Overlap(NamedTuple):
 
 
 def mean_iou(overlaps: Sequence[Overlap]) -> float | None:
-    """mIoU: the mean over samples. An empty true mask gives 1 if nothing was found, otherwise 0 (gRefCOCO's gIoU)."""
+    """mIoU: the mean over samples (gIoU of gRefCOCO). An empty true mask gives 1 if nothing was found, otherwise 0."""
     return sum(overlap.iou for overlap in overlaps) / len(overlaps) if overlaps else None
 
 
@@ -137,7 +137,7 @@ def cumulated_iou(overlaps: Sequence[Overlap]) -> float | None:
 
 
 def mean_class_iou(overlaps: Iterable[Overlap]) -> float | None:
-    """mcIoU of COCO-Stuff: the mean over names of the cumulated IoU, without names whose unions are empty."""
+    """mcIoU of COCO-Stuff: the mean of the cIoU over classes, without classes whose unions are empty."""
     classes = defaultdict(list)
     for overlap in overlaps:
         classes[overlap.name].append(overlap)

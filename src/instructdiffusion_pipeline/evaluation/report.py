@@ -19,12 +19,12 @@ from instructdiffusion_pipeline.readout import read_answer
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # share the first column of scores
 NOTES = """\
-The ceiling, in brackets, is the score of the true answer after encoding and decoding by the VAE, read by color or
-transferred to the input. AP,
-PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled joints; "side" is the longer side of
-the picture. mIoU is the mean over samples; a sample without the object counts 1 if at most one pixel in 1,000 is
-painted, otherwise 0. N-acc is the share of such samples where nothing is painted. Masks and joints are scored on the
-whole input, and those outside the part that the answer shows count as missed. Pictures are scored on that part only.
+The ceiling, in parentheses, is an upper bound: the score of the ground truth after VAE encoding and decoding, read by
+color or transferred to the input. AP, PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled
+joints; "side" is the longer side of the image. For samples without the object, up to 0.1 % painted pixels are ignored.
+mIoU is the mean over samples; a sample without the object counts 1 if nothing is painted, otherwise 0. N-acc is the
+fraction of such samples where nothing is painted. Masks and joints are scored on the whole input, and those outside
+the part that the output shows count as missed. Images are scored on that part only.
 """
 
 
@@ -93,7 +93,7 @@ def contact_sheet(
     records: Sequence[Mapping[str, Any]],
     readout: UNet2DModel | None,
 ) -> Image.Image:
-    """Best, median and worst of `records`, each with input, answers, reading and truth."""
+    """Best, median and worst of `records`, each with input, output images, decoded data and ground truth."""
     ranked = sorted(records, key=lambda record: -record["score_key"])
     ranks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []

@@ -1,7 +1,7 @@
-"""Measures of one reading, and the scores of many.
+"""Measurements per sample and aggregated scores.
 
-Scores are in pixels of the input. Masks and joints are scored on the whole input: those outside the box that the
-answer shows count as missed, also for the ceiling. Pictures are scored inside the box only.
+Scores are in pixels of the input. Masks and joints are scored on the whole input: objects outside the box that the
+output shows count as missed, for the ceiling too. Images are scored inside the box only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ Scores = dict[str, float | None]
 
 
 def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
-    """Compare a reading with the truth. The result can be written as JSON.
+    """Compare decoded data with the ground truth. The result can be written as JSON.
 
     Args:
-        example: has the true annotation. The true picture is what the task's `draw` makes of it.
-        reading: a picture, or a dictionary of masks or joints. Its type decides on the measures.
-        box: the part of the input that the answer shows.
-        clip: also measures edited pictures.
+        example: has the annotation. The ground-truth image is drawn from it by the task's `draw`.
+        reading: an image, or a dictionary of masks or joints. Its type determines the metrics.
+        box: the part of the input that the output shows.
+        clip: adds the CLIP similarity of edited images.
 
     Returns:
         Joints, overlaps of masks, or scores of a picture.
@@ -71,7 +71,7 @@ def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
 
 
 def score_key(measure: Mapping[str, Any]) -> float:
-    """A number by which the answers of one row are ranked; higher is better."""
+    """A number by which the samples of one row are ranked; higher is better."""
     if "joints" in measure:
         found, truth = _joints(measure["joints"]), _joints(measure["truth"])
         steps = metrics.distances(truth, found, measure["side"])
@@ -104,7 +104,7 @@ def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]
 
 
 def draw_truth(example: Example) -> Image.Image:
-    """The true answers to all tasks, drawn into one picture as for training."""
+    """The targets of all tasks drawn on one image, as for training."""
     picture = example.image
     for task in example.tasks:
         picture = task.draw(picture, example.truth)

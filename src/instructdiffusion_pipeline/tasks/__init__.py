@@ -12,30 +12,30 @@ Reading = TypeVar("Reading")
 
 
 class TrainingTask(Protocol):
-    """A task that a model can be trained on: an instruction, and the picture that answers it.
+    """A task that a model can be trained on: an instruction and a target image.
 
-    Classes also have `from_annotation(image, annotation, rng)`, which chooses a task for an annotated picture, or
+    Classes also have `from_annotation(image, annotation, rng)`, which creates a task from an annotated image, or
     raises `EmptyAnnotation`.
     """
 
     family: ClassVar[str]  # the key of the task in `task_settings`
-    settings: ClassVar[dict[str, float]]  # the settings of the original
+    settings: ClassVar[dict[str, float]]  # default call arguments, from the original repository
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """The instruction: one of several wordings with `rng`, else always the same."""
 
     def draw(self, image: Image.Image, annotation: Any) -> Image.Image:
-        """The picture that answers the instruction, for training."""
+        """The target image of the instruction, for training."""
 
 
 class Task(TrainingTask, Protocol[Reading]):
-    """A question about a picture. `read` inverts `draw`: read(image, draw(image, x)) returns the annotation x."""
+    """A task with decoding. `read` is the inverse of `draw`: read(image, draw(image, x)) returns x, up to rounding."""
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Reading:
-        """The data in an answer, in pixels of `image`; `box` is the part of `image` that `answer` shows."""
+        """Decode an output image, in pixels of `image`; `box` is the part of `image` that `answer` shows."""
 
     def overlay(self, image: Image.Image, reading: Reading) -> Image.Image:
-        """The reading drawn on the input."""
+        """The decoded data drawn on the input."""
 
 
 @runtime_checkable
@@ -53,12 +53,12 @@ class PictureTask(Task[Image.Image], Protocol):
 
 
 class EmptyAnnotation(ValueError):
-    """An annotation has nothing to ask for: no object, or no joint in the frame."""
+    """An annotation from which no task can be created: it has no object, or no joint inside the image."""
 
 
 def make_sample(task: TrainingTask, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:
-    """The training pair for one question about an annotated picture. Raises a ValueError if its two sizes differ."""
+    """The training sample of a task and an annotated image. Raises a ValueError if the two image sizes differ."""
     target = task.draw(image, annotation)
     if target.size != image.size:
-        raise ValueError(f"`annotation` must be of the picture's size {image.size}; its picture is {target.size}.")
+        raise ValueError(f"`annotation` must have the image size {image.size}; its image has {target.size}.")
     return Sample(image, target, task.instruction(rng))

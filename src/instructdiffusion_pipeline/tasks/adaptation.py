@@ -1,6 +1,6 @@
 """The adaptation stage: pictures with marks, and captions that name the marks (Geng et al., CVPR 2024, section 3.3).
 
-A text-to-image model learns to draw coloured discs, boxes and patches, before it learns where to draw them.
+In this stage a text-to-image model is trained to draw colored discs, boxes and patches.
 """
 
 import random
@@ -50,14 +50,14 @@ class Mark(NamedTuple):
 class Adaptation:
     """Asks for a picture of `text` with one to three `marks` in different colours.
 
-    Discs are drawn as for keypoints, patches are mixed half and half as masks are, and boxes are outlines.
+    Discs are drawn as in `Keypoints`, patches are half transparent like masks, and boxes are outlines.
     """
 
     text: str
     marks: tuple[Mark, ...]
 
     family: ClassVar[str] = "adaptation"
-    # Without an input picture this equals classifier-free guidance of 7.5.
+    # Without an input image this equals classifier-free guidance of 7.5.
     settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 50,
         "guidance_scale": 7.0,
@@ -66,7 +66,7 @@ class Adaptation:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, caption: str, rng: random.Random) -> "Adaptation":
-        """Random marks for a picture, in visible colours as far as there are enough."""
+        """Random marks; visible colors are preferred."""
         image = upright_rgb(image)
         marks: list[Mark] = []
         for _ in range(rng.randint(1, MAX_MARKS)):
@@ -101,7 +101,7 @@ def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Box:
 
 
 def mark_pixels(kind: str, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """The pixels of a mark, bool [height, width]. The random outline of a patch depends on its place alone."""
+    """The pixels of a mark, bool [height, width]. The random outline of a patch is determined by its box."""
     canvas = Image.new("1", size)
     pen = ImageDraw.Draw(canvas)
     if kind == "disc":

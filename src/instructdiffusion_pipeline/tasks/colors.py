@@ -1,4 +1,4 @@
-"""The colours that instructions name (Geng et al., CVPR 2024, section 3.1): painting them, and reading them back."""
+"""The colors of instructions (Geng et al., CVPR 2024, section 3.1): painting them and estimating what was painted."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,21 +33,21 @@ KEYPOINT_COLORS: dict[str, RGB] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
-VISIBLE_DISTANCE = 96  # Euclidean distance in levels from which a colour is visible on a pixel
+VISIBLE_DISTANCE = 96  # minimum RGB distance (Euclidean, 8-bit levels) at which a color counts as visible
 
 
-REACHES = (32, 16, 8, 4, 2, 1, 0)  # of the windows, pixels on either side
-SHARE_STEP = 0.15  # how much a share changes between one window and the next, of the opacity
-NOISE_REACH = 4
-ROUNDING_NOISE = 0.3  # squared levels: three channels cut to integers, a variance of 1/12 each
-NEIGHBOURS_ALIKE = 4  # what JPEG or a VAE does to a pixel it does to so many: they count as one
+REACHES = (32, 16, 8, 4, 2, 1, 0)  # radii of the windows in pixels
+SHARE_STEP = 0.15  # standard deviation of the coverage change between two window sizes, relative to the opacity
+NOISE_REACH = 4  # radius in pixels of the window in which the noise is measured
+ROUNDING_NOISE = 0.3  # squared levels: variance of truncation to integers, 1/12 for each of 3 channels, rounded up
+NEIGHBOURS_ALIKE = 4  # number of neighboring pixels with correlated errors (JPEG, VAE); scales the noise variance
 
 
 def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RGB]) -> list[str]:
-    """Names of the colours that are visible on the RGB `image` under `mask` (bool, height x width).
+    """Names of the colors that are visible on the RGB `image` under `mask` (bool, height x width).
 
-    A colour is visible if nine tenths of the pixels are `VISIBLE_DISTANCE` away from it. If there is none, the colour
-    that is visible on most pixels is returned; for an empty mask all colours are.
+    A color is visible if nine tenths of the pixels are at least `VISIBLE_DISTANCE` away from it. If there is none, the
+    color that is visible on most pixels is returned. For an empty mask all colors are returned.
     """
     if not mask.any():
         return list(colors)
@@ -57,14 +57,14 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
 
 
 def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[str]:
-    """All names of `colors`, those first that show on nine tenths of the RGB `image` (see `visible_colors`)."""
+    """All names in `colors`; those that are visible on the RGB `image` come first (see `visible_colors`)."""
     image = upright_rgb(image)
     visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
     return sorted(colors, key=lambda name: name not in visible)
 
 
 class NamedColors(dict[str, str]):
-    """Names and the names of their colours, in order; immutable and hashable, so that tasks are."""
+    """Ordered mapping from names to color names; immutable and hashable, so that the task dataclasses are hashable."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
@@ -85,23 +85,24 @@ class NamedColors(dict[str, str]):
 
 
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:
-    """Raise a ValueError unless `asked` maps one or more names to distinct `known` colours."""
+    """Raise a ValueError unless `asked` maps one or more names to different `known` colors."""
     pairs = list(asked.items()) if isinstance(asked, Mapping) else []
     named = [(name, color) for name, color in pairs if isinstance(name, str) and name.strip()]
     used = {color for _, color in named if isinstance(color, str) and color in known}
     if not pairs or len(used) < len(pairs):
         raise ValueError(
-            f"`{argument}` must map at least one name to a colour, each colour once, out of {', '.join(known)};"
-            f" got {asked!r}."
+            f"`{argument}` must map at least one name to a color; the colors must differ and be among"
+            f" {', '.join(known)}; got {asked!r}."
         )
 
 
 def paint(pixels: np.ndarray, mask: np.ndarray, color: RGB, opacity: float) -> None:
-    """Mix `color` into 8-bit `pixels` [height, width, 3] in place where `mask` is set; results are cut to integers.
+    """Mix `color` into 8-bit `pixels` [height, width, 3] in place where `mask` is set.
 
-    Raises a ValueError unless `mask` is boolean and of the pixels' height and width.
+    Results are truncated to integers. Raises a ValueError unless `mask` is boolean with the height and width of
+    `pixels`.
     """
-    if mask.dtype != bool or mask.shape != pixels.shape[:2]:  # numbers would be taken for rows
+    if mask.dtype != bool or mask.shape != pixels.shape[:2]:  # an integer mask would index rows
         raise ValueError(
             f"`mask` must be of type bool and shape {pixels.shape[:2]}; it is of {mask.dtype} and {mask.shape}."
         )
@@ -112,26 +113,25 @@ def paint(pixels: np.ndarray, mask: np.ndarray, color: RGB, opacity: float) -> N
 def coverage(
     image: np.ndarray, answer: np.ndarray, colors: Iterable[RGB], opacity: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The coverage of each pixel by each of `colors`: how far `answer` moved to the colour, over `opacity`.
+    """Estimate how much each pixel of `image` was painted with each of `colors` in `answer`.
 
-    A painted pixel is answer = image + opacity * (color - image). The share is the least-squares solution of that for
-    opacity, over `opacity`: 0 where nothing moved, 1 where it was painted.
+    A painted pixel is answer = image + opacity * (color - image). The coverage is the least-squares solution for
+    opacity, divided by `opacity`: 0 for an unchanged pixel, 1 for a painted pixel.
 
-    A pixel near the asked colour can hardly move, and noise hides what it did. So windows are solved from the largest
-    to the single pixel, and each solution corrects the one before it as far as its own evidence goes (a Kalman update:
-    the precision of a window's share is the sum of |color - image|^2 / noise). In a clean answer the pixel decides
-    alone; where it cannot, its surroundings do. The noise is measured around each pixel: the squared length of what no
-    colour explains.
+    A pixel that already has the requested color changes little, so an estimate per pixel is noisy. The coverage is
+    therefore estimated for windows of decreasing size, and each estimate updates the previous one (Kalman filter; the
+    precision of a window is the sum of |color - image|^2 / noise). The noise variance is the local mean of the squared
+    residual.
 
-    Of several colours a pixel keeps the one that explains its movement best as a full coat; its shares of the others
-    are at most 0.
+    If several colors are given, only the color that fits best keeps its coverage in a pixel. The coverage by the other
+    colors is clamped to at most 0.
 
     Args:
         image, answer: [height, width, 3], levels of 0 to 255.
-        colors: N colours.
+        colors: N colors.
 
     Returns:
-        The shares, and the evidence each pixel has by itself, |color - image| in levels; both [N, height, width].
+        The coverage, and the distance |color - image| of each pixel in levels; both [N, height, width].
     """
     source, target = (torch.from_numpy(np.asarray(array, dtype=np.float32)) for array in (image, answer))
     toward = torch.tensor(list(colors), dtype=torch.float32)[:, None, None] - source  # [N, H, W, 3]
@@ -158,12 +158,12 @@ def coverage(
 
 
 class Integral:
-    """Sums of [N, H, W] over any square window at the price of one: the integral image of Viola and Jones (2001)."""
+    """Summed-area table of [N, H, W] (integral image; Viola and Jones, 2001): window sums in constant time."""
 
     def __init__(self, planes: torch.Tensor, furthest: int):
         self.furthest = furthest  # no window may reach further, in pixels
         rim = (furthest + 1, furthest)  # the first row and column of an integral image are empty
-        # In double precision, since a window is the difference of sums over most of the picture.
+        # In double precision, because a window sum is the difference of sums over most of the image.
         self.totals = F.pad(planes, rim + rim).double().cumsum(1).cumsum(2)
 
     def sum(self, reach: int) -> torch.Tensor:

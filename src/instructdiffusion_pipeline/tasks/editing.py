@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.types import Edit
 
 @dataclass(frozen=True)
 class Editing:
-    """Asks for an edit in the user's own words; editing data sets bring theirs. Raises a ValueError for no words."""
+    """An edit described by a free-text instruction. Raises a ValueError if the text is empty."""
 
     text: str
 
@@ -31,7 +31,7 @@ class Editing:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
-        """The question that the data set asks."""
+        """The instruction of the data set."""
         return cls(edit.instruction)
 
     def instruction(self, rng: random.Random | None = None) -> str:
@@ -43,7 +43,7 @@ class Editing:
         return edit.edited
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
-        """The edited picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
+        """The edited image in the size of `image`. Pixels outside the `box` that `answer` shows are unchanged."""
         return paste_answer(image, answer, box)
 
     def transfer(

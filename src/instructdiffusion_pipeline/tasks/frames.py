@@ -1,4 +1,4 @@
-"""Maps pixels of an answer to pixels of its input. An answer shows a box of the input, at another size."""
+"""Map output pixels to input pixels. The output image shows a box of the input at another size."""
 
 import math
 from typing import NamedTuple
@@ -25,9 +25,9 @@ class Frame(NamedTuple):
     def of(
         cls, image: Image.Image, answer: Image.Image, box: Box | None = None, shortest: int | None = None
     ) -> "Frame":
-        """Bring `answer` and the `box` of `image` that it shows (None: all of it) to the smaller one's size.
+        """Resize `answer` and the `box` of `image` that it shows (None: all of it) to the smaller of their two sizes.
 
-        With `shortest` the shorter side is also at most that many pixels.
+        `shortest` limits the shorter side, in pixels.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
         box = box or (0.0, 0.0, float(image.width), float(image.height))
@@ -49,7 +49,7 @@ class Frame(NamedTuple):
         return (self.box[2] - self.box[0]) / width, (self.box[3] - self.box[1]) / height
 
     def place(self, plane: np.ndarray, outside: float) -> np.ndarray:
-        """A plane of the frame [height, width] as float32 in the input's size, `outside` the box as given."""
+        """Resample a [height, width] array to the input size, as float32. Pixels outside the box are `outside`."""
         x, y = self.scale
         left, top = math.floor(self.box[0]), math.floor(self.box[1])
         right, bottom = math.ceil(self.box[2]), math.ceil(self.box[3])
@@ -76,9 +76,9 @@ def inner_box(box: Box) -> tuple[int, int, int, int]:
 
 
 def paste_answer(image: Image.Image, answer: Image.Image, box: Box | None) -> Image.Image:
-    """`answer` laid over the whole pixels in the `box` of `image` that it shows (None: all of it).
+    """Paste `answer` over the whole pixels in the `box` of `image` that it shows (None: all of it).
 
-    What lies outside stays the input's; so does everything if the box is too narrow for a whole pixel.
+    Pixels outside the box are copied from `image`. If the box contains no whole pixel, `image` is returned.
     """
     image, answer = upright_rgb(image), upright_rgb(answer)
     left, top, right, bottom = box or (0.0, 0.0, float(image.width), float(image.height))

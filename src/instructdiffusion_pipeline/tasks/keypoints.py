@@ -28,7 +28,7 @@ RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
 READING_SIDE = 256  # pixels along the short side, where a disc has its training size
 MIN_SCORE = 0.4
-MIN_EVIDENCE = 16  # levels between a pixel and the asked colour, below which it is left out
+MIN_EVIDENCE = 16  # levels; pixels closer than this to the requested color are ignored
 
 COCO_JOINTS = (
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
@@ -66,7 +66,7 @@ MARK_TEMPLATES = [
 class Keypoints:
     """Asks for a disc on each joint: `{"left wrist": "red"}`, one to five names to keys of `KEYPOINT_COLORS`.
 
-    Raises a ValueError for an unknown colour, for one used twice, and for no joint or more than five.
+    Raises a ValueError if a color is unknown or used twice, or if there is no joint or more than five.
     """
 
     colors: Mapping[str, str]
@@ -86,10 +86,10 @@ class Keypoints:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
-        """One to five joints at random, in distinct colours that show where the joints are.
+        """Choose one to five random joints and visible colors.
 
-        A joint that is None is asked for as well; one whose disc would lie wholly outside the frame is not. Raises
-        `EmptyAnnotation` if that leaves none.
+        Joints that are None may be chosen; joints whose disc is outside the image are not. Raises `EmptyAnnotation` if
+        no joint is left.
         """
         image = upright_rgb(image)
         radius = disc_radius(image.size)
@@ -100,7 +100,7 @@ class Keypoints:
             or (-radius <= joint.x < image.width + radius and -radius <= joint.y < image.height + radius)
         ]
         if not inside:
-            raise EmptyAnnotation(f"`joints` must hold one inside the {image.width} x {image.height} pixels; none is.")
+            raise EmptyAnnotation(f"`joints` has no joint inside the {image.width} x {image.height} image.")
         names = rng.sample(inside, min(len(inside), rng.randint(1, MAX_JOINTS)))
         colors: dict[str, str] = {}
         for name in names:
@@ -111,7 +111,7 @@ class Keypoints:
         return cls(colors)
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """One wording of the question; without `rng` always the same."""
+        """A random wording of the instruction; without `rng` always the same."""
         discs = join_words(
             [
                 f"{with_a(color)} {'disc' if index == 0 else 'one'} on {with_the(name)}"
@@ -123,7 +123,7 @@ class Keypoints:
         return template.format(discs=discs, marks=marks)
 
     def draw(self, image: Image.Image, joints: Joints) -> Image.Image:
-        """Draw a disc on each joint of `image`; a joint that is None or not named leaves no trace."""
+        """Draw a disc on each joint of `image`; joints that are None or not named are not drawn."""
         image = upright_rgb(image)
         pixels = np.array(image)
         for name, color in self.colors.items():
@@ -136,8 +136,8 @@ class Keypoints:
         """The position of each joint in pixels of `image`, or None if no disc was found.
 
         `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
-        None. A joint's score is the step of the share from the ring around its disc to the disc, 1 for a disc as
-        drawn. A disc that the frame or other discs leave less than a tenth of is not found.
+        None. The score of a joint is the mean coverage inside the disc minus the mean coverage in a ring around it (1
+        for a perfect disc). Discs of which less than 10 % is visible are not detected.
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
@@ -145,7 +145,8 @@ class Keypoints:
         radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))
         joints: dict[str, Joint | None] = {}
         for index, name in enumerate(self.colors):
-            # An opaque disc has the colour itself: what moved toward it and past it, or beside it, is another's.
+            # Discs are opaque, so painted pixels have the requested color. Pixels that changed to a different color
+            # belong to another disc.
             gap = np.linalg.norm(frame.answer - np.array(colors[index], np.float32), axis=-1)
             share = np.minimum(shares[index], 1 - gap / evidence[index].clip(min=1))
             others = np.delete(shares, index, 0).max(0, initial=0) > 0.25
@@ -184,9 +185,9 @@ def disc_radius(size: tuple[int, int]) -> float:
 
 
 def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
-    """The pixels (bool, height x width) within dx^2 + dy^2 <= r^2 + 1 of the joint, its place rounded half up.
+    """The pixels (bool, height x width) within dx^2 + dy^2 <= r^2 + 1 of the joint.
 
-    Left of and above the frame the original rounds toward it (-9.6 becomes -9), and so does this.
+    The position is rounded half up; negative coordinates are truncated toward zero, as in the original.
     """
     width, height = size
     dx = np.arange(width) - int(joint.x + 0.5)
@@ -195,11 +196,11 @@ def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
 
 
 def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[float, float, float]:
-    """Where a disc of `radius` pixels fits the shares [height, width] best: x, y and score.
+    """The position at which a disc of `radius` pixels fits the coverage [height, width] best: x, y and score.
 
-    The fit at a place is the mean of the shares inside the disc, less the mean in a ring around it, over `known`
-    pixels only; so a disc that another covers or the frame cuts is found by what is left of it. Places up to a radius
-    outside the frame are tried as well.
+    The fit is the mean coverage inside the disc minus the mean in a ring around it, over `known` pixels only, so
+    partly covered or cut-off discs are detected by their visible part. Positions up to a radius outside the image are
+    tried.
     """
     reach = math.ceil(1.6 * radius) + 1
     offsets = torch.arange(-reach, reach + 1).float()
@@ -208,7 +209,7 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
     kernels = torch.stack([inside, ring]).float()
     weight = torch.from_numpy(known).float()
     planes = torch.stack([weight, weight * torch.from_numpy(share).clamp(0, 1)])[:, None]
-    # Correlation with kernels this large is quicker in the frequency domain.
+    # Correlation with kernels this large is faster in the frequency domain.
     full = [side + 2 * reach for side in share.shape]
     sums = torch.fft.irfft2(torch.fft.rfft2(planes, s=full) * torch.fft.rfft2(kernels, s=full), s=full)
     margin = math.ceil(radius)

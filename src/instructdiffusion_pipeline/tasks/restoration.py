@@ -60,7 +60,7 @@ class Restoration:
     degradation: Degradation
 
     family: ClassVar[str] = "restoration"
-    # The original's watermark removal example; it publishes none for noise or blur.
+    # Settings of the watermark example in the original repository, which has no example for noise or blur.
     settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 1.0,
@@ -74,7 +74,7 @@ class Restoration:
             )
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """One wording of the question; without `rng` always the same."""
+        """A random wording of the instruction; without `rng` always the same."""
         templates = TEMPLATES[self.degradation]
         return rng.choice(templates) if rng else templates[0]
 
@@ -83,7 +83,7 @@ class Restoration:
         return clean
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
-        """The restored picture in the size of `image`; outside the `box` that `answer` shows it is the input's."""
+        """The restored image in the size of `image`. Pixels outside the `box` that `answer` shows are unchanged."""
         return paste_answer(image, answer, box)
 
     def transfer(

@@ -1,4 +1,4 @@
-"""Segmentation: the named object is tinted, half colour and half picture (Geng et al., CVPR 2024, section 3.1)."""
+"""Segmentation: the named object is blended with a color at 50 % opacity (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ from instructdiffusion_pipeline.tasks.wording import join_words, with_the
 from instructdiffusion_pipeline.types import Masks
 
 OPACITY = 0.5  # share of the colour in a painted pixel
-READING_SIDE = 640  # pixels along the short side; answers of models hold no finer detail
-MIN_SCORE = 0.3  # of a mask; autoencoders and models leave faint traces of colour where they paint nothing
-ABSENT_SHARE = 0.2  # of the questions, where the annotation names absent objects
+READING_SIDE = 640  # maximum short side for decoding, in pixels; outputs of models have no finer detail
+MIN_SCORE = 0.3  # minimum score of a mask; VAE artifacts and faint traces of color have lower scores
+ABSENT_SHARE = 0.2  # probability of choosing an absent object, if the annotation has any
 
 # {things}: "the cat in blue and the dogs in red"
 LIST_TEMPLATES = [
@@ -61,7 +61,7 @@ SINGLE_TEMPLATES = [
 class Segmentation:
     """Asks to paint each object in its colour: `{"cat": "blue"}`, names to keys of `MASK_COLORS`.
 
-    Raises a ValueError for an unknown colour, for one used twice, and for no name at all.
+    Raises a ValueError if a color is unknown or used twice, or if no name is given.
     """
 
     colors: Mapping[str, str]
@@ -79,7 +79,7 @@ class Segmentation:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, masks: Masks, rng: random.Random) -> "Segmentation":
-        """One name out of `masks`, in a fifth of the cases an absent one if there is any, in a visible colour."""
+        """Choose an object (with probability 0.2 an absent one, if there is any) and a visible color."""
         present = [name for name, mask in masks.items() if mask.any()]
         absent = [name for name, mask in masks.items() if not mask.any()]
         if not masks:
@@ -88,7 +88,7 @@ class Segmentation:
         return cls({name: rng.choice(visible_colors(image, masks[name], MASK_COLORS))})
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """One wording of the question; without `rng` always the same."""
+        """A random wording of the instruction; without `rng` always the same."""
         things = join_words([f"{with_the(name)} in {color}" for name, color in self.colors.items()])
         if rng is None:
             return LIST_TEMPLATES[0].format(things=things)
@@ -98,9 +98,9 @@ class Segmentation:
         return rng.choice(SINGLE_TEMPLATES).format(name=with_the(name), color=color)
 
     def draw(self, image: Image.Image, masks: Masks) -> Image.Image:
-        """Mix each colour into `image` where its mask is set; objects without a mask leave no trace.
+        """Blend each color into `image` where its mask is set; objects without a mask are not painted.
 
-        Where masks overlap the last one is painted, as one pixel can answer for one object only.
+        Where masks overlap, the last one is painted.
         """
         source = np.array(upright_rgb(image))
         pixels = source.copy()
@@ -112,16 +112,15 @@ class Segmentation:
         return Image.fromarray(pixels)
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
-        """The mask of each object, in pixels of `image`: where `answer` moved more than half way to its colour.
+        """The mask of each object, in pixels of `image`: where the coverage by its color is more than 0.5.
 
-        A mask with a score below `MIN_SCORE` is returned empty.
-        `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
-        None. Outside the box nothing is set.
+        A mask with a score below `MIN_SCORE` is returned empty. `answer` may be of another size; `box` is the part of
+        `image` that it shows (see `working_size`), all of it if None. Masks are False outside the box.
         """
         return masks_from_margins(self.margins(image, answer, box))
 
     def margins(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, np.ndarray]:
-        """The coverage of each pixel of `image` less one half: float32 [height, width], positive inside the object.
+        """The coverage of each pixel of `image` minus 0.5: float32 [height, width], positive inside the object.
 
         Arguments as in `read`. Outside the box the margin is -0.5.
         """
@@ -148,7 +147,7 @@ class Segmentation:
 
 
 def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:
-    """The mask of each object. A pixel that several objects claim goes to the one with the highest margin."""
+    """The mask of each object. A pixel with several positive margins belongs to the object with the highest one."""
     highest = np.maximum.reduce(list(margins.values()))
     return {
         name: Mask.from_margin(np.where(margin < highest, np.minimum(margin, 0), margin))
@@ -158,10 +157,10 @@ def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The pixels of an object (bool, height x width), and a score from 0 to 1: how sure it is that it is there.
+    """The pixels of an object (bool, height x width), and a score from 0 to 1 for its presence.
 
-    The score is the mean distance of the painted pixels from the threshold: 1 if each pixel moved all the way to the
-    colour, 0 if each stopped half way or none was painted. `ask` calibrates it if the model has a calibration.
+    The score is the mean of 2 * coverage - 1 over the painted pixels: 1 for full coverage, 0 if no pixel has a
+    coverage above 0.5.
     """
 
     pixels: np.ndarray
@@ -169,7 +168,7 @@ class Mask:
 
     @classmethod
     def from_margin(cls, margin: np.ndarray) -> "Mask":
-        """The mask of pixels with a positive margin: the coverage less one half. Empty below `MIN_SCORE`."""
+        """The mask of pixels with a positive margin (coverage minus 0.5); empty if the score is below `MIN_SCORE`."""
         pixels = margin > 0
         score = float(np.clip(2 * margin[pixels], 0, 1).mean()) if pixels.any() else 0.0
         return cls(pixels if score >= MIN_SCORE else np.zeros_like(pixels), score)
@@ -189,7 +188,7 @@ class Mask:
 
     @property
     def rle(self) -> dict[str, Any]:
-        """COCO's compressed run lengths, {"size": [height, width], "counts": str}; needs pycocotools."""
+        """COCO's compressed RLE, {"size": [height, width], "counts": str}; needs pycocotools."""
         from pycocotools import mask as coco
 
         encoded = coco.encode(np.asfortranarray(self.pixels.astype(np.uint8)))
@@ -205,7 +204,7 @@ class Mask:
 
         polygons = []
         for part in regionprops(label(self.pixels, connectivity=1)):
-            # Twice as large, so that the corners that contours cut off are half a pixel at most.
+            # Upsample by 2, so that contour corners are off by at most half a pixel.
             enlarged = np.pad(part.image_filled.repeat(2, 0).repeat(2, 1), 1)
             (outline,) = find_contours(enlarged, 0.5)
             rows, columns = outline[:-1].T

@@ -48,7 +48,7 @@ def transfer_in_box(
 ) -> Image.Image:
     """Run one of the functions below on the whole pixels in the `box` of `image` that `answer` shows (None: all).
 
-    What lies outside stays the input's. `reconstruction` and `answer` are of one size.
+    Pixels outside the box are copied from `image`. `reconstruction` and `answer` have the same size.
     """
     image = upright_rgb(image)
     left, top, right, bottom = box or (0.0, 0.0, float(image.width), float(image.height))
@@ -118,8 +118,8 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
 def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """Combine a denoised answer with the detail of the noisy input. Arguments as in `transfer_change`.
 
-    The answer gives all that the working size can show. What is finer comes from the input, attenuated by a local
-    Wiener filter, whose noise level is estimated from the finest detail (Donoho and Johnstone, 1994).
+    Frequencies up to the working size are taken from the answer. Finer detail is taken from the input, attenuated by a
+    local Wiener filter, whose noise level is estimated from the finest detail (Donoho and Johnstone, 1994).
     """
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
@@ -135,7 +135,7 @@ def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.
 def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """Add half of the change to the blurred input. Arguments as in `transfer_change`.
 
-    On the model that ships half of the change scores better than all of it or none.
+    With `instructdiffusion-tiny`, half of the change scores better than all of it or none.
     """
     change = _planes(answer) - _planes(reconstruction)
     result = image.copy()
@@ -250,7 +250,7 @@ def _strips(
 ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
     """Enlarge planes [C, h, w] bilinearly to `size` (height, width), one strip of rows after the other.
 
-    Strips that see nothing of `region` [1, h, w] are left out.
+    Strips in which `region` [1, h, w] is zero are skipped.
     """
     height, width = size
     for top in range(0, height, STRIP_ROWS):

@@ -19,7 +19,7 @@ def with_the(name: str) -> str:
 
 
 def with_a(phrase: str) -> str:
-    """`phrase` with "a" or "an" before it, by its first letter, which is right for the names of all colours."""
+    """`phrase` with "a" or "an", chosen by its first letter, which is correct for all color names."""
     return f"an {phrase}" if phrase[0].lower() in "aeiou" else f"a {phrase}"
 
 
