@@ -109,7 +109,7 @@ def test_the_whole_of_a_wide_picture_is_edited(run_edit):
         ("--image_guidance_scale inf", "--image_guidance_scale: must be a finite number, but is inf"),
         ("--seed -1", "--seed: must be from 0 to 18446744073709551615, but is -1"),
         ("--output out.doc", r"--output: must have an image file extension .* out\.doc"),
-        ("--output missing/out.png", "--output: .* there is no folder missing"),
+        ("--output missing/out.png", "--output: .*there is no folder missing"),
         ("--output photo.png --overwrite", r"--output: must not overwrite the input photo\.png"),
         ("--image missing.png", r"--image: missing\.png cannot be read as a picture"),
         ("--image text.png", r"--image: text\.png cannot be read as a picture"),
