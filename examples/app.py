@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,9 +32,9 @@ from instructdiffusion_pipeline import (
     ask,
     upright_rgb,
 )
-from instructdiffusion_pipeline.cli import load_pipeline, run_script
+from instructdiffusion_pipeline.cli import load_pipeline, run_script, split_names
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import RGB, most_visible_first
+from instructdiffusion_pipeline.tasks.colors import assign_colors
 from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS
 from instructdiffusion_pipeline.tasks.restoration import Degradation
 
@@ -127,21 +127,6 @@ def questions() -> list[tuple[type[Task], MakeTask, Callable[[], gr.components.C
         ),
         (Editing, lambda _, text: Editing(text), lambda: gr.Textbox("make it night", label="instruction")),
     ]
-
-
-def split_names(names: str) -> list[str]:
-    """The names in a text that separates them by commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def assign_colors(picture: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
-    """A colour for each name. Colours that differ most from the picture come first.
-
-    Raises a ValueError if there are no names, more names than colours, or two equal names.
-    """
-    if not 0 < len(set(names)) == len(names) <= len(colors):
-        raise ValueError(f"Enter 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
-    return dict(zip(names, most_visible_first(picture, colors), strict=False))
 
 
 def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callable[..., Outputs]:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
-from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import evaluate, examples_from, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -24,14 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=str(TINY_MODEL), help="folder or Hub id (default: examples/instructdiffusion-tiny)"
     )
-    parser.add_argument(
-        "--data",
-        action="extend",
-        nargs="+",
-        required=True,
-        metavar="NAME=FOLDER",
-        help=f"data sets; may be repeated; NAME is one of {', '.join(TESTABLE)}",
-    )
+    add_data_argument(parser, TESTABLE)
     parser.add_argument("--split", help="split of all data sets (default: the validation or test split of each)")
     parser.add_argument("--image_column", help="column of a table with the input pictures")
     parser.add_argument("--instruction_column", help="column of a table with the instructions")

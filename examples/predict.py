@@ -12,7 +12,7 @@ again. Images that cannot be read are skipped with a message.
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -23,24 +23,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from instructdiffusion_pipeline import (
-    KEYPOINT_COLORS,
     MASK_COLORS,
     Answer,
     Editing,
     InstructDiffusionPipeline,
     Joint,
-    Keypoints,
     Mask,
     Restoration,
     Segmentation,
     ask_batch,
 )
-from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script
+from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script, split_names
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import most_visible_first
-from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS
+from instructdiffusion_pipeline.tasks.colors import assign_colors
+from instructdiffusion_pipeline.tasks.keypoints import joint_tasks
 from instructdiffusion_pipeline.tasks.restoration import Degradation
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
@@ -90,7 +88,7 @@ def main() -> None:
     check_run_config(args.output, "run.json", run, "answers of the same run")
     records = args.output / "records"
     records.mkdir(exist_ok=True)
-    names = unique_names(paths)
+    names, numbers = unique_names(paths), {path: number for number, path in enumerate(paths)}
     settings = {} if args.steps is None else {"num_inference_steps": args.steps}
 
     open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
@@ -104,7 +102,7 @@ def main() -> None:
                     column,
                     slices=args.slices,
                     # The noise depends on the picture, and not on its batch.
-                    generator=[seeded(args.seed, paths.index(path)) for path in batch],
+                    generator=[seeded(args.seed, numbers[path]) for path in batch],
                     **settings,
                 )
                 for column in zip(*tasks, strict=True)
@@ -135,7 +133,7 @@ def check_question(args: argparse.Namespace) -> Any:
         raise UsageError("--slices must be from 0.1 to below 1, and needs --task segmentation.")
     if wanted not in ("objects", "joints"):
         return value
-    names = [name.strip() for name in value.split(",") if name.strip()]
+    names = split_names(value)
     limit = len(MASK_COLORS) if wanted == "objects" else 100
     if not 0 < len(set(names)) == len(names) <= limit:
         raise UsageError(f"--{wanted} must be one to {limit} different names, but is {value!r}.")
@@ -160,10 +158,9 @@ def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
 
 def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """The name of each picture's output files: its stem, with its number where several have the same."""
-    stems = [path.stem for path in paths]
+    counts = Counter(path.stem for path in paths)
     return {
-        path: path.stem if stems.count(path.stem) == 1 else f"{path.stem}-{number}"
-        for number, path in enumerate(paths)
+        path: path.stem if counts[path.stem] == 1 else f"{path.stem}-{number}" for number, path in enumerate(paths)
     }
 
 
@@ -190,11 +187,9 @@ def batches(
 def make_tasks(task: str, question: Any, image: Image.Image) -> list[Task]:
     """The tasks for an image: one, or one for every five joints."""
     if task == "segmentation":
-        return [Segmentation(dict(zip(question, most_visible_first(image, MASK_COLORS), strict=False)))]
+        return [Segmentation(assign_colors(image, question, MASK_COLORS))]
     if task == "keypoints":
-        colors = most_visible_first(image, KEYPOINT_COLORS)
-        groups = [question[start : start + MAX_JOINTS] for start in range(0, len(question), MAX_JOINTS)]
-        return [Keypoints(dict(zip(group, colors, strict=False))) for group in groups]
+        return [*joint_tasks(image, question)]
     return [Restoration(question) if task == "restoration" else Editing(question)]
 
 

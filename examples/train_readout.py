@@ -11,7 +11,7 @@ is started again with the same options.
 import argparse
 from pathlib import Path
 
-from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.specs import (
     DATASETS,
     KEYPOINTS,
@@ -28,14 +28,7 @@ READABLE = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOI
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; the readout is saved there")
-    parser.add_argument(
-        "--data",
-        action="extend",
-        nargs="+",
-        required=True,
-        metavar="NAME=FOLDER",
-        help=f"data sets, one or several; NAME is one of {', '.join(READABLE)}",
-    )
+    add_data_argument(parser, READABLE)
     parser.add_argument(
         "--samples",
         type=integer(1),

@@ -314,11 +314,11 @@ def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> 
     """A picture tensor (3, H, W) in [0, 1] resized to (width, height) with the same filter as PIL pictures."""
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
-    channels = [resize_picture(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
+    channels = [_resize_picture(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 1)
 
 
-def resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
+def _resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
     """The picture in the given (width, height): cropped to the aspect ratio first, or stretched."""
     if crop:
         return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
@@ -1070,7 +1070,7 @@ class InstructDiffusionPipeline(
             if len(set(sizes)) > 1:
                 continue  # The call fails; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):
-                fitted = resize_picture(picture, sizes[0], crop)
+                fitted = _resize_picture(picture, sizes[0], crop)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
             else:
                 tensors.append(_resize_tensor(self._unit_range(picture), sizes[0], crop))
@@ -1344,5 +1344,5 @@ class InstructDiffusionPipeline(
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
         return [
-            resize_picture(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)
+            _resize_picture(PIL.Image.fromarray(level), size, crop) for level, size in zip(levels, sizes, strict=True)
         ]

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
+from instructdiffusion_pipeline.datasets.keypoints import PADDING
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
@@ -28,7 +29,6 @@ Reading = TypeVar("Reading")
 
 SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
-BOX_PADDING = 1.25  # of a person's box, as in the paper's evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,8 @@ class Answer(Generic[Reading]):
             the input for `Restoration` and `Editing`.
         nsfw_content_detected: whether the safety checker replaced the output by a black image; `data` is then
             meaningless.
+        reconstruction: the input after encoding and decoding by the VAE, at working size, for a task whose data is an
+            image; otherwise None.
     """
 
     task: Task[Reading]
@@ -56,6 +58,7 @@ class Answer(Generic[Reading]):
     box: Box
     data: Reading
     nsfw_content_detected: bool = False
+    reconstruction: Image.Image | None = None
 
     @property
     def overlay(self) -> Image.Image:
@@ -150,11 +153,11 @@ def ask_boxes(
 
 
 def padded_square(box: Box) -> tuple[int, int, int, int]:
-    """The square of whole pixels around the middle of a box, `BOX_PADDING` times as large as its longer side."""
+    """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side."""
     left, top, right, bottom = box
     if not (left < right and top < bottom):
         raise ValueError(f"`boxes` must be (left, top, right, bottom) with an area; got {box}.")
-    side = round(BOX_PADDING * max(right - left, bottom - top))
+    side = round(PADDING * max(right - left, bottom - top))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     return x, y, x + side, y + side
 
@@ -247,7 +250,8 @@ def ask_batch(
         prompt = "\n".join(view.prompt for view, _ in whole)
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
             warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
-        answers.append(Answer(task, image, prompt, picture, box, data, any(answer.flag for _, answer in whole)))
+        flag = any(answer.flag for _, answer in whole)
+        answers.append(Answer(task, image, prompt, picture, box, data, flag, response.reconstruction))
     return answers
 
 

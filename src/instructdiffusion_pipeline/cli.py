@@ -81,12 +81,29 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return integer
 
 
+def split_names(names: str) -> list[str]:
+    """The names in a text that separates them by commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def finite(text: str) -> float:
     """An argparse type: a finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, but is {text}")
     return value
+
+
+def add_data_argument(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add the option `--data NAME=FOLDER ...`, with a NAME out of `names`; see `datasets.specs.parse_entries`."""
+    parser.add_argument(
+        "--data",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help=f"data sets; may be repeated; NAME is one of {', '.join(names)}",
+    )
 
 
 def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:

@@ -1,10 +1,14 @@
 import gzip
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from PIL import Image, ImageDraw
+
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]
@@ -34,4 +38,23 @@ def world_folder(tmp_path_factory):
     merges = ["t h", "th e</w>", "c a", "ca t</w>", "r e", "re d</w>"]
     (root / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(["version", *merges]).encode()))
     (root / "CREDITS.md").write_text("# Credits\n")
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A folder of COCO keypoints: one person in each split."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    keypoints = [value for i in range(len(COCO_JOINTS)) for value in (20 + 2 * i, 15 + 2 * i, 2)]
+    person = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [15, 10, 45, 45], "area": 900, "keypoints": keypoints}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
+        "annotations": [person | {"iscrowd": 0}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        tiny.picture(80, 60).save(root / split / "1.png")
+        (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
     return root

@@ -12,7 +12,6 @@ import tiny
 from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 
 # By its path, which does not depend on the folders that other tests put first.
 spec = importlib.util.spec_from_file_location("evaluate_data_sets", tiny.ROOT / "examples" / "evaluate.py")
@@ -27,23 +26,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     InstructDiffusionPipeline(**tiny.components(), task_settings=SETTINGS).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def coco(tmp_path):
-    root = tmp_path / "coco"
-    (root / "val2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
-    tiny.picture(80, 60).save(root / "val2017" / "1.png")
-    keypoints = [value for i in range(len(COCO_JOINTS)) for value in (20 + 2 * i, 15 + 2 * i, 2)]
-    person = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [15, 10, 45, 45], "area": 900, "keypoints": keypoints}
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
-        "annotations": [person | {"iscrowd": 0}],
-        "categories": [{"id": 1, "name": "person"}],
-    }
-    (root / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
-    return root
 
 
 @pytest.fixture

@@ -1,22 +1,16 @@
 """The script that trains a readout, on data sets as they lie on disk and a model of random weights."""
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
 import tiny
+import train_readout
 from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import run_script
-from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
-
-# By its path: examples/tiny has a script of the same name.
-spec = importlib.util.spec_from_file_location("train_any_readout", tiny.ROOT / "examples" / "train_readout.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 SPLITS = ("train2017", "val2017")
 
@@ -44,27 +38,9 @@ def coco_stuff(tmp_path):
     return root
 
 
-@pytest.fixture
-def coco(tmp_path):
-    root = tmp_path / "coco"
-    (root / "annotations").mkdir(parents=True)
-    keypoints = [value for i in range(len(COCO_JOINTS)) for value in (20 + 2 * i, 15 + 2 * i, 2)]
-    person = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [15, 10, 45, 45], "area": 900, "keypoints": keypoints}
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
-        "annotations": [person | {"iscrowd": 0}],
-        "categories": [{"id": 1, "name": "person"}],
-    }
-    for split in SPLITS:
-        (root / split).mkdir()
-        tiny.picture(80, 60).save(root / split / "1.png")
-        (root / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
-    return root
-
-
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train_readout.py", *map(str, arguments)])
-    run_script(script.main)
+    run_script(train_readout.main)
 
 
 def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(

@@ -213,15 +213,14 @@ class Evaluator:
     def score(self, example: Example, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
         """Measurements per column: model, ceiling, alternative decoding or (for images) the input, baselines."""
         box, task = answers[0].box, example.tasks[0]
-        size = self.size(task.family)
 
         def read_by_color(pictures: Sequence[Image.Image]) -> Any:
             pairs = zip(example.tasks, pictures, strict=True)
             return merge([task.read(example.image, picture, box) for task, picture in pairs])
 
         readings = {"model": merge([answer.data for answer in answers])}
-        if isinstance(task, PictureTask):
-            (reconstructed,) = vae_reconstruction(self.pipeline, [example.image], **size)
+        reconstructed = answers[0].reconstruction
+        if isinstance(task, PictureTask) and reconstructed is not None:
             readings["ceiling"] = task.transfer(example.image, reconstructed, ceilings[0], box)
             readings["answer alone"] = task.read(example.image, answers[0].picture, box)
             # The VAE alone removes some noise. These columns show how much of a score is due to it.
@@ -229,12 +228,8 @@ class Evaluator:
             readings["input through the VAE"] = task.read(example.image, reconstructed, box)
         else:
             readings["ceiling"] = read_by_color(ceilings)
-        if (
-            not isinstance(task, PictureTask)
-            and self.pipeline.readout is not None
-            and isinstance(task, Segmentation | Keypoints)
-        ):
-            readings["reading by color"] = read_by_color([answer.picture for answer in answers])
+            if self.pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
+                readings["reading by color"] = read_by_color([answer.picture for answer in answers])
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.tasks import Task
-from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, most_visible_first
-from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS, Keypoints
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints, joint_tasks
 from instructdiffusion_pipeline.types import Joints
 
 
@@ -74,6 +72,4 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
     """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colours that differ from the picture's."""
-    colors = most_visible_first(image, KEYPOINT_COLORS)
-    groups = np.array_split(list(joints), -(-len(joints) // MAX_JOINTS))
-    return [Keypoints({str(name): color for name, color in zip(group, colors, strict=False)}) for group in groups]
+    return joint_tasks(image, list(joints))

@@ -1,6 +1,6 @@
 """The colors of instructions (Geng et al., CVPR 2024, section 3.1): painting them and estimating what was painted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,16 @@ def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[st
     image = upright_rgb(image)
     visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
     return sorted(colors, key=lambda name: name not in visible)
+
+
+def assign_colors(image: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
+    """A colour for each name. Colours that differ most from the picture come first.
+
+    Raises a ValueError if there are no names, more names than colours, or two equal names.
+    """
+    if not 0 < len(set(names)) == len(names) <= len(colors):
+        raise ValueError(f"Enter 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
+    return dict(zip(names, most_visible_first(image, colors), strict=False))
 
 
 class NamedColors(dict[str, str]):

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
     NamedColors,
+    assign_colors,
     check_colors,
     coverage,
     paint,
@@ -177,6 +178,12 @@ class Keypoints:
                     stroke_fill="black",
                 )
         return sheet
+
+
+def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
+    """Tasks for all of `names`, at most `MAX_JOINTS` each, in colours that differ from those of `image`."""
+    groups = np.array_split(list(names), -(-len(names) // MAX_JOINTS))
+    return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
 
 
 def disc_radius(size: tuple[int, int]) -> float:

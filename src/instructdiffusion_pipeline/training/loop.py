@@ -338,8 +338,7 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         )
     if "target" in first:
         height, width = first["target"].shape[1:]
-        # Each UNet level except the last halves the latent size.
-        factor = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        factor = pipeline.size_multiple
         if height % factor or width % factor:
             raise ValueError(
                 f"`dataset` has pictures of {width} x {height} pixels; both must be multiples of {factor}."
