@@ -129,13 +129,14 @@ def test_a_readout_is_trained_on_the_gpu(load, device, data, tmp_path):
     pipe = load(torch.float16 if CUDA else torch.float32).to(device)
     entry = f"coco-stuff={data}"
     ((source, _),), (test_source,) = load_sources([entry], 64), load_test_sources([entry], 64)
-    config = ReadoutConfig(sample_size=64, max_train_steps=200 if CUDA else 4, batch_size=16 if CUDA else 2)
-    groups = [examples_from(each, 64 if CUDA else 2) for each in (source, test_source)]
+    steps, batch_size, num_workers, examples = (100, 16, 8, 32) if CUDA else (4, 2, 0, 2)
+    config = ReadoutConfig(64, steps, batch_size, num_workers=num_workers)
+    groups = [examples_from(each, examples) for each in (source, test_source)]
     readout = train_readout(pipe, *groups, tmp_path, config)
     assert pipe.readout is readout and readout.device.type == device and readout.dtype == pipe.unet.dtype
     (row,) = json.loads((tmp_path / "held-out" / "results.json").read_text())["rows"]
     assert not row["failed"] and row["scores"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
-    assert not CUDA or row["scores"]["mIoU"]["model"] > 0.3
+    assert not CUDA or row["scores"]["mIoU"]["model"] > 0.6
 
 
 @pytest.fixture
@@ -148,11 +149,11 @@ def samples(pipe, data):
     return ImageDataset(Mixture(load_sources([f"coco-stuff={data}"], 32)), pipe.tokenizer)
 
 
-CONFIG = TrainingConfig(max_train_steps=60 if CUDA else 4, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
+CONFIG = TrainingConfig(max_train_steps=20 if CUDA else 4, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
 HALF = "fp16" if CUDA else "bf16"
 
 
-def mean_loss(pipe, samples, positions=64):
+def mean_loss(pipe, samples, positions=32):
     """The loss of a pipeline on the CPU, in float32, for many timesteps."""
     batch = torch.utils.data.default_collate([samples[position] for position in range(positions)])
     batch = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
@@ -188,9 +189,10 @@ def assert_same_updates(first, second, start, tolerance=0.02):
 )
 def test_training_in_half_precision_lowers_the_loss(settings, pipe, samples, tmp_path):
     before = mean_loss(pipe, samples)
-    train(pipe, samples, dataclasses.replace(CONFIG, **settings), tmp_path)
+    train(pipe, samples, dataclasses.replace(CONFIG, num_workers=4 if CUDA else 0, **settings), tmp_path)
     if settings["mixed_precision"] == "fp16":
-        assert torch.load(tmp_path / f"checkpoint-{CONFIG.max_train_steps}" / "scaler.pt")["scale"] > 1
+        state = tmp_path / f"checkpoint-{CONFIG.max_train_steps}" / "state"
+        assert torch.load(state / "scaler.pt")["scale"] > 1
     if "lora_rank" in settings:
         save_lora(pipe, tmp_path / "lora")
         pipe = InstructDiffusionPipeline(**tiny.components())
