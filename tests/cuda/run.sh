@@ -29,4 +29,6 @@ if [ -n "$missing" ]; then
     $python -m pip install --quiet --no-index --no-deps --no-compile --find-links "$bundle/wheels" --target "$site" $missing
 fi
 export PYTHONPATH="$checkout/src:$site" HF_HUB_OFFLINE=1
+# Without progress bars, a log stays readable. `train` shows its bar all the same, but seldom.
+export TQDM_DISABLE=1 TQDM_MININTERVAL=60
 $python "$checkout/tests/cuda/acceptance.py" --data "$bundle/data" "$@"
