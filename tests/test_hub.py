@@ -623,9 +623,11 @@ def test_a_given_token_is_sent_with_every_request(root: Path, fresh: Fresh, hub:
     push(InstructDiffusionPipeline.from_pretrained(sys.argv[1]), "me/tiny", token="hf_given")
     push(InstructDiffusionPipeline.from_pretrained(sys.argv[1]), "me/tiny", token="hf_given")
     InstructDiffusionPipeline.from_pretrained("me/tiny", token="hf_given")
+    DiffusionPipeline.from_pretrained("me/tiny", token="hf_given", trust_remote_code=True, force_download=True)
     report()
     """
     fresh.report(script, root / "saved", hub=hub)
+    fresh.report(MODULAR_ANSWER + 'report(**modular_answer("me/tiny", token="hf_given"))', hub=hub, blocked=True)
     sent = [tokens for path, tokens in hub.tokens.items() if "me/tiny" in path]
     assert len(sent) > 10 and all(tokens == {"Bearer hf_given"} for tokens in sent), hub.tokens
     assert hub.tokens["/api/repos/create"] == {"Bearer hf_given"}

@@ -1,6 +1,7 @@
 """The blocks give the images of the pipeline, bit by bit; each runs alone; guiders can be exchanged."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from instructdiffusion_pipeline import (
     Keypoints,
     Restoration,
     Segmentation,
+    export,
 )
 from instructdiffusion_pipeline.modular_instruct_diffusion import (
     InstructDiffusionDecodeStep,
@@ -154,6 +156,18 @@ def test_the_safety_checker_runs(pipe: InstructDiffusionPipeline, threshold: flo
     state = modular(checked)(**tiny.inputs())
     assert state.get("nsfw_content_detected") == [threshold == -1.0]
     assert np.array_equal(state.get("images"), checked(**tiny.inputs()).images)
+
+
+@pytest.mark.parametrize("write", [InstructDiffusionPipeline.save_pretrained, export])
+def test_a_folder_loads_without_trust(pipe: InstructDiffusionPipeline, tmp_path: Path, write: Callable) -> None:
+    pipe.register_to_config(task_settings={"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}})
+    write(pipe, tmp_path / "model")
+    blocks = InstructDiffusionBlocks().init_pipeline(str(tmp_path / "model"))
+    blocks.load_components()
+    assert blocks.null_component_names == ["safety_checker", "feature_extractor"]
+    call = tiny.inputs(num_inference_steps=None)
+    expected = pipe(**call).images
+    assert np.array_equal(blocks(**call | {"generator": tiny.generator()}, output="images"), expected)
 
 
 # --- each block alone -----------------------------------------------------------------------------------------------
