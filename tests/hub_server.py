@@ -20,7 +20,7 @@ class HubServer(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content, of the main branch
         self.revisions: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, branch or commit) -> files
         self.messages: list[str] = []  # of the commits
-        self.tokens: dict[str, set[str | None]] = {}  # path -> Authorization headers of the requests
+        self.token: str | None = None  # requests about repositories with another token are answered with status 401
         self.private: dict[str, bool] = {}
         self.uploads: dict[str, bytes] = {}  # sha256 -> content, uploaded through LFS
         self.requests: list[str] = []
@@ -63,9 +63,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         hub, path, body = self.server, unquote(urlsplit(self.path).path), self._body()
         hub.requests.append(f"{self.command} {path}")
-        hub.tokens.setdefault(path, set()).add(self.headers.get("Authorization"))
+        is_known = hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
         if hub.refused and hub.requests[-1].startswith(hub.refused):
             self._answer(403)
+        elif not is_known and not path.startswith("/uploads/"):
+            self._answer(401, headers={"X-Error-Code": "RepoNotFound"})
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
