@@ -38,13 +38,13 @@ from instructdiffusion_pipeline import (
     export,
 )
 from instructdiffusion_pipeline.modular_instruct_diffusion import (
-    InstructDiffusionDecodeStep,
     InstructDiffusionDenoiseStep,
-    InstructDiffusionImageEncoderStep,
     InstructDiffusionInputStep,
     InstructDiffusionPrepareLatentsStep,
     InstructDiffusionSetTimestepsStep,
     InstructDiffusionTextEncoderStep,
+    InstructDiffusionVaeDecoderStep,
+    InstructDiffusionVaeEncoderStep,
 )
 
 SCALES = {1: (0.5, 0.5), 2: (6.0, 0.5), 3: (5.0, 1.25)}
@@ -101,7 +101,7 @@ def test_the_image_is_that_of_the_pipeline(
     [
         {"negative_prompt": "fog", "clip_skip": 1},
         {"strength": 0.5, "num_inference_steps": 4},
-        {"output_type": "pil", "image": tiny.picture(48, 32), "resolution": 64, "resize_mode": "stretch"},
+        {"output_type": "pil", "image": tiny.picture(51, 32), "resolution": 64, "resize_mode": "stretch"},
         {"output_type": "pil", "image": tiny.picture(70, 40), "resolution": None},
         {"output_type": "pt", "latents": torch.randn(1, 4, 16, 16, generator=tiny.generator(3))},
         {"image": torch.randn(1, 4, 16, 16, generator=tiny.generator(4))},
@@ -178,12 +178,12 @@ def test_each_block_runs_alone_with_its_own_components(pipe: InstructDiffusionPi
     expected = pipe(**tiny.inputs(num_images_per_prompt=2)).images
     steps = [
         (InstructDiffusionTextEncoderStep(), {"text_encoder", "tokenizer"}),
-        (InstructDiffusionImageEncoderStep(), {"vae"}),
+        (InstructDiffusionVaeEncoderStep(), {"vae"}),
         (InstructDiffusionInputStep(), set()),
         (InstructDiffusionSetTimestepsStep(), {"scheduler"}),
         (InstructDiffusionPrepareLatentsStep(), {"scheduler"}),
         (InstructDiffusionDenoiseStep(), {"guider", "unet", "scheduler"}),
-        (InstructDiffusionDecodeStep(), {"vae", "safety_checker", "feature_extractor"}),
+        (InstructDiffusionVaeDecoderStep(), {"vae", "safety_checker", "feature_extractor"}),
     ]
     known = tiny.inputs(num_images_per_prompt=2)
     for block, components in steps:
@@ -200,7 +200,7 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     state = modular(pipe)(**tiny.inputs())
     latent = pipe(**tiny.inputs(output_type="latent")).images
     assert torch.equal(state.get("latents"), latent)
-    alone = modular(pipe, InstructDiffusionDecodeStep())
+    alone = modular(pipe, InstructDiffusionVaeDecoderStep())
     assert np.array_equal(alone(latents=latent, output_type="np", output="images"), state.get("images"))
     # Without the sizes of the inputs, PIL pictures have the working size.
     assert alone(latents=latent, output="images")[0].size == (32, 32)
@@ -219,8 +219,8 @@ def test_a_block_can_be_left_out(pipe: InstructDiffusionPipeline) -> None:
     assert np.array_equal(without_text(**call, **embeds, output="images"), expected)
 
 
-def test_the_image_block_alone_needs_a_size(pipe: InstructDiffusionPipeline) -> None:
-    alone = modular(pipe, InstructDiffusionImageEncoderStep())
+def test_the_vae_encoder_alone_needs_a_size(pipe: InstructDiffusionPipeline) -> None:
+    alone = modular(pipe, InstructDiffusionVaeEncoderStep())
     with pytest.raises(ValueError, match="`resolution` must be given: there is no `unet`"):
         alone(image=tiny.picture())
     with pytest.raises(ValueError, match='`resize_mode` must be "crop": there is no `unet`'):

@@ -568,7 +568,8 @@ def test_pyramid_attention_broadcast_skips_attention_and_forgets_after_a_call(pi
     # Timesteps 999, 799.2, 599.4, 399.6, 199.8 and 0: in the range (100, 800) every other one is skipped.
     assert computed.count("attn2") == 6 * layers and computed.count("attn1") == 4 * layers
     assert 0 < difference(found, plain) < 0.1
-    answer(pipe, image=[tiny.picture(seed=1), tiny.picture(seed=2)], num_inference_steps=6)
+    # An odd number of steps, so that what it leaves would change which steps the next call skips.
+    answer(pipe, image=[tiny.picture(seed=1), tiny.picture(seed=2)], num_inference_steps=5)
     assert difference(answer(pipe, num_inference_steps=6), found) == 0
 
 

@@ -253,7 +253,7 @@ class InstructDiffusionTextEncoderStep(ModularPipelineBlocks):
         return components, state
 
 
-class InstructDiffusionImageEncoderStep(ModularPipelineBlocks):
+class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
     """Resizes the pictures and encodes them with the VAE.
 
     `resolution=None` and `resize_mode="stretch"` need the configuration of the UNet, which another block loads.
@@ -568,7 +568,7 @@ class InstructDiffusionDenoiseStep(LoopSequentialPipelineBlocks):
 # --- Decoder --------------------------------------------------------------------------------------------------------
 
 
-class InstructDiffusionDecodeStep(ModularPipelineBlocks):
+class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
     """Decodes the latents and runs the safety checker, if there is one. ValueError: an argument is wrong."""
 
     model_name = "instruct-diffusion"
@@ -613,16 +613,16 @@ class InstructDiffusionBlocks(SequentialPipelineBlocks):
 
     block_classes = [
         InstructDiffusionTextEncoderStep,
-        InstructDiffusionImageEncoderStep,
+        InstructDiffusionVaeEncoderStep,
         InstructDiffusionInputStep,
         InstructDiffusionSetTimestepsStep,
         InstructDiffusionPrepareLatentsStep,
         InstructDiffusionDenoiseStep,
-        InstructDiffusionDecodeStep,
+        InstructDiffusionVaeDecoderStep,
     ]
     block_names = [
         "text_encoder",
-        "image_encoder",
+        "vae_encoder",
         "input",
         "set_timesteps",
         "prepare_latents",
