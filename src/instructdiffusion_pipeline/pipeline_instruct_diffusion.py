@@ -24,7 +24,6 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
-from diffusers.hooks import HookRegistry
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import (
     FromSingleFileMixin,
@@ -376,7 +375,9 @@ def _check_caches(unet: UNet2DConditionModel) -> None:
 
 def _reset_caches(unet: UNet2DConditionModel) -> None:
     """Empty the caches of diffusers' hooks, which hold the attention of an earlier call or of other predictions."""
-    HookRegistry.check_if_exists_or_initialize(unet).reset_stateful_hooks()
+    for module in unet.modules():
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
 # Ids of the pipelines and schedulers that are running; both store the state of a call.
