@@ -12,19 +12,25 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer(ThreadingHTTPServer):
-    """Keeps the newest revision of each repository, and a list of all requests, in memory."""
+    """Keeps all revisions of each repository, and a list of all requests, in memory."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content
+        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content, of the main branch
+        self.revisions: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, branch or commit) -> files
+        self.messages: list[str] = []  # of the commits
+        self.token: str | None = None  # requests about repositories with another token are answered with status 401
         self.private: dict[str, bool] = {}
         self.uploads: dict[str, bytes] = {}  # sha256 -> content, uploaded through LFS
         self.requests: list[str] = []
         self.refused: str | None = None  # requests that start with this are answered with status 403
 
-    def commit_hash(self, repo: str) -> str:
-        contents = [(path, hashlib.sha1(data).hexdigest()) for path, data in sorted(self.files[repo].items())]
+    def tree(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        return self.files[repo] if revision == "main" else self.revisions.get((repo, revision))
+
+    def commit_hash(self, repo: str, revision: str = "main") -> str:
+        contents = [(path, hashlib.sha1(data).hexdigest()) for path, data in sorted(self.tree(repo, revision).items())]
         return hashlib.sha1(json.dumps(contents).encode()).hexdigest()
 
 
@@ -57,8 +63,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         hub, path, body = self.server, unquote(urlsplit(self.path).path), self._body()
         hub.requests.append(f"{self.command} {path}")
+        is_known = hub.token is None or self.headers.get("Authorization") == f"Bearer {hub.token}"
         if hub.refused and hub.requests[-1].startswith(hub.refused):
             self._answer(403)
+        elif not is_known and not path.startswith("/uploads/"):
+            self._answer(401, headers={"X-Error-Code": "RepoNotFound"})
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
@@ -81,7 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404)
 
     def _repository(self, repo: str, verb: str | None, rest: str, body: bytes) -> None:
-        hub, files, commit = self.server, self.server.files[repo], self.server.commit_hash(repo)
+        hub = self.server
+        named = rest.split("/", 2)[1] if verb in ("revision", "tree", "paths-info", "commit", "resolve") else "main"
+        files = hub.tree(repo, named)
+        if files is None:
+            self._answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+            return
+        commit = hub.commit_hash(repo, named)
+        hub.revisions[repo, commit] = dict(files)
         if verb in (None, "revision"):
             self._answer(200, {"id": repo, "sha": commit, "siblings": [{"rfilename": path} for path in files]})
         elif verb in ("tree", "paths-info"):
@@ -104,16 +120,23 @@ class _Handler(BaseHTTPRequestHandler):
             actions = [{**o, "actions": {"upload": {"href": f"{hub.url}/uploads/{o['oid']}"}}} for o in wanted]
             self._answer(200, {"transfer": "basic", "objects": actions})
         elif verb == "commit":
+            answer = {}
+            if "create_pr=1" in urlsplit(self.path).query:
+                files = hub.revisions[repo, "refs/pr/1"] = dict(files)
+                answer["pullRequestUrl"] = f"{hub.url}/{repo}/discussions/1"
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "header":
+                    hub.messages.append(value["summary"])
                 elif line["key"] == "deletedFile":
                     files.pop(line["value"]["path"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = hub.uploads[value["oid"]]
-            commit = hub.commit_hash(repo)
-            self._answer(200, {"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit})
+            named = "refs/pr/1" if answer else named
+            commit = hub.commit_hash(repo, named)
+            self._answer(200, {"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit} | answer)
         elif verb == "resolve":
             name = rest.split("/", 2)[2]
             if name in files:

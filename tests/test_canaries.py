@@ -13,9 +13,9 @@ import torch
 from checkpoints import MODEL, OPTIONS
 from convert_original_checkpoint import convert
 from convert_to_original import convert_back
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import InstructDiffusionBlocks, InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.cli import load_pipeline
 
 BASE = MODEL / "tiny-original.safetensors"
@@ -118,6 +118,18 @@ def test_a_folder_with_code_of_its_own_does_not_run_it(folder: Path, canary: Pat
     change_index(folder, _class_name=["pipeline_instruct_diffusion", "InstructDiffusionPipeline"])
     with contextlib.suppress(ValueError):  # diffusers asks for trust; this package has the code already.
         assert isinstance(load(folder), InstructDiffusionPipeline)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("load", [ModularPipeline.from_pretrained, InstructDiffusionBlocks().init_pipeline])
+def test_blocks_of_a_folder_do_not_run(
+    pipe: InstructDiffusionPipeline, tmp_path: Path, canary: Path, load: Callable
+) -> None:
+    export(pipe, tmp_path / "exported")
+    for file in (tmp_path / "exported").glob("*.py"):
+        file.write_text(code(canary))
+    with contextlib.suppress(ValueError):  # diffusers asks for trust; this package has the code already.
+        load(str(tmp_path / "exported")).load_components()
     assert not canary.exists()
 
 

@@ -13,15 +13,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+import torch
 from diffusers import UNet2DModel
 from hub_server import HubServer, running_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, export, pipeline_instruct_diffusion, push
+from instructdiffusion_pipeline import (
+    InstructDiffusionPipeline,
+    export,
+    modular_instruct_diffusion,
+    pipeline_instruct_diffusion,
+    push,
+)
 
 ROOT = Path(__file__).parent.parent
 CODE = "pipeline_instruct_diffusion.py"
+BLOCKS = {"modular_instruct_diffusion.py", "modular_config.json", "modular_model_index.json"}
 PUSH_TO_HUB = str(ROOT / "examples/push_to_hub.py")
 
 TASK_SETTINGS = {"editing": {"num_inference_steps": 2, "guidance_scale": 3.5}, "segmentation": {"guidance_scale": 1}}
@@ -39,7 +47,8 @@ def answer(pipe):
     picture = Image.linear_gradient("L").convert("RGB").resize((16, 16))
     result = pipe("mark the cat", picture, resolution=0, generator=torch.manual_seed(0), output_type="np")
     with torch.no_grad():
-        return [*result.images.flatten().tolist(), *pipe.readout(torch.ones(1, 3, 8, 8), 0).sample.flatten().tolist()]
+        read = pipe.readout(torch.ones(1, 3, 8, 8, dtype=pipe.readout.dtype), 0).sample
+    return [*result.images.flatten().tolist(), *read.flatten().tolist()]
 
 def report(**what):
     print("REPORT" + json.dumps(what))
@@ -144,6 +153,51 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+MODULAR_ANSWER = """
+from diffusers import ModularPipeline
+
+def modular_answer(source, variant=None, dtype=torch.float32, **options):
+    # Whether the blocks give the image of the pipeline, and the sum of its values.
+    blocks = ModularPipeline.from_pretrained(source, trust_remote_code=True, **options)
+    blocks.load_components(dtype=dtype, **options)
+    pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, variant=variant, dtype=dtype, **options)
+    for each in (blocks, pipe):
+        each.set_progress_bar_config(disable=True)
+    picture = Image.linear_gradient("L").convert("RGB").resize((16, 16))
+    call = {"prompt": "mark the cat", "image": picture, "resolution": 0, "output_type": "np"}
+    images = blocks(**call, generator=torch.manual_seed(0), output="images")
+    same = pipe(**call, generator=torch.manual_seed(0)).images
+    return {"equal": bool((images == same).all()), "class": type(blocks).__name__, "sum": float(images.sum())}
+"""
+
+
+def test_without_the_package_diffusers_loads_the_blocks(root: Path, fresh: Fresh):
+    script = """
+    refused = None
+    try:
+        ModularPipeline.from_pretrained(str(Path(sys.argv[1], "exported")))
+    except ValueError as error:
+        refused = str(error)
+    # Two models in one process, to see that none takes the other's weights or settings.
+    report(refused=refused, found=[modular_answer(Path(sys.argv[1], name)) for name in ("exported", "other")])
+    """
+    found = fresh.report(MODULAR_ANSWER + dedent(script), root, blocked=True)
+    assert "trust_remote_code=True" in found["refused"]
+    assert all(answer["equal"] and answer["class"] == "ModularPipeline" for answer in found["found"])
+    assert found["found"][0]["sum"] != found["found"][1]["sum"]
+
+
+def test_blocks_load_from_the_hub_and_from_a_copy_of_the_repository(root: Path, fresh: Fresh, hub: HubServer):
+    fresh.report(PUSH, root / "saved", hub=hub)
+    script = """
+    from huggingface_hub import snapshot_download
+    copy = snapshot_download("me/tiny", local_dir="copy")
+    report(found=[modular_answer("me/tiny"), modular_answer(copy)])
+    """
+    for answer in fresh.report(MODULAR_ANSWER + dedent(script), hub=hub, blocked=True)["found"]:
+        assert answer["equal"] and answer["class"] == "ModularPipeline"
+
+
 WITHOUT_CODE = ("saved", "saved from explicit")
 WITH_CODE = ("exported", "exported from explicit", "exported from own code", "saved from own code")
 
@@ -211,7 +265,8 @@ def test_saved_and_pushed_again_without_the_package(root: Path, reference: list,
     fresh.report(script, root, hub=hub, blocked=True)
     assert files(root / "again") == files(root / "saved") | {CODE}
     for repository in ("me/saved", "me/pushed"):
-        assert set(hub.files[repository]) == files(root / "exported")
+        # diffusers copies the code of the blocks only when they are loaded, so it cannot be saved again.
+        assert set(hub.files[repository]) == files(root / "exported") - BLOCKS
 
     script = """
     pipes = [DiffusionPipeline.from_pretrained(name, trust_remote_code=True) for name in sys.argv[1:]]
@@ -411,8 +466,9 @@ def test_pix2pix_loads_a_saved_folder_with_a_warning_but_no_exported_one(root: P
 
 def test_an_export_is_a_saved_folder_with_code_and_card(root: Path):
     saved, exported = root / "saved", root / "exported"
-    assert files(exported) == files(saved) | {CODE, "README.md"}
-    assert (exported / CODE).read_bytes() == Path(pipeline_instruct_diffusion.__file__).read_bytes()
+    assert files(exported) == files(saved) | {CODE, "README.md"} | BLOCKS
+    for module in (pipeline_instruct_diffusion, modular_instruct_diffusion):
+        assert (exported / Path(module.__file__).name).read_bytes() == Path(module.__file__).read_bytes()
     assert {path.suffix for path in exported.rglob("*model*") if path.is_file()} == {".safetensors", ".json"}
     for weights in saved.rglob("*.safetensors"):
         assert (exported / weights.relative_to(saved)).read_bytes() == weights.read_bytes()
@@ -512,3 +568,142 @@ def test_importing_the_package_adds_one_name_to_diffusers_and_no_more(fresh: Fre
     report(found=found, same=diffusers.InstructDiffusionPipeline is hub.InstructDiffusionPipeline)
     """
     assert fresh.report(script) == {"found": ["diffusers.InstructDiffusionPipeline"], "same": True}
+
+
+# --- variant, token, revision, message, pull request ----------------------------------------------------------------
+
+
+def test_a_variant_is_exported_and_loaded_in_every_way(fresh: Fresh, tmp_path: Path):
+    export(model(seed=0).to(torch.float16), tmp_path / "half", variant="fp16")
+    weights = [path for path in files(tmp_path / "half") if path.endswith(".safetensors")]
+    assert len(weights) == 4 and all(".fp16." in path for path in weights)
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1], variant="fp16", dtype=torch.float16)
+    report(dtype=str(pipe.unet.dtype))
+    """
+    assert fresh.report(script, tmp_path / "half") == {"dtype": "torch.float16"}
+    script = """
+    found = modular_answer(sys.argv[1], variant="fp16", dtype=torch.float16)
+    try:
+        DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+    except OSError as error:
+        report(equal=found["equal"], refused=str(error))
+    """
+    found = fresh.report(MODULAR_ANSWER + dedent(script), tmp_path / "half", blocked=True)
+    assert found["equal"] and "no file named" in found["refused"]
+
+
+def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub: HubServer):
+    fresh.report(PUSH, root / "saved", hub=hub)
+    hub.files["me/tiny"]["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"] = b"stale"
+    before = {path: data for path, data in hub.files["me/tiny"].items() if path.endswith(".safetensors")}
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float16)
+    push(pipe, "me/tiny", variant="fp16")
+    both = {}
+    for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+        loaded = InstructDiffusionPipeline.from_pretrained("me/tiny", variant=variant, dtype=dtype)
+        both[str(variant)] = answer(loaded)
+    report(**both)
+    """
+    found = fresh.report(script, root / "saved", hub=hub)
+    after = {path: data for path, data in hub.files["me/tiny"].items() if path.endswith(".safetensors")}
+    del before["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"]
+    assert {path: after.pop(path) for path in before} == before
+    assert len(after) == 4 and all(".fp16." in path for path in after)
+    np.testing.assert_allclose(found["fp16"], found["None"], atol=0.05)
+    assert found["fp16"] != found["None"]
+
+
+def test_a_given_token_opens_a_repository_that_the_own_does_not(
+    root: Path, reference: list, fresh: Fresh, hub: HubServer
+):
+    hub.token = "hf_given"
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1])
+    for _ in range(2):  # the second replaces the files of the first
+        push(pipe, "me/tiny", token="hf_given")
+    refused = []
+    for way in (
+        lambda: push(pipe, "me/tiny"),
+        lambda: InstructDiffusionPipeline.from_pretrained("me/tiny"),
+        lambda: DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True),
+    ):
+        try:
+            way()
+        except Exception as error:
+            refused.append(str(error.__cause__ or error))
+    loaded = InstructDiffusionPipeline.from_pretrained("me/tiny", token="hf_given")
+    report(refused=refused, answer=answer(loaded))
+    """
+    found = fresh.report(script, root / "saved", hub=hub)
+    assert len(found["refused"]) == 3 and all("401" in text for text in found["refused"]), found["refused"]
+    np.testing.assert_allclose(found["answer"], reference, atol=1e-5)
+    script = """
+    from diffusers import ModularPipeline
+    blocks = ModularPipeline.from_pretrained("me/tiny", trust_remote_code=True, token="hf_given")
+    blocks.load_components(token="hf_given")
+    try:
+        # diffusers 0.42 does not send the token when it asks for the commit of the code.
+        DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True, token="hf_given")
+    except Exception as error:
+        report(missing=blocks.null_component_names, refused=str(error))
+    """
+    found = fresh.report(script, hub=hub, blocked=True)
+    assert found["missing"] == ["safety_checker", "feature_extractor"] and "401" in found["refused"]
+
+
+def test_a_commit_has_its_message_and_branch(root: Path, fresh: Fresh, hub: HubServer):
+    hub.files["me/tiny"] = {"README.md": b"main"}
+    hub.revisions["me/tiny", "dev"] = {"README.md": b"dev"}
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1])
+    url = push(pipe, "me/tiny", revision="dev", commit_message="Add the model")
+    try:
+        push(pipe, "me/tiny", revision="none")
+    except Exception as error:
+        report(url=url, refused=type(error).__name__)
+    """
+    found = fresh.report(script, root / "saved", hub=hub)
+    assert found["refused"] == "RevisionNotFoundError"
+    assert hub.messages == ["Add the model"]
+    assert hub.files["me/tiny"] == {"README.md": b"main"}
+    assert hub.revisions["me/tiny", "dev"]["README.md"] == b"dev"
+    assert set(hub.revisions["me/tiny", "dev"]) == files(root / "exported")
+    assert found["url"].endswith(hub.commit_hash("me/tiny", "dev"))
+
+
+def test_a_pull_request_leaves_the_branch_alone(root: Path, fresh: Fresh, hub: HubServer):
+    hub.files["me/tiny"] = {"README.md": b"main"}
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    report(url=push(InstructDiffusionPipeline.from_pretrained(sys.argv[1]), "me/tiny", create_pr=True))
+    """
+    assert fresh.report(script, root / "saved", hub=hub)["url"] == f"{hub.url}/me/tiny/discussions/1"
+    assert hub.files["me/tiny"] == {"README.md": b"main"}
+    assert set(hub.revisions["me/tiny", "refs/pr/1"]) == files(root / "exported")
+
+
+def test_a_revision_is_loaded_in_every_way(root: Path, reference: list, fresh: Fresh, hub: HubServer):
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline, push
+    first, second = (InstructDiffusionPipeline.from_pretrained(Path(sys.argv[1], name)) for name in ("saved", "other"))
+    commit = push(first, "me/tiny").split("/")[-1]
+    push(second, "me/tiny")
+    old, new = (InstructDiffusionPipeline.from_pretrained("me/tiny", revision=name) for name in (commit, "main"))
+    report(commit=commit, old=answer(old), new=answer(new))
+    """
+    found = fresh.report(script, root, hub=hub)
+    np.testing.assert_allclose(found["old"], reference, atol=1e-5)
+    assert not np.allclose(found["new"], reference, atol=1e-3)
+    script = """
+    pipe = DiffusionPipeline.from_pretrained("me/tiny", revision=sys.argv[1], trust_remote_code=True)
+    report(answer=answer(pipe), modular=modular_answer("me/tiny", revision=sys.argv[1]))
+    """
+    trusted = fresh.report(MODULAR_ANSWER + dedent(script), found["commit"], hub=hub, blocked=True)
+    np.testing.assert_allclose(trusted["answer"], reference, atol=1e-5)
+    assert trusted["modular"]["equal"]

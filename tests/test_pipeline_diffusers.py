@@ -20,8 +20,14 @@ from diffusers import (
     ConsistencyDecoderVAE,
     DDIMScheduler,
     DiffusionPipeline,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_pyramid_attention_broadcast,
 )
 from diffusers.loaders import IPAdapterMixin
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class
@@ -536,3 +542,57 @@ def test_the_factor_of_the_vae_is_its_number_of_levels(pipe: InstructDiffusionPi
         up_block_types=("UpDecoderBlock2D",) * 3,
     )
     assert InstructDiffusionPipeline(**pipe.components | {"vae": deeper.eval()}).vae_scale_factor == 4
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+def broadcast_attention(pipe: InstructDiffusionPipeline) -> list[str]:
+    """Applies PyramidAttentionBroadcast to self-attention; the list grows by a name for each attention computed."""
+    computed: list[str] = []
+    for name, layer in pipe.unet.named_modules():
+        if name.endswith(("attn1.to_q", "attn2.to_q")):
+            layer.register_forward_hook(lambda *_, kind=name[-10:-5]: computed.append(kind))
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    return computed
+
+
+def test_pyramid_attention_broadcast_skips_attention_and_forgets_after_a_call(pipe: InstructDiffusionPipeline) -> None:
+    plain = answer(pipe, num_inference_steps=6)
+    layers = sum(name.endswith("attn1") for name, _ in pipe.unet.named_modules())
+    computed = broadcast_attention(pipe)
+    found = answer(pipe, num_inference_steps=6)
+    # Timesteps 999, 799.2, 599.4, 399.6, 199.8 and 0: in the range (100, 800) every other one is skipped.
+    assert computed.count("attn2") == 6 * layers and computed.count("attn1") == 4 * layers
+    assert 0 < difference(found, plain) < 0.1
+    # An odd number of steps, so that what it leaves would change which steps the next call skips.
+    answer(pipe, image=[tiny.picture(seed=1), tiny.picture(seed=2)], num_inference_steps=5)
+    assert difference(answer(pipe, num_inference_steps=6), found) == 0
+
+
+def test_pyramid_attention_broadcast_follows_the_number_of_predictions(pipe: InstructDiffusionPipeline) -> None:
+    """Scales that change between two predictions of the same number change which predictions they are."""
+    broadcast_attention(pipe)
+    schedule = [(6.0, 0.5), (6.0, 0.5), (0.5, 3.0), (0.5, 0.5), (5.0, 1.25)]
+
+    def change(pipe: InstructDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> None:
+        pipe._guidance_scale, pipe._image_guidance_scale = schedule[min(step, 4)]
+
+    batches: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    answer(pipe, num_inference_steps=6, callback_on_step_end=change)
+    assert batches == [3, 2, 2, 2, 1, 3]
+
+
+def test_caches_that_cannot_work_are_refused(pipe: InstructDiffusionPipeline) -> None:
+    with pytest.raises(IndexError):  # by diffusers: a UNet has no list of transformer blocks
+        apply_first_block_cache(pipe.unet, FirstBlockCacheConfig())
+    plain = answer(pipe)
+    apply_faster_cache(pipe.unet, FasterCacheConfig(tensor_format="BCHW"))
+    with pytest.raises(ValueError, match="`unet` must not have FasterCache: .* Use PyramidAttentionBroadcast"):
+        answer(pipe)
+    pipe.unet._diffusers_hook.remove_hook("faster_cache_denoiser")
+    assert difference(answer(pipe), plain) == 0

@@ -266,6 +266,34 @@ def _check_size(resolution: int | None, resize_mode: str) -> None:
     _require(is_mode, "resize_mode", f"one of {RESIZE_MODES}", resize_mode)
 
 
+def _check_copies(num_images_per_prompt: int) -> None:
+    _require(
+        _is_integer(num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT),
+        "num_images_per_prompt",
+        f"an integer of at least 1 and at most {MAX_IMAGES_PER_PROMPT}",
+        num_images_per_prompt,
+    )
+
+
+def _check_generator(generator: torch.Generator | list[torch.Generator] | None) -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    _require(
+        generator is None or all(isinstance(item, torch.Generator) for item in generators),
+        "generator",
+        "a torch.Generator or a list of them",
+        generator,
+    )
+
+
+def _check_eta(eta: float) -> None:
+    _require(_is_number(eta, 0, 1), "eta", "a number from 0 to 1", eta)
+
+
+def _check_output_type(output_type: str, choices: tuple[str, ...]) -> None:
+    is_choice = isinstance(output_type, str) and output_type in choices
+    _require(is_choice, "output_type", f"one of {choices}", output_type)
+
+
 def _described(value: Any) -> str:
     """A short text for any argument in an error message."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -333,6 +361,23 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
             " negative prompts and images must be equal or 1."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
+
+
+def _check_caches(unet: UNet2DConditionModel) -> None:
+    """Raises a ValueError if FasterCache is applied to the UNet."""
+    if "faster_cache_denoiser" in getattr(getattr(unet, "_diffusers_hook", None), "hooks", {}):
+        raise ValueError(
+            "`unet` must not have FasterCache: it approximates one half of a batch by the other, but a batch of this"
+            " pipeline holds one to three predictions; and it finds no attention layers in a UNet. Use"
+            " PyramidAttentionBroadcast."
+        )
+
+
+def _reset_caches(unet: UNet2DConditionModel) -> None:
+    """Empty the caches of diffusers' hooks, which hold the attention of an earlier call or of other predictions."""
+    for module in unet.modules():
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
 # Ids of the pipelines and schedulers that are running; both store the state of a call.
@@ -543,11 +588,18 @@ class InstructDiffusionPipeline(
             add_code(save_directory)
 
     @property
+    def default_settings(self) -> dict[str, Any]:
+        """The steps and scales of a call that gives none: those of the model for "editing", else the original's."""
+        return DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
+
+    @property
     def default_resolution(self) -> int:
         """The size in pixels that the UNet was made for: 512 for Stable Diffusion 1.5."""
-        sample_size = self.unet.config.sample_size
+        sample_size = None if self.unet is None else self.unet.config.sample_size
         if sample_size is None:
-            raise ValueError("`resolution` must be given: the configuration of `unet` has no `sample_size`.")
+            raise ValueError(
+                "`resolution` must be given: there is no `unet`, or its configuration has no `sample_size`."
+            )
         return self.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
     @property
@@ -556,6 +608,8 @@ class InstructDiffusionPipeline(
 
         Each UNet level except the last halves the latent size.
         """
+        if self.unet is None:
+            raise ValueError('`resize_mode` must be "crop": there is no `unet`, whose levels decide the other sizes.')
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def working_size(
@@ -563,7 +617,8 @@ class InstructDiffusionPipeline(
     ) -> WorkingSize:
         """The function `working_size` with this pipeline's multiples. `None` is `default_resolution`."""
         resolution = self.default_resolution if resolution is None else resolution
-        return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, self.size_multiple)
+        multiple = {"size_multiple": self.size_multiple} if resize_mode == "stretch" and resolution else {}
+        return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, **multiple)
 
     @property
     def guidance_scale(self) -> float:
@@ -699,7 +754,7 @@ class InstructDiffusionPipeline(
         cuts_off_guidance = any(isinstance(callback, SDCFGCutoffCallback) for callback in callbacks)
 
         # 0. Resolve the defaults and check inputs, before anything slow runs.
-        settings = DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
+        settings = self.default_settings
         if num_inference_steps is None and timesteps is None and sigmas is None:
             num_inference_steps = settings["num_inference_steps"]
         guidance_scale = settings["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -770,9 +825,9 @@ class InstructDiffusionPipeline(
         latents = self.prepare_latents(image_latents, schedule[:1] if started_late else None, generator, latents)
 
         # 6. Denoise.
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+        step_kwargs = self.step_kwargs(generator, eta)
         order, dtype = self.scheduler.order, self.unet.dtype
+        branches: list[str] = []
         with self.progress_bar(total=-(-len(schedule) // order)) as progress_bar:
             for i, t in enumerate(schedule):
                 if self.interrupt:
@@ -780,6 +835,8 @@ class InstructDiffusionPipeline(
                 self._current_timestep = t
                 # Decided in every step, because callbacks may change the scales. There are K = 1, 2 or 3 branches.
                 guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
+                if branches != guidance.branches:
+                    _reset_caches(self.unet)
                 branches = guidance.branches
 
                 # Concatenate the K branches: (K * N, 2 * C, h, w), noisy latents first. No image is zeros.
@@ -878,6 +935,7 @@ class InstructDiffusionPipeline(
                 f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
                 f" but takes {self.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
             )
+        _check_caches(self.unet)
 
         # Texts, pictures and tensors.
         self._check_text("prompt", prompt, prompt_embeds)
@@ -887,7 +945,47 @@ class InstructDiffusionPipeline(
         _require(latents is None or _is_finite_tensor(latents), "latents", FINITE_TENSOR, latents)
         self._check_ip_adapter(ip_adapter_image, ip_adapter_image_embeds)
 
-        # The schedule.
+        self._check_schedule(num_inference_steps, timesteps, sigmas, strength)
+        _check_eta(eta)
+
+        # Other numbers and choices.
+        _check_copies(num_images_per_prompt)
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            _require(_is_number(scale), name, "a finite number", scale)
+        self._check_clip_skip(clip_skip)
+        _check_generator(generator)
+        _check_output_type(output_type, OUTPUT_TYPES)
+        _require(isinstance(return_dict, bool), "return_dict", "True or False", return_dict)
+        attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
+        _require(
+            isinstance(attention, dict)
+            and all(isinstance(name, str) for name in attention)
+            and (attention.get("scale") is None or _is_number(attention["scale"])),
+            "cross_attention_kwargs",
+            'a dict of names, whose "scale" is a finite number',
+            cross_attention_kwargs,
+        )
+        _require(
+            callback_on_step_end is None or _accepts_step(callback_on_step_end),
+            "callback_on_step_end",
+            "a callable (pipeline, step, timestep, tensors)",
+            callback_on_step_end,
+        )
+        names = callback_on_step_end_tensor_inputs
+        _require(
+            isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names),
+            "callback_on_step_end_tensor_inputs",
+            f"a list of names among {self._callback_tensor_inputs}",
+            names,
+        )
+
+    def _check_schedule(
+        self,
+        num_inference_steps: int | None,
+        timesteps: list[int] | None,
+        sigmas: list[float] | None,
+        strength: float,
+    ) -> None:
         schedules = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         given = [name for name, value in schedules.items() if value is not None]
         if len(given) != 1:
@@ -919,55 +1017,14 @@ class InstructDiffusionPipeline(
                 custom,
             )
         _require(_is_number(strength, 0, 1) and strength > 0, "strength", "above 0 and at most 1", strength)
-        _require(_is_number(eta, 0, 1), "eta", "a number from 0 to 1", eta)
 
-        # Other numbers and choices.
-        _require(
-            _is_integer(num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT),
-            "num_images_per_prompt",
-            f"an integer of at least 1 and at most {MAX_IMAGES_PER_PROMPT}",
-            num_images_per_prompt,
-        )
-        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            _require(_is_number(scale), name, "a finite number", scale)
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
         layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
         _require(
             clip_skip is None or layers is None or _is_integer(clip_skip, 0, layers - 1),
             "clip_skip",
             f"an integer of at least 0 and below the text encoder's {layers} layers",
             clip_skip,
-        )
-        generators = generator if isinstance(generator, list) else [generator]
-        _require(
-            generator is None or all(isinstance(item, torch.Generator) for item in generators),
-            "generator",
-            "a torch.Generator or a list of them",
-            generator,
-        )
-        is_choice = isinstance(output_type, str) and output_type in OUTPUT_TYPES
-        _require(is_choice, "output_type", f"one of {OUTPUT_TYPES}", output_type)
-        _require(isinstance(return_dict, bool), "return_dict", "True or False", return_dict)
-        attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
-        _require(
-            isinstance(attention, dict)
-            and all(isinstance(name, str) for name in attention)
-            and (attention.get("scale") is None or _is_number(attention["scale"])),
-            "cross_attention_kwargs",
-            'a dict of names, whose "scale" is a finite number',
-            cross_attention_kwargs,
-        )
-        _require(
-            callback_on_step_end is None or _accepts_step(callback_on_step_end),
-            "callback_on_step_end",
-            "a callable (pipeline, step, timestep, tensors)",
-            callback_on_step_end,
-        )
-        names = callback_on_step_end_tensor_inputs
-        _require(
-            isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names),
-            "callback_on_step_end_tensor_inputs",
-            f"a list of names among {self._callback_tensor_inputs}",
-            names,
         )
 
     def _check_text(self, name: str, text: str | list[str] | None, embeds: torch.Tensor | None) -> None:
@@ -976,10 +1033,12 @@ class InstructDiffusionPipeline(
         is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(map(_is_text, text))
         expected = "a text or a non-empty list of texts, without unpaired surrogates"
         _require(text is None or _is_text(text) or is_list_of_texts, name, expected, text)
+        if embeds is None:
+            return
         width = self.unet.config.cross_attention_dim
         width = width if isinstance(width, int) else width[0]
         _require(
-            embeds is None or (_is_finite_tensor(embeds) and embeds.ndim == 3 and embeds.shape[2] == width),
+            _is_finite_tensor(embeds) and embeds.ndim == 3 and embeds.shape[2] == width,
             f"{name}_embeds",
             f"{FINITE_TENSOR} of shape (B, 77, {width})",
             embeds,
@@ -1315,6 +1374,11 @@ class InstructDiffusionPipeline(
         if start is None:
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(image_latents, noise, start)
+
+    def step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+        """Those of the two arguments that the scheduler's `step` takes."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""

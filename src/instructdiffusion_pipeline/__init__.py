@@ -5,6 +5,7 @@ import diffusers
 from .ask import Answer, ask, ask_batch, ask_boxes
 from .datasets.mixture import Mixture, Source
 from .hub import export, push
+from .modular_instruct_diffusion import InstructDiffusionBlocks, InstructDiffusionGuidance
 from .pipeline_instruct_diffusion import (
     Guidance,
     InstructDiffusionPipeline,
@@ -28,6 +29,8 @@ __all__ = [
     "Edit",
     "Editing",
     "Guidance",
+    "InstructDiffusionBlocks",
+    "InstructDiffusionGuidance",
     "InstructDiffusionPipeline",
     "InstructDiffusionPipelineOutput",
     "Joint",

@@ -1,18 +1,24 @@
 """Write a pipeline to a folder together with its code, and push such a folder to the Hub.
 
 `save_pretrained` writes weights and settings; loading them needs this package. `export` and `push` also write the
-pipeline's file and name it in `model_index.json`, so that loading needs diffusers alone.
+files of the pipeline and of its blocks, and name them in `model_index.json`, `modular_config.json` and
+`modular_model_index.json`, so that loading needs diffusers alone.
 """
 
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+from diffusers import ModularPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, model_info, upload_folder
 
+from . import modular_instruct_diffusion
 from .files import atomic_write
+from .modular_instruct_diffusion import InstructDiffusionBlocks
 from .pipeline_instruct_diffusion import InstructDiffusionPipeline, add_code
 
 # The weight files that diffusers and transformers write in a component's folder, sharded or not.
@@ -46,16 +52,23 @@ answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 """
 
 
-def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], license: str | None = None) -> Path:
+def export(
+    pipeline: InstructDiffusionPipeline,
+    path: str | os.PathLike[str],
+    license: str | None = None,
+    variant: str | None = None,
+) -> Path:
     """Write weights, settings, code and model card to a new folder, atomically.
 
     The folder loads with `InstructDiffusionPipeline.from_pretrained(path)`, and without this package with
-    `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is this package's pipeline file.
+    `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)` or, as blocks, with
+    `ModularPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is this package's.
 
     Args:
         pipeline: the pipeline to write; the weights keep their precision.
         path: the new folder. Missing parents are created.
         license: the license of the weights, as the Hub spells it (`"mit"`, `"cc-by-4.0"`, ...), for the model card.
+        variant: part of the names of the weight files, such as `"fp16"`; loading them needs the same `variant`.
 
     Returns:
         `path`.
@@ -71,27 +84,40 @@ def export(pipeline: InstructDiffusionPipeline, path: str | os.PathLike[str], li
         raise FileExistsError(f"`path` must be a new folder, but {path} already exists.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        _write(pipeline, partial, path.name, license)
+        _write(pipeline, partial, path.name, license, variant)
     return path
 
 
 def push(
-    pipeline: InstructDiffusionPipeline, repo_id: str, private: bool | None = None, license: str | None = None
+    pipeline: InstructDiffusionPipeline,
+    repo_id: str,
+    private: bool | None = None,
+    license: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Upload weights, settings, code and model card to a model repository on the Hub, in one commit.
 
-    A missing repository is created. Needs a token with write access (`hf auth login`, or the variable `HF_TOKEN`).
-    If the repository already contains a pipeline, the weight files of its components are replaced. Other
-    files are not changed, and neither is an existing model card.
+    A missing repository is created. If the repository already contains a pipeline, the weight files of its components
+    are replaced; with `variant`, those of that variant only. Other files are not changed, and neither is an existing
+    model card.
 
     Args:
         pipeline: the pipeline to upload; the weights keep their precision.
         repo_id: `"owner/name"`, or `"name"` for a repository of your own.
         private: whether a new repository is private. `None` takes the owner's default.
         license: the license of the weights, as the Hub spells it, for a new model card.
+        variant: part of the names of the weight files, such as `"fp16"`; loading them needs the same `variant`.
+        token: a token with write access. `None` takes that of `hf auth login` or of the variable `HF_TOKEN`.
+        revision: the branch to commit to, which must exist. `None` is the main branch.
+        commit_message: the title of the commit. `None` takes that of huggingface_hub.
+        create_pr: whether to open a pull request instead of committing to the branch.
 
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
 
     Raises:
         TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
@@ -101,28 +127,35 @@ def push(
     """
     _check(pipeline)
     # Before the weights are written, so that a bad name or token is reported at once.
-    repo_id = create_repo(repo_id, private=private, exist_ok=True).repo_id
-    present, weights = _earlier_push(repo_id)
+    repo_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
+    present, weights = _earlier_push(repo_id, revision, token)
+    if variant is not None:
+        weights = [path for path in weights if re.search(rf"\.{re.escape(variant)}[.-]", path)]
     with tempfile.TemporaryDirectory() as scratch:
-        _write(pipeline, Path(scratch), repo_id, license)
+        _write(pipeline, Path(scratch), repo_id, license, variant, repo_id)
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=scratch,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
             ignore_patterns=["README.md"] if "README.md" in present else None,
             # Weight files with other names (shards, variants, .bin) could be loaded in place of the new ones.
             delete_patterns=weights,
         )
-    return commit.commit_url
+    return commit.pr_url or commit.commit_url
 
 
-def _earlier_push(repo_id: str) -> tuple[set[str], list[str]]:
+def _earlier_push(repo_id: str, revision: str | None, token: str | None) -> tuple[set[str], list[str]]:
     """All files of a repository, and those of them that are weights of the pipeline in its `model_index.json`."""
-    info = model_info(repo_id)
+    info = model_info(repo_id, revision=revision, token=token)
     present = {file.rfilename for file in info.siblings or []}
     name = InstructDiffusionPipeline.config_name
     if name not in present:
         return present, []
-    index = json.loads(Path(hf_hub_download(repo_id, name, revision=info.sha)).read_text(encoding="utf-8"))
+    file = hf_hub_download(repo_id, name, revision=info.sha, token=token)
+    index = json.loads(Path(file).read_text(encoding="utf-8"))
     # A component's entry is [library, class], or [null, null] if the pipeline has none.
     components = {key for key, value in index.items() if key[0] != "_" and isinstance(value, list) and value[0]}
     matches = map(_WEIGHTS.fullmatch, sorted(present))
@@ -144,9 +177,17 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
         raise ValueError("`pipeline` must not have an IP-Adapter. Call unload_ip_adapter() first.")
 
 
-def _write(pipeline: InstructDiffusionPipeline, folder: Path, name: str, license: str | None) -> None:
-    pipeline.save_pretrained(folder)
+def _write(
+    pipeline: InstructDiffusionPipeline,
+    folder: Path,
+    name: str,
+    license: str | None,
+    variant: str | None,
+    repo_id: str | None = None,
+) -> None:
+    pipeline.save_pretrained(folder, variant=variant)
     add_code(folder)
+    _add_blocks(pipeline, folder, variant, repo_id)
     for file in (folder / pipeline.config_name, *folder.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
         # The path on this machine that the weights were loaded from.
@@ -156,3 +197,23 @@ def _write(pipeline: InstructDiffusionPipeline, folder: Path, name: str, license
         license=license, library_name="diffusers", pipeline_tag="image-to-image", tags=["instructdiffusion"]
     )
     ModelCard(f"---\n{data}\n---\n{_CARD.format(name=name)}").save(folder / "README.md")
+
+
+def _add_blocks(pipeline: InstructDiffusionPipeline, folder: Path, variant: str | None, repo_id: str | None) -> None:
+    """Copy the file of the blocks into a saved model's folder, and write the two files that ModularPipeline reads."""
+    code = Path(modular_instruct_diffusion.__file__)
+    shutil.copyfile(code, folder / code.name)
+    blocks = InstructDiffusionBlocks()
+    blocks.save_pretrained(folder)
+    saved = json.loads((folder / pipeline.config_name).read_text(encoding="utf-8"))
+    index: dict[str, object] = {"_class_name": "ModularPipeline", "_blocks_class_name": type(blocks).__name__}
+    index |= {name: saved[name] for name in ("_diffusers_version", "task_settings")}
+    for name in blocks.component_names:
+        library, kind = saved.get(name, (None, None))
+        if library is not None:
+            # A folder's components need no address: diffusers takes those that it finds in the folder itself.
+            source = {} if repo_id is None else {"pretrained_model_name_or_path": repo_id}
+            is_model = isinstance(getattr(pipeline, name), torch.nn.Module)
+            names = {"subfolder": name, "variant": variant if is_model else None}
+            index[name] = [library, kind, {"type_hint": [library, kind], **source, **names}]
+    (folder / ModularPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

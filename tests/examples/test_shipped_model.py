@@ -1,5 +1,6 @@
 """The model that ships: its files, and what it can do in each family on photographs it was not trained on."""
 
+import json
 import math
 import random
 import re
@@ -16,7 +17,12 @@ from pose import WholePose
 from skimage import data
 from world import SIZE
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, pipeline_instruct_diffusion
+from instructdiffusion_pipeline import (
+    InstructDiffusionPipeline,
+    export,
+    modular_instruct_diffusion,
+    pipeline_instruct_diffusion,
+)
 from instructdiffusion_pipeline.ask import ask_batch
 from instructdiffusion_pipeline.evaluation.metrics import Overlap, psnr
 from instructdiffusion_pipeline.tasks.editing import Editing
@@ -57,9 +63,17 @@ def photographs():
     return pictures
 
 
-def test_it_carries_the_pipeline_file_as_it_is_now():
-    carried = edit.TINY_MODEL / "pipeline_instruct_diffusion.py"
-    assert carried.read_text() == Path(pipeline_instruct_diffusion.__file__).read_text(), f"copy the file to {carried}"
+@pytest.mark.parametrize("module", [pipeline_instruct_diffusion, modular_instruct_diffusion])
+def test_it_carries_the_code_as_it_is_now(module):
+    carried = edit.TINY_MODEL / Path(module.__file__).name
+    assert carried.read_text() == Path(module.__file__).read_text(), f"copy the file to {carried}"
+
+
+def test_its_index_of_blocks_is_that_of_an_export(model, tmp_path):
+    export(model, tmp_path / "model")
+    for name in ("modular_config.json", "modular_model_index.json"):
+        carried, exported = (json.loads((path / name).read_text()) for path in (edit.TINY_MODEL, tmp_path / "model"))
+        assert carried | {"_diffusers_version": None} == exported | {"_diffusers_version": None}
 
 
 def test_it_is_small_and_says_nothing_of_the_machine_it_was_made_on():
