@@ -33,12 +33,12 @@ from instructdiffusion_pipeline.cli import UsageError, run_script  # noqa: E402
 from instructdiffusion_pipeline.files import write_text  # noqa: E402
 
 # Seconds for each part. With imports and the installation of packages, the run takes at most 480.
-LIMITS = {"tests": 155, "inference": 50, "inference, compiled": 95, "training": 80, "training, LoRA": 80}
+LIMITS = {"tests": 225, "inference": 45, "inference, compiled": 70, "training": 65, "training, LoRA": 60}
 LIBRARIES = (torch, diffusers, transformers, accelerate, peft)
 # The first of each pair is for a GPU, the second for the rehearsal.
 MODEL = ("full", "tiny")
 TRAINING = (
-    {"size": 256, "batch_size": 32, "num_workers": 8, "rounds": 2, "updates": 10},
+    {"size": 256, "batch_size": 32, "num_workers": 8, "rounds": 1, "updates": 15},
     {"size": 32, "batch_size": 2, "num_workers": 0, "rounds": 1, "updates": 1},
 )
 INFERENCE = (
