@@ -224,6 +224,16 @@ def test_a_resumed_run_goes_on_where_it_stopped(pipe, samples, tmp_path):
         assert_same_updates(whole, weights(stopped), start, tolerance=0.05)
 
 
+def test_attention_has_gradients_where_all_logits_of_a_query_are_very_low(pipe, samples, tmp_path, device):
+    train(pipe, samples, dataclasses.replace(CONFIG, max_train_steps=1), tmp_path)
+    query, key, value = (0.1 * torch.randn(1, 4, 64, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    query[..., 0], key[..., 0] = 1.0, -120.0 * 64**0.5
+    query.requires_grad_()
+    torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert torch.isfinite(query.grad).all()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @needs_cuda
 def test_an_update_waits_for_the_gpu_once_at_most(pipe, samples, tmp_path):
     def waits(updates):

@@ -90,6 +90,9 @@ def train(
     check_source_names(dataset.sources)
     check_config(config, pipeline, first)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    # On Hopper GPUs cuDNN's attention, the default since PyTorch 2.11, gives gradients that are not numbers where all
+    # attention logits of a query are below -88 (pytorch/pytorch#196678). Flash attention then takes its place.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # With `mixed_precision` DeepSpeed would train the weights in half precision, so only the autocast below is used.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
