@@ -1,0 +1,235 @@
+"""Find call settings for one task of a model, by scores on annotated images.
+
+    python examples/tune.py --model out/model --data coco-stuff=data/coco-stuff --output out/tune \\
+        --output_model out/model-tuned
+
+First the guidance scales are compared, with the model's own number of steps; then the numbers of denoising steps and
+the schedulers, with the best scales. The settings with the best score are compared with the model's own on images that
+were not used for the choice. If they are at least as good there, --output_model gets a copy of the model in which they
+are the default settings of the task (`task_settings`). A scheduler is used for all tasks of a model.
+
+OUTPUT/table.md and OUTPUT/scores.png have all scores and the seconds that an answer takes. An interrupted run is
+resumed when it is started again. Needs `pip install ".[eval]"`.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import diffusers
+import matplotlib.pyplot as plt
+import torch
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline, ask_batch
+from instructdiffusion_pipeline.cli import (
+    UsageError,
+    add_data_argument,
+    check_output,
+    finite,
+    integer,
+    load_pipeline,
+    run_script,
+)
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
+from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
+from instructdiffusion_pipeline.files import atomic_write, write_text
+
+SCALES = "guidance_scale", "image_guidance_scale"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried, with their score (higher is better) and the seconds of an answer in a batch."""
+
+    scheduler: str
+    settings: Mapping[str, Any]
+    score: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        steps, *scales = (self.settings[name] for name in ("num_inference_steps", *SCALES))
+        plural = "s" if steps > 1 else ""
+        return f"{self.scheduler}, {steps} step{plural}, scales {scales[0]:g} and {scales[1]:g}"
+
+
+class Images(NamedTuple):
+    """Examples on which settings are compared; `name` is the folder of their evaluations."""
+
+    name: str
+    examples: Sequence[LazyExample]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    add_data_argument(parser, [name for name, spec in DATASETS.items() if spec.test_split])
+    parser.add_argument(
+        "--samples",
+        type=integer(2),
+        default=100,
+        help="number of samples per data set; the settings are chosen on one half (default: %(default)s)",
+    )
+    parser.add_argument("--guidance_scale", type=finite, nargs="+", default=[1.0, 3.0, 5.0, 7.5], help="to compare")
+    parser.add_argument("--image_guidance_scale", type=finite, nargs="+", default=[0.5, 1.0, 1.5], help="to compare")
+    parser.add_argument("--steps", type=integer(1), nargs="+", default=[3, 5, 10, 20, 50], help="to compare")
+    parser.add_argument(
+        "--scheduler", nargs="+", default=[], help="schedulers of diffusers to compare with the model's own"
+    )
+    parser.add_argument(
+        "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores and answers")
+    parser.add_argument("--output_model", type=Path, help="new folder for the model with the settings")
+    args = parser.parse_args()
+    if not (args.model / "model_index.json").is_file():
+        raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")
+    if args.output_model:
+        check_output("--output_model", args.output_model, overwrite=False)
+
+    pipeline = load_pipeline(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    known = {scheduler.__name__ for scheduler in pipeline.scheduler.compatibles}
+    if unknown := set(args.scheduler) - known:
+        raise UsageError(f"--scheduler {unknown.pop()}: must be one of {', '.join(sorted(known))}.")
+    try:
+        sources = load_test_sources(args.data, pipeline.default_resolution)
+    except ValueError as error:
+        raise UsageError(error) from error
+    examples = [example for source in sources for example in examples_from(source, args.samples, args.seed)]
+    families = {source.name: examples_from(source, 1)[0].open().tasks[0].family for source in sources}
+    if len(set(families.values())) > 1:
+        raise UsageError(f"--data: must be data sets of one task; got {families}.")
+    search = Search(pipeline, next(iter(families.values())), args.output, args.batch_size, args.seed)
+
+    choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
+    own = search.own_settings()
+    trials = [search.run(choice, own)]
+    for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):
+        trials.append(search.run(choice, own | dict(zip(SCALES, scales, strict=True))))
+    chosen = best(trials)
+    for scheduler, steps in itertools.product([search.scheduler, *args.scheduler], args.steps):
+        trials.append(search.run(choice, {**chosen.settings, "num_inference_steps": steps}, scheduler))
+    trials = list({trial.name: trial for trial in trials}.values())  # the model's own settings can be there twice
+    chosen = best(trials)
+    before, after = search.run(held_out, own), search.run(held_out, chosen.settings, chosen.scheduler)
+    text = report(trials, before, after)
+    write_text(args.output / "table.md", text)
+    plot(trials, args.output / "scores.png")
+    print(text)
+    if after.score < before.score:
+        print("The model's own settings are better on the held-out images. They remain.")
+    elif args.output_model:
+        save(args.model, args.output_model, search, chosen)
+        print(f"{args.output_model} has the settings of {chosen.name} for {search.family}.")
+
+
+class Search:
+    """Scores settings of one task family with `evaluate`."""
+
+    def __init__(self, pipeline: InstructDiffusionPipeline, family: str, folder: Path, batch_size: int, seed: int):
+        self.pipeline, self.family, self.folder = pipeline, family, folder
+        self.batch_size, self.seed = batch_size, seed
+        self.scheduler, self.scheduler_config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+
+    def own_settings(self) -> dict[str, Any]:
+        """The model's number of steps and guidance scales for the task, and its other settings."""
+        own = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+        return own | self.pipeline.config.task_settings.get(self.family, {})
+
+    def run(self, images: Images, settings: Mapping[str, Any], scheduler: str = "") -> Trial:
+        """The mean of the first metric of each row. Settings that were scored before are not scored again."""
+        scheduler = scheduler or self.scheduler
+        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(self.scheduler_config)
+        values = "-".join(f"{settings[name]:g}" for name in ("num_inference_steps", *SCALES))
+        folder = self.folder / images.name / f"{scheduler}-{values}"
+        by_family = {self.family: settings}
+        results = evaluate(self.pipeline, images.examples, folder, by_family, self.batch_size, self.seed)
+        metrics = [next(iter(row["scores"].values())) for row in results["rows"] if row["scores"]]
+        timing = folder / "seconds.json"
+        if not timing.exists():
+            write_text(timing, json.dumps(self.seconds(images.examples, settings)))
+        return Trial(scheduler, settings, mean(metric["model"] for metric in metrics), json.loads(timing.read_text()))
+
+    def seconds(self, examples: Sequence[LazyExample], settings: Mapping[str, Any]) -> float:
+        """Seconds of an answer in a batch."""
+        opened = [example.open() for example in examples[: self.batch_size]]
+        start = time.perf_counter()
+        ask_batch(self.pipeline, [one.image for one in opened], [one.tasks[0] for one in opened], **settings)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(opened)
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The trial with the highest score; of equal ones the fastest."""
+    return max(trials, key=lambda trial: (trial.score, -trial.seconds))
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other one beats in score and seconds, from the fastest to the best."""
+    return sorted(
+        (trial for trial in trials if best([each for each in trials if each.seconds <= trial.seconds]) is trial),
+        key=lambda trial: trial.seconds,
+    )
+
+
+def report(trials: Sequence[Trial], before: Trial, after: Trial) -> str:
+    """All trials as a Markdown table, those of the front in bold, and the scores on held-out images."""
+    bold = {id(trial) for trial in front(trials)}
+    lines = ["| settings | score | seconds an answer |", "| --- | --- | --- |"]
+    for trial in trials:
+        name = f"**{trial.name}**" if id(trial) in bold else trial.name
+        lines.append(f"| {name} | {trial.score:.4f} | {trial.seconds:.3f} |")
+    lines += ["", "Bold: no other settings are better and at least as fast.", ""]
+    lines += ["On images that were not used for the choice:", ""]
+    lines += ["| settings | score | seconds an answer |", "| --- | --- | --- |"]
+    for label, trial in (("the model's own", before), ("chosen", after)):
+        lines.append(f"| {label}: {trial.name} | {trial.score:.4f} | {trial.seconds:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(trials: Sequence[Trial], path: Path) -> None:
+    """Draw score against seconds, a color for each scheduler, with a line through the front."""
+    figure, axes = plt.subplots(figsize=(9, 6))
+    line = front(trials)
+    axes.plot([trial.seconds for trial in line], [trial.score for trial in line], color="gray", zorder=0)
+    for scheduler in sorted({trial.scheduler for trial in trials}):
+        group = [trial for trial in trials if trial.scheduler == scheduler]
+        axes.scatter([trial.seconds for trial in group], [trial.score for trial in group], label=scheduler)
+    for trial in line:
+        label = trial.name.partition(", ")[2].replace(", ", "\n")
+        axes.annotate(label, (trial.seconds, trial.score), (4, -4), textcoords="offset points", va="top", fontsize=8)
+    axes.margins(0.15)
+    axes.set(xlabel="seconds an answer", ylabel="score")
+    axes.legend(loc="lower right")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
+    """Copy the folder of a model with the settings of `trial`."""
+    with atomic_write(output) as partial:
+        shutil.copytree(model, partial)
+        for path in (partial / "model_index.json", partial / "modular_model_index.json"):
+            if path.exists():
+                index = json.loads(path.read_text())
+                index["task_settings"] = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
+                index["scheduler"][1] = trial.scheduler
+                for about in index["scheduler"][2:]:  # of a Modular Diffusers index
+                    about["type_hint"][1] = trial.scheduler
+                write_text(path, json.dumps(index, indent=2) + "\n")
+        scheduler = getattr(diffusers, trial.scheduler).from_config(search.scheduler_config)
+        scheduler.save_pretrained(partial / "scheduler")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,171 @@
+"""examples/tune.py: the settings that it chooses, and the model that it writes."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tune
+from degradations import add_blur
+from PIL import Image
+
+from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.evaluation import Example, LazyExample
+from instructdiffusion_pipeline.tasks.restoration import Restoration
+
+SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
+
+
+@pytest.fixture
+def gopro(tmp_path):
+    """Blurred and sharp pictures in GoPro's layout."""
+    root = tmp_path / "gopro"
+    for index in range(4):
+        sharp = tiny.picture(64, 64, index)
+        for part, image in (("blur", add_blur(sharp, random.Random(index))), ("sharp", sharp)):
+            folder = root / "test" / "clip" / part
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, gopro, tmp_path):
+    def run(*options):
+        arguments = ["tune.py", "--model", SHIPPED, "--data", f"gopro={gopro}", "--samples", 4]
+        arguments += ["--output", tmp_path / "out", "--output_model", tmp_path / "model", *options]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        tune.main()
+
+    return run
+
+
+def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
+    few = ["--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1, 2, "--scheduler", "DDIMScheduler"]
+    run(*few)
+    output = capsys.readouterr().out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in output
+    scores = {
+        folder.name: json.loads((folder / "results.json").read_text())["rows"][0]["scores"]["PSNR"]["model"]
+        for folder in (tmp_path / "out" / "choice").iterdir()
+    }
+    own = "EulerAncestralDiscreteScheduler-3-0.5-0.5"
+    assert scores.keys() == {own} | {
+        f"{scheduler}-{steps}-0.5-0.5"
+        for scheduler in ("EulerAncestralDiscreteScheduler", "DDIMScheduler")
+        for steps in (1, 2)
+    }
+    assert len(table.splitlines()) == 2 + 5 + 5 + 4
+    with Image.open(tmp_path / "out" / "scores.png") as picture:
+        assert picture.width > 500
+    assert max(scores.values()) > min(scores.values())
+    if "They remain" in output:
+        assert not (tmp_path / "model").exists()
+        return
+    scheduler, steps, _, _ = max(scores, key=scores.get).split("-")
+    tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
+    before = json.loads((SHIPPED / "model_index.json").read_text())["task_settings"]
+    assert tuned.config.task_settings["restoration"]["num_inference_steps"] == int(steps)
+    assert type(tuned.scheduler).__name__ == scheduler
+    others = {family: settings for family, settings in tuned.config.task_settings.items() if family != "restoration"}
+    assert others.items() <= before.items() and len(others) == 3
+
+
+def test_a_run_that_was_stopped_is_resumed(run, tmp_path, monkeypatch):
+    few = ["--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1]
+    original, calls = tune.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments[2].name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(tune, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        run(*few)
+    answers = list((tmp_path / "out" / "choice").glob("*/answers/*.png"))
+    times = [path.stat().st_mtime_ns for path in answers]
+    monkeypatch.setattr(tune, "evaluate", original)
+    run(*few)
+    assert answers and [path.stat().st_mtime_ns for path in answers] == times
+    assert (tmp_path / "out" / "table.md").exists()
+
+
+def test_the_front_has_no_trial_that_another_beats():
+    rng = random.Random(0)
+    settings = {"num_inference_steps": 1, "guidance_scale": 1, "image_guidance_scale": 1}
+    trials = [tune.Trial("", settings, rng.random(), rng.random()) for _ in range(50)]
+    line = tune.front(trials)
+    for trial in trials:
+        beaten = any(
+            (other.score > trial.score and other.seconds <= trial.seconds)
+            or (other.score == trial.score and other.seconds < trial.seconds)
+            for other in trials
+        )
+        assert beaten != (trial in line)
+    assert line[-1] is tune.best(trials)
+    assert [trial.seconds for trial in line] == sorted(trial.seconds for trial in line)
+
+
+def test_a_worse_choice_is_not_written(run, tmp_path, monkeypatch, capsys):
+    """The held-out scores decide, not those of the choice."""
+    original = tune.Search.run
+
+    def worse(self, images, settings, scheduler=""):
+        trial = original(self, images, settings, scheduler)
+        is_choice = images.name == "held-out" and scheduler  # the model's own settings are run without a scheduler
+        return tune.Trial(trial.scheduler, trial.settings, -1.0, 0.1) if is_choice else trial
+
+    monkeypatch.setattr(tune.Search, "run", worse)
+    run("--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1)
+    assert "They remain" in capsys.readouterr().out and not (tmp_path / "model").exists()
+
+
+def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
+    pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
+    search = tune.Search(pipe, "editing", tmp_path, 1, 0)
+    settings = search.own_settings() | {"num_inference_steps": 4}
+    tune.save(SHIPPED, tmp_path / "model", search, tune.Trial("DDIMScheduler", settings, 0, 0))
+    tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(tuned.scheduler).__name__ == "DDIMScheduler"
+    assert tuned.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
+    assert tuned.config.task_settings["editing"]["num_inference_steps"] == 4
+    modular = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
+    assert modular["task_settings"] == tuned.config.task_settings
+    assert "EulerAncestral" not in json.dumps(modular["scheduler"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheduler", "DDIM"], "--scheduler DDIM: must be one of .*DDIMScheduler"),
+        (["--model", "/nowhere"], "--model: must be the folder of a pipeline"),
+        (["--data", "gopro=/nowhere"], "there is no folder /nowhere"),
+        (["--output_model", Path("/")], "--output_model"),
+    ],
+)
+def test_errors_name_the_option(run, options, message):
+    with pytest.raises(tune.UsageError, match=message):
+        run(*options)
+
+
+def test_data_sets_of_two_tasks_are_refused(run, coco):
+    with pytest.raises(tune.UsageError, match="data sets of one task"):
+        run("--data", f"coco={coco}")
+
+
+def test_seconds_are_those_of_one_answer(tmp_path):
+    pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
+    pipe.set_progress_bar_config(disable=True)
+    search = tune.Search(pipe, "restoration", tmp_path, 2, 0)
+    image = tiny.picture(64, 64)
+    examples = [LazyExample(str(i), "row", lambda: Example(image, [Restoration("blur")], image)) for i in range(2)]
+    few, many = (
+        min(search.seconds(examples, search.own_settings() | {"num_inference_steps": steps}) for _ in range(2))
+        for steps in (1, 12)
+    )
+    assert 0 < 2 * few < many
