@@ -206,10 +206,10 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         group = [trial for trial in trials if trial.scheduler == scheduler]
         axes.scatter([trial.seconds for trial in group], [trial.score for trial in group], label=scheduler)
     for trial in line:
-        label = trial.name.partition(", ")[2].replace(", ", "\n")
-        axes.annotate(label, (trial.seconds, trial.score), (4, -4), textcoords="offset points", va="top", fontsize=8)
+        steps = trial.settings["num_inference_steps"]
+        axes.annotate(f"{steps}", (trial.seconds, trial.score), (0, 5), textcoords="offset points", ha="center")
     axes.margins(0.15)
-    axes.set(xlabel="seconds an answer", ylabel="score")
+    axes.set(xlabel="seconds an answer (numbers: denoising steps)", ylabel="score")
     axes.legend(loc="lower right")
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
