@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
+from instructdiffusion_pipeline.calibration import Platt, calibrate_answer
 from instructdiffusion_pipeline.datasets.keypoints import PADDING
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
@@ -88,7 +89,7 @@ def ask(
         instruction: the prompt; by default that of the task. If given, a segmentation of several objects uses this
             prompt alone.
         use_readout: whether to use the pipeline's `readout`, if it has one, to decode masks and keypoints. If False,
-            they are decoded by color.
+            they are decoded by color, and their scores are not calibrated.
         slices: for segmentation of small objects: the model is also run on overlapping parts of the picture, whose
             sides are this share of the picture's sides, and the masks are combined. With 0.56 there are nine parts per
             object, so the UNet computes ten times as much.
@@ -209,6 +210,8 @@ def ask_batch(
         )
     settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
     readout = pipeline.readout if use_readout else None
+    # The scores of another decoding are others.
+    calibrations = (pipeline.config.get("score_calibration") or {}) if readout is pipeline.readout else {}
     images = [upright_rgb(image) for image in images]
 
     # One prompt per object, for the whole picture and for its slices.
@@ -247,6 +250,8 @@ def ask_batch(
             data = task.transfer(image, response.reconstruction, response.picture, box)
         else:
             data = read_answer(task, image, response.picture, box, readout)
+        if task.family in calibrations:
+            data = calibrate_answer(data, Platt(*calibrations[task.family]))
         prompt = "\n".join(view.prompt for view, _ in whole)
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
             warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
