@@ -203,9 +203,7 @@ def test_regions_that_only_slices_show_are_connected_parts_apart_from_the_known_
     pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = pixels[250, 150] = True
     known[10:40, 30:60] = True
     only, regions = new_regions(pixels, known)
-    assert [region.sum() for region in regions] == [800, 18 * 30, 450] or regions[1][10:40, 10:40].sum() == regions[
-        1
-    ].sum()
+    assert regions[0].sum() == 800 and regions[1][10:40, 10:40].sum() == regions[1].sum() and regions[2].sum() == 450
     assert only[250, 150] and not any(region[250, 150] for region in regions), "too small"
     assert not only[10:40, 30:40].any() and not (only & ~pixels).any() and only[10:40, 10:24].all()
     assert regions[0][100:120, 100:140].all() and not regions[0][:100].any()
@@ -214,24 +212,22 @@ def test_regions_that_only_slices_show_are_connected_parts_apart_from_the_known_
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
-@pytest.mark.parametrize(
-    "rows, columns", [((0, 10), (0, 20)), ((90, 100), (60, 80)), ((50, 60), (70, 90)), ((0, 100), (0, 200))]
-)
+@pytest.mark.parametrize("rows, columns", [((0, 10), (0, 20)), ((90, 100), (60, 80)), ((50, 60), (70, 90))])
 def test_close_ups_are_squares_in_the_picture_around_the_region(rows, columns, share):
     region = np.zeros((100, 200), bool)
     region[slice(*rows), slice(*columns)] = True
     left, top, right, bottom = close_up(region, share)
-    assert (
-        right - left
-        == bottom - top
-        == min(100, max(15, round(max(rows[1] - rows[0], columns[1] - columns[0]) / share)))
-    )
+    assert right - left == bottom - top == round(20 / share)
     assert left >= 0 and right <= 200 and top >= 0 and bottom <= 100
-    assert (
-        top <= rows[0]
-        and bottom >= rows[1]
-        and (columns[1] - columns[0] > 100 or left <= columns[0] <= columns[1] <= right)
-    )
+    assert top <= rows[0] and bottom >= rows[1] and left <= columns[0] and right >= columns[1]
+
+
+def test_close_ups_are_no_smaller_than_a_share_of_the_picture_and_no_larger_than_the_picture():
+    region = np.zeros((100, 200), bool)
+    region[50, 100] = True
+    left, top, right, bottom = close_up(region, 0.5)
+    assert right - left == bottom - top == 15 and region[top:bottom, left:right].any()
+    assert close_up(np.ones((100, 200), bool), 0.5) == (50, 0, 150, 100)
 
 
 @pytest.mark.parametrize("marks, kept", [(3, True), (2, True), (1, False), (0, False)])

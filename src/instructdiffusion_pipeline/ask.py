@@ -251,12 +251,10 @@ def ask_batch(
         if isinstance(task, Segmentation):
             margins = combine_views(whole, sliced, readout)
             if sliced:
-                first = combine_views(whole, [], readout)
-                for view, _ in whole:
-                    for name in cast(Segmentation, view.task).colors:
-                        margins[name] = confirm_regions(
-                            pipeline, view, name, first[name], margins[name], readout, settings
-                        )
+                alone = combine_views(whole, [], readout)
+                for view, name in [(view, name) for view, _ in whole for name in cast(Segmentation, view.task).colors]:
+                    pair = alone[name], margins[name]
+                    margins[name] = confirm_regions(pipeline, view, name, *pair, readout, settings)
             data = masks_from_margins(margins)
             for other, answer in whole[1:]:
                 (name,) = cast(Segmentation, other.task).colors
@@ -422,18 +420,18 @@ def confirm_regions(
     pipeline: InstructDiffusionPipeline,
     view: View,
     name: str,
-    first: np.ndarray,
+    alone: np.ndarray,
     margin: np.ndarray,
     readout: UNet2DModel | None,
     settings: dict[str, Any],
 ) -> np.ndarray:
     """The margin of an object, without regions that close-ups do not confirm.
 
-    A region of `margin` that the whole picture does not show (`first`) is kept if most of its close-ups mark it, and
+    A region of `margin` that the whole picture does not show (`alone`) is kept if most of its close-ups mark it, and
     is then where most of them do.
     """
     pixels = Mask.from_margin(margin).pixels
-    only, regions = new_regions(pixels, Mask.from_margin(first).pixels)
+    only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
     margin = np.where(only, np.minimum(margin, 0), margin)
     boxes = [close_up(region, share) for region in regions for share in CLOSE_UPS]
     views = [view._replace(image=view.image.crop(box), offset=box[:2]) for box in boxes]
@@ -468,7 +466,7 @@ def close_up(region: np.ndarray, share: float) -> tuple[int, int, int, int]:
 
 
 def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The `pixels` (bool, [height, width]) that are not at or beside `known` ones, and their largest connected parts."""
+    """The `pixels` (bool, [height, width]) that are not beside `known` ones, and their largest connected parts."""
     step = math.ceil(max(pixels.shape) / GRID)
 
     def cells(plane: np.ndarray) -> torch.Tensor:
