@@ -252,9 +252,10 @@ def ask_batch(
             margins = combine_views(whole, sliced, readout)
             if sliced:
                 alone = combine_views(whole, [], readout)
-                for view, name in [(view, name) for view, _ in whole for name in cast(Segmentation, view.task).colors]:
-                    pair = alone[name], margins[name]
-                    margins[name] = confirm_regions(pipeline, view, name, *pair, readout, settings)
+                for asked, _ in whole:
+                    for name in cast(Segmentation, asked.task).colors:
+                        pair = alone[name], margins[name]
+                        margins[name] = confirm_regions(pipeline, asked, name, *pair, readout, settings)
             data = masks_from_margins(margins)
             for other, answer in whole[1:]:
                 (name,) = cast(Segmentation, other.task).colors
