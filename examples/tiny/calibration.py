@@ -3,8 +3,8 @@
     python examples/tiny/calibration.py --model out/model --world out/tiny/world --output_dir out/calibration
 
 Slope and intercept are written to the model's model_index.json. reliability.md in the output folder compares scores
-and correctness on scenes with photographs that were not used in training. A run that was stopped continues if it is
-started again with the same options.
+and correctness on scenes with photographs that were not used in training. All scenes have the layout of those that
+score.py uses. A run that was stopped continues if it is started again with the same options.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import sources
+from held_out import COUNTS, SIZES, held_out_world
 from held_out import SEED as HELD_OUT_SEED
-from held_out import held_out_world
 from sources import GeneratedDataset
 from world import UNSEEN_STYLE, World
 
@@ -40,7 +40,7 @@ def main() -> None:
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    examples = rows({"training scenes": World(args.world)}, args.samples, SEED)
+    examples = rows({"training scenes": World(args.world, sizes=SIZES, counts=COUNTS)}, args.samples, SEED)
     styles = {
         "styles of training": held_out_world(args.world),
         "another drawing style": held_out_world(args.world, styles=(UNSEEN_STYLE,)),
