@@ -1,4 +1,5 @@
 import random
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from instructdiffusion_pipeline import (
     ask_batch,
     ask_boxes,
 )
-from instructdiffusion_pipeline.ask import Response, View, combine_views, slice_boxes
+from instructdiffusion_pipeline.ask import (
+    Response,
+    View,
+    centrality,
+    close_up,
+    combine_views,
+    confirm_regions,
+    new_regions,
+    slice_boxes,
+)
 from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
 
 FAST = {"num_inference_steps": 2}
@@ -177,6 +187,74 @@ def test_slices_find_what_half_of_them_see():
     found = masks_from_margins(combine_views(whole, sliced, None))["ball"]
     assert (found.pixels & ball).sum() / (found.pixels | ball).sum() > 0.9
     assert not masks_from_margins(combine_views(whole, [], None))["ball"].pixels.any()
+
+
+def test_a_slice_counts_less_where_it_cuts_the_picture():
+    image, task = Image.new("RGB", (100, 80)), Segmentation({"ball": "red"})
+    corner = centrality(View(0, task, "", image.crop((0, 0, 56, 44)), (0, 0)), image.size)
+    assert corner.shape == (44, 56) and corner[0, 0] == corner[10, 10] == 1 and corner.min() == np.float32(0.1)
+    assert corner[-1, 0] == corner[0, -1] == np.float32(0.1) and corner[43 - 10, 0] == pytest.approx(0.5)
+    middle = centrality(View(0, task, "", image.crop((20, 20, 64, 64)), (20, 20)), image.size)
+    assert np.array_equal(middle, middle.T) and np.array_equal(middle, middle[::-1, ::-1]) and middle[22, 22] == 1
+
+
+def test_regions_that_only_slices_show_are_connected_parts_apart_from_the_known_mask():
+    pixels, known = np.zeros((2, 300, 200), bool)
+    pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = pixels[250, 150] = True
+    known[10:40, 30:60] = True
+    only, regions = new_regions(pixels, known)
+    assert regions[0].sum() == 800 and regions[1][10:40, 10:40].sum() == regions[1].sum() and regions[2].sum() == 450
+    assert only[250, 150] and not any(region[250, 150] for region in regions), "too small"
+    assert not only[10:40, 30:40].any() and not (only & ~pixels).any() and only[10:40, 10:24].all()
+    assert regions[0][100:120, 100:140].all() and not regions[0][:100].any()
+    nothing, none = new_regions(np.zeros((5, 5), bool), np.zeros((5, 5), bool))
+    assert not nothing.any() and none == []
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+@pytest.mark.parametrize("rows, columns", [((0, 10), (0, 20)), ((90, 100), (60, 80)), ((50, 60), (70, 90))])
+def test_close_ups_are_squares_in_the_picture_around_the_region(rows, columns, share):
+    region = np.zeros((100, 200), bool)
+    region[slice(*rows), slice(*columns)] = True
+    left, top, right, bottom = close_up(region, share)
+    assert right - left == bottom - top == round(20 / share)
+    assert left >= 0 and right <= 200 and top >= 0 and bottom <= 100
+    assert top <= rows[0] and bottom >= rows[1] and left <= columns[0] and right >= columns[1]
+
+
+def test_close_ups_are_no_smaller_than_a_share_of_the_picture_and_no_larger_than_the_picture():
+    region = np.zeros((100, 200), bool)
+    region[50, 100] = True
+    left, top, right, bottom = close_up(region, 0.5)
+    assert right - left == bottom - top == 15 and region[top:bottom, left:right].any()
+    assert close_up(np.ones((100, 200), bool), 0.5) == (50, 0, 150, 100)
+
+
+@pytest.mark.parametrize("marks, kept", [(3, True), (2, True), (1, False), (0, False)])
+def test_close_ups_confirm_a_region_by_majority(monkeypatch, marks, kept):
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    y, x = np.mgrid[:100, :100]
+    ball = (x - 30) ** 2 + (y - 40) ** 2 <= 8**2
+    view, calls = View(0, task, "", image, (0, 0)), []
+
+    def run_views(pipeline, views, **settings):
+        calls.append([view.image.size for view in views])
+        answers = []
+        for number, view in enumerate(views):
+            left, top = view.offset
+            part = ball[top : top + view.image.height, left : left + view.image.width]
+            shown = task.draw(view.image, {"ball": part}) if number < marks else view.image
+            answers.append(Response(shown, None, (0, 0, *view.image.size), False))
+        return answers
+
+    monkeypatch.setattr(import_module("instructdiffusion_pipeline.ask"), "run_views", run_views)
+    first = np.full((100, 100), -0.5)
+    rough = np.where((x > 24) & (x < 38) & (y > 34) & (y < 46), 0.4, -0.5)
+    found = Mask.from_margin(confirm_regions(None, view, "ball", first, rough, None, {})).pixels
+    assert calls == [[(43, 43), (29, 29), (22, 22)]]
+    assert found.any() == kept and (not kept or (found & ball).sum() / (found | ball).sum() > 0.9)
+    known = confirm_regions(None, view, "ball", rough, rough, None, {})
+    assert np.array_equal(known, rough) and len(calls) == 1, "what the whole picture shows is not asked about again"
 
 
 def test_slices_ask_about_the_parts_too(pipe):

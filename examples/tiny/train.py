@@ -69,7 +69,7 @@ def main() -> None:
     world = World(args.work_dir / "world")
     if args.init:
         pipeline = InstructDiffusionPipeline.from_pretrained(
-            args.init, readout=None, task_settings=TASK_SETTINGS, dtype=torch.float32
+            args.init, readout=None, task_settings=TASK_SETTINGS, score_calibration=None, dtype=torch.float32
         )
     else:
         vae = train_vae(world, args.work_dir)

@@ -9,9 +9,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
+from instructdiffusion_pipeline.calibration import Platt, calibrate_answer
 from instructdiffusion_pipeline.datasets.keypoints import PADDING
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
@@ -29,6 +31,13 @@ Reading = TypeVar("Reading")
 
 SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
+# An object that only slices show is looked at again: so large it is in its close-ups, relative to their sides.
+CLOSE_UPS = (0.3, 0.45, 0.6)
+CLOSE_UP_SIDE = 0.15  # minimum side of a close-up, relative to the picture's shorter side
+MAX_REGIONS = 3  # per object; the largest ones
+MIN_REGION = 0.001  # of the picture; smaller regions are dropped
+MIN_SEEN = 0.3  # share of a region that a close-up must mark to confirm it
+GRID = 128  # cells along the longer side, in which connected regions are found
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +97,11 @@ def ask(
         instruction: the prompt; by default that of the task. If given, a segmentation of several objects uses this
             prompt alone.
         use_readout: whether to use the pipeline's `readout`, if it has one, to decode masks and keypoints. If False,
-            they are decoded by color.
+            they are decoded by color, and their scores are not calibrated.
         slices: for segmentation of small objects: the model is also run on overlapping parts of the picture, whose
             sides are this share of the picture's sides, and the masks are combined. With 0.56 there are nine parts per
-            object, so the UNet computes ten times as much.
+            object, so the UNet computes ten times as much. Each of up to three regions that only the parts show adds
+            three views.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 
@@ -209,6 +219,8 @@ def ask_batch(
         )
     settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
     readout = pipeline.readout if use_readout else None
+    # The scores of another decoding are others.
+    calibrations = (pipeline.config.get("score_calibration") or {}) if readout is pipeline.readout else {}
     images = [upright_rgb(image) for image in images]
 
     # One prompt per object, for the whole picture and for its slices.
@@ -238,6 +250,12 @@ def ask_batch(
         data: Any
         if isinstance(task, Segmentation):
             margins = combine_views(whole, sliced, readout)
+            if sliced:
+                alone = combine_views(whole, [], readout)
+                for asked, _ in whole:
+                    for name in cast(Segmentation, asked.task).colors:
+                        pair = alone[name], margins[name]
+                        margins[name] = confirm_regions(pipeline, asked, name, *pair, readout, settings)
             data = masks_from_margins(margins)
             for other, answer in whole[1:]:
                 (name,) = cast(Segmentation, other.task).colors
@@ -247,6 +265,8 @@ def ask_batch(
             data = task.transfer(image, response.reconstruction, response.picture, box)
         else:
             data = read_answer(task, image, response.picture, box, readout)
+        if task.family in calibrations:
+            data = calibrate_answer(data, Platt(*calibrations[task.family]))
         prompt = "\n".join(view.prompt for view, _ in whole)
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
             warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
@@ -347,30 +367,127 @@ def combine_views(
     """The margin [height, width] of each object, from the views of the whole picture and of its slices.
 
     A pixel belongs to an object if the output for the whole picture marks it, or at least half of the outputs for the
-    slices that contain the pixel.
+    slices that contain the pixel. A slice counts less near the edges at which it cuts the picture, because it may show
+    a part of an object only.
     """
-
-    def margins_of(view: View, response: Response) -> dict[str, np.ndarray]:
-        return mask_margins(cast(Segmentation, view.task), view.image, response.picture, response.box, readout)
-
     margins: dict[str, np.ndarray] = {}
-    for pair in whole:
-        margins |= margins_of(*pair)
+    for view, response in whole:
+        margins |= view_margins(view, response, readout)
     if not sliced:
         return margins
+    size = whole[0][0].image.size
     for name, margin in margins.items():
         seen, votes, strength = (np.zeros_like(margin) for _ in range(3))
         for view, response in sliced:
             if name not in cast(Segmentation, view.task).colors:
                 continue
-            part = margins_of(view, response)[name]
+            part = view_margins(view, response, readout)[name]
             painted = Mask.from_margin(part).pixels
-            (left, top), (height, width) = view.offset, part.shape
-            window = np.s_[top : top + height, left : left + width]
-            seen[window] += 1
-            votes[window] += painted
-            strength[window] += np.where(painted, part, 0)
+            weight = centrality(view, size)
+            window = window_of(view)
+            seen[window] += weight
+            votes[window] += weight * painted
+            strength[window] += weight * np.where(painted, part, 0)
         found = margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
-        agreed = strength / np.maximum(votes, 1)
+        agreed = strength / np.where(votes > 0, votes, 1)
         margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)
     return margins
+
+
+def view_margins(view: View, response: Response, readout: UNet2DModel | None) -> dict[str, np.ndarray]:
+    """The margin of each object that a view asks about, in pixels of its image."""
+    return mask_margins(cast(Segmentation, view.task), view.image, response.picture, response.box, readout)
+
+
+def window_of(view: View) -> tuple[slice, slice]:
+    """The rows and columns of the picture that a view shows."""
+    left, top = view.offset
+    return np.s_[top : top + view.image.height, left : left + view.image.width]
+
+
+def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
+    """Weights of a slice's pixels [height, width]: 1 in its middle, 0.1 at edges that are not edges of the picture."""
+    lines = []
+    for length, start, whole in zip(view.image.size, view.offset, size, strict=True):
+        places = np.arange(length)
+        before = places + 1 if start > 0 else np.full(length, np.inf)
+        after = length - places if start + length < whole else np.full(length, np.inf)
+        lines.append(np.minimum(before, after))
+    inside = np.minimum(lines[1][:, None], lines[0][None, :])
+    return np.clip(2 * inside / min(view.image.size), 0.1, 1).astype(np.float32)
+
+
+def confirm_regions(
+    pipeline: InstructDiffusionPipeline,
+    view: View,
+    name: str,
+    alone: np.ndarray,
+    margin: np.ndarray,
+    readout: UNet2DModel | None,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    """The margin of an object, without regions that close-ups do not confirm.
+
+    A region of `margin` that the whole picture does not show (`alone`) is kept if most of its close-ups mark it, and
+    is then where most of them do.
+    """
+    pixels = Mask.from_margin(margin).pixels
+    only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
+    margin = np.where(only, np.minimum(margin, 0), margin)
+    boxes = [close_up(region, share) for region in regions for share in CLOSE_UPS]
+    views = [view._replace(image=view.image.crop(box), offset=box[:2]) for box in boxes]
+    responses = []
+    for start in range(0, len(views), SLICE_BATCH):
+        responses += run_views(pipeline, views[start : start + SLICE_BATCH], **settings)
+    for number, region in enumerate(regions):
+        votes, strength = np.zeros_like(margin), np.zeros_like(margin)
+        confirmed = 0
+        for index in range(number * len(CLOSE_UPS), (number + 1) * len(CLOSE_UPS)):
+            part = view_margins(views[index], responses[index], readout)[name]
+            painted, window = Mask.from_margin(part).pixels, window_of(views[index])
+            votes[window] += painted
+            strength[window] += np.where(painted, part, 0)
+            confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
+        if 2 * confirmed > len(CLOSE_UPS):
+            margin = np.where(2 * votes > len(CLOSE_UPS), np.maximum(margin, strength / votes.clip(min=1)), margin)
+    return margin
+
+
+def close_up(region: np.ndarray, share: float) -> tuple[int, int, int, int]:
+    """A square around a region [height, width], of whose side the region takes up `share` if the picture allows it."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    shortest = min(region.shape)
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / share)))
+    top, left = (
+        min(max(0, round((line[0] + line[-1] + 1 - side) / 2)), length - side)
+        for line, length in zip((rows, columns), region.shape, strict=True)
+    )
+    return int(left), int(top), int(left + side), int(top + side)
+
+
+def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The `pixels` (bool, [height, width]) that are not beside `known` ones, and their largest connected parts."""
+    step = math.ceil(max(pixels.shape) / GRID)
+
+    def cells(plane: np.ndarray) -> torch.Tensor:
+        return F.max_pool2d(torch.from_numpy(plane).float()[None], step, ceil_mode=True)
+
+    def grown(plane: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(plane, 3, 1, 1)
+
+    def placed(plane: torch.Tensor) -> np.ndarray:
+        large = plane[0].numpy().repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
+        return (large > 0) & pixels
+
+    left = cells(pixels) * (1 - grown(cells(known)))
+    only, parts = placed(left), []
+    while left.any():
+        part = torch.zeros_like(left)
+        part.view(-1)[left.argmax()] = 1
+        while not torch.equal(part, larger := grown(part) * left):
+            part = larger
+        left = left - part
+        parts.append(placed(part))
+    large = [part for part in parts if part.mean() >= MIN_REGION]
+    return only, sorted(large, key=lambda part: -part.sum())[:MAX_REGIONS]

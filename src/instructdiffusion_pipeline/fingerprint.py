@@ -23,11 +23,13 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
 
 
 def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """A hash of everything that outputs depend on: weights, readout, scheduler, task settings, precision, device."""
+    """A hash of all that answers depend on: weights, readout, scheduler, settings, calibration, precision, device."""
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     if pipeline.readout is not None:
         parts.append(pipeline.readout)
     settings = json.dumps(pipeline.config.task_settings, sort_keys=True)
+    if calibration := pipeline.config.get("score_calibration"):
+        settings += json.dumps(calibration, sort_keys=True)
     scheduler = pipeline.scheduler.to_json_string()
     return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler} {settings}")
 

@@ -409,6 +409,22 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
     return exclusive_call
 
 
+def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
+    """The argument `score_calibration` as JSON stores it."""
+    value = {} if calibration is None else calibration
+    pairs = value.values() if isinstance(value, Mapping) and value.keys() <= {"segmentation", "keypoints"} else [None]
+    _require(
+        all(
+            isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) and pair[0] > 0
+            for pair in pairs
+        ),
+        "score_calibration",
+        'a mapping of "segmentation" or "keypoints" to a slope above 0 and an intercept, as {"keypoints": [0.9, 0.1]}',
+        calibration,
+    )
+    return {family: [float(number) for number in pair] for family, pair in value.items()}
+
+
 def _missing_weights(model: Any, variant: str | None) -> list[str]:
     """The names of the parameters of a component that are missing in its files."""
     folder = Path(model.config._name_or_path)
@@ -490,6 +506,9 @@ class InstructDiffusionPipeline(
         task_settings: call arguments that suit this model, by task family, for example
             `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
             `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
+        score_calibration: slope and intercept by which `instructdiffusion_pipeline.ask` makes the scores of masks and
+            joints probabilities, as `{"segmentation": [1.2, -0.5], "keypoints": [0.9, 0.1]}`. The script
+            `examples/calibrate.py` fits them. They are saved in `model_index.json`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->readout"
@@ -510,6 +529,7 @@ class InstructDiffusionPipeline(
         readout: UNet2DModel | None = None,
         requires_safety_checker: bool = False,
         task_settings: Mapping[str, Mapping[str, Any]] | None = None,
+        score_calibration: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if safety_checker is None and requires_safety_checker:
@@ -538,6 +558,7 @@ class InstructDiffusionPipeline(
         self.register_to_config(
             requires_safety_checker=requires_safety_checker,
             task_settings={family: dict(settings) for family, settings in task_settings.items()},
+            score_calibration=_checked_calibration(score_calibration),
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         # `working_size` decides the size; the processor only converts between value ranges.

@@ -23,8 +23,10 @@ The ceiling, in parentheses, is an upper bound: the score of the ground truth af
 color or transferred to the input. AP, PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled
 joints; "side" is the longer side of the image. For samples without the object, up to 0.1 % painted pixels are ignored.
 mIoU is the mean over samples; a sample without the object counts 1 if nothing is painted, otherwise 0. N-acc is the
-fraction of such samples where nothing is painted. Masks and joints are scored on the whole input, and those outside
-the part that the output shows count as missed. Images are scored on that part only.
+fraction of such samples where nothing is painted. ECE is the expected calibration error, in percent, of the scores of
+the masks and joints that were found; a mask is right if its IoU is at least 0.5, a joint if it is within 5 % of the
+side. Masks and joints are scored on the whole input, and those outside the part that the output shows count as missed.
+Images are scored on that part only.
 """
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from instructdiffusion_pipeline.calibration import expected_calibration_error
 from instructdiffusion_pipeline.evaluation import metrics
 from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity, Overlap
@@ -20,6 +21,9 @@ from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint, Pose
 
 Scores = dict[str, float | None]
+
+RIGHT_IOU = 0.5  # of a mask, as in COCO's AP50
+RIGHT_DISTANCE = 0.05  # of a joint, relative to the image's longer side
 
 
 def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | None = None) -> dict[str, Any]:
@@ -51,7 +55,10 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
             "sigmas": pose.sigmas and dict(pose.sigmas),
         }
     empty = np.zeros((example.image.height, example.image.width), bool)
-    return {"masks": [Overlap.of(name, example.truth.get(name, empty), mask.pixels) for name, mask in reading.items()]}
+    return {
+        "masks": [Overlap.of(name, example.truth.get(name, empty), mask.pixels) for name, mask in reading.items()],
+        "scores": [mask.score if mask.pixels.any() else None for mask in reading.values()],
+    }
 
 
 def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
@@ -65,6 +72,7 @@ def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
             "cIoU": metrics.cumulated_iou(overlaps),
             "mcIoU": metrics.mean_class_iou(overlaps),
             "N-acc": metrics.no_target_accuracy(overlaps),
+            "ECE": _calibration_error(measures),
         }
     names = measures[0]["picture"]
     return {name: sum(measure["picture"][name] for measure in measures) / len(measures) for name in names}
@@ -96,7 +104,32 @@ def _joint_scores(measures: Sequence[Mapping[str, Any]]) -> Scores:
         people = [person for person in zip(poses, found, lengths, strict=True) if person[2]]
         if people:
             scores[name] = metrics.pck([step for person in people for step in metrics.distances(*person)], share)
+    scores["ECE"] = _calibration_error(measures)
     return scores
+
+
+def _calibration_error(measures: Sequence[Mapping[str, Any]]) -> float | None:
+    answers = [answer for measure in measures for answer in judged(measure)]
+    return expected_calibration_error([score for score, _ in answers], [right for _, right in answers])
+
+
+def judged(measure: Mapping[str, Any]) -> list[tuple[float, bool]]:
+    """The score of each mask and joint that was found, and whether it is right.
+
+    A mask is right if its IoU with the object is at least `RIGHT_IOU`, a joint if its distance from the true one is at
+    most `RIGHT_DISTANCE` of the image's longer side. If the object or joint is absent, both are wrong.
+    """
+    if "joints" in measure:
+        found, truth = _joints(measure["joints"]), _joints(measure["truth"])
+        near = {
+            name: metrics.distances({name: joint}, found, measure["side"])[0] <= RIGHT_DISTANCE
+            for name, joint in truth.items()
+            if joint
+        }
+        return [(joint.score, near.get(name, False)) for name, joint in found.items() if joint]
+    pairs = zip(measure["masks"], measure["scores"], strict=True)
+    overlaps = [(Overlap(*overlap), score) for overlap, score in pairs]
+    return [(score, one.truth > 0 and one.iou >= RIGHT_IOU) for one, score in overlaps if score is not None]
 
 
 def _joints(values: Mapping[str, list[float] | None]) -> dict[str, Joint | None]:

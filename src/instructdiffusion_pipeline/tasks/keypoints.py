@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
@@ -30,6 +31,8 @@ MAX_JOINTS = 5  # in one instruction
 READING_SIDE = 256  # pixels along the short side, where a disc has its training size
 MIN_SCORE = 0.4
 MIN_EVIDENCE = 16  # levels; pixels closer than this to the requested color are ignored
+RIM = 2  # pixels beside another disc whose hue JPEG mixes with that of the disc
+FULL = 0.75  # minimum coverage of a pixel that is certainly inside a disc
 
 COCO_JOINTS = (
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
@@ -150,8 +153,11 @@ class Keypoints:
             # belong to another disc.
             gap = np.linalg.norm(frame.answer - np.array(colors[index], np.float32), axis=-1)
             share = np.minimum(shares[index], 1 - gap / evidence[index].clip(min=1))
-            others = np.delete(shares, index, 0).max(0, initial=0) > 0.25
-            known = (evidence[index] >= MIN_EVIDENCE) & ~others
+            others = np.delete(shares, index, 0).max(0, initial=0)
+            # JPEG halves the resolution of hues, so the rim of another disc has a mixed color, which may resemble the
+            # requested one. Only full coverage counts there.
+            rim = beside(others, RIM) & (share < FULL)
+            known = (evidence[index] >= MIN_EVIDENCE) & (others <= 0.25) & ~rim
             x, y, score = find_disc(share, known, radius)
             joints[name] = Joint(*frame.point(x, y), score) if score >= MIN_SCORE else None
         return joints
@@ -200,6 +206,17 @@ def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
     dx = np.arange(width) - int(joint.x + 0.5)
     dy = np.arange(height) - int(joint.y + 0.5)
     return dx[None, :] ** 2 + dy[:, None] ** 2 <= disc_radius(size) ** 2 + 1
+
+
+def beside(share: np.ndarray, reach: int) -> np.ndarray:
+    """The pixels (bool, height x width) that are at most about `reach` pixels from an area of full coverage.
+
+    Areas narrower than about `reach` pixels do not count.
+    """
+    window = 2 * reach + 1
+    plane = torch.from_numpy(share.clip(0, 1))[None, None]
+    mean = F.avg_pool2d(plane, window, 1, reach, count_include_pad=False)
+    return F.max_pool2d((mean > FULL).float(), 2 * window - 1, 1, window - 1)[0, 0].numpy() > 0
 
 
 def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[float, float, float]:

@@ -71,7 +71,8 @@ def train_readout(
     was stopped continues when it is called again with the same arguments.
 
     Args:
-        pipeline: gets the readout as its component `readout`, in place of another one.
+        pipeline: gets the readout as its component `readout`, in place of another one, and loses its
+            `score_calibration`.
         examples: with masks or joints, whose pictures have one size; see `evaluation.examples_from`.
         held_out: the same kind, of other pictures.
         folder: new, or of the same run. Gets the answers in answers/ and the evaluation in held-out/: table.md has
@@ -87,6 +88,7 @@ def train_readout(
     """
     folder = Path(folder)
     pipeline.register_modules(readout=None)
+    pipeline.register_to_config(score_calibration={})  # of another readout
     evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
     dataset = ReadoutDataset(examples, folder / "answers", config)
     readout = fit(dataset, config, folder, pipeline.device)
@@ -109,7 +111,8 @@ def save_readout(readout: UNet2DModel, model: str | PathLike[str], overwrite: bo
         if target.exists():
             shutil.rmtree(target)
     parts = json.loads(index.read_text(encoding="utf-8"))
-    write_text(index, json.dumps(parts | {"readout": ["diffusers", "UNet2DModel"]}, indent=2) + "\n")
+    changes = {"readout": ["diffusers", "UNet2DModel"], "score_calibration": {}}  # that of another readout is wrong
+    write_text(index, json.dumps(parts | changes, indent=2) + "\n")
 
 
 def build_readout(sample_size: int) -> UNet2DModel:
