@@ -14,7 +14,6 @@ from figures import draw_figure
 from PIL import Image
 from pose import WholePose
 from skimage import data
-from world import SIZE
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, pipeline_instruct_diffusion
 from instructdiffusion_pipeline.ask import ask_batch
@@ -24,6 +23,7 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
+SIZE = 64
 SUNFLOWER = Path(edit.__file__).parent / "demo" / "sunflower.png"
 
 
@@ -119,7 +119,7 @@ SEVERAL = Keypoints({"nose": "yellow", "left wrist": "red", "right wrist": "blue
 def test_it_finds_joints(answers, photographs, task):
     images, truths = [], []
     for seed in range(6):
-        layer, joints = draw_figure(random.Random(seed), faces_viewer=True)
+        layer, joints = draw_figure(random.Random(seed), faces_viewer=True, side=SIZE)
         image = photographs[seed % 3].copy()
         image.paste(layer, (0, 0), layer)
         images.append(image)
