@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from color_edits import COLOR_EDITS, edit_colors
+from fetch import NAMES
 from figures import draw_figure
 from PIL import Image
 from pose import WholePose
+from recipes import RECIPES
 from skimage import data
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, pipeline_instruct_diffusion
@@ -23,7 +25,8 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-SIZE = 64
+RECIPE = RECIPES["cpu"]
+SIZE = RECIPE.side
 SUNFLOWER = Path(edit.__file__).parent / "demo" / "sunflower.png"
 
 
@@ -60,6 +63,15 @@ def photographs():
 def test_it_carries_the_pipeline_file_as_it_is_now():
     carried = edit.TINY_MODEL / "pipeline_instruct_diffusion.py"
     assert carried.read_text() == Path(pipeline_instruct_diffusion.__file__).read_text(), f"copy the file to {carried}"
+
+
+def test_it_is_what_the_recipe_for_a_cpu_makes(model):
+    assert model.default_resolution == RECIPE.side and model.vae_scale_factor == 4
+    assert tuple(model.unet.config.block_out_channels) == RECIPE.unet_widths
+    assert model.text_encoder.config.hidden_size == model.unet.config.cross_attention_dim == RECIPE.text_width
+    assert RECIPE.held_out == ["banana", "penguin", "pig", "tree", "violin"] and set(RECIPE.names) <= NAMES.keys()
+    card = " ".join((edit.TINY_MODEL / "README.md").read_text().split())
+    assert ", ".join(name for name in RECIPE.names if name not in RECIPE.held_out) in card
 
 
 def test_it_is_small_and_says_nothing_of_the_machine_it_was_made_on():
