@@ -49,8 +49,8 @@ MOVE = [
     "carry {old} {there}",
     "{old} should be {place}",
 ]
-# Where objects are added (key) and moved to: the wording for a move, and the center relative to the
-# frame. Positions are fixed, so that the instruction determines the result.
+# Where objects are added (key) and moved to: the wording for a move, and the center relative to the frame. Positions
+# are fixed, so that the instruction determines the result.
 PLACES = {
     "on the left": ("to the left", (0.25, 0.5)),
     "on the right": ("to the right", (0.75, 0.5)),

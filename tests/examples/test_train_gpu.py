@@ -107,6 +107,27 @@ def test_two_stretches_and_the_table(run_pack, world_folder, tiny_recipe, tmp_pa
     assert "| segmentation, a drawing style not used in training: mIoU" in table and "| color edits: PSNR" in table
 
 
+@pytest.mark.parametrize(
+    ("trained", "size", "status"), [(3, 100, 3), (124, 100, 0), (137, 100, 0), (0, 61_000_000, 1)]
+)
+def test_the_model_is_saved_though_training_failed_and_has_four_parts_at_most(
+    run_pack, tmp_path, trained, size, status
+):
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+        case "$1" in
+        *train.py) exit {trained} ;;
+        *export.py) mkdir "$3" && head -c {size} /dev/zero > "$3/weights" ;;
+        esac"""
+    )
+    python.chmod(0o755)
+    command = ["bash", run_pack() / "train_gpu.sh", "60", tmp_path / "out"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert len(list((tmp_path / "out").glob("model.tar.*"))) == (5 if size > 60_000_000 else 1)
+
+
 def test_a_pack_has_a_limit(run_pack, monkeypatch):
     monkeypatch.setattr(pack, "LIMIT", 0.01)
     with pytest.raises(ValueError, match="tiny has .* MB, more than 0.01 MB"):
