@@ -3,9 +3,9 @@
     python examples/tiny/ablation.py --work_dir out/tiny --output_dir out/ablation
 
 All models are trained on the same number of cached samples, from random weights except for the VAE, which is that of
-the work folder. A single-task model is trained on the samples of one task family only. All models are scored on the
-held-out examples, and ablation.md has both scores for every row. An interrupted run is resumed when it is started
-again.
+the work folder, or of the recipe if it has one. A single-task model is trained on the samples of one task family only.
+All models are scored on the held-out examples, and ablation.md has both scores for every row. An interrupted run is
+resumed when it is started again.
 """
 
 import argparse
@@ -18,9 +18,8 @@ import torch
 from diffusers import AutoencoderKL
 from held_out import rows
 from model import build_pipeline, use_plain_attention
+from recipes import RECIPES, Recipe, add_recipe_argument
 from sources import mixture
-from train import CONFIG
-from world import World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.cli import run_script
@@ -47,8 +46,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2_000, help="training steps per model (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=500, help="samples per row (default: %(default)s)")
+    add_recipe_argument(parser)
     args = parser.parse_args()
-    cases = cases_by_family(args.work_dir / "world", args.samples)
+    recipe = RECIPES[args.recipe]
+    cases = cases_by_family(recipe, args.work_dir / "world", args.samples)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     check_run_config(args.output_dir, "run.json", {"steps": args.steps}, "models of the same number of steps")
     together: dict[str, Any] = {}
@@ -56,7 +57,7 @@ def main() -> None:
     for name, sources in {"all": None, **SOURCES}.items():
         folder = args.output_dir / name
         if not folder.exists():
-            train_model(args.work_dir, sources, args.steps, folder)
+            train_model(recipe, args.work_dir, sources, args.steps, folder)
         pipeline = InstructDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         examples = cases[name] if sources else [case for family in cases.values() for case in family]
@@ -67,24 +68,24 @@ def main() -> None:
     print(markdown)
 
 
-def train_model(work: Path, sources: set[str] | None, steps: int, folder: Path) -> None:
+def train_model(recipe: Recipe, work: Path, sources: set[str] | None, steps: int, folder: Path) -> None:
     """Train a model on the cached samples of `sources` (None: all samples), and write it to `folder`."""
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
-    pipeline = build_pipeline(vae, work / "world" / "bpe_simple_vocab_16e6.txt.gz")
+    vae = AutoencoderKL.from_pretrained(recipe.vae or work / "vae")
+    pipeline = build_pipeline(recipe, vae, work / "world")
     use_plain_attention(pipeline)
-    samples = ImageDataset(mixture(World(work / "world"), SAMPLES, seed=1), pipeline.tokenizer)
+    samples = ImageDataset(mixture(recipe.world(work / "world"), SAMPLES, seed=1), pipeline.tokenizer)
     cache_samples(samples, SAMPLES, pipeline, work / "samples", embeddings=False)  # by the first model only
     dataset = CachedDataset(work / "samples", only=sources)
-    config = dataclasses.replace(CONFIG, max_train_steps=steps)
+    config = dataclasses.replace(recipe.config, max_train_steps=steps)
     pipeline = train(pipeline, dataset, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")
     export(pipeline.to(dtype=torch.float16), folder)
 
 
-def cases_by_family(world: Path, count: int) -> dict[str, list[LazyExample]]:
+def cases_by_family(recipe: Recipe, world: Path, count: int) -> dict[str, list[LazyExample]]:
     """Return `count` held-out examples for each row, by task family."""
     cases: dict[str, list[LazyExample]] = {family: [] for family in SOURCES}
-    for source in rows(world, count):
+    for source in rows(recipe, world, count):
         examples = examples_from(source, count)
         cases[examples[0].open().tasks[0].family] += examples
     return cases

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import sources
-from held_out import COUNTS, SIZES, held_out_world
 from held_out import SEED as HELD_OUT_SEED
+from held_out import held_out_world
+from recipes import RECIPES, add_recipe_argument
 from sources import GeneratedDataset
 from world import UNSEEN_STYLE, World
 
@@ -36,14 +37,17 @@ def main() -> None:
     parser.add_argument("--samples", type=integer(1), default=600, help="for masks and for joints (default: 600)")
     parser.add_argument("--test_samples", type=integer(1), default=300, help="per row (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model's outputs and the table")
+    add_recipe_argument(parser)
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    examples = rows({"training scenes": World(args.world, sizes=SIZES, counts=COUNTS)}, args.samples, SEED)
+    recipe = RECIPES[args.recipe]
+    training = held_out_world(recipe, args.world, unseen_photographs=False)
+    examples = rows({"training scenes": training}, args.samples, SEED)
     styles = {
-        "styles of training": held_out_world(args.world),
-        "another drawing style": held_out_world(args.world, styles=(UNSEEN_STYLE,)),
+        "styles of training": held_out_world(recipe, args.world),
+        "another drawing style": held_out_world(recipe, args.world, styles=(UNSEEN_STYLE,)),
     }
     held_out = rows(styles, args.test_samples, HELD_OUT_SEED)
     fits = calibrate(pipeline, examples, held_out, args.output_dir, batch_size=32)

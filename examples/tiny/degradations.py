@@ -7,19 +7,21 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BLUR_RADII = (0.5, 3.5)  # pixels: standard deviation of a Gaussian, radius of a disc, half the length of a line
-FONT_SIZES = (9, 20)  # pixels
+# Relative to the picture's shorter side: the standard deviation of a Gaussian, the radius of a disc or half the length
+# of a line, and the height of letters.
+BLUR_RADII = (0.5 / 64, 3.5 / 64)
+FONT_SIZES = (9 / 64, 20 / 64)
 OPACITIES = (0.35, 0.95)
 OVERSAMPLING = 4
 
 
 def add_blur(image: Image.Image, rng: random.Random, radii: tuple[float, float] = BLUR_RADII) -> Image.Image:
     """Blur a picture with a Gaussian, a disc (out of focus) or a line (motion), at random."""
-    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*radii), rng)
+    kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*radii) * min(image.size), rng)
     margin = len(kernel) // 2
     pixels = np.pad(np.asarray(image, dtype=np.float32), ((margin, margin), (margin, margin), (0, 0)), "edge")
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, kernel.shape, axis=(0, 1))
-    blurred = np.einsum("hwcij,ij->hwc", windows, kernel.astype(np.float32), optimize=True)
+    spectrum = np.fft.rfft2(pixels, axes=(0, 1)) * np.fft.rfft2(kernel, pixels.shape[:2])[..., None]
+    blurred = np.fft.irfft2(spectrum, pixels.shape[:2], axes=(0, 1))[2 * margin :, 2 * margin :]
     return Image.fromarray(np.round(blurred).clip(0, 255).astype(np.uint8))
 
 
@@ -64,7 +66,7 @@ def add_watermark(image: Image.Image, rng: random.Random, opacities: tuple[float
     side = OVERSAMPLING * max(image.size)
     stamp = Image.new("L", (side, side))
     pen = ImageDraw.Draw(stamp)
-    font = ImageFont.load_default(OVERSAMPLING * rng.uniform(*FONT_SIZES))
+    font = ImageFont.load_default(OVERSAMPLING * rng.uniform(*FONT_SIZES) * min(image.size))
     if rng.random() < 0.5:
         pen.text((rng.uniform(0.3, 0.7) * side, rng.uniform(0.3, 0.7) * side), text, 255, font, "mm")
     else:

@@ -49,17 +49,17 @@ MOVE = [
     "carry {old} {there}",
     "{old} should be {place}",
 ]
-# Where objects are added (key) and moved to: the wording for a move, and the center in pixels. Positions are fixed, so
-# that the instruction determines the result.
+# Where objects are added (key) and moved to: the wording for a move, and the center relative to the frame. Positions
+# are fixed, so that the instruction determines the result.
 PLACES = {
-    "on the left": ("to the left", (16, 32)),
-    "on the right": ("to the right", (48, 32)),
-    "at the top": ("to the top", (32, 16)),
-    "at the bottom": ("to the bottom", (32, 48)),
-    "in the middle": ("to the middle", (32, 32)),
+    "on the left": ("to the left", (0.25, 0.5)),
+    "on the right": ("to the right", (0.75, 0.5)),
+    "at the top": ("to the top", (0.5, 0.25)),
+    "at the bottom": ("to the bottom", (0.5, 0.75)),
+    "in the middle": ("to the middle", (0.5, 0.5)),
 }
-ADDED_SIDE = 28
-MIN_MOVE = 10  # pixels
+ADDED_SIDE = 28 / 64  # longer side of an added object, relative to the frame's shorter side
+MIN_MOVE = 10 / 64
 NEW_STYLE = 0  # style of new objects; with two styles for one instruction, an MSE loss leads to their average
 
 
@@ -115,8 +115,8 @@ def add(world: World, rng: random.Random) -> Change:
     """Add an object at a named position. If there is no room for it, the scene's other objects are left out."""
     scene = world.scene(rng)
     name = rng.choice(sorted(world.names - scene.names))
-    place, (_, center) = rng.choice(list(PLACES.items()))
-    new = world.place(name, rng, ADDED_SIDE, center, NEW_STYLE)
+    place = rng.choice(list(PLACES))
+    new = world.place(name, rng, ADDED_SIDE * min(world.frame), center(place, world), NEW_STYLE)
     if not scene.fits(new):
         scene = Scene(scene.background)
     return Change(scene, rng.choice(ADD).format(new=with_a(name), place=place), scene.plus(new))
@@ -126,11 +126,17 @@ def move(world: World, rng: random.Random) -> Change:
     """Move an object, unchanged and in front of the others, to a named position."""
     while True:
         scene, words, old = choose(world, rng)
-        place, (there, center) = rng.choice(list(PLACES.items()))
-        moved = Thing(
-            old.name, on_canvas(old.layer.crop(old.layer.getchannel("A").getbbox()), world.frame, center, rng)
-        )
-        if scene.minus(old).fits(moved) and math.dist(moved.center, old.center) >= MIN_MOVE:
+        place = rng.choice(list(PLACES))
+        sprite = old.layer.crop(old.layer.getchannel("A").getbbox())
+        moved = Thing(old.name, on_canvas(sprite, world.frame, center(place, world), rng))
+        distance = math.dist(moved.center, old.center)
+        if scene.minus(old).fits(moved) and distance >= MIN_MOVE * min(world.frame):
             break
-    words = rng.choice(MOVE).format(old=words, place=place, there=there)
+    words = rng.choice(MOVE).format(old=words, place=place, there=PLACES[place][0])
     return Change(scene, words, scene.minus(old).plus(moved))
+
+
+def center(place: str, world: World) -> tuple[float, float]:
+    """Return the position of a place of `PLACES`, x and y in pixels."""
+    _, (x, y) = PLACES[place]
+    return x * world.frame[0], y * world.frame[1]

@@ -1,31 +1,35 @@
 """Download the training material of the small model: photographs, emoji and the byte-pair merges of CLIP.
 
 It is taken from Debian, npm and PyPI packages with their own clients. Licences: CC0, public domain, CC-BY or CC-BY-SA
-for photographs, MIT, Apache-2.0 or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
+for photographs, MIT, OFL or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
 """
 
 import io
+import json
 import re
 import struct
 import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from instructdiffusion_pipeline.files import atomic_write, write_text
 
-DEBIAN_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
+PHOTO_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
 # style -> npm package, path of the picture of a code point in it, author and licence
-OBJECT_STYLES = {
+NPM_STYLES = {
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets/{}.webp", "Microsoft Fluent emoji, MIT"),
-    "noto": ("emoji-datasource-google@16.0.0", "img/google/64/{}.png", "Google Noto emoji, Apache-2.0"),
+    "flat": ("@lobehub/fluent-emoji-flat@1.1.0", "assets/{}.svg", "Microsoft Fluent emoji, MIT"),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64/{}.png", "Twitter Twemoji, CC-BY 4.0"),
 }
+NOTO_PACKAGE, NOTO_FONT = "fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+NOTO_SIZE = 109  # pixels, the only size of the font's pictures
 MERGES_PACKAGE = "open_clip_torch==3.2.0"
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 FREE_LICENSES = re.compile(r"CC0|public.domain|CC-BY(?!-N)", re.IGNORECASE)
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".webp", ".png"}
 # Folders of gcompris-qt-data with photographs. Its other pictures are drawings and paintings.
@@ -34,46 +38,35 @@ GCOMPRIS_PHOTOS = re.compile(
     r"|categorization/resource/images/(renewable|monuments|fishes)/"
 )
 MIN_SIDE = 300
-STORED_SIDE = 192
+STORED_SIDE = 300
+OBJECT_SIDE = 128
 
-# name -> code point of the emoji. They are few and look different, because the model is small.
-OBJECTS = {
-    "airplane": "2708-fe0f",
-    "apple": "1f34e",
-    "banana": "1f34c",
-    "bell": "1f514",
-    "butterfly": "1f98b",
-    "car": "1f697",
-    "carrot": "1f955",
-    "cat": "1f431",
-    "dog": "1f436",
-    "donut": "1f369",
-    "elephant": "1f418",
-    "football": "26bd",
-    "frog": "1f438",
-    "guitar": "1f3b8",
-    "ladybug": "1f41e",
-    "lemon": "1f34b",
-    "mushroom": "1f344",
-    "owl": "1f989",
-    "panda": "1f43c",
-    "penguin": "1f427",
-    "pig": "1f437",
-    "pizza": "1f355",
-    "rocket": "1f680",
-    "rose": "1f339",
-    "snail": "1f40c",
-    "strawberry": "1f353",
-    "sunflower": "1f33b",
-    "tree": "1f333",
-    "turtle": "1f422",
-    "umbrella": "2614",
-    "violin": "1f3bb",
-}
+# Names of objects -> the short name in emoji-datasource, if it is another one. All have a regular plural.
+NAMES = dict(
+    entry.strip().partition(": ")[::2]
+    for entry in """
+accordion, airplane, alarm clock, anchor, ant, apple, avocado, axe, backpack: school_satchel, balloon, banana,
+baseball, basket, basketball, bat, bathtub, bear, bed, bee, beer mug: beer, bell, bicycle: bike, bird, broom,
+bucket, bus, butterfly, cactus, camel, camera, candle, canoe, car, carrot, cat, chair, chicken,
+chili pepper: hot_pepper, coconut, coffee cup: coffee, cookie, corncob: corn, crab, crocodile, croissant, crown,
+cucumber, cupcake, dog, dolphin, donut: doughnut, dragon, drum: drum_with_drumsticks, duck, eagle, eggplant,
+elephant, fire engine, fish, flamingo, flashlight, football: soccer, fox: fox_face, fried egg, frog, gift,
+giraffe: giraffe_face, gorilla, guitar, hamburger, hammer, hedgehog, helicopter, hippo: hippopotamus,
+horse: racehorse, hot dog: hotdog, hourglass, house, ice cream: icecream, jellyfish, kangaroo, key, kite,
+kiwi: kiwifruit, koala, ladybug, lemon, light bulb: bulb, lion: lion_face, lizard, lobster, magnet, maple leaf,
+microscope, monkey, mushroom, octopus, onion, orange: tangerine, owl, padlock: lock, palm tree, panda: panda_face,
+parrot, peacock, pear, penguin, pig, pineapple, pizza, potted plant, pretzel, pumpkin: jack_o_lantern,
+rabbit: rabbit2, raccoon, rhino: rhinoceros, ring, rocket, rooster, rose, sailboat: boat, saxophone, scorpion,
+seashell: shell, shark, skateboard, snail, snake, spider, star, strawberry, sunflower, swan, teapot, teddy bear,
+telescope, television: tv, tent, tiger: tiger2, top hat: tophat, tractor, tree: deciduous_tree, trophy, truck,
+trumpet, tulip, turtle, ufo: flying_saucer, umbrella: umbrella_with_rain_drops, unicorn: unicorn_face, violin,
+volcano, watermelon, whale: whale2, wrench, yarn ball: yarn, zebra: zebra_face
+""".replace("\n", " ").split(",")
+)
 
 
 def fetch(folder: Path) -> None:
-    """Write photographs/*.png, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md to `folder`.
+    """Write photographs/*.jpg, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md to `folder`.
 
     If CREDITS.md, the last file to be written, exists, nothing is done.
     """
@@ -84,12 +77,8 @@ def fetch(folder: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
     credits = ["# Credits", "", "## Photographs", ""]
-    for package in DEBIAN_PACKAGES:
-        root = packages / package
-        if not root.exists():
-            subprocess.run(["apt-get", "download", package], cwd=packages, check=True)
-            with atomic_write(root) as partial:
-                subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), partial], check=True)
+    for package in PHOTO_PACKAGES:
+        root = unpack_debian(packages, package)
         files, licenses = read_package(root)
         for path, content in files.items():
             license, holder = licenses.get(path, ("unknown", "unknown"))
@@ -100,29 +89,83 @@ def fetch(folder: Path) -> None:
                 continue
             scale = STORED_SIDE / min(picture.size)
             picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-            name = re.sub(r"[^a-z0-9]+", "_", str(path.with_suffix("")).lower()) + ".png"
-            picture.save(photographs / name)
+            name = re.sub(r"[^a-z0-9]+", "_", str(path.with_suffix("")).lower()) + ".jpg"
+            picture.save(photographs / name, quality=85)
             credits.append(f"- {name}: {holder}, {license} (Debian package {package})")
 
-    credits += ["", "## Objects", "", *(f"- {name} (U+{code.upper()})" for name, code in OBJECTS.items()), ""]
-    for style, (package, path, author) in OBJECT_STYLES.items():
-        (objects / style).mkdir(exist_ok=True)
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=packages, check=True, stdout=subprocess.PIPE, text=True
-        )
-        with tarfile.open(packages / packed.stdout.strip()) as archive:
-            for name, code in OBJECTS.items():
-                member = archive.extractfile(f"package/{path.format(code)}")
-                picture = Image.open(io.BytesIO(member.read())).convert("RGBA")
-                picture.crop(picture.getchannel("A").getbbox()).save(objects / style / f"{name}.png")
+    codes = read_codes(open_npm(packages, "emoji-datasource@16.0.0").extractfile("package/emoji.json").read())
+    credits += ["", "## Objects", "", *(f"- {name} (U+{code.upper()})" for name, code in codes.items()), ""]
+    for style, (package, path, author) in NPM_STYLES.items():
+        archive = open_npm(packages, package)
+        drawings = {
+            name: open_drawing(archive.extractfile(f"package/{path.format(code)}").read())
+            for name, code in codes.items()
+        }
+        save_drawings(drawings, objects / style)
         credits.append(f"Drawn in style {style}: {author}, from the npm package {package}.")
+    font = ImageFont.truetype(unpack_debian(packages, NOTO_PACKAGE) / NOTO_FONT, NOTO_SIZE)
+    save_drawings({name: draw_character(code, font) for name, code in codes.items()}, objects / "noto")
+    credits.append(f"Drawn in style noto: Google Noto emoji, OFL 1.1, from the Debian package {NOTO_PACKAGE}.")
 
     subprocess.run(["pip", "download", "--quiet", "--no-deps", MERGES_PACKAGE], cwd=packages, check=True)
     with zipfile.ZipFile(next(packages.glob("open_clip_torch-*.whl"))) as wheel:
-        merges = wheel.read("open_clip/bpe_simple_vocab_16e6.txt.gz")
-    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(merges)
+        merges = wheel.read(f"open_clip/{MERGES_FILE}")
+    (folder / MERGES_FILE).write_bytes(merges)
     credits += ["", "## Words", "", f"CLIP's byte-pair merges, MIT, from the PyPI package {MERGES_PACKAGE}.", ""]
     write_text(folder / "CREDITS.md", "\n".join(credits))
+
+
+def unpack_debian(packages: Path, package: str) -> Path:
+    """Download a Debian package and return the folder of its files."""
+    root = packages / package
+    if not root.exists():
+        subprocess.run(["apt-get", "download", package], cwd=packages, check=True)
+        with atomic_write(root) as partial:
+            subprocess.run(["dpkg-deb", "-x", next(packages.glob(f"{package}_*.deb")), partial], check=True)
+    return root
+
+
+def open_npm(packages: Path, package: str) -> tarfile.TarFile:
+    """Download an npm package and open it."""
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=packages, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return tarfile.open(packages / packed.stdout.strip())
+
+
+def read_codes(emoji_json: bytes) -> dict[str, str]:
+    """Return the code points of `NAMES`, from emoji.json of emoji-datasource."""
+    codes = {
+        short_name: emoji["unified"].lower() for emoji in json.loads(emoji_json) for short_name in emoji["short_names"]
+    }
+    return {name: codes[short_name or name.replace(" ", "_")] for name, short_name in NAMES.items()}
+
+
+def open_drawing(content: bytes) -> Image.Image:
+    """Open a picture file as RGBA; an SVG is drawn with `OBJECT_SIDE` pixels."""
+    if content.lstrip().startswith(b"<svg"):
+        import resvg_py  # here, because training from downloaded material does not need it
+
+        content = bytes(resvg_py.svg_to_bytes(content.decode(), width=OBJECT_SIDE, height=OBJECT_SIDE))
+    return Image.open(io.BytesIO(content)).convert("RGBA")
+
+
+def draw_character(code: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Draw the emoji of a code point in the colors of its font."""
+    character = chr(int(code.partition("-")[0], 16))
+    left, top, right, bottom = font.getbbox(character)
+    picture = Image.new("RGBA", (right - left, bottom - top))
+    ImageDraw.Draw(picture).text((-left, -top), character, font=font, embedded_color=True)
+    return picture
+
+
+def save_drawings(drawings: Mapping[str, Image.Image], folder: Path) -> None:
+    """Write drawings without their transparent rim, at most `OBJECT_SIDE` pixels, as NAME.png."""
+    folder.mkdir(exist_ok=True)
+    for name, picture in drawings.items():
+        drawing = picture.crop(picture.getchannel("A").getbbox())
+        drawing.thumbnail((OBJECT_SIDE, OBJECT_SIDE))
+        drawing.save(folder / f"{name}.png")
 
 
 def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosixPath, tuple[str, str]]]:

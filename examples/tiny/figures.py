@@ -10,7 +10,6 @@ import random
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
-from world import SIZE
 
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 from instructdiffusion_pipeline.types import Joint
@@ -57,19 +56,19 @@ class Body(NamedTuple):
         )
 
 
-def draw_figure(rng: random.Random, faces_viewer: bool) -> tuple[Image.Image, dict[str, Joint | None]]:
-    """Draw a figure on a transparent canvas of the frame's size, and return it with its joints by COCO's names.
+def draw_figure(rng: random.Random, faces_viewer: bool, side: int) -> tuple[Image.Image, dict[str, Joint | None]]:
+    """Draw a figure on a transparent canvas of `side` x `side` pixels. Returns it with its joints by COCO's names.
 
     A joint outside the frame is None. Joints that the figure itself hides, such as a nose seen from behind, are given.
     """
     body = Body.random(rng)
     skeleton = pose(body, faces_viewer, rng)
-    points, scale = fit(skeleton, body, rng)
-    layer = paint_figure(points, body, scale, faces_viewer, rng)
+    points, scale = fit(skeleton, body, side, rng)
+    layer = paint_figure(points, body, scale, faces_viewer, side, rng)
     joints: dict[str, Joint | None] = {}
     for name in COCO_JOINTS:
         x, y = points[name]
-        inside = 0 <= x < SIZE and 0 <= y < SIZE
+        inside = 0 <= x < side and 0 <= y < side
         joints[name] = Joint(x - 0.5, y - 0.5) if inside else None  # (0, 0) is the center of the first pixel
     return layer, joints
 
@@ -102,27 +101,27 @@ def bone_end(start: Point, outward: int, degrees: float, length: float) -> Point
     return start[0] + outward * length * math.sin(angle), start[1] + length * math.cos(angle)
 
 
-def fit(points: dict[str, Point], body: Body, rng: random.Random) -> tuple[dict[str, Point], float]:
-    """Scale and move a figure at random. Returns its joints in pixels of the frame, and the scale."""
+def fit(points: dict[str, Point], body: Body, side: int, rng: random.Random) -> tuple[dict[str, Point], float]:
+    """Scale and move a figure at random. Returns its joints in pixels of the canvas, and the scale."""
     margin = max(body.head, body.thickness)
     (left, right), (top, bottom) = (
         (min(axis) - margin, max(axis) + margin) for axis in zip(*points.values(), strict=True)
     )
     height = rng.uniform(*HEIGHTS)
-    scale = height * SIZE / max(bottom - top, 0.9 * (right - left))
+    scale = height * side / max(bottom - top, 0.9 * (right - left))
     if rng.random() < CLOSE_UP_SHARE:
         scale *= rng.uniform(*CLOSE_UP_HEIGHTS) / height
-    room_x, room_y = SIZE - scale * (right - left), SIZE - scale * (bottom - top)
+    room_x, room_y = side - scale * (right - left), side - scale * (bottom - top)
     # If a close-up does not fit, it may be cut off on both sides and at the bottom, but hardly at the head.
     x, y = rng.uniform(0, 1) * room_x - scale * left, rng.uniform(0, 1 if room_y > 0 else 0.1) * room_y - scale * top
     return {name: (scale * px + x, scale * py + y) for name, (px, py) in points.items()}, scale
 
 
 def paint_figure(
-    points: dict[str, Point], body: Body, scale: float, faces_viewer: bool, rng: random.Random
+    points: dict[str, Point], body: Body, scale: float, faces_viewer: bool, side: int, rng: random.Random
 ) -> Image.Image:
-    """Draw a figure with these joints, in pixels of the frame, as an RGBA picture."""
-    canvas = Image.new("RGBA", (OVERSAMPLING * SIZE,) * 2)
+    """Draw a figure with these joints, in pixels of the canvas, as an RGBA picture."""
+    canvas = Image.new("RGBA", (OVERSAMPLING * side,) * 2)
     at = {name: (OVERSAMPLING * x, OVERSAMPLING * y) for name, (x, y) in points.items()}
     unit = OVERSAMPLING * scale
     pen = ImageDraw.Draw(canvas)

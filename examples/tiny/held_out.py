@@ -8,6 +8,7 @@ from typing import Any
 import edits
 import sources
 from pose import WholePose
+from recipes import Recipe
 from sources import GeneratedDataset, few_keypoints, one_of_names
 from world import UNSEEN_STYLE, World
 
@@ -21,7 +22,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 SIZES = (20 / 64, 40 / 64)
 COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
 SIGMA = 25.0  # grey levels
-BLUR_RADII = (0.7, 2.5)
+BLUR_RADII = (0.7 / 64, 2.5 / 64)  # relative to the picture's side
 OPACITIES = (0.35, 0.85)
 # Rows of an unseen drawing style, by size and by number of objects.
 SIZE_ROWS = {
@@ -33,16 +34,18 @@ SEED = 7  # of the scenes; training uses 0 and 1, the readout 3
 CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.add, "moved": edits.move}
 
 
-def held_out_world(folder: Path, **options: Any) -> World:
+def held_out_world(recipe: Recipe, folder: Path, **options: Any) -> World:
     """Return a world of held-out photographs with the table's scenes. `options` are arguments of `World`."""
-    return World(folder, unseen_photographs=True, **{"sizes": SIZES, "counts": COUNTS} | options)
+    table = {"unseen_photographs": True, "sizes": SIZES, "counts": COUNTS, "figures": 0}
+    return recipe.world(folder, **table | options)
 
 
-def rows(folder: Path, count: int) -> list[Source]:
+def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
     """Return sources of `count` examples each, from the material that `fetch` wrote to `folder`."""
-    seen = held_out_world(folder)
-    names = held_out_world(folder, unseen_objects=True)
-    style = held_out_world(folder, styles=(UNSEEN_STYLE,))
+    seen = held_out_world(recipe, folder)
+    names = held_out_world(recipe, folder, unseen_objects=True)
+    style = held_out_world(recipe, folder, styles=(UNSEEN_STYLE,))
+    figure = partial(sources.keypoints, objects_share=0)
     layouts = {row: {"sizes": sizes} for row, sizes in SIZE_ROWS.items()}
     layouts |= {row: {"sizes": (0.3, 0.5), "counts": {count: 1}} for row, count in COUNT_ROWS.items()}
 
@@ -59,16 +62,16 @@ def rows(folder: Path, count: int) -> list[Source]:
                 row,
                 sources.present,
                 Segmentation.from_annotation,
-                held_out_world(folder, styles=(UNSEEN_STYLE,), **layout),
+                held_out_world(recipe, folder, styles=(UNSEEN_STYLE,), **layout),
             )
             for row, layout in layouts.items()
         ),
-        source("one joint, facing", sources.keypoints, partial(few_keypoints, counts=(1,)), facing_share=1),
-        source("one joint, from behind", sources.keypoints, partial(few_keypoints, counts=(1,)), facing_share=0),
-        source("keypoints, facing", sources.keypoints, Keypoints.from_annotation, facing_share=1),
-        source("keypoints, from behind", sources.keypoints, Keypoints.from_annotation, facing_share=0),
-        source("pose, facing", sources.keypoints, FixedTask(WholePose()), facing_share=1),
-        source("pose, from behind", sources.keypoints, FixedTask(WholePose()), facing_share=0),
+        source("one joint, facing", figure, partial(few_keypoints, counts=(1,)), facing_share=1),
+        source("one joint, from behind", figure, partial(few_keypoints, counts=(1,)), facing_share=0),
+        source("keypoints, facing", figure, Keypoints.from_annotation, facing_share=1),
+        source("keypoints, from behind", figure, Keypoints.from_annotation, facing_share=0),
+        source("pose, facing", figure, FixedTask(WholePose()), facing_share=1),
+        source("pose, from behind", figure, FixedTask(WholePose()), facing_share=0),
         source("noise", sources.noisy, FixedTask(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
         source("blur", sources.blurred, FixedTask(Restoration("blur")), radii=BLUR_RADII),
         source("watermark", sources.watermarked, FixedTask(Restoration("watermark")), opacities=OPACITIES),

@@ -5,19 +5,20 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from string import Template
 
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from fetch import MERGES_FILE
+from recipes import Recipe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from world import SIZE
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.files import atomic_write
 
 MERGES = 8_000  # of CLIP's 48,894; with fewer merges, rare words are split into more tokens
-TEXT_WIDTH = 128
 # Call arguments by task family; they are saved in the pipeline's configuration.
 TASK_SETTINGS = {
     "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
@@ -27,31 +28,31 @@ TASK_SETTINGS = {
 }
 
 
-def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPipeline:
-    """Build a pipeline from a trained `vae`, with a new text encoder and a new UNet (10.9 M parameters)."""
-    tokenizer = build_tokenizer(merges_path)
+def build_pipeline(recipe: Recipe, vae: AutoencoderKL, world: Path) -> InstructDiffusionPipeline:
+    """Build a pipeline from a trained `vae` and the merges in `world`, with a new text encoder and a new UNet."""
+    tokenizer = build_tokenizer(world / MERGES_FILE)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
+            hidden_size=recipe.text_width,
+            intermediate_size=4 * recipe.text_width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            projection_dim=TEXT_WIDTH,
+            projection_dim=recipe.text_width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
+        sample_size=recipe.side // 4,
         in_channels=2 * vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         layers_per_block=1,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=recipe.unet_widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=recipe.text_width,
         attention_head_dim=4,
     )
     # At high noise levels the image contributes only 1/15 of epsilon. A small network does not predict epsilon that
@@ -66,12 +67,19 @@ def build_pipeline(vae: AutoencoderKL, merges_path: Path) -> InstructDiffusionPi
     return InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, task_settings=TASK_SETTINGS)
 
 
-def export_model(pipeline: InstructDiffusionPipeline, folder: Path, world: Path) -> None:
+def export_model(recipe: Recipe, pipeline: InstructDiffusionPipeline, folder: Path, world: Path) -> None:
     """Write a pipeline in half precision, its model card and the credits in `world` to a new folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as partial:
         export(pipeline.to(dtype=torch.float16), partial)
-        shutil.copy(Path(__file__).parent / "MODEL_CARD.md", partial / "README.md")
+        card = Template((Path(__file__).parent / "MODEL_CARD.md").read_text(encoding="utf-8"))
+        held_out = recipe.held_out
+        values = {
+            "side": recipe.side,
+            "names": ", ".join(name for name in recipe.names if name not in held_out),
+            "held_out": f"{len(held_out)} of the {len(recipe.names)} object names ({', '.join(held_out)})",
+        }
+        (partial / "README.md").write_text(card.substitute(values), encoding="utf-8")
         shutil.copy(world / "CREDITS.md", partial)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from model import export_model
+from recipes import RECIPES, add_recipe_argument
 from sources import source
-from world import SIZE, World
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import run_script
@@ -24,7 +24,6 @@ from instructdiffusion_pipeline.training.readout import ReadoutConfig, train_rea
 QUESTIONS = {"segmentation": 1600, "keypoints": 700, "few keypoints": 700, "pose": 400}
 HELD_OUT = 50  # maximum number of examples per task in the table
 SEED = 3  # of the scenes; training of the model uses 0 and 1, scoring 7
-CONFIG = ReadoutConfig(SIZE)
 
 
 def main() -> None:
@@ -35,9 +34,11 @@ def main() -> None:
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the model's outputs and checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the model with its readout")
+    add_recipe_argument(parser)
     args = parser.parse_args()
     if args.output_dir.exists():
         parser.error(f"--output_dir: {args.output_dir} already exists; delete it, or choose another folder")
+    recipe = RECIPES[args.recipe]
     pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     examples, held_out = (
@@ -47,12 +48,12 @@ def main() -> None:
             for example in examples_from(source(name, world, share(count), SEED), share(count), SEED)
         ]
         for world, share in (
-            (World(args.world), int),
-            (World(args.world, unseen_photographs=True), lambda count: min(count, HELD_OUT)),
+            (recipe.world(args.world), int),
+            (recipe.world(args.world, unseen_photographs=True), lambda count: min(count, HELD_OUT)),
         )
     )
-    train_readout(pipeline, examples, held_out, args.work_dir, CONFIG, batch_size=32)
-    export_model(pipeline, args.output_dir, args.world)
+    train_readout(pipeline, examples, held_out, args.work_dir, ReadoutConfig(recipe.side), batch_size=32)
+    export_model(recipe, pipeline, args.output_dir, args.world)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import random
 import re
 
-from world import SIZE, Scene, Thing
+from world import Scene, Thing
 
 MIN_DISTANCE = 0.15  # of two centers, relative to the picture's side, for "left" or "upper"
 MIN_SIZE_RATIO = 1.4  # of the numbers of pixels, for "larger"
@@ -20,6 +20,8 @@ ONE = {
 
 def plural(name: str) -> str:
     """Return the plural of an object's name; all of them are regular."""
+    if name.endswith(("s", "x", "ch", "sh")):
+        return name + "es"
     return name[:-1] + "ies" if name.endswith("y") and name[-2] not in "aeiou" else name + "s"
 
 
@@ -52,7 +54,7 @@ def distinguish(first: Thing, second: Thing) -> dict[str, Thing]:
     relations = {}
     for axis, sides in enumerate((("left", "right"), ("upper", "lower"))):
         ordered = sorted((first, second), key=lambda thing: thing.center[axis])
-        if ordered[1].center[axis] - ordered[0].center[axis] >= MIN_DISTANCE * SIZE:
+        if ordered[1].center[axis] - ordered[0].center[axis] >= MIN_DISTANCE * first.layer.size[axis]:
             relations |= dict(zip(sides, ordered, strict=True))
     ordered = sorted((first, second), key=lambda thing: thing.pixels.sum())
     if ordered[1].pixels.sum() >= MIN_SIZE_RATIO * ordered[0].pixels.sum():

@@ -22,6 +22,7 @@ import numpy as np
 from edits import Change
 from held_out import CHANGES, SEED, held_out_world, rows
 from PIL import Image
+from recipes import RECIPES, add_recipe_argument
 from table import OWN, table
 from world import World
 
@@ -63,18 +64,20 @@ def main() -> None:
         "--batch_size", type=integer(1), default=32, help="samples per pipeline call (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, required=True, help="output folder")
+    add_recipe_argument(parser)
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    sources = rows(args.world, args.samples)
+    recipe = RECIPES[args.recipe]
+    sources = rows(recipe, args.world, args.samples)
     cases = [case for source in sources for case in examples_from(source, args.samples)]
     baselines = {"classical": classical_baseline}
     results = evaluate(pipeline, cases, args.output, batch_size=args.batch_size, baselines=baselines)
     answers = answers_by_name(args.output)
     more_scores = beyond(cases, answers, pipeline)
     write_text(args.output / "beyond.json", json.dumps(more_scores, indent=2) + "\n")
-    own = own_cases(held_out_world(args.world), sources, answers)
+    own = own_cases(held_out_world(recipe, args.world), sources, answers)
     own_results = evaluate(pipeline, own, args.output / "own", batch_size=32)
     scores = table(results, more_scores, own_results)
     write_text(args.output / "scores.md", scores)

@@ -17,6 +17,7 @@ from typing import Any
 import edits
 import sources
 from held_out import SEED, held_out_world
+from recipes import RECIPES, Recipe, add_recipe_argument
 from sources import GeneratedDataset
 from world import UNSEEN_STYLE
 
@@ -41,21 +42,23 @@ def main() -> None:
     parser.add_argument("--samples", type=integer(1), default=300, help="of each row (default: %(default)s)")
     parser.add_argument("--slices", type=float, help="side of overlapping parts, relative to the picture's side")
     parser.add_argument("--output", type=Path, required=True, help="folder")
+    add_recipe_argument(parser)
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    examples = [case for source in rows(args.world, args.samples) for case in examples_from(source, args.samples)]
+    sources = rows(RECIPES[args.recipe], args.world, args.samples)
+    examples = [case for source in sources for case in examples_from(source, args.samples)]
     settings = {} if args.slices is None else {"segmentation": {"slices": args.slices}}
     evaluate(pipeline, examples, args.output, settings)
     print((args.output / "table.md").read_text())
 
 
-def rows(folder: Path, count: int) -> list[Source]:
+def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
     """Return sources of `count` examples each, from the material that `fetch` wrote to `folder`."""
 
     def dataset(example: Callable, **options: Any) -> GeneratedDataset:
-        return GeneratedDataset(partial(example, held_out_world(folder, **options)), count, SEED)
+        return GeneratedDataset(partial(example, held_out_world(recipe, folder, **options)), count, SEED)
 
     style = {"styles": (UNSEEN_STYLE,), "sizes": SIZES}
     shapes = [

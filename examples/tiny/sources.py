@@ -25,11 +25,13 @@ from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
+ABSENT = 10  # names of absent objects in the annotation of a scene
 SIGMAS = (5.0, 60.0)  # of noise, in grey levels
 FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
 # The same share in images for restoration and color edits. It is a separate constant, so that a change of the keypoint
 # training does not change the images on which these tasks are scored.
 PICTURE_FACING_SHARE = 0.6
+OBJECTS_SHARE = 0.3  # share of figures with objects behind them, in training of keypoints
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,34 @@ def present(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 
 def annotate(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`."""
+    """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`.
+
+    `ABSENT` of the other names get an empty mask.
+    """
     expressions = referring_expressions(scene, set(world.objects), rng)
     masks = {words: scene.mask(*things) for words, things in expressions.items()}
-    return scene.image, masks | dict.fromkeys(
-        sorted(world.objects.keys() - scene.names), np.zeros(scene.image.size[::-1], bool)
-    )
+    absent = sorted(world.names - scene.names)
+    absent = rng.sample(absent, min(ABSENT, len(absent)))
+    return scene.image, masks | dict.fromkeys(absent, np.zeros(scene.image.size[::-1], bool))
 
 
-def keypoints(world: World, rng: random.Random, facing_share: float = FACING_SHARE) -> tuple[Image.Image, Joints]:
-    """Draw a figure on a photograph. `facing_share` is the probability that it faces the viewer."""
-    layer, joints = draw_figure(rng, faces_viewer=rng.random() < facing_share)
-    image = world.background(rng)
+def keypoints(
+    world: World, rng: random.Random, facing_share: float = FACING_SHARE, objects_share: float = OBJECTS_SHARE
+) -> tuple[Image.Image, Joints]:
+    """Draw a figure on a photograph.
+
+    `facing_share` is the probability that it faces the viewer, `objects_share` that there are objects behind it.
+    """
+    layer, joints = draw_figure(rng, rng.random() < facing_share, min(world.frame))
+    image = world.scene(rng, figures=0).image if rng.random() < objects_share else world.background(rng)
     image.paste(layer, (0, 0), layer)
     return image, joints
 
 
 def picture(world: World, rng: random.Random) -> Image.Image:
     """Return a photograph, a scene or a figure on a photograph."""
-    example = rng.choice([None, None, segmentation, partial(keypoints, facing_share=PICTURE_FACING_SHARE)])
+    figure = partial(keypoints, facing_share=PICTURE_FACING_SHARE, objects_share=0)
+    example = rng.choice([None, None, segmentation, figure])
     return example(world, rng)[0] if example else world.background(rng)
 
 

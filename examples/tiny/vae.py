@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from sources import mixture
 from torch import nn
 from tqdm import tqdm
-from world import SIZE, World
+from world import World
 
 from instructdiffusion_pipeline.files import atomic_write
 
@@ -22,8 +22,11 @@ KL_WEIGHT = 1e-4
 SAVE_EVERY = 500
 
 
-def build() -> AutoencoderKL:
-    """Build the VAE (0.65 M parameters). Its scaling factor is 1, because `standardize_latents` follows training."""
+def build(side: int) -> AutoencoderKL:
+    """Build the VAE (0.65 M parameters) for pictures of `side` x `side` pixels.
+
+    Its scaling factor is 1, because `standardize_latents` follows training.
+    """
     widths = (16, 32, 64)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -33,7 +36,7 @@ def build() -> AutoencoderKL:
         latent_channels=8,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        sample_size=SIZE,
+        sample_size=side,
         scaling_factor=1.0,
     )
 
@@ -52,7 +55,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)
     torch.manual_seed(0)
-    vae = build()
+    vae = build(min(world.frame))
     ema = EMAModel(vae.parameters(), decay=0.999)
     optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
@@ -96,7 +99,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
 
 
 def draw_pool(world: World) -> np.ndarray:
-    """Generate inputs and targets of all families, uint8 [POOL, SIZE, SIZE, 3].
+    """Generate inputs and targets of all families, uint8 [POOL, height, width, 3].
 
     Noisy inputs are left out, because such small latents cannot represent noise.
     """

@@ -2,23 +2,23 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from figures import draw_figure
+from PIL import Image, ImageEnhance, ImageOps
 
-SIZE = 64
 OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the picture's side
 # number of objects -> probability. Usually several, so that a model that ignores the name gets a high loss.
 OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
-SPRITE_SIDE = 80  # pixels in memory for a frame of `SIZE`: more than the largest object, as it is rotated first
 PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
+FIGURE_SHARE = 0.1  # of the backgrounds of scenes, behind the objects
 MIN_VISIBLE = 0.6  # share of an object's visible pixels that each further object must leave visible
 ATTEMPTS = 5  # to find such a position for an object
-STYLES = ("fluent", "noto")  # drawing styles in training
+STYLES = ("fluent", "flat", "noto")  # drawing styles for training
 UNSEEN_STYLE = "twemoji"
 
 
@@ -107,12 +107,14 @@ class World:
 
     Args:
         folder: see `fetch`.
+        frame: width and height of the pictures, in pixels.
+        names: names of the objects, if not all that `fetch` wrote.
         unseen_photographs: use the held-out photographs only.
         unseen_objects: use all objects, with at least one held-out name in every scene.
         styles: drawing styles of the objects.
         sizes: range of an object's longer side, relative to the picture's shorter side.
         counts: number of objects -> probability.
-        frame: width and height of the pictures, in pixels.
+        figures: share of the scenes with a figure behind the objects.
 
     Attributes:
         names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
@@ -121,25 +123,29 @@ class World:
     def __init__(
         self,
         folder: Path,
+        frame: tuple[int, int],
+        names: Collection[str] | None = None,
         unseen_photographs: bool = False,
         unseen_objects: bool = False,
         styles: tuple[str, ...] = STYLES,
         sizes: tuple[float, float] = OBJECT_SIZES,
         counts: Mapping[int, float] = OBJECT_COUNTS,
-        frame: tuple[int, int] = (SIZE, SIZE),
+        figures: float = FIGURE_SHARE,
     ):
-        self.sizes, self.counts, self.frame = sizes, counts, frame
-        paths = sorted((folder / "photographs").glob("*.png"))
+        self.frame, self.sizes, self.counts, self.figures = frame, sizes, counts, figures
+        paths = sorted((folder / "photographs").glob("*.jpg"))
+        if not paths:
+            raise ValueError(
+                f"`folder` must have what `fetch` writes; there is no photograph in {folder}/photographs."
+            )
         self.photographs = [
             Image.open(path).convert("RGB") for path in paths if is_held_out(path.stem) == unseen_photographs
         ]
         self.objects: dict[str, list[Image.Image]] = {}  # name -> one drawing for each style
         for style in styles:
             for path in sorted((folder / "objects" / style).glob("*.png")):
-                if unseen_objects or not is_held_out(path.stem):
-                    sprite = Image.open(path).convert("RGBA")
-                    sprite.thumbnail((SPRITE_SIDE * min(frame) // SIZE,) * 2)
-                    self.objects.setdefault(path.stem, []).append(sprite)
+                if (names is None or path.stem in names) and (unseen_objects or not is_held_out(path.stem)):
+                    self.objects.setdefault(path.stem, []).append(Image.open(path).convert("RGBA"))
         self.names = {name for name in self.objects if is_held_out(name) == unseen_objects}
 
     def background(self, rng: random.Random) -> Image.Image:
@@ -151,12 +157,17 @@ class World:
         image = photograph.resize(self.frame, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
-    def scene(self, rng: random.Random, pairs: float = PAIRS) -> Scene:
+    def scene(self, rng: random.Random, pairs: float = PAIRS, figures: float | None = None) -> Scene:
         """Generate a scene. At least one object's name is in `names`; all objects are mostly visible.
 
-        `pairs` is the probability that two objects have the same name, if there are several.
+        `pairs` is the probability that two objects have the same name, if there are several; `figures` that of a
+        figure behind the objects, by default the world's.
         """
-        scene = Scene(self.background(rng))
+        background = self.background(rng)
+        if rng.random() < (self.figures if figures is None else figures):
+            figure, _ = draw_figure(rng, rng.random() < 0.5, min(self.frame))
+            background.paste(figure, (0, 0), figure)
+        scene = Scene(background)
         (count,) = rng.choices(list(self.counts), list(self.counts.values()))
         names = rng.sample(sorted(self.objects), min(count, len(self.objects)))
         names.sort(key=lambda name: name not in self.names)  # the first object always finds a position
@@ -178,20 +189,28 @@ class World:
         center: tuple[float, float] | None = None,
         style: int | None = None,
     ) -> Thing:
-        """Draw an object on a transparent canvas, with a random rotation and brightness.
+        """Draw an object on a transparent canvas, with a random rotation, reflection, brightness and saturation.
 
         `side` (the longer side in pixels), `center` and `style` (index of the drawing) are random by default. The
         object is always completely inside the frame.
         """
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
-        sprite = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
-        sprite = sprite.crop(sprite.getchannel("A").getbbox())
-        scale = (side or min(self.frame) * rng.uniform(*self.sizes)) / max(sprite.size)
-        sprite = sprite.resize([max(1, round(length * scale)) for length in sprite.size], Image.Resampling.LANCZOS)
+        drawing = ImageOps.mirror(drawing) if rng.random() < 0.5 else drawing
+        side = side or min(self.frame) * rng.uniform(*self.sizes)
+        # Scaled before and after the rotation, as rotating a small picture takes a fraction of the time.
+        sprite = with_longer_side(drawing, side).rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+        sprite = with_longer_side(sprite.crop(sprite.getchannel("A").getbbox()), side)
         alpha = sprite.getchannel("A")
         sprite = ImageEnhance.Brightness(sprite).enhance(rng.uniform(0.75, 1.15))
+        sprite = ImageEnhance.Color(sprite).enhance(rng.uniform(0.7, 1.3))
         sprite.putalpha(alpha)
         return Thing(name, on_canvas(sprite, self.frame, center, rng))
+
+
+def with_longer_side(picture: Image.Image, side: float) -> Image.Image:
+    """Resize a picture so that its longer side has `side` pixels."""
+    scale = side / max(picture.size)
+    return picture.resize([max(1, round(length * scale)) for length in picture.size], Image.Resampling.LANCZOS)
 
 
 def on_canvas(

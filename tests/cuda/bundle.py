@@ -9,9 +9,7 @@ pytest must be there), and a small data set in COCO-Stuff's layout, of scikit-im
 import argparse
 import random
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +21,11 @@ from instructdiffusion_pipeline.files import atomic_write
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-# What the checkout needs besides PyTorch, transformers, accelerate, scikit-image and pytest; run.sh has the same list.
-WHEELS = (
-    *("diffusers", "importlib_metadata", "zipp", "requests", "urllib3", "charset_normalizer"),
-    *("peft", "pycocotools", "hypothesis", "sortedcontainers"),
-)
-LIMIT = 20e6  # bytes
+sys.path.append(str(ROOT / "examples" / "tiny"))
+
+from wheels import check_size, download_wheels  # noqa: E402
+
+LIMIT = 20  # MB
 SPLITS = {"train2017": 64, "val2017": 16}  # pictures
 SIZE = (640, 480)
 LABELS = "0: unlabeled\n1: horse\n2: sunflower\n"  # no picture shows a horse
@@ -47,21 +44,8 @@ def main() -> None:
         shutil.copy(HERE / "run.sh", partial)
         write_data(partial / "data", SPLITS)
         download_wheels(partial / "wheels")
-        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        if size > LIMIT:
-            raise ValueError(f"the bundle has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB.")
-    print(f"{args.output} has {size / 1e6:.1f} MB. Beside or in a checkout, on a machine with a GPU: bash run.sh")
-
-
-def download_wheels(folder: Path) -> None:
-    """Download the `WHEELS`, in the versions of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [line for line in lines if line.partition("==")[0].replace("-", "_") in WHEELS]
-    platforms = [f"--platform=manylinux{version}_x86_64" for version in ("_2_28", "_2_17", "2014")]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version=3.12", "--implementation=cp", *platforms, "--dest", str(folder.resolve()), *pinned]
-    with tempfile.TemporaryDirectory() as elsewhere:
-        subprocess.run(command, check=True, cwd=elsewhere)
+        size = check_size(partial, LIMIT)
+    print(f"{args.output} has {size:.1f} MB. Beside or in a checkout, on a machine with a GPU: bash run.sh")
 
 
 def write_data(folder: Path, splits: dict[str, int]) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -13,6 +14,11 @@ from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]
 
+import recipes  # noqa: E402
+from world import STYLES, UNSEEN_STYLE  # noqa: E402
+
+NAMES = tuple(f"thing {i}" for i in range(40))
+
 
 @pytest.fixture(scope="session")
 def tiny_train():
@@ -27,18 +33,26 @@ def tiny_train():
 def world_folder(tmp_path_factory):
     """A folder as `fetch` leaves it, with grey photographs and white discs as objects: white pixels are objects."""
     root = tmp_path_factory.mktemp("work") / "world"
-    for part in ("photographs", "objects/fluent", "objects/noto", "objects/twemoji"):
+    for part in ("photographs", *(f"objects/{style}" for style in (*STYLES, UNSEEN_STYLE))):
         (root / part).mkdir(parents=True)
-    for name in (f"thing {i}" for i in range(40)):
-        Image.new("RGB", (150, 120), (90, 90, 90)).save(root / "photographs" / f"{name}.png")
+    for name in NAMES:
+        Image.new("RGB", (150, 120), (90, 90, 90)).save(root / "photographs" / f"{name}.jpg")
         sprite = Image.new("RGBA", (100, 100))
         ImageDraw.Draw(sprite).ellipse((0, 0, 99, 99), fill=(240, 240, 240, 255))
-        for style in ("fluent", "noto", "twemoji"):
+        for style in (*STYLES, UNSEEN_STYLE):
             sprite.save(root / "objects" / style / f"{name}.png")
     merges = ["t h", "th e</w>", "c a", "ca t</w>", "r e", "re d</w>"]
     (root / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(["version", *merges]).encode()))
     (root / "CREDITS.md").write_text("# Credits\n")
     return root
+
+
+@pytest.fixture
+def tiny_recipe(monkeypatch):
+    """The recipe for a CPU with the objects of `world_folder`, also in the scripts."""
+    recipe = dataclasses.replace(recipes.RECIPES["cpu"], names=NAMES)
+    monkeypatch.setitem(recipes.RECIPES, "cpu", recipe)
+    return recipe
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
+import json
 import struct
 import zlib
 from pathlib import PurePosixPath
 
 import pytest
-from fetch import FREE_LICENSES, read_licenses, read_rcc
+from fetch import FREE_LICENSES, NAMES, OBJECT_SIDE, open_drawing, read_codes, read_licenses, read_rcc
 
 
 def resource(files):
@@ -57,3 +58,18 @@ def test_free_licences(name):
 @pytest.mark.parametrize("name", ["GPL-3+", "CC-BY-NC-4.0", "CC-BY-ND 2.0", "unknown", "free-art"])
 def test_other_licences(name):
     assert not FREE_LICENSES.match(name)
+
+
+def test_names_have_the_code_points_of_their_short_names():
+    short = [short_name or name.replace(" ", "_") for name, short_name in NAMES.items()]
+    emoji = [{"unified": f"1F{index:03X}-FE0F", "short_names": ["other", name]} for index, name in enumerate(short)]
+    codes = read_codes(json.dumps(emoji).encode())
+    assert codes == {name: f"1f{index:03x}-fe0f" for index, name in enumerate(NAMES)}
+    assert NAMES["football"] == "soccer" and NAMES["alarm clock"] == "" and len(NAMES) == 157
+
+
+def test_an_svg_is_drawn_with_transparency():
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M0 0h16v32H0z" fill="#f00"/></svg>'
+    drawing = open_drawing(svg)
+    assert drawing.size == (OBJECT_SIDE, OBJECT_SIDE)
+    assert drawing.getpixel((30, 64)) == (255, 0, 0, 255) and drawing.getpixel((100, 64))[3] == 0

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from figures import CLOSE_UP_SHARE, draw_figure
 from PIL import Image
-from world import SIZE
 
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, Keypoints
 
+SIZE = 64
 PAIRS = [name.removeprefix("left ") for name in COCO_JOINTS if name.startswith("left ")]
 
 
 def figures(faces_viewer, count=60):
-    return [draw_figure(random.Random(seed), faces_viewer) for seed in range(count)]
+    return [draw_figure(random.Random(seed), faces_viewer, SIZE) for seed in range(count)]
 
 
 @pytest.mark.parametrize("faces_viewer", [True, False])
@@ -40,7 +40,7 @@ def test_left_is_where_anatomy_has_it(faces_viewer):
 def test_a_face_tells_front_from_back():
     same = 0
     for seed in range(20):
-        (front, joints), (back, _) = (draw_figure(random.Random(seed), faces) for faces in (True, False))
+        (front, joints), (back, _) = (draw_figure(random.Random(seed), faces, SIZE) for faces in (True, False))
         eyes = [joints[f"{side} eye"] for side in ("left", "right")]
         if not all(eyes):
             continue
@@ -69,7 +69,7 @@ def test_discs_are_read_back_where_the_joints_are():
     steps = []
     for seed in range(40):
         rng = random.Random(seed)
-        layer, joints = draw_figure(rng, faces_viewer=True)
+        layer, joints = draw_figure(rng, faces_viewer=True, side=SIZE)
         image = Image.new("RGB", (SIZE, SIZE), (70, 110, 90))
         image.paste(layer, (0, 0), layer)
         task = Keypoints.from_annotation(image, joints, rng)

@@ -1,5 +1,6 @@
 """Scores are of what training never saw: a world whose colours tell what a picture is made of."""
 
+import dataclasses
 import random
 import re
 
@@ -9,29 +10,37 @@ import pytest
 import readout
 from held_out import COUNT_ROWS, SIZE_ROWS, rows
 from PIL import Image, ImageDraw
-from world import UNSEEN_STYLE, is_held_out
+from recipes import RECIPES
+from world import STYLES, UNSEEN_STYLE, is_held_out
 
-GRAY, RED = (90, 90, 90), (200, 30, 30)  # photographs of training, and those held out
+GRAY, RED = (90, 90, 90), (204, 32, 32)  # photographs of training, and those held out; as JPEG has them
 WHITE, BLUE = (240, 240, 240, 255), (40, 40, 200, 255)  # drawings in the styles of training, and in the other
+
+NAMES = tuple(f"thing {i}" for i in range(40))
 
 
 @pytest.fixture(scope="module")
 def colored_world(tmp_path_factory):
     root = tmp_path_factory.mktemp("colored")
-    for part in ("photographs", "objects/fluent", "objects/noto", f"objects/{UNSEEN_STYLE}"):
+    for part in ("photographs", *(f"objects/{style}" for style in (*STYLES, UNSEEN_STYLE))):
         (root / part).mkdir(parents=True)
-    for name in (f"thing {i}" for i in range(40)):
-        Image.new("RGB", (100, 100), RED if is_held_out(name) else GRAY).save(root / "photographs" / f"{name}.png")
-        for style in ("fluent", "noto", UNSEEN_STYLE):
+    for name in NAMES:
+        Image.new("RGB", (100, 100), RED if is_held_out(name) else GRAY).save(root / "photographs" / f"{name}.jpg")
+        for style in (*STYLES, UNSEEN_STYLE):
             sprite = Image.new("RGBA", (100, 100))
             ImageDraw.Draw(sprite).ellipse((0, 0, 99, 99), fill=BLUE if style == UNSEEN_STYLE else WHITE)
             sprite.save(root / "objects" / style / f"{name}.png")
     return root
 
 
-def test_every_row_is_of_what_training_never_saw(colored_world):
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return dataclasses.replace(RECIPES[request.param], names=NAMES)
+
+
+def test_every_row_is_of_what_training_never_saw(colored_world, recipe):
     styled = {"segmentation, unseen drawing style", *SIZE_ROWS, *COUNT_ROWS}
-    for source in rows(colored_world, 6):
+    for source in rows(recipe, colored_world, 6):
         for index in range(6):
             image, annotation = source.dataset[index]
             task = source.make_task(image, annotation, random.Random(index))
@@ -48,13 +57,13 @@ def test_every_row_is_of_what_training_never_saw(colored_world):
                 assert is_held_out(asked) == (source.name == "segmentation, unseen names")
 
 
-def test_rows_by_size_and_number_ask_for_such_objects(colored_world):
-    by_row = {source.name: source.dataset for source in rows(colored_world, 8)}
+def test_rows_by_size_and_number_ask_for_such_objects(colored_world, recipe):
+    by_row = {source.name: source.dataset for source in rows(recipe, colored_world, 8)}
     for row, (low, high) in SIZE_ROWS.items():
         for index in range(8):
             image, masks = by_row[row][index]
             widths = [np.ptp(np.nonzero(mask)[1]) + 1 for mask in masks.values()]  # of discs; parts may be covered
-            assert low * 64 - 2 <= max(widths) <= high * 64 + 1
+            assert low * recipe.side - 2 <= max(widths) <= high * recipe.side + 1
     for row, count in COUNT_ROWS.items():
         assert {len(by_row[row][index][1]) for index in range(8)} == {count}
 

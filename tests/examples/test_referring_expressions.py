@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from referring_expressions import BOTH, ONE, distinguish, plural, referring_expressions
-from world import SIZE, Scene, Thing
+from world import Scene, Thing
+
+SIZE = 64
 
 
 def thing(name, x, y, side):
@@ -48,6 +50,16 @@ def test_covered_pixels_are_not_in_a_mask():
     assert np.array_equal(scene.mask(over), over.pixels)
 
 
-@pytest.mark.parametrize(("name", "names"), [("cat", "cats"), ("butterfly", "butterflies"), ("key", "keys")])
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("cat", "cats"),
+        ("butterfly", "butterflies"),
+        ("key", "keys"),
+        ("fox", "foxes"),
+        ("bus", "buses"),
+        ("peach", "peaches"),
+    ],
+)
 def test_plurals(name, names):
     assert plural(name) == names

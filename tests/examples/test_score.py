@@ -1,5 +1,6 @@
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from instructdiffusion_pipeline.types import Joint
 GRAY = Image.new("RGB", (64, 64), (120, 120, 120))
 
 
-def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
+def test_every_row_is_scored(world_folder, tiny_recipe, tmp_path, monkeypatch, capsys):
     untrained, model, output = tmp_path / "untrained", tmp_path / "model", tmp_path / "out"
-    pipeline = build_pipeline(vae.build(), world_folder / "bpe_simple_vocab_16e6.txt.gz")
+    pipeline = build_pipeline(tiny_recipe, vae.build(64), world_folder)
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
     families = ("segmentation", "keypoints", "restoration", "editing")
     pipeline.register_to_config(task_settings=dict.fromkeys(families, few))
@@ -33,7 +34,7 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
         script.main()
 
     monkeypatch.setattr(readout, "QUESTIONS", {"segmentation": 3, "few keypoints": 3})
-    monkeypatch.setattr(readout, "CONFIG", ReadoutConfig(64, max_train_steps=3))
+    monkeypatch.setattr(readout, "ReadoutConfig", partial(ReadoutConfig, max_train_steps=3))
     folders = ("--work_dir", tmp_path / "readout", "--output_dir", model)
     run(readout, "--model", untrained, "--world", world_folder, *folders)
     trained = InstructDiffusionPipeline.from_pretrained(model)
@@ -45,7 +46,7 @@ def test_every_row_is_scored(world_folder, tmp_path, monkeypatch, capsys):
     assert "already exists" in capsys.readouterr().err
     run(score, "--model", model, "--world", world_folder, "--samples", 2, "--output", output)
     rows = json.loads((output / "results.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == [source.name for source in rows_of(world_folder, 1)]
+    assert [row["row"] for row in rows] == [source.name for source in rows_of(tiny_recipe, world_folder, 1)]
     assert all(row["samples"] == 2 and not row["failed"] for row in rows)
     for row in rows:
         for values in row["scores"].values():

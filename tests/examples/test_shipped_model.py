@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from color_edits import COLOR_EDITS, edit_colors
+from fetch import NAMES
 from figures import draw_figure
 from PIL import Image
 from pose import WholePose
+from recipes import RECIPES
 from skimage import data
-from world import SIZE
 
 from instructdiffusion_pipeline import (
     InstructDiffusionPipeline,
@@ -30,6 +31,8 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
+RECIPE = RECIPES["cpu"]
+SIZE = RECIPE.side
 SUNFLOWER = Path(edit.__file__).parent / "demo" / "sunflower.png"
 
 
@@ -74,6 +77,15 @@ def test_its_index_of_blocks_is_that_of_an_export(model, tmp_path):
     for name in ("modular_config.json", "modular_model_index.json"):
         carried, exported = (json.loads((path / name).read_text()) for path in (edit.TINY_MODEL, tmp_path / "model"))
         assert carried | {"_diffusers_version": None} == exported | {"_diffusers_version": None}
+
+
+def test_it_is_what_the_recipe_for_a_cpu_makes(model):
+    assert model.default_resolution == RECIPE.side and model.vae_scale_factor == 4
+    assert tuple(model.unet.config.block_out_channels) == RECIPE.unet_widths
+    assert model.text_encoder.config.hidden_size == model.unet.config.cross_attention_dim == RECIPE.text_width
+    assert RECIPE.held_out == ["banana", "penguin", "pig", "tree", "violin"] and set(RECIPE.names) <= NAMES.keys()
+    card = " ".join((edit.TINY_MODEL / "README.md").read_text().split())
+    assert ", ".join(name for name in RECIPE.names if name not in RECIPE.held_out) in card
 
 
 def test_it_is_small_and_says_nothing_of_the_machine_it_was_made_on():
@@ -133,7 +145,7 @@ SEVERAL = Keypoints({"nose": "yellow", "left wrist": "red", "right wrist": "blue
 def test_it_finds_joints(answers, photographs, task):
     images, truths = [], []
     for seed in range(6):
-        layer, joints = draw_figure(random.Random(seed), faces_viewer=True)
+        layer, joints = draw_figure(random.Random(seed), faces_viewer=True, side=SIZE)
         image = photographs[seed % 3].copy()
         image.paste(layer, (0, 0), layer)
         images.append(image)

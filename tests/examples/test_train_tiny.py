@@ -1,17 +1,18 @@
 """The recipe of the small model, run for a few steps on generated material."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 import sys
 
+import ablation
 import model
 import numpy as np
 import pytest
 import torch
 import vae
 from PIL import Image
+from recipes import RECIPES
 from safetensors.torch import load_file
 from sources import TRAINING_SOURCES
 
@@ -21,15 +22,18 @@ UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", 
 
 
 @pytest.fixture
-def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
+def run(world_folder, tiny_recipe, tmp_path, monkeypatch, tiny_train):
     """A function that runs train.py with command line arguments, for a few steps of each stage."""
     for name, value in {"POOL": 40, "STEPS": 3, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(vae, name, value)
     monkeypatch.setattr(tiny_train, "SAMPLES", 20)
     few = {"max_train_steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "mixed_precision": "no"}
-    config = dataclasses.replace(tiny_train.CONFIG, **few)
-    monkeypatch.setattr(tiny_train, "CONFIG", config)
-    monkeypatch.setattr(tiny_train, "TUNING", dataclasses.replace(tiny_train.TUNING, **few | {"max_train_steps": 1}))
+    short = dataclasses.replace(
+        tiny_recipe,
+        config=dataclasses.replace(tiny_recipe.config, **few),
+        tuning=dataclasses.replace(tiny_recipe.tuning, **few | {"max_train_steps": 1}),
+    )
+    monkeypatch.setitem(RECIPES, "cpu", short)
 
     def run(name, *options):
         work = tmp_path / f"{name}-work"
@@ -44,11 +48,11 @@ def recipe(world_folder, tmp_path, monkeypatch, tiny_train):
     return run
 
 
-def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe, tmp_path):
+def test_the_recipe_ends_with_a_folder_that_loads_and_answers(run, tmp_path):
     notes = tmp_path / "first-work" / "vae.partial" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    output = recipe("first")
+    output = run("first")
     assert notes.read_text() == "mine"
     assert {"README.md", "CREDITS.md", "model_index.json"} <= {path.name for path in output.iterdir()}
     weights = list(output.glob("*/*.safetensors"))
@@ -59,31 +63,29 @@ def test_the_recipe_ends_with_a_folder_that_loads_and_answers(recipe, tmp_path):
     assert answer.size == (64, 64)
 
     with pytest.raises(SystemExit):  # the folder exists
-        recipe("first")
+        run("first")
 
-    second = recipe("second", "--init", str(output))
+    second = run("second", "--init", str(output))
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one training step apart"
     assert (second / VAE).read_bytes() == (output / VAE).read_bytes()
 
 
-def test_a_longer_run_continues_from_the_last_checkpoint(recipe, tiny_train, monkeypatch, capsys):
-    init = str(recipe("first"))
-    output = recipe("second", "--init", init)
+def test_a_longer_run_continues_from_the_last_checkpoint(run, monkeypatch, capsys):
+    init = str(run("first"))
+    output = run("second", "--init", init)
     before = load_file(output / UNET)
-    monkeypatch.setattr(tiny_train, "TUNING", dataclasses.replace(tiny_train.TUNING, max_train_steps=2))
+    tuning = dataclasses.replace(RECIPES["cpu"].tuning, max_train_steps=2)
+    monkeypatch.setitem(RECIPES, "cpu", dataclasses.replace(RECIPES["cpu"], tuning=tuning))
     shutil.rmtree(output)
-    after = load_file(recipe("second", "--init", init) / UNET)
+    after = load_file(run("second", "--init", init) / UNET)
     assert "checkpoint-1" in capsys.readouterr().out
     assert any((before[name] != after[name]).any() for name in before)
 
 
-def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp_path, monkeypatch, tiny_train):
-    recipe("first")
-    monkeypatch.setitem(sys.modules, "train", tiny_train)
-    ablation = importlib.import_module("ablation")
-    monkeypatch.setattr(ablation, "CONFIG", tiny_train.CONFIG)
+def test_ablation_trains_one_model_for_all_families_and_one_for_each(run, tmp_path, monkeypatch):
+    run("first")
     monkeypatch.setattr(ablation, "SAMPLES", 20)
     output = tmp_path / "ablation"
     options = ["--work_dir", tmp_path / "first-work", "--output_dir", output, "--steps", 1, "--samples", 1]
@@ -114,7 +116,7 @@ def test_ablation_trains_one_model_for_all_families_and_one_for_each(recipe, tmp
 
 def test_standardising_latents_leaves_the_pictures_as_they_are():
     torch.manual_seed(0)
-    autoencoder = vae.build()
+    autoencoder = vae.build(64)
     pictures = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
