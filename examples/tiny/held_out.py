@@ -36,7 +36,7 @@ CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.ad
 
 def held_out_world(recipe: Recipe, folder: Path, **options: Any) -> World:
     """Return a world of held-out photographs with the table's scenes. `options` are arguments of `World`."""
-    table = {"unseen_photographs": True, "sizes": SIZES, "counts": COUNTS, "figures": 0}
+    table = {"unseen_photographs": True, "sizes": SIZES, "counts": COUNTS, "figures": 0, "varied": False}
     return recipe.world(folder, **table | options)
 
 

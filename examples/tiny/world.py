@@ -115,6 +115,7 @@ class World:
         sizes: range of an object's longer side, relative to the picture's shorter side.
         counts: number of objects -> probability.
         figures: share of the scenes with a figure behind the objects.
+        varied: mirror half of the drawings and vary their saturation.
 
     Attributes:
         names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
@@ -131,8 +132,9 @@ class World:
         sizes: tuple[float, float] = OBJECT_SIZES,
         counts: Mapping[int, float] = OBJECT_COUNTS,
         figures: float = FIGURE_SHARE,
+        varied: bool = True,
     ):
-        self.frame, self.sizes, self.counts, self.figures = frame, sizes, counts, figures
+        self.frame, self.sizes, self.counts, self.figures, self.varied = frame, sizes, counts, figures, varied
         paths = sorted((folder / "photographs").glob("*.jpg"))
         if not paths:
             raise ValueError(
@@ -189,20 +191,22 @@ class World:
         center: tuple[float, float] | None = None,
         style: int | None = None,
     ) -> Thing:
-        """Draw an object on a transparent canvas, with a random rotation, reflection, brightness and saturation.
+        """Draw an object on a transparent canvas, with a random rotation and brightness.
 
+        In a varied world, reflection and saturation are random, too.
         `side` (the longer side in pixels), `center` and `style` (index of the drawing) are random by default. The
         object is always completely inside the frame.
         """
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
-        drawing = ImageOps.mirror(drawing) if rng.random() < 0.5 else drawing
+        drawing = ImageOps.mirror(drawing) if self.varied and rng.random() < 0.5 else drawing
         side = side or min(self.frame) * rng.uniform(*self.sizes)
         # Scaled before and after the rotation, as rotating a small picture takes a fraction of the time.
         sprite = with_longer_side(drawing, side).rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         sprite = with_longer_side(sprite.crop(sprite.getchannel("A").getbbox()), side)
         alpha = sprite.getchannel("A")
         sprite = ImageEnhance.Brightness(sprite).enhance(rng.uniform(0.75, 1.15))
-        sprite = ImageEnhance.Color(sprite).enhance(rng.uniform(0.7, 1.3))
+        if self.varied:
+            sprite = ImageEnhance.Color(sprite).enhance(rng.uniform(0.7, 1.3))
         sprite.putalpha(alpha)
         return Thing(name, on_canvas(sprite, self.frame, center, rng))
 

@@ -89,6 +89,22 @@ def test_objects_have_the_sizes_and_numbers_of_their_world(world_folder):
         assert low - 0.01 < min(sides) < low + 0.05 and high - 0.05 < max(sides) < high + 0.01
 
 
+def test_drawings_are_mirrored_in_a_varied_world_only(world_folder, tmp_path):
+    shutil.copytree(world_folder, tmp_path / "world")
+    for path in (tmp_path / "world" / "objects").glob("*/*.png"):
+        sprite = Image.new("RGBA", (50, 50), "red")
+        sprite.paste("blue", (0, 0, 25, 50))
+        sprite.save(path)
+    for varied, expected in ((True, {True, False}), (False, {True})):
+        world = World(tmp_path / "world", FRAME, varied=varied)
+        blue_is_left = set()
+        for seed in range(20):
+            layer = world.place(sorted(world.names)[0], random.Random(seed), 40, (32, 32)).layer
+            red, _, blue, _ = layer.getpixel((24, 32))
+            blue_is_left.add(blue > red)
+        assert blue_is_left == expected
+
+
 def test_an_object_without_a_pixel_of_its_own_is_not_placed():
     scene, faint = Scene(Image.new("RGB", FRAME)), Image.new("RGBA", FRAME)
     faint.paste((255, 255, 255, 100), (5, 5, 30, 6))  # a thin object in a small size
