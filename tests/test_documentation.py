@@ -14,7 +14,7 @@ import instructdiffusion_pipeline
 
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 CARD = tiny.ROOT / "examples" / "instructdiffusion-tiny" / "README.md"
-# These two need data. tests/examples/test_train.py runs part of the commands of the guide.
+# These two need data. tests/examples/test_training_guide.py runs training.md.
 RUN_HERE = [page for page in PAGES if page.name not in ("training.md", "datasets.md")]
 
 

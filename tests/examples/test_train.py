@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import run_script
-from instructdiffusion_pipeline.datasets.specs import DATASETS
 
 SCRIPT = tiny.ROOT / "examples" / "train.py"
 CONFIGS = tiny.ROOT / "examples" / "accelerate"
@@ -134,25 +132,6 @@ def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, mon
     assert {(config.learning_rate, config.lr_scheduler, config.weight_decay) for config in seen} == {
         (1e-4, "constant", 0.01)
     }
-
-
-def test_every_training_command_of_the_guide_is_understood(tmp_path, monkeypatch):
-    """Its options exist, its recipe and settings are valid, and its data sets are known."""
-    guide = (tiny.ROOT / "docs" / "training.md").read_text().replace("\\\n", " ")
-    commands = [
-        line
-        for line in guide.splitlines()
-        if re.match(r"(ACCELERATE_USE_CPU=true )?(python|accelerate) .*train\.py ", line)
-    ]
-    assert len(commands) == 5
-    seen = []
-    monkeypatch.setattr(script, "run", lambda options, config: seen.append(options))
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(command.partition("train.py ")[2])])
-        run_script(script.main)
-    assert sorted(len(options.data) for options in seen) == [1, 1, 1, 1, 4]
-    data = [entry.partition("=")[0] for options in seen for entry in options.data + options.validation_data]
-    assert set(data) <= set(DATASETS)
 
 
 def test_adaptation_trains_on_captions(model, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, cache, cache_samples
-from instructdiffusion_pipeline.training.data import pixels, tokenize
+from instructdiffusion_pipeline.training.data import count_workers, pixels, tokenize
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 
 SHAPE = torch.Size([4, 16, 16])
@@ -34,6 +34,26 @@ def test_pictures_of_several_sizes_are_refused(pipe):
     samples = ImageDataset(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
     with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) has \((32|64)"):
         [samples[position] for position in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "cached", "cores", "processes", "expected"),
+    [
+        (None, "cuda", False, 64, 1, 8),
+        (None, "cuda", False, 4, 1, 3),
+        (None, "cuda", False, 1, 1, 0),
+        (None, "cuda", False, 32, 8, 3),
+        (None, "cuda", False, 4, 8, 0),
+        (None, "cuda", True, 64, 1, 0),
+        (None, "cpu", False, 64, 1, 0),
+        (5, "cpu", True, 1, 1, 5),
+        (0, "cuda", False, 64, 1, 0),
+    ],
+)
+def test_a_gpu_has_workers_by_default(monkeypatch, given, device, cached, cores, processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert count_workers(given, torch.device(device), cached) == expected
 
 
 def test_what_is_skipped_is_counted(pipe):

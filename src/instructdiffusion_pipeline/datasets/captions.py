@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import (
+    ReducibleImages,
     Skipped,
     coco_pictures,
     files_below,
@@ -15,14 +16,13 @@ from instructdiffusion_pipeline.datasets import (
     is_text,
     list_records,
     read_annotations,
-    read_image,
     require_samples,
 )
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class CaptionedPictures:
+class CaptionedPictures(ReducibleImages):
     """Pictures by their path from `folder`; the annotation is the caption."""
 
     def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, Any]]):
@@ -43,7 +43,7 @@ class CaptionedPictures:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         path, caption = self._captions[index]
-        return read_image(self.folder / path), caption
+        return self._read_image(self.folder / path), caption
 
     def name(self, index: int) -> str:
         return self._captions[index][0]

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import (
+    ReducibleImages,
     Skipped,
     UnreadableSample,
     is_file_name,
@@ -45,7 +46,7 @@ def part_of(items: Sequence[T], split: str) -> Sequence[T]:
     return items[first:last]
 
 
-class EditTriples:
+class EditTriples(ReducibleImages):
     """A data set of (input path, instruction, edited path) triples; paths are relative to `folder`.
 
     The pictures of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
@@ -74,7 +75,7 @@ class EditTriples:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Edit]:
         before, instruction, after = self._triples[index]
-        return read_image(self.folder / before), Edit(instruction, read_image(self.folder / after))
+        return self._read_image(self.folder / before), Edit(instruction, self._read_image(self.folder / after))
 
     def name(self, index: int) -> str:
         before, instruction, after = self._triples[index]
@@ -344,7 +345,7 @@ def places_of(wanted: np.ndarray, names: np.ndarray, order: np.ndarray) -> tuple
     return order[ranks[found]], wanted[~found].tolist()
 
 
-class HubTable:
+class HubTable(ReducibleImages):
     """Edits of a Hugging Face `datasets` table or image folder (what `load_dataset` returns for one split).
 
     The columns are named by the arguments; the defaults are those of timbrooks/instructpix2pix-clip-filtered.
@@ -414,6 +415,14 @@ class HubTable:
             table = table[split]
         return cls(table, **columns)
 
+    def reduce_to(self, size: int) -> None:
+        from datasets import Image as ImageFeature
+
+        super().reduce_to(size)
+        for column in (self.columns[0], self.columns[2]):
+            if isinstance(self.table.features[column], ImageFeature):
+                self.table = self.table.cast_column(column, ImageFeature(decode=False))
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -422,9 +431,23 @@ class HubTable:
         try:
             row = self.table[place]
             image, text, edited = (row[column] for column in self.columns)
-            return upright_rgb(image), Edit(text.strip(BLANK), upright_rgb(edited))
+            return self._picture(image, index), Edit(text.strip(BLANK), self._picture(edited, index))
+        except UnreadableSample:
+            raise
         except Exception as error:  # decoders raise nearly anything on a broken file
             raise UnreadableSample(self.name(index), f"{type(error).__name__}: {error}") from error
+
+    def _picture(self, value: Any, index: int) -> Image.Image:
+        """A picture of a row, which is encoded after `reduce_to`."""
+        if not isinstance(value, dict):
+            return upright_rgb(value)
+        if value["bytes"] is not None:
+            return self._read_image(io.BytesIO(value["bytes"]), self.name(index))
+        if os.path.isfile(value["path"]):
+            return self._read_image(value["path"], self.name(index))
+        from datasets import Image as ImageFeature
+
+        return upright_rgb(ImageFeature().decode_example(value))  # of a URL
 
     def name(self, index: int) -> str:
         return f"row {self._rows[index]}"

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructdiffusion_pipeline.datasets import AnnotatedImages
+from instructdiffusion_pipeline.datasets import AnnotatedImages, ReducibleImages
 from instructdiffusion_pipeline.datasets.captions import coco_captions, img2dataset
 from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
 from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
@@ -67,6 +67,8 @@ class DatasetSpec:
     def source(self, name: str, folder: Path, size: int = 256, **columns: str) -> tuple[Source, float]:
         """The training split of `folder` as a source, its pictures `size` pixels square, and its weight."""
         dataset = self.read(folder, self.train_split, **columns)
+        if isinstance(dataset, ReducibleImages):
+            dataset.reduce_to(size)
         # The original draws one of a pair's instructions at random: a pair with five must not count five times.
         repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
         return Source(name, dataset, self.make_task, replace(self.transform, size=size)), self.weight / repeats

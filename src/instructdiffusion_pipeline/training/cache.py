@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint
-from instructdiffusion_pipeline.training.data import ImageDataset, dataset_fingerprint
+from instructdiffusion_pipeline.training.data import ImageDataset, count_workers, dataset_fingerprint
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
 SHARD_SIZE = 1024  # samples per file
@@ -71,7 +71,7 @@ def cache_samples(
     folder: str | PathLike[str],
     embeddings: bool = True,
     batch_size: int = 32,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     seed: int = 0,
 ) -> CachedDataset:
     """Encode samples into a folder. An interrupted call is resumed by calling it again.
@@ -83,6 +83,7 @@ def cache_samples(
         count: number of samples to encode, from index 0; may be more than an epoch.
         pipeline: its VAE and text encoder are used.
         folder: a new folder, or one with a cache of the same samples.
+        num_workers: processes that load samples; None as in `TrainingConfig`.
         embeddings: store text embeddings. False: token ids, for training the text encoder.
         seed: fixes the order in which the cached samples are shown.
 
@@ -107,12 +108,13 @@ def cache_samples(
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         check_run_config(folder, "cache.json", description, "a cache of the same samples")
+    workers = count_workers(num_workers, pipeline.device)
     starts = range(0, count, SHARD_SIZE)[state.process_index :: state.num_processes]
     for start in tqdm(starts, desc="caching", unit="file", disable=not state.is_main_process):
         path = shard_path(folder, start)
         if not path.exists():
             positions = range(start, min(start + SHARD_SIZE, count))
-            loader = DataLoader(samples, batch_size, sampler=positions, num_workers=num_workers)
+            loader = DataLoader(samples, batch_size, sampler=positions, num_workers=workers)
             encode_shard(loader, encoders, path)
     state.wait_for_everyone()
     return CachedDataset(folder, seed)

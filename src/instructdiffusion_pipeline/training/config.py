@@ -57,7 +57,11 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "no, bf16 or fp16; fp16 needs an accelerator")
     allow_tf32: bool = setting(False, "multiply matrices in TF32 on Ampere GPUs and later")
     torch_compile: bool = setting(False, "compile the training step; the first update takes minutes")
-    num_workers: int = setting(0, "data loader workers per process; the result does not depend on them")
+    num_workers: int | None = setting(
+        None,
+        "data loader workers per process, which do not change the result; if not given: 0 on a CPU and for cached"
+        " samples, otherwise one less than the cores of the process, at most 8",
+    )
     checkpointing_steps: int = setting(500, "save a checkpoint every N updates")
     checkpoints_total_limit: int = setting(3, "number of newest checkpoints to keep")
     validation_steps: int = setting(500, "validate every N updates")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,6 +19,7 @@ from instructdiffusion_pipeline.training.encoding import Batch
 logger = logging.getLogger(__name__)
 FINGERPRINT_SAMPLES = 16  # about as many samples represent a data set
 SHOWN = 3  # instructions that warnings name
+MOST_WORKERS = 8  # of a process, unless more are asked for
 
 
 class TrainingSamples(Protocol):
@@ -85,6 +87,21 @@ class ImageDataset(Dataset):
                 )
             self.cut[instruction] += 1
         return ids
+
+
+def count_workers(given: int | None, device: torch.device, cached: bool = False) -> int:
+    """The number of processes that load samples for training on `device`: the `given` one, or a default.
+
+    The default is 0 on a CPU and for `cached` samples. Otherwise the training processes of a machine share its cores
+    evenly, and each leaves one to itself.
+    """
+    if given is not None:
+        return given
+    if device.type == "cpu" or cached:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(MOST_WORKERS, cores // processes - 1))
 
 
 def check_source_names(sources: Sequence[str]) -> None:

@@ -31,7 +31,13 @@ from instructdiffusion_pipeline.fingerprint import fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
-from instructdiffusion_pipeline.training.data import TrainingSamples, check_source_names, dataset_fingerprint, tokenize
+from instructdiffusion_pipeline.training.data import (
+    TrainingSamples,
+    check_source_names,
+    count_workers,
+    dataset_fingerprint,
+    tokenize,
+)
 from instructdiffusion_pipeline.training.encoding import (
     Batch,
     FrozenEncoders,
@@ -143,7 +149,7 @@ def train(
         dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
-        num_workers=config.num_workers,
+        num_workers=count_workers(config.num_workers, device, cached="target_mean" in first),
         collate_fn=NoiseCollator(config.seed, noise_shape, timesteps, config.timestep_bias),
         pin_memory=device.type == "cuda",
     )
