@@ -46,6 +46,7 @@ def test_pictures_of_several_sizes_are_refused(pipe):
         (None, "cuda", False, 4, 8, 0),
         (None, "cuda", True, 64, 1, 0),
         (None, "cpu", False, 64, 1, 0),
+        (None, "mps", False, 64, 1, 0),
         (5, "cpu", True, 1, 1, 5),
         (0, "cuda", False, 64, 1, 0),
     ],

@@ -59,8 +59,8 @@ class TrainingConfig:
     torch_compile: bool = setting(False, "compile the training step; the first update takes minutes")
     num_workers: int | None = setting(
         None,
-        "data loader workers per process, which do not change the result; if not given: 0 on a CPU and for cached"
-        " samples, otherwise one less than the cores of the process, at most 8",
+        "data loader workers per process, which do not change the result; if not given: one less than the cores of"
+        " the process, at most 8; 0 without CUDA and for cached samples",
     )
     checkpointing_steps: int = setting(500, "save a checkpoint every N updates")
     checkpoints_total_limit: int = setting(3, "number of newest checkpoints to keep")

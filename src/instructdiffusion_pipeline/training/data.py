@@ -92,12 +92,12 @@ class ImageDataset(Dataset):
 def count_workers(given: int | None, device: torch.device, cached: bool = False) -> int:
     """The number of processes that load samples for training on `device`: the `given` one, or a default.
 
-    The default is 0 on a CPU and for `cached` samples. Otherwise the training processes of a machine share its cores
-    evenly, and each leaves one to itself.
+    The default is 0 without CUDA and for `cached` samples. Otherwise the training processes of a machine share its
+    cores evenly, and each leaves one to itself.
     """
     if given is not None:
         return given
-    if device.type == "cpu" or cached:
+    if device.type != "cuda" or cached:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
