@@ -55,7 +55,7 @@ from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources
 from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_for_training, train
-from instructdiffusion_pipeline.training.data import tokenize
+from instructdiffusion_pipeline.training.data import count_workers, tokenize
 from instructdiffusion_pipeline.training.encoding import Batch, StepNoise
 from instructdiffusion_pipeline.training.metrics import peak_memory
 from instructdiffusion_pipeline.training.model import Denoiser
@@ -282,7 +282,11 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, con
     lr_scheduler = get_scheduler(config.lr_scheduler, optimizer)
     endless = range(config.max_train_steps * config.batch_size)  # no pause between epochs, as in `train`
     loader = DataLoader(
-        samples, config.batch_size, sampler=endless, num_workers=config.num_workers, collate_fn=collate
+        samples,
+        config.batch_size,
+        sampler=endless,
+        num_workers=count_workers(config.num_workers, device),
+        collate_fn=collate,
     )
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     bar = tqdm(total=config.max_train_steps, desc="the recipe")

@@ -87,7 +87,7 @@ def test_the_constructor_is_that_of_instruct_pix2pix(pipe: InstructDiffusionPipe
         list(inspect.signature(cls.__init__).parameters)
         for cls in (InstructDiffusionPipeline, StableDiffusionInstructPix2PixPipeline)
     )
-    assert [name for name in ours if name not in ("readout", "task_settings")] == theirs
+    assert [name for name in ours if name not in ("readout", "task_settings", "score_calibration")] == theirs
     shared = {name: component for name, component in pipe.components.items() if name != "readout"}
     there = StableDiffusionInstructPix2PixPipeline(**shared, requires_safety_checker=False)
     back = InstructDiffusionPipeline(**there.components)
@@ -531,6 +531,7 @@ def test_the_offload_sequence_names_every_model(pipe: InstructDiffusionPipeline)
         "feature_extractor",
         "requires_safety_checker",
         "task_settings",
+        "score_calibration",
     }
 
 

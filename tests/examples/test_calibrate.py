@@ -53,7 +53,9 @@ def test_the_fit_is_written_to_the_model(monkeypatch, capsys, tmp_path, model, c
     assert loaded.config.score_calibration == {"keypoints": [1.25, -0.3333]}
 
 
-def test_the_small_model_is_calibrated_on_its_world(monkeypatch, capsys, tmp_path, model, world_folder, calls):
+def test_the_small_model_is_calibrated_on_its_world(
+    monkeypatch, capsys, tmp_path, model, world_folder, tiny_recipe, calls
+):
     sizes = ("--samples", 2, "--test_samples", 2)
     run(monkeypatch, calibration, "--model", model, "--world", world_folder, *sizes, "--output_dir", tmp_path / "out")
     styles = ["masks, another drawing style", "masks, styles of training"]

@@ -130,6 +130,7 @@ def clone(tmp_path, monkeypatch, coco):
 def run_here(monkeypatch, command):
     """Run a command of Python in this process, which has imported what takes seconds in another."""
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have fixed the precision
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:
