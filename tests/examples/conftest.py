@@ -14,7 +14,6 @@ from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]
 
-import recipes  # noqa: E402
 from world import STYLES, UNSEEN_STYLE  # noqa: E402
 
 NAMES = tuple(f"thing {i}" for i in range(40))
@@ -50,6 +49,8 @@ def world_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_recipe(monkeypatch):
     """The recipe for a CPU with the objects of `world_folder`, also in the scripts."""
+    import recipes  # here, as the environment of test_app.py has no accelerate
+
     recipe = dataclasses.replace(recipes.RECIPES["cpu"], names=NAMES)
     monkeypatch.setitem(recipes.RECIPES, "cpu", recipe)
     return recipe
