@@ -11,24 +11,23 @@ test splits. A run that was stopped continues if it is started again with the sa
 import argparse
 from pathlib import Path
 
-from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
-from instructdiffusion_pipeline.datasets.specs import (
-    DATASETS,
-    KEYPOINTS,
-    SEGMENTATION,
-    load_sources,
-    load_test_sources,
+from instructdiffusion_pipeline.cli import (
+    UsageError,
+    add_data_argument,
+    check_model_folder,
+    integer,
+    load_pipeline,
+    run_script,
 )
-from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.datasets.specs import DATASETS, MASKS_OR_JOINTS
+from instructdiffusion_pipeline.evaluation import load_examples
 from instructdiffusion_pipeline.evaluation.calibrate import calibrate, save_calibration
-
-SCORED = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOINTS, SEGMENTATION)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; model_index.json is changed")
-    add_data_argument(parser, SCORED)
+    add_data_argument(parser, MASKS_OR_JOINTS)
     parser.add_argument(
         "--samples", type=integer(1), default=1000, help="training samples per data set (default: %(default)s)"
     )
@@ -42,24 +41,21 @@ def main() -> None:
     parser.add_argument("--seed", type=integer(0), default=0, help="seed of the choice of samples (default: 0)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model's outputs and the table")
     args = parser.parse_args()
-    if not (args.model / "model_index.json").is_file():
-        raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")
+    check_model_folder(args.model)
     for entry in args.data:
-        if (name := entry.partition("=")[0]) in DATASETS and name not in SCORED:
-            raise UsageError(f"--data {name}: scores are for data sets of masks or joints: {', '.join(SCORED)}.")
+        if (name := entry.partition("=")[0]) in DATASETS and name not in MASKS_OR_JOINTS:
+            raise UsageError(
+                f"--data {name}: scores are for data sets of masks or joints: {', '.join(MASKS_OR_JOINTS)}."
+            )
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    resolution = pipeline.default_resolution
     try:
-        sources = [source for source, _ in load_sources(args.data, resolution)]
-        test_sources = load_test_sources(args.data, resolution, args.test_split)
+        examples, held_out = load_examples(
+            args.data, pipeline.default_resolution, args.samples, args.test_samples, args.test_split, args.seed
+        )
     except ValueError as error:
         raise UsageError(error) from error
-    examples, held_out = (
-        [example for source in group for example in examples_from(source, count, args.seed)]
-        for group, count in ((sources, args.samples), (test_sources, args.test_samples))
-    )
     fits = calibrate(pipeline, examples, held_out, args.output_dir, args.batch_size)
     save_calibration(fits, args.model)
     print((args.output_dir / "reliability.md").read_text())

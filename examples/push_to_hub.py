@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, push
-from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.cli import UsageError, check_model_folder, run_script
 
 
 def main() -> None:
@@ -27,8 +27,7 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="push the weights in float16 (default: float32)")
     args = parser.parse_args()
 
-    if not Path(args.model, "model_index.json").is_file():
-        raise UsageError(f"--model: must be the folder of a pipeline, but there is no {args.model}/model_index.json.")
+    check_model_folder(Path(args.model))
     try:
         validate_repo_id(args.repo_id)
     except HFValidationError as error:

@@ -11,24 +11,23 @@ is started again with the same options.
 import argparse
 from pathlib import Path
 
-from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
-from instructdiffusion_pipeline.datasets.specs import (
-    DATASETS,
-    KEYPOINTS,
-    SEGMENTATION,
-    load_sources,
-    load_test_sources,
+from instructdiffusion_pipeline.cli import (
+    UsageError,
+    add_data_argument,
+    check_model_folder,
+    integer,
+    load_pipeline,
+    run_script,
 )
-from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.datasets.specs import DATASETS, MASKS_OR_JOINTS
+from instructdiffusion_pipeline.evaluation import load_examples
 from instructdiffusion_pipeline.training.readout import ReadoutConfig, save_readout, train_readout
-
-READABLE = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOINTS, SEGMENTATION)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; the readout is saved there")
-    add_data_argument(parser, READABLE)
+    add_data_argument(parser, MASKS_OR_JOINTS)
     parser.add_argument(
         "--samples",
         type=integer(1),
@@ -62,28 +61,28 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing readout of the model")
     args = parser.parse_args()
-    if not (args.model / "model_index.json").is_file():
-        raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")
+    check_model_folder(args.model)
     if (args.model / "readout").exists() and not args.overwrite:
         raise UsageError(f"--model: {args.model} has a readout; --overwrite replaces it.")
     for entry in args.data:
-        if (name := entry.partition("=")[0]) in DATASETS and name not in READABLE:
-            raise UsageError(f"--data {name}: a readout is for data sets of masks or joints: {', '.join(READABLE)}.")
+        if (name := entry.partition("=")[0]) in DATASETS and name not in MASKS_OR_JOINTS:
+            raise UsageError(
+                f"--data {name}: a readout is for data sets of masks or joints: {', '.join(MASKS_OR_JOINTS)}."
+            )
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    resolution = pipeline.default_resolution
     try:
-        sources = [source for source, _ in load_sources(args.data, resolution)]
-        test_sources = load_test_sources(args.data, resolution, args.test_split)
+        examples, held_out = load_examples(
+            args.data, pipeline.default_resolution, args.samples, args.test_samples, args.test_split, args.seed
+        )
     except ValueError as error:
         raise UsageError(error) from error
-    examples, held_out = (
-        [example for source in group for example in examples_from(source, count, args.seed)]
-        for group, count in ((sources, args.samples), (test_sources, args.test_samples))
-    )
     config = ReadoutConfig(
-        args.size or min(256, resolution), args.max_train_steps, num_workers=args.num_workers, seed=args.seed
+        args.size or min(256, pipeline.default_resolution),
+        args.max_train_steps,
+        num_workers=args.num_workers,
+        seed=args.seed,
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     readout = train_readout(pipeline, examples, held_out, args.output_dir, config, args.batch_size)

@@ -28,9 +28,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, ask_batch
+from instructdiffusion_pipeline.ask import settings_of
 from instructdiffusion_pipeline.cli import (
     UsageError,
     add_data_argument,
+    check_model_folder,
     check_output,
     finite,
     integer,
@@ -39,7 +41,8 @@ from instructdiffusion_pipeline.cli import (
 )
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
-from instructdiffusion_pipeline.files import atomic_write, write_text
+from instructdiffusion_pipeline.files import atomic_write, update_json, write_text
+from instructdiffusion_pipeline.tasks import Task
 
 SCALES = "guidance_scale", "image_guidance_scale"
 
@@ -90,8 +93,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for scores and answers")
     parser.add_argument("--output_model", type=Path, help="new folder for the model with the settings")
     args = parser.parse_args()
-    if not (args.model / "model_index.json").is_file():
-        raise UsageError(f"--model: must be the folder of a pipeline; there is no {args.model}/model_index.json.")
+    check_model_folder(args.model)
     if args.output_model:
         check_output("--output_model", args.output_model, overwrite=False)
 
@@ -105,22 +107,22 @@ def main() -> None:
     except ValueError as error:
         raise UsageError(error) from error
     examples = [example for source in sources for example in examples_from(source, args.samples, args.seed)]
-    families = {source.name: examples_from(source, 1)[0].open().tasks[0].family for source in sources}
+    tasks = {source.name: examples_from(source, 1)[0].open().tasks[0] for source in sources}
+    families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
         raise UsageError(f"--data: must be data sets of one task; got {families}.")
-    search = Search(pipeline, next(iter(families.values())), args.output, args.batch_size, args.seed)
+    search = Search(pipeline, next(iter(tasks.values())), args.output, args.batch_size, args.seed)
 
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
-    own = search.own_settings()
-    trials = [search.run(choice, own)]
+    trials = [search.run(choice, search.own)]
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):
-        trials.append(search.run(choice, own | dict(zip(SCALES, scales, strict=True))))
+        trials.append(search.run(choice, search.own | dict(zip(SCALES, scales, strict=True))))
     chosen = best(trials)
     for scheduler, steps in itertools.product([search.scheduler, *args.scheduler], args.steps):
         trials.append(search.run(choice, {**chosen.settings, "num_inference_steps": steps}, scheduler))
     trials = list({trial.name: trial for trial in trials}.values())  # the model's own settings can be there twice
     chosen = best(trials)
-    before, after = search.run(held_out, own), search.run(held_out, chosen.settings, chosen.scheduler)
+    before, after = search.run(held_out, search.own), search.run(held_out, chosen.settings, chosen.scheduler)
     text = report(trials, before, after)
     write_text(args.output / "table.md", text)
     plot(trials, args.output / "scores.png")
@@ -133,17 +135,13 @@ def main() -> None:
 
 
 class Search:
-    """Scores settings of one task family with `evaluate`."""
+    """Scores settings of the family of `task` with `evaluate`; `own` are those that `ask` uses."""
 
-    def __init__(self, pipeline: InstructDiffusionPipeline, family: str, folder: Path, batch_size: int, seed: int):
-        self.pipeline, self.family, self.folder = pipeline, family, folder
+    def __init__(self, pipeline: InstructDiffusionPipeline, task: Task, folder: Path, batch_size: int, seed: int):
+        self.pipeline, self.family, self.folder = pipeline, task.family, folder
         self.batch_size, self.seed = batch_size, seed
+        self.own = settings_of(pipeline, task)
         self.scheduler, self.scheduler_config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-
-    def own_settings(self) -> dict[str, Any]:
-        """The model's number of steps and guidance scales for the task, and its other settings."""
-        own = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
-        return own | self.pipeline.config.task_settings.get(self.family, {})
 
     def run(self, images: Images, settings: Mapping[str, Any], scheduler: str = "") -> Trial:
         """The mean of the first metric of each row. Settings that were scored before are not scored again."""
@@ -222,11 +220,11 @@ def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
         for path in (partial / "model_index.json", partial / "modular_model_index.json"):
             if path.exists():
                 index = json.loads(path.read_text())
-                index["task_settings"] = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
+                settings = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
                 index["scheduler"][1] = trial.scheduler
                 for about in index["scheduler"][2:]:  # of a Modular Diffusers index
                     about["type_hint"][1] = trial.scheduler
-                write_text(path, json.dumps(index, indent=2) + "\n")
+                update_json(path, {"task_settings": settings, "scheduler": index["scheduler"]})
         scheduler = getattr(diffusers, trial.scheduler).from_config(search.scheduler_config)
         scheduler.save_pretrained(partial / "scheduler")
 

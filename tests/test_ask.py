@@ -26,6 +26,7 @@ from instructdiffusion_pipeline.ask import (
     confirm_regions,
     new_regions,
     slice_boxes,
+    view_margins,
 )
 from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
 
@@ -178,15 +179,15 @@ def test_slices_find_what_half_of_them_see():
     image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
     y, x = np.mgrid[:100, :100]
     ball = (x - 30) ** 2 + (y - 30) ** 2 <= 8**2
-    whole = [(View(0, task, "", image, (0, 0)), Response(image, None, (0, 0, 100, 100), False))]
+    whole = View(0, task, "", image, (0, 0)), Response(image, None, (0, 0, 100, 100), False)
     sliced = []
     for left, top, right, bottom in slice_boxes(image.size, 0.56):
         crop, part = image.crop((left, top, right, bottom)), ball[top:bottom, left:right]
         answer = task.draw(crop, {"ball": part}) if part.sum() == ball.sum() else crop
         sliced.append((View(0, task, "", crop, (left, top)), Response(answer, None, (0, 0, *crop.size), False)))
-    found = masks_from_margins(combine_views(whole, sliced, None))["ball"]
+    found = masks_from_margins(combine_views(view_margins(*whole, None), sliced, None))["ball"]
     assert (found.pixels & ball).sum() / (found.pixels | ball).sum() > 0.9
-    assert not masks_from_margins(combine_views(whole, [], None))["ball"].pixels.any()
+    assert not masks_from_margins(combine_views(view_margins(*whole, None), [], None))["ball"].pixels.any()
 
 
 def test_a_slice_counts_less_where_it_cuts_the_picture():

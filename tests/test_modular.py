@@ -21,10 +21,8 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import FasterCacheConfig, LayerSkipConfig, apply_faster_cache
 from diffusers.modular_pipelines.modular_pipeline import BlockState
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CLIPConfig, CLIPImageProcessor
 
 from instructdiffusion_pipeline import (
     Editing,
@@ -144,15 +142,7 @@ def test_defaults_are_those_of_the_model_for_editing(pipe: InstructDiffusionPipe
 
 @pytest.mark.parametrize("threshold", [1.0, -1.0])
 def test_the_safety_checker_runs(pipe: InstructDiffusionPipeline, threshold: float) -> None:
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(projection_dim=8, vision_config=vision | {"image_size": 32, "patch_size": 16})
-    checker = StableDiffusionSafetyChecker(config).eval()
-    torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
-    torch.nn.init.constant_(checker.special_care_embeds_weights, 1.0)
-    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    checked = InstructDiffusionPipeline(
-        **pipe.components | {"safety_checker": checker, "feature_extractor": extractor}
-    )
+    checked = InstructDiffusionPipeline(**pipe.components | tiny.safety_checker(threshold))
     state = modular(checked)(**tiny.inputs())
     assert state.get("nsfw_content_detected") == [threshold == -1.0]
     assert np.array_equal(state.get("images"), checked(**tiny.inputs()).images)

@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPConfig, CLIPImageProcessor
+from transformers import CLIPConfig
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, InstructDiffusionPipelineOutput
 
@@ -224,16 +224,8 @@ def test_tuple_and_dictionary_outputs_agree(pipe: InstructDiffusionPipeline) -> 
 def test_the_safety_checker_blackens_what_it_detects(
     pipe: InstructDiffusionPipeline, threshold: float, output_type: str
 ) -> None:
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(projection_dim=8, vision_config=vision | {"image_size": 32, "patch_size": 16})
-    checker = StableDiffusionSafetyChecker(config).eval()
-    torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
-    torch.nn.init.constant_(checker.special_care_embeds_weights, 1.0)
-    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     unchecked = pipe(**tiny.inputs(output_type=output_type)).images
-    checked = InstructDiffusionPipeline(
-        **pipe.components | {"safety_checker": checker, "feature_extractor": extractor}
-    )
+    checked = InstructDiffusionPipeline(**pipe.components | tiny.safety_checker(threshold))
     output = checked(**tiny.inputs(output_type=output_type))
     detected = threshold == -1.0
     assert output.nsfw_content_detected == [detected]

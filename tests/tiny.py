@@ -7,7 +7,8 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "tests" / "fixtures" / "golden" / "model" / "tokenizer"
@@ -59,6 +60,20 @@ def components(seed: int = 0) -> dict[str, Any]:
         "unet": unet.eval(),
         "scheduler": scheduler(),
     }
+
+
+def safety_checker(threshold: float) -> dict[str, Any]:
+    """A safety checker that flags every picture if `threshold` is -1 and none if it is 1, with its extractor.
+
+    Both are arguments of the pipeline.
+    """
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(projection_dim=8, vision_config=vision | {"image_size": 32, "patch_size": 16})
+    checker = StableDiffusionSafetyChecker(config).eval()
+    torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 1.0)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    return {"safety_checker": checker, "feature_extractor": extractor}
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> PIL.Image.Image:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -211,7 +211,7 @@ def ask_batch(
     """
     instructions = [None] * len(tasks) if instructions is None else instructions
     check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)
-    own = [{**task.settings, **pipeline.config.task_settings.get(task.family, {})} for task in tasks]
+    own = [settings_of(pipeline, task) for task in tasks]
     if any(other != own[0] for other in own):
         families = " and ".join(sorted({task.family for task in tasks}))
         raise ValueError(
@@ -249,9 +249,11 @@ def ask_batch(
         picture = response.picture.resize(size, Image.Resampling.LANCZOS)
         data: Any
         if isinstance(task, Segmentation):
-            margins = combine_views(whole, sliced, readout)
+            alone: dict[str, np.ndarray] = {}
+            for pair in whole:
+                alone |= view_margins(*pair, readout)
+            margins = combine_views(alone, sliced, readout)
             if sliced:
-                alone = combine_views(whole, [], readout)
                 for asked, _ in whole:
                     for name in cast(Segmentation, asked.task).colors:
                         pair = alone[name], margins[name]
@@ -273,6 +275,11 @@ def ask_batch(
         flag = any(answer.flag for _, answer in whole)
         answers.append(Answer(task, image, prompt, picture, box, data, flag, response.reconstruction))
     return answers
+
+
+def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any]) -> dict[str, Any]:
+    """The call arguments that `ask` uses by default: those of the task, overridden by those of the model."""
+    return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
 def check_questions(
@@ -362,32 +369,29 @@ def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int
 
 
 def combine_views(
-    whole: Sequence[tuple[View, Response]], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
+    whole: Mapping[str, np.ndarray], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
 ) -> dict[str, np.ndarray]:
-    """The margin [height, width] of each object, from the views of the whole picture and of its slices.
+    """The margin [height, width] of each object, from those of the whole picture and from the views of its slices.
 
     A pixel belongs to an object if the output for the whole picture marks it, or at least half of the outputs for the
     slices that contain the pixel. A slice counts less near the edges at which it cuts the picture, because it may show
     a part of an object only.
     """
-    margins: dict[str, np.ndarray] = {}
-    for view, response in whole:
-        margins |= view_margins(view, response, readout)
     if not sliced:
-        return margins
-    size = whole[0][0].image.size
-    for name, margin in margins.items():
+        return dict(whole)
+    margins: dict[str, np.ndarray] = {}
+    slices = [(view, view_margins(view, response, readout)) for view, response in sliced]
+    for name, margin in whole.items():
         seen, votes, strength = (np.zeros_like(margin) for _ in range(3))
-        for view, response in sliced:
-            if name not in cast(Segmentation, view.task).colors:
+        for view, parts in slices:
+            if name not in parts:
                 continue
-            part = view_margins(view, response, readout)[name]
-            painted = Mask.from_margin(part).pixels
-            weight = centrality(view, size)
+            painted = Mask.from_margin(parts[name]).pixels
+            weight = centrality(view, margin.shape[::-1])
             window = window_of(view)
             seen[window] += weight
             votes[window] += weight * painted
-            strength[window] += weight * np.where(painted, part, 0)
+            strength[window] += weight * np.where(painted, parts[name], 0)
         found = margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
         agreed = strength / np.where(votes > 0, votes, 1)
         margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)

@@ -106,6 +106,12 @@ def add_data_argument(parser: argparse.ArgumentParser, names: Iterable[str]) -> 
     )
 
 
+def check_model_folder(folder: Path) -> None:
+    """Raise a UsageError if `folder`, the value of `--model`, is not the folder of a pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"--model: must be the folder of a pipeline; there is no {folder}/model_index.json.")
+
+
 def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
     """Load the model that `--model` names: in half precision on a GPU, in float32 on a CPU.
 

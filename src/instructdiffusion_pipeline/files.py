@@ -1,11 +1,13 @@
 """Atomic writes of files and folders."""
 
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -37,6 +39,12 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     """Write a text file in UTF-8 through `atomic_write`."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def update_json(path: str | PathLike[str], changes: Mapping[str, Any]) -> None:
+    """Replace entries of the object in a JSON file."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    write_text(path, json.dumps(content | dict(changes), indent=2) + "\n")
 
 
 def save_image(path: str | PathLike[str], image: Image.Image) -> None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.evaluation import Example, LazyExample
+from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
@@ -125,10 +127,20 @@ def test_a_worse_choice_is_not_written(run, tmp_path, monkeypatch, capsys):
     assert "They remain" in capsys.readouterr().out and not (tmp_path / "model").exists()
 
 
+def test_the_settings_to_beat_are_those_of_ask(tmp_path):
+    pipe = InstructDiffusionPipeline(**tiny.components())
+    task = Keypoints({"nose": "red"})
+    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings, (
+        "a model without settings has those of the task"
+    )
+    pipe.register_to_config(task_settings={"keypoints": {"guidance_scale": 2.0}})
+    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings | {"guidance_scale": 2.0}
+
+
 def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
     pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
-    search = tune.Search(pipe, "editing", tmp_path, 1, 0)
-    settings = search.own_settings() | {"num_inference_steps": 4}
+    search = tune.Search(pipe, Editing("make it night"), tmp_path, 1, 0)
+    settings = search.own | {"num_inference_steps": 4}
     tune.save(SHIPPED, tmp_path / "model", search, tune.Trial("DDIMScheduler", settings, 0, 0))
     tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(tuned.scheduler).__name__ == "DDIMScheduler"
@@ -161,11 +173,11 @@ def test_data_sets_of_two_tasks_are_refused(run, coco):
 def test_seconds_are_those_of_one_answer(tmp_path):
     pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
     pipe.set_progress_bar_config(disable=True)
-    search = tune.Search(pipe, "restoration", tmp_path, 2, 0)
+    search = tune.Search(pipe, Restoration("blur"), tmp_path, 2, 0)
     image = tiny.picture(64, 64)
     examples = [LazyExample(str(i), "row", lambda: Example(image, [Restoration("blur")], image)) for i in range(2)]
     few, many = (
-        min(search.seconds(examples, search.own_settings() | {"num_inference_steps": steps}) for _ in range(2))
+        min(search.seconds(examples, search.own | {"num_inference_steps": steps}) for _ in range(2))
         for steps in (1, 12)
     )
     assert 0 < 2 * few < many

@@ -150,6 +150,9 @@ class Entry(NamedTuple):
     name: str
 
 
+MASKS_OR_JOINTS = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOINTS, SEGMENTATION)]
+
+
 def parse_entries(entries: Sequence[str]) -> list[Entry]:
     """Parse entries "NAME=FOLDER" of the option --data. FOLDER may contain any characters, including commas and "=".
 

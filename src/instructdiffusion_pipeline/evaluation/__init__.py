@@ -6,7 +6,7 @@ Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs an
 
 from .baselines import classical_baseline
 from .evaluator import evaluate, vae_reconstruction
-from .examples import Example, LazyExample, examples_from, whole_person
+from .examples import Example, LazyExample, examples_from, load_examples, whole_person
 
 __all__ = [
     "Example",
@@ -14,6 +14,7 @@ __all__ = [
     "classical_baseline",
     "evaluate",
     "examples_from",
+    "load_examples",
     "vae_reconstruction",
     "whole_person",
 ]

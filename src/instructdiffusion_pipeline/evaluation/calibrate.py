@@ -9,7 +9,7 @@ from instructdiffusion_pipeline.calibration import Platt, expected_calibration_e
 from instructdiffusion_pipeline.evaluation.evaluator import evaluate
 from instructdiffusion_pipeline.evaluation.examples import LazyExample
 from instructdiffusion_pipeline.evaluation.scoring import judged
-from instructdiffusion_pipeline.files import write_text
+from instructdiffusion_pipeline.files import update_json, write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 
 FAMILIES = {"masks": "segmentation", "joints": "keypoints"}  # by the kind of measures
@@ -58,10 +58,8 @@ def calibrate(
 
 def save_calibration(fits: Mapping[str, Platt], model: str | PathLike[str]) -> None:
     """Write `score_calibration` to the model_index.json of a model."""
-    index = Path(model, "model_index.json")
-    settings = json.loads(index.read_text(encoding="utf-8"))
     rounded = {family: [round(value, 4) for value in fit] for family, fit in fits.items()}
-    write_text(index, json.dumps(settings | {"score_calibration": rounded}, indent=2) + "\n")
+    update_json(Path(model, "model_index.json"), {"score_calibration": rounded})
 
 
 def answers_by_row(folder: Path, kind: str) -> dict[str, list[tuple[float, bool]]]:

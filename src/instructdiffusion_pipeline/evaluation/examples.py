@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints, joint_tasks
 from instructdiffusion_pipeline.types import Joints
@@ -61,6 +62,35 @@ def examples_from(source: Source, count: int, seed: int = 0, make_tasks: MakeTas
         )
         for index in chosen
     ]
+
+
+def load_examples(
+    entries: Sequence[str],
+    size: int,
+    samples: int,
+    test_samples: int,
+    test_split: str | None = None,
+    seed: int = 0,
+) -> tuple[list[LazyExample], list[LazyExample]]:
+    """Choose examples of the training splits and of the test splits of data sets "NAME=FOLDER".
+
+    Args:
+        entries: see `datasets.specs.parse_entries`.
+        size: side of the pictures in pixels, for the transforms of the training splits.
+        samples: number of training examples per data set.
+        test_samples: number of test examples per data set.
+        test_split: split to use in place of each data set's own test split.
+        seed: decides which examples are chosen.
+
+    Raises:
+        ValueError: an entry is malformed, or a data set cannot be read.
+    """
+    training = [source for source, _ in load_sources(entries, size)]
+    test = load_test_sources(entries, size, test_split)
+    return (
+        [example for source in training for example in examples_from(source, samples, seed)],
+        [example for source in test for example in examples_from(source, test_samples, seed)],
+    )
 
 
 def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -> Example:

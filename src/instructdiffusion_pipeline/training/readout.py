@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from instructdiffusion_pipeline.evaluation import LazyExample, evaluate
 from instructdiffusion_pipeline.evaluation.report import answer_name
-from instructdiffusion_pipeline.files import atomic_write, write_text
+from instructdiffusion_pipeline.files import atomic_write, update_json
 from instructdiffusion_pipeline.fingerprint import check_run_config
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, HEATMAP_SIGMA, MASK, asked_colors, readout_inputs
@@ -110,9 +110,8 @@ def save_readout(readout: UNet2DModel, model: str | PathLike[str], overwrite: bo
         readout.save_pretrained(partial)
         if target.exists():
             shutil.rmtree(target)
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    changes = {"readout": ["diffusers", "UNet2DModel"], "score_calibration": {}}  # that of another readout is wrong
-    write_text(index, json.dumps(parts | changes, indent=2) + "\n")
+    # The calibration of another readout is wrong.
+    update_json(index, {"readout": ["diffusers", "UNet2DModel"], "score_calibration": {}})
 
 
 def build_readout(sample_size: int) -> UNet2DModel:
