@@ -174,12 +174,13 @@ def test_slices_cover_the_picture(size):
     assert len(boxes) == 9 and seen.min() == 1 and seen.max() == 9
 
 
-def test_slices_find_what_half_of_them_see():
+@pytest.mark.parametrize("size, center", [((100, 100), (30, 30)), ((160, 100), (122, 74)), ((100, 160), (26, 122))])
+def test_slices_find_what_half_of_them_see(size, center):
     """The answers are drawn: each view paints the disc where it sees all of it; the whole picture paints nothing."""
-    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
-    y, x = np.mgrid[:100, :100]
-    ball = (x - 30) ** 2 + (y - 30) ** 2 <= 8**2
-    whole = View(0, task, "", image, (0, 0)), Response(image, None, (0, 0, 100, 100), False)
+    image, task = Image.new("RGB", size, (90, 90, 90)), Segmentation({"ball": "red"})
+    y, x = np.mgrid[: size[1], : size[0]]
+    ball = (x - center[0]) ** 2 + (y - center[1]) ** 2 <= 8**2
+    whole = View(0, task, "", image, (0, 0)), Response(image, None, (0, 0, *size), False)
     sliced = []
     for left, top, right, bottom in slice_boxes(image.size, 0.56):
         crop, part = image.crop((left, top, right, bottom)), ball[top:bottom, left:right]
