@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint
@@ -43,24 +45,21 @@ def fit_platt(scores: Sequence[float], right: Sequence[bool]) -> Platt:
     if hits.all() or not hits.any():
         raise ValueError(f"`right` must have right and wrong answers; {hits.sum()} of {hits.size} are right.")
     targets = np.where(hits, (hits.sum() + 1) / (hits.sum() + 2), 1 / ((~hits).sum() + 2))
-    inputs = np.stack([logit(np.asarray(scores, dtype=float)), np.ones(hits.size)], 1)
-    weights = np.zeros(2)
+    inputs, goals = torch.from_numpy(logit(np.asarray(scores, dtype=float))), torch.from_numpy(targets)
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
 
-    def loss(weights: np.ndarray) -> float:
-        outputs = inputs @ weights
-        return float((np.logaddexp(0, outputs) - targets * outputs).sum())
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(weights[0] * inputs + weights[1], goals)
+        value.backward()
+        return value
 
-    for _ in range(100):  # Newton's method, with halved steps where it would overshoot
-        shares = 1 / (1 + np.exp(-inputs @ weights))
-        gradient = inputs.T @ (shares - targets)
-        curvature = (inputs * (shares * (1 - shares))[:, None]).T @ inputs + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        while loss(weights - step) > loss(weights) + 1e-12 and np.abs(step).max() > 1e-9:
-            step = step / 2
-        weights = weights - step
-        if np.abs(step).max() < 1e-9:
-            break
-    slope, intercept = map(float, weights)
+    with torch.enable_grad():
+        optimizer.step(loss)
+    slope, intercept = weights.tolist()
     if slope <= 0:
         raise ValueError(f"`scores` must be higher for right answers; the fitted slope is {slope:.3f}.")
     return Platt(slope, intercept)
