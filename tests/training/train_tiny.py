@@ -1,6 +1,7 @@
 """A short training run in a process of its own: train_tiny.py OUTPUT_DIR SETTINGS [CACHE], settings in JSON.
 
-With SHARD_SIZE in the environment, a file of the cache has so many samples, and each process says what it encodes.
+With SHARD_SIZE in the environment, a file of the cache has so many samples, and each process writes the names of the
+files that it encodes to OUTPUT_DIR.process-RANK.
 """
 
 import json
@@ -27,11 +28,12 @@ if __name__ == "__main__":
     if size := os.environ.get("SHARD_SIZE"):
         encode_shard, cache_module.SHARD_SIZE = cache_module.encode_shard, int(size)
 
-        def encode_and_say(loader, encoders, path):
-            print(f"process {os.environ['RANK']} encodes {path.name}", flush=True)
+        def encode_and_log(loader, encoders, path):
+            with open(f"{output_dir}.process-{os.environ['RANK']}", "a") as log:
+                log.write(f"{path.name}\n")
             encode_shard(loader, encoders, path)
 
-        cache_module.encode_shard = encode_and_say
+        cache_module.encode_shard = encode_and_log
     if cache:
         samples = cache_samples(samples, 7, pipe, cache[0])
     pipe = train(pipe, samples, TrainingConfig(**json.loads(settings)), output_dir, resume="latest")
