@@ -1,8 +1,11 @@
 """Evaluate a model on data sets in their published layouts, and write a table, JSON and contact sheets.
 
     python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
+    python examples/evaluate.py --tables paper --root /data --samples 500 --output out/paper
 
-An interrupted run is resumed when the same command is started again. docs/datasets.md describes the layouts.
+The second command scores every data set of the paper that is in /data, and writes the paper's tables with the paper's
+figures beside the scores. An interrupted run is resumed when the same command is started again. docs/datasets.md
+describes the layouts.
 """
 
 import argparse
@@ -11,8 +14,9 @@ from pathlib import Path
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
 from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
-from instructdiffusion_pipeline.evaluation import evaluate, examples_from, whole_person
+from instructdiffusion_pipeline.evaluation import evaluate, evaluate_paper, examples_from, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
+from instructdiffusion_pipeline.evaluation.paper import PAPER_FOLDERS
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 TESTABLE = [name for name, spec in DATASETS.items() if spec.test_split]
@@ -24,7 +28,12 @@ def main() -> None:
     parser.add_argument(
         "--model", default=str(TINY_MODEL), help="folder or Hub id (default: examples/instructdiffusion-tiny)"
     )
-    add_data_argument(parser, TESTABLE)
+    what = parser.add_mutually_exclusive_group(required=True)
+    add_data_argument(what, TESTABLE, required=False)
+    what.add_argument("--tables", choices=["paper"], help="score the data sets of the paper's tables, in --root")
+    parser.add_argument(
+        "--root", type=Path, help=f"folder with the folders {', '.join(PAPER_FOLDERS)}, or some of them"
+    )
     parser.add_argument("--split", help="split of all data sets (default: the validation or test split of each)")
     parser.add_argument("--image_column", help="column of a table with the input pictures")
     parser.add_argument("--instruction_column", help="column of a table with the instructions")
@@ -46,9 +55,22 @@ def main() -> None:
     options = {"image": args.image_column, "instruction": args.instruction_column, "edited": args.target_column}
     columns = {name: column for name, column in options.items() if column}
 
+    if args.tables and (args.split or args.clip or columns):
+        raise UsageError("--tables paper: cannot be combined with --split, --clip or --*_column.")
+    if args.tables:
+        check_root(args.root)
+    elif args.root:
+        raise UsageError("--root: is for --tables paper; --data names each folder.")
+
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
     resolution = args.resolution or pipeline.default_resolution
+    steps = {"num_inference_steps": args.steps} if args.steps else {}
+    settings = {task.family: steps for task in TASKS if steps}
+    if args.tables:
+        run = (args.samples, settings, args.batch_size, args.seed, resolution)
+        print(evaluate_paper(pipeline, args.root, args.output, *run))
+        return
     examples = []
     try:
         sources = load_test_sources(args.data, resolution, args.split, columns)
@@ -57,18 +79,24 @@ def main() -> None:
     for source in sources:
         ask = whole_person if source.make_task == Keypoints.from_annotation else None
         examples += examples_from(source, args.samples, args.seed, ask)
-    steps = {"num_inference_steps": args.steps} if args.steps else {}
     evaluate(
         pipeline,
         examples,
         args.output,
-        {task.family: steps for task in TASKS if steps},
+        settings,
         args.batch_size,
         args.seed,
         resolution,
         clip=ClipSimilarity(args.clip, pipeline.device) if args.clip else None,
     )
     print((args.output / "table.md").read_text(), f"\nContact sheets: {args.output}/*.png")
+
+
+def check_root(root: Path | None) -> None:
+    """Raise a UsageError if `root` has no folder of the paper's data sets."""
+    if root is None or not any((root / folder).is_dir() for folder in PAPER_FOLDERS):
+        found = "got none" if root is None else f"{root} has none of them"
+        raise UsageError(f"--root: must be a folder with one or more of {', '.join(PAPER_FOLDERS)}; {found}.")
 
 
 if __name__ == "__main__":

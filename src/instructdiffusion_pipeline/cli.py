@@ -94,13 +94,13 @@ def finite(text: str) -> float:
     return value
 
 
-def add_data_argument(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+def add_data_argument(parser: argparse._ActionsContainer, names: Iterable[str], required: bool = True) -> None:
     """Add the option `--data NAME=FOLDER ...`, with a NAME out of `names`; see `datasets.specs.parse_entries`."""
     parser.add_argument(
         "--data",
         action="extend",
         nargs="+",
-        required=True,
+        required=required,
         metavar="NAME=FOLDER",
         help=f"data sets; may be repeated; NAME is one of {', '.join(names)}",
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from wheels import WHEELS
 
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
+from instructdiffusion_pipeline.datasets.label_maps import CocoStuff
 from instructdiffusion_pipeline.datasets.specs import load_sources
 
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Segmentation, ask
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
+from instructdiffusion_pipeline.datasets.label_maps import CocoStuff
 from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
 from instructdiffusion_pipeline.evaluation import examples_from

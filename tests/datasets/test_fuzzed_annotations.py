@@ -17,9 +17,9 @@ from test_segmentation_datasets import LABELS, reference, write_references
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.captions import coco_captions
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
 from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix, gier, gqa_inpaint, magicbrush
 from instructdiffusion_pipeline.datasets.keypoints import coco, mpii
+from instructdiffusion_pipeline.datasets.label_maps import CocoStuff
 from instructdiffusion_pipeline.datasets.preferences import load_preferences
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 from instructdiffusion_pipeline.datasets.transforms import PersonCrop, Resize, SquareCrop

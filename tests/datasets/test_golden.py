@@ -8,8 +8,8 @@ import pytest
 from folders import Recorded, same, save_image, write_json
 from PIL import Image
 
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, readable_name
 from instructdiffusion_pipeline.datasets.keypoints import CocoKeypoints
+from instructdiffusion_pipeline.datasets.label_maps import CocoStuff, readable_name
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 from instructdiffusion_pipeline.datasets.transforms import PersonCrop, SquareCrop
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, Keypoints

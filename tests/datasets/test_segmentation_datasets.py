@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff, readable_name
+from instructdiffusion_pipeline.datasets.label_maps import CocoStuff, readable_name
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions, encode_outline
 
 LABELS = """0: unlabeled

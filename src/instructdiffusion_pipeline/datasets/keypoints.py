@@ -1,4 +1,4 @@
-"""People and their joints: COCO's keypoint JSON (COCO, CrowdPose, AI Challenger) and MPII's own JSON.
+"""People, animals and their joints: COCO's keypoint JSON (COCO, CrowdPose, ...) and MPII's own JSON.
 
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
@@ -45,8 +45,8 @@ MPII_JOINTS = (
 )  # fmt: skip
 
 # OKS sigmas: the standard deviation of annotations of a joint, relative to the square root of the person's area.
-# COCO's are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from crowdposetools and
-# from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma.
+# COCO's, also HumanArt's, are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from
+# crowdposetools and from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma; those of AP-10K from mmpose.
 COCO_SIGMAS: dict[str, float] = {
     "nose": 0.026, "left eye": 0.025, "right eye": 0.025, "left ear": 0.035, "right ear": 0.035,
     "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
@@ -63,6 +63,12 @@ AIC_SIGMAS: dict[str, float] = {
     "left elbow": 0.01497891, "left wrist": 0.01402144, "right hip": 0.03909642, "right knee": 0.03686941,
     "right ankle": 0.01981803, "left hip": 0.03843971, "left knee": 0.03412318, "left ankle": 0.02415081,
     "head top": 0.01291456, "neck": 0.01236173,
+}  # fmt: skip
+AP10K_SIGMAS: dict[str, float] = {
+    "left eye": 0.025, "right eye": 0.025, "nose": 0.026, "neck": 0.035, "root of tail": 0.035, "left shoulder": 0.079,
+    "left elbow": 0.079, "left front paw": 0.072, "right shoulder": 0.072, "right elbow": 0.062,
+    "right front paw": 0.062, "left hip": 0.107, "left knee": 0.107, "left back paw": 0.087, "right hip": 0.087,
+    "right knee": 0.089, "right back paw": 0.089,
 }  # fmt: skip
 
 UNIT = 200  # pixels per unit of `scale`, as in MPII and HRNet
@@ -103,6 +109,7 @@ class CocoKeypoints:
         images: the folder of the pictures.
         joints: names of the joints, in the order of the JSON's `keypoints`.
         box_fill: ratio of person area to box area, for people without an area in the JSON.
+        category: the category that is read; None: all, such as animals.
 
     A joint of visibility 0 is None; occluded joints (1) are included.
     """
@@ -113,18 +120,19 @@ class CocoKeypoints:
         images: str | PathLike[str],
         joints: tuple[str, ...] = COCO_JOINTS,
         box_fill: float = CROWDPOSE_FILL,
+        category: str | None = "person",
     ):
         content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
         categories = list_records(content, annotations, "categories")
-        people = [category.get("id") for category in categories if category.get("name") == "person"]
+        read = [item.get("id") for item in categories if category in (None, item.get("name"))]
         pictures = coco_pictures(content, annotations, self.skipped)
         missing = {id for id, item in pictures.items() if not os.path.isfile(self.folder / item["file_name"])}
         kept = []
         for item in list_records(content, annotations, "annotations"):
             why = (
                 wrong_field(item, id=is_id, image_id=is_id, category_id=is_id)
-                or (item["category_id"] not in people and "another category than person")
+                or (item["category_id"] not in read and f"another category than {category or 'those listed'}")
                 or (item.get("iscrowd") and "a crowd")
                 or wrong_field(item, keypoints=is_list_of(is_number))
                 or (not any(item["keypoints"][2::3]) and "no labelled joint")
@@ -269,6 +277,25 @@ def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
     if split not in folders:
         raise ValueError(f"`split` must be one of {', '.join(folders)}; got {split!r}.")
     return CocoKeypoints(root / "annotations" / f"aic_{split}.json", root / folders[split], AIC_JOINTS, AIC_FILL)
+
+
+def humanart(root: str | PathLike[str], split: str = "training") -> CocoKeypoints:
+    """HumanArt: annotations/{split}_humanart.json and images/; splits training, validation.
+
+    COCO's 17 joints are read. File names in the JSON start with HumanArt/images/, so `root` must be named HumanArt.
+    """
+    root = Path(os.path.abspath(root))
+    return CocoKeypoints(root / "annotations" / f"{split}_humanart.json", root.parent)
+
+
+def ap10k(root: str | PathLike[str], split: str = "train-split1") -> CocoKeypoints:
+    """AP-10K, animals: annotations/ap10k-{split}.json and data/.
+
+    Splits train-split1, val-split1, test-split1, and the same of split2 and split3.
+    """
+    root = Path(root)
+    file = root / "annotations" / f"ap10k-{split}.json"
+    return CocoKeypoints(file, root / "data", tuple(AP10K_SIGMAS), category=None)
 
 
 def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:

@@ -1,7 +1,8 @@
 """The data sets that can be trained on and evaluated on, in one table, and the mixture that the original trains on.
 
 The splits, transforms and weights of training are those of the original's published configuration. Of its sixteen
-sources IEIW was never released. RefCOCO+ and RefCOCOg are not among them, but have the format of RefCOCO.
+sources IEIW was never released. RefCOCO+, RefCOCOg, RefClef, HumanArt, AP-10K, ADE20K, PASCAL-Context and PASCAL VOC
+are not among them: the paper evaluates on them only.
 """
 
 import re
@@ -14,16 +15,27 @@ from typing import Any, NamedTuple
 
 from instructdiffusion_pipeline.datasets import AnnotatedImages, ReducibleImages
 from instructdiffusion_pipeline.datasets.captions import coco_captions, img2dataset
-from instructdiffusion_pipeline.datasets.coco_stuff import CocoStuff
 from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
 from instructdiffusion_pipeline.datasets.keypoints import (
     AIC_SIGMAS,
+    AP10K_SIGMAS,
     COCO_SIGMAS,
     CROWDPOSE_SIGMAS,
     aic,
+    ap10k,
     coco,
     crowdpose,
+    humanart,
     mpii,
+)
+from instructdiffusion_pipeline.datasets.label_maps import (
+    CocoStuff,
+    LabelMaps,
+    ade20k_150,
+    ade20k_847,
+    pascal_context_59,
+    pascal_context_459,
+    voc,
 )
 from instructdiffusion_pipeline.datasets.mixture import FixedTask, MakeTask, Mixture, Source
 from instructdiffusion_pipeline.datasets.preferences import load_preferences
@@ -52,7 +64,8 @@ class DatasetSpec:
         train_split: the split to train on.
         test_split: the split to evaluate on; None: the data set is for training only.
         weight: multiplies the length of the data set in a mixture.
-        folder: name of the data set's folder for `original_mixture`, or None if it is not part of that mixture.
+        folder: path of the data set's folder below a folder of all data sets, for `original_mixture` and the tables of
+            the paper; None if it is in neither.
     """
 
     read: Callable[..., AnnotatedImages[Any]]
@@ -93,14 +106,19 @@ DEBLUR, DENOISE, UNMARK = (FixedTask(Restoration(degradation)) for degradation i
 FLIPPED = SquareCrop(flip=0.5)
 
 
-def referring(name: str) -> DatasetSpec:
-    """References in {folder}/{name} to the pictures in {folder}/images/train2014."""
+def referring(name: str, pictures: str = "train2014") -> DatasetSpec:
+    """References in {folder}/{name} to the pictures in {folder}/images/{pictures}."""
 
     def read(folder: Path, split: str) -> ReferringExpressions:
-        return ReferringExpressions(folder / name, folder / "images" / "train2014", split)
+        return ReferringExpressions(folder / name, folder / "images" / pictures, split)
 
     # No flips, because referring expressions contain left and right.
     return DatasetSpec(read, SEGMENTATION, SquareCrop(), test_split="val", folder="coco_2014")
+
+
+def label_maps(read: Callable[..., LabelMaps], folder: str) -> DatasetSpec:
+    """Label maps with the splits training and validation."""
+    return DatasetSpec(read, SEGMENTATION, FLIPPED, None, "training", "validation", folder=folder)
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -114,11 +132,36 @@ DATASETS: dict[str, DatasetSpec] = {
     "aic": DatasetSpec(
         aic, KEYPOINTS, PersonCrop(), EvaluationPersonCrop(256, AIC_SIGMAS), "train", "val", 0.1, folder="aic"
     ),
+    "humanart": DatasetSpec(
+        humanart,
+        KEYPOINTS,
+        PersonCrop(),
+        EvaluationPersonCrop(256, COCO_SIGMAS),
+        "training",
+        "validation",
+        folder="HumanArt",
+    ),
+    "ap10k": DatasetSpec(
+        ap10k,
+        KEYPOINTS,
+        PersonCrop(),
+        EvaluationPersonCrop(256, AP10K_SIGMAS),
+        "train-split1",
+        "test-split1",
+        folder="ap-10k",
+    ),
     "coco-stuff": DatasetSpec(CocoStuff, SEGMENTATION, FLIPPED, None, *COCO_SPLITS, folder="coco-stuff"),
+    "ade20k-150": label_maps(ade20k_150, "ADEChallengeData2016"),
+    "ade20k-847": label_maps(ade20k_847, "ADE20K_2021_17_01"),
+    "pascal-context-59": label_maps(pascal_context_59, "pascal_ctx_d2"),
+    "pascal-context-459": label_maps(pascal_context_459, "pascal_ctx_d2"),
+    "voc": DatasetSpec(voc, SEGMENTATION, FLIPPED, None, "train", "val", folder="VOCdevkit/VOC2012"),
     "grefcoco": referring("grefcoco/grefs(unc).json"),
     "refcoco": referring("refcoco/refs(unc).p"),
     "refcoco+": referring("refcoco+/refs(unc).p"),
     "refcocog": referring("refcocog/refs(umd).p"),
+    "refcocog-google": referring("refcocog/refs(google).p"),
+    "refclef": referring("refclef/refs(unc).p", "saiapr_tc-12"),
     "gopro": DatasetSpec(gopro, DEBLUR, FLIPPED, SquareCrop(), weight=2, folder="GoPro"),
     "reds": DatasetSpec(reds, DEBLUR, FLIPPED, SquareCrop(), test_split="val", weight=0.2, folder="REDS"),
     # Resizing would remove noise.

@@ -57,7 +57,7 @@ class PersonCrop:
 class EvaluationPersonCrop:
     """Crops one person to `size` x `size` pixels for evaluation, and converts a `Person` to a `Pose`.
 
-    `sigmas` are the OKS sigmas of the data set's joints.
+    `sigmas` are the OKS sigmas of the data set's joints. Joints without a sigma are left out.
     """
 
     size: int = 256
@@ -65,6 +65,8 @@ class EvaluationPersonCrop:
 
     def __call__(self, image: Image.Image, person: Person, rng: random.Random) -> tuple[Image.Image, Pose]:
         crop, joints = PersonCrop(self.size, jitter=False)(image, person, rng)
+        if self.sigmas:
+            joints = {name: joint for name, joint in joints.items() if name in self.sigmas}
         zoom = self.size / (UNIT * person.scale[0])
         return crop, Pose(joints, person.area and person.area * zoom**2, self.sigmas)
 

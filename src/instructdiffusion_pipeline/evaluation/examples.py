@@ -12,7 +12,8 @@ from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints, joint_tasks
-from instructdiffusion_pipeline.types import Joints
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.types import Joints, Masks
 
 
 class Example(NamedTuple):
@@ -103,3 +104,9 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
     """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colours that differ from the picture's."""
     return joint_tasks(image, list(joints))
+
+
+def every_object(image: Image.Image, masks: Masks, rng: random.Random) -> list[Segmentation]:
+    """One task for each object in the picture, or for each name if the picture has none of the objects."""
+    present = {name: mask for name, mask in masks.items() if mask.any()}
+    return [Segmentation.from_annotation(image, {name: mask}, rng) for name, mask in (present or masks).items()]

@@ -1,0 +1,267 @@
+"""Semantic segmentation with one label map per picture: COCO-Stuff, ADE20K, PASCAL-Context, PASCAL VOC."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from instructdiffusion_pipeline.datasets import (
+    Skipped,
+    UnreadableSample,
+    is_file_name,
+    read_annotations,
+    read_image,
+    require_samples,
+)
+from instructdiffusion_pipeline.types import Masks
+
+UNLABELED = {1: 255, 0: 0}  # in COCO-Stuff: the value of a pixel, by the offset from values to numbers
+LAST_NUMBER = 182
+PROBED = 100  # number of label maps that are checked when COCO-Stuff is opened
+# These classes were never annotated (eye glasses, window, mirror ...), so an image may contain them without a label.
+NEVER_LABELED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+READABLE_NAMES = {
+    "playingfield": "playing field",
+    "structural-other": "structure",
+    "waterdrops": "water drops",
+    "window-blind": "window blind",
+    "pottedplant": "potted plant",
+    "tvmonitor": "tv monitor",
+}
+CONTEXT_CLASSES = (
+    "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle", "building", "bus",
+    "cabinet", "car", "cat", "ceiling", "chair", "cloth", "computer", "cow", "cup", "curtain", "dog", "door", "fence",
+    "floor", "flower", "food", "grass", "ground", "horse", "keyboard", "light", "motorbike", "mountain", "mouse",
+    "person", "plate", "platform", "potted plant", "road", "rock", "sheep", "shelves", "sidewalk", "sign", "sky",
+    "snow", "sofa", "table", "track", "train", "tree", "truck", "tv monitor", "wall", "water", "window", "wood",
+)  # fmt: skip
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
+    "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
+)  # fmt: skip
+# "2: building, edifice", or a row of ADE20K's objectInfo150.txt with the number first and the names last
+CLASS_LINE = re.compile(r"\s*(\d+)\s*(?::|\t.*\t)\s*(.*\S)\s*")
+
+Classes = Mapping[str, set[int]]  # the numbers of each class by its name
+
+
+class LabelMaps:
+    """Pictures {pictures}/*.jpg, each with a label map {labels}/*{suffix}.
+
+    A pixel of value v belongs to the class with the number v + `offset`. The annotation has a mask for every class;
+    absent classes share one empty mask.
+
+    Args:
+        pictures: the folder of the pictures.
+        labels: the folder of the label maps: .png (8 bits, grey or with a palette) or .tif (16 bits).
+        classes: the numbers of each class.
+        unlabeled: values of pixels that belong to no class. Other values make a label map unreadable.
+        offset: the difference between class number and pixel value.
+        suffix: of the label maps.
+        stems: the pictures to read, without ".jpg"; None: all of the folder.
+    """
+
+    def __init__(
+        self,
+        pictures: Path,
+        labels: Path,
+        classes: Classes,
+        unlabeled: set[int],
+        offset: int = 0,
+        suffix: str = ".png",
+        stems: Sequence[str] | None = None,
+    ):
+        self.folder, self.labels, self.suffix, self.offset = pictures, labels, suffix, offset
+        self.skipped = Skipped()
+        self._values = {name: {number - offset for number in numbers} for name, numbers in classes.items()}
+        self._unlabeled = unlabeled
+        self._stems = []
+        labelled = [path.stem for path in labels.glob(f"*{suffix}")]
+        for stem in sorted({path.stem for path in pictures.glob("*.jpg")}.union(labelled) if stems is None else stems):
+            if not is_file_name(stem):
+                self.skipped.append((repr(stem), "a malformed name"))
+            elif not os.path.isfile(pictures / f"{stem}.jpg"):
+                self.skipped.append((f"{stem}{suffix}", "a missing file"))
+            elif not os.path.isfile(labels / f"{stem}{suffix}"):
+                self.skipped.append((f"{stem}.jpg", f"no label {suffix[1:].upper()}"))
+            else:
+                self._stems.append(stem)
+        require_samples(pictures, self._stems, self.skipped)
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
+        path = self.labels / f"{self._stems[index]}{self.suffix}"
+        image = read_image(self.folder / f"{self._stems[index]}.jpg", turn=False)
+        label = read_label(path)
+        if label.shape != (image.height, image.width):
+            raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its picture of {image.size}")
+        present = set(np.unique(label).tolist()) - self._unlabeled
+        if strange := sorted(present.difference(*self._values.values())):
+            raise UnreadableSample(path, f"holds values that stand for no class, such as {strange[0]}")
+        if not present:
+            raise UnreadableSample(path, "no pixel is labelled")
+        absent = np.zeros(label.shape, bool)
+        return image, {
+            name: np.isin(label, list(values)) if values & present else absent for name, values in self._values.items()
+        }
+
+    def name(self, index: int) -> str:
+        return f"{self._stems[index]}.jpg"
+
+
+class CocoStuff(LabelMaps):
+    """COCO-Stuff: images/{split}/*.jpg, annotations/{split}/*.png, labels.txt; splits train2017, val2017.
+
+    A pixel of value v belongs to the class with the number v + 1 in labels.txt; 255 is unlabeled. Label maps that
+    contain the numbers themselves, and 0 for unlabeled, are recognized by the numbers that never occur (`offset` is
+    then 0, not 1). An "-other" class includes its subclasses: "wall" includes brick walls.
+    """
+
+    def __init__(self, root: str | PathLike[str], split: str = "train2017"):
+        folder = Path(root)
+        labels = folder / "annotations" / split
+        classes = read_annotations(folder / "labels.txt", 'lines like "171: wall-brick"', class_numbers)
+        offset = find_offset(sorted(labels.glob("*.png")))
+        unnamed = possible_values(offset).difference({number - offset for of in classes.values() for number in of})
+        super().__init__(folder / "images" / split, labels, classes, unnamed, offset)
+
+
+def ade20k_150(root: str | PathLike[str], split: str = "training") -> LabelMaps:
+    """ADE20K, 150 classes (ADEChallengeData2016): images/{split}/, annotations/{split}/, objectInfo150.txt.
+
+    Splits training, validation.
+    """
+    folder = Path(root)
+    classes = read_annotations(folder / "objectInfo150.txt", "ADE20K's table of 150 classes", numbered_classes)
+    return LabelMaps(folder / "images" / split, folder / "annotations" / split, classes, {0})
+
+
+def ade20k_847(root: str | PathLike[str], split: str = "training") -> LabelMaps:
+    """ADE20K, 847 classes: images_detectron2/{split}/, annotations_detectron2/{split}/*.tif, labels.txt.
+
+    As MaskFormer's prepare_ade20k_full_sem_seg.py converts ADE20K_2021_17_01. labels.txt has lines such as
+    "2:building,edifice", as OpenSeg's ade20k_847.txt. Splits training, validation.
+    """
+    folder = Path(root)
+    pictures, labels = (folder / f"{kind}_detectron2" / split for kind in ("images", "annotations"))
+    return LabelMaps(pictures, labels, named_classes(folder), {65535}, 1, ".tif")
+
+
+def pascal_context_59(root: str | PathLike[str], split: str = "training") -> LabelMaps:
+    """PASCAL-Context, 59 classes: images/{split}/, annotations_ctx59/{split}/*.png, as ODISE converts it.
+
+    Splits training, validation.
+    """
+    folder = Path(root)
+    classes = {name: {number} for number, name in enumerate(CONTEXT_CLASSES)}
+    return LabelMaps(folder / "images" / split, folder / "annotations_ctx59" / split, classes, {255})
+
+
+def pascal_context_459(root: str | PathLike[str], split: str = "training") -> LabelMaps:
+    """PASCAL-Context, 459 classes: images/{split}/, annotations_ctx459/{split}/*.tif, labels.txt.
+
+    Label maps as ODISE converts them; labels.txt as published, with lines "2: aeroplane". Its class "unknown" is not a
+    class here. Splits training, validation.
+    """
+    folder = Path(root)
+    classes = named_classes(folder)
+    unlabeled = {65535} | {number - 1 for number in classes.pop("unknown", ())}
+    return LabelMaps(folder / "images" / split, folder / "annotations_ctx459" / split, classes, unlabeled, 1, ".tif")
+
+
+def voc(root: str | PathLike[str], split: str = "train") -> LabelMaps:
+    """PASCAL VOC 2012, 20 classes: JPEGImages/, SegmentationClass/*.png, ImageSets/Segmentation/{split}.txt.
+
+    Splits train, val, trainval.
+    """
+    folder = Path(root)
+    classes = {name: {number} for number, name in enumerate(VOC_CLASSES, start=1)}
+    stems = read_annotations(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "a list of pictures", str.split)
+    return LabelMaps(folder / "JPEGImages", folder / "SegmentationClass", classes, {0, 255}, stems=stems)
+
+
+def read_label(path: Path) -> np.ndarray:
+    """Pixel values of a label map: of a grayscale PNG, palette indices of a palette PNG, or of a TIFF of 16 bits."""
+    try:
+        with Image.open(path) as label:
+            if path.suffix == ".tif" and label.mode != "I;16":
+                raise ValueError(f"a label TIFF must be of 16 bits (mode I;16); got mode {label.mode}")
+            if path.suffix == ".png" and label.mode not in ("L", "P"):
+                raise ValueError(f"a label PNG must be grey (mode L) or have a palette (P); got mode {label.mode}")
+            return np.asarray(label)
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise UnreadableSample(path, f"{type(error).__name__}: {error}") from error
+
+
+def named_classes(folder: Path) -> dict[str, set[int]]:
+    """The classes in labels.txt."""
+    return read_annotations(folder / "labels.txt", 'lines like "2: building, edifice"', numbered_classes)
+
+
+def numbered_classes(lines: str) -> dict[str, set[int]]:
+    """The number of each class by its name, from lines "2: building, edifice" or rows of ADE20K's table.
+
+    A class is called by its first name. If several classes share that, each is called by its next name that no class
+    has as its first; those without another name keep it, and are one class if there are several.
+    """
+    matches = [match for line in lines.splitlines() if (match := CLASS_LINE.fullmatch(line))]
+    synonyms = {int(match[1]): [name.strip() for name in match[2].split(",")] for match in matches if int(match[1])}
+    if not synonyms:
+        raise ValueError("no such line")
+    first = Counter(names[0] for names in synonyms.values())
+    classes = defaultdict(set)
+    for number, names in synonyms.items():
+        name = next((name for place, name in enumerate(names) if first[name] == (place == 0)), names[0])
+        classes[READABLE_NAMES.get(name, name)].add(number)
+    return dict(classes)
+
+
+def class_numbers(labels: str) -> dict[str, set[int]]:
+    """The numbers of each class of COCO-Stuff by its readable name, from lines "171: wall-brick"."""
+    numbers: dict[str, int] = {}
+    for line in labels.splitlines():
+        key, _, label = line.partition(": ")
+        if label.strip() and int(key) not in NEVER_LABELED | {0}:
+            numbers[label.strip()] = int(key)
+    if not numbers:
+        raise ValueError("no such line")
+    found = {}
+    for label, number in numbers.items():
+        family = label.removesuffix("other") if label.endswith("-other") else "\0"
+        found[readable_name(label)] = {number} | {n for kind, n in numbers.items() if kind.startswith(family)}
+    return found
+
+
+def readable_name(label: str) -> str:
+    """Convert a label to plain words: "wall-brick" to "brick wall", "sky-other" to "sky"."""
+    if label in READABLE_NAMES:
+        return READABLE_NAMES[label]
+    noun, _, kind = label.partition("-")
+    return f"{kind} {noun}" if kind not in ("", "other", "stuff") else noun
+
+
+def find_offset(labels: Sequence[Path]) -> int:
+    """From pixel values to class numbers in COCO-Stuff: 1 as published, 0 if more label maps fit that."""
+    fits = {1: 0, 0: 0}
+    for path in labels[:: max(1, len(labels) // PROBED)]:
+        try:
+            values = set(np.unique(read_label(path)).tolist())
+        except UnreadableSample:
+            continue
+        for offset in fits:
+            fits[offset] += values <= possible_values(offset)
+    return 0 if fits[0] > fits[1] else 1
+
+
+def possible_values(offset: int) -> set[int]:
+    """The possible pixel values of COCO-Stuff, if the number of a class is its pixel value + `offset`."""
+    return {number - offset for number in range(1, LAST_NUMBER + 1) if number not in NEVER_LABELED} | {
+        UNLABELED[offset]
+    }
