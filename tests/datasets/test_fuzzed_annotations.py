@@ -10,6 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 from folders import save_image, write_json
+from paper_data import (
+    write_ade20k_150,
+    write_ade20k_847,
+    write_ap10k,
+    write_humanart,
+    write_pascal_context_59,
+    write_pascal_context_459,
+    write_voc,
+)
 from PIL import Image
 from test_editing_datasets import gier_item, pair, prompt, write_scenes, write_shard
 from test_keypoints_datasets import annotation, people
@@ -18,8 +27,15 @@ from test_segmentation_datasets import LABELS, reference, write_references
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.captions import coco_captions
 from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix, gier, gqa_inpaint, magicbrush
-from instructdiffusion_pipeline.datasets.keypoints import coco, mpii
-from instructdiffusion_pipeline.datasets.label_maps import CocoStuff
+from instructdiffusion_pipeline.datasets.keypoints import ap10k, coco, humanart, mpii
+from instructdiffusion_pipeline.datasets.label_maps import (
+    CocoStuff,
+    ade20k_150,
+    ade20k_847,
+    pascal_context_59,
+    pascal_context_459,
+    voc,
+)
 from instructdiffusion_pipeline.datasets.preferences import load_preferences
 from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 from instructdiffusion_pipeline.datasets.transforms import PersonCrop, Resize, SquareCrop
@@ -165,6 +181,12 @@ def write_label_picture(root):
 READERS = {
     "coco": (write_coco, coco, PersonCrop(64)),
     "mpii": (write_mpii, mpii, PersonCrop(64)),
+    "humanart": (
+        lambda root: write_humanart(root / "HumanArt"),
+        lambda root: humanart(root / "HumanArt"),
+        PersonCrop(64),
+    ),
+    "ap10k": (write_ap10k, ap10k, PersonCrop(64)),
     "coco captions": (write_captions, coco_captions, SquareCrop(32)),
     "instances": (
         write_instances,
@@ -186,6 +208,11 @@ READERS = {
     "preferences": (write_picks, load_preferences, Resize(32)),
     "coco-stuff": (write_labels, CocoStuff, SquareCrop(32)),
     "coco-stuff label": (write_label_picture, CocoStuff, SquareCrop(32)),
+    "ade20k-150": (write_ade20k_150, ade20k_150, SquareCrop(32)),
+    "ade20k-847": (write_ade20k_847, ade20k_847, SquareCrop(32)),
+    "pascal-context-59 label": (write_pascal_context_59, pascal_context_59, SquareCrop(32)),
+    "pascal-context-459": (write_pascal_context_459, pascal_context_459, SquareCrop(32)),
+    "voc": (write_voc, voc, SquareCrop(32)),
 }
 
 

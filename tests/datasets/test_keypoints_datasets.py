@@ -3,6 +3,7 @@ import random
 import warnings
 from collections import Counter
 
+import paper_data
 import pytest
 import tiny
 from folders import reasons, same, save_image, write_broken, write_json
@@ -12,13 +13,16 @@ from instructdiffusion_pipeline import upright_rgb
 from instructdiffusion_pipeline.datasets import UnreadableSample, read_image
 from instructdiffusion_pipeline.datasets.keypoints import (
     AIC_JOINTS,
+    AP10K_SIGMAS,
     CROWDPOSE_JOINTS,
     MPII_JOINTS,
     CocoKeypoints,
     MpiiKeypoints,
     aic,
+    ap10k,
     coco,
     crowdpose,
+    humanart,
     mpii,
 )
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
@@ -90,6 +94,32 @@ def test_crowdpose_and_ai_challenger(tmp_path):
     assert person.area == 20 * 24  # AI Challenger's evaluation takes the whole box
     with pytest.raises(ValueError, match="`split` must be one of train, val; got 'test'"):
         aic(tmp_path, "test")
+
+
+def test_humanart_has_cocos_joints_and_pictures_beside_its_folder(tmp_path, monkeypatch):
+    file = paper_data.write_humanart(tmp_path / "HumanArt", "validation")
+    monkeypatch.chdir(tmp_path / "HumanArt")
+    for root in (tmp_path / "HumanArt", ".", "annotations/.."):
+        dataset = humanart(root, "validation")
+        image, person = dataset[0]
+        assert len(dataset) == 3 and same(image, tiny.picture(40, 30)) and tuple(person.joints) == COCO_JOINTS
+    assert person.joints["nose"] == Joint(9, 5) and person.joints["right ankle"] is None and person.area == 500
+    (tmp_path / "HumanArt").rename(tmp_path / "human-art")
+    with pytest.raises(ValueError, match=f"{file.name}: no usable samples; skipped 3 with a missing file"):
+        humanart(tmp_path / "human-art", "validation")
+
+
+def test_ap10k_has_animals_of_all_categories_and_joints_of_its_own(tmp_path):
+    file = paper_data.write_ap10k(tmp_path, "test-split1")
+    dataset = ap10k(tmp_path, "test-split1")
+    image, animal = dataset[1]
+    assert len(dataset) == 3 and same(image, tiny.picture(40, 30)) and animal.id == 2 and animal.area == 500
+    assert list(animal.joints) == [name.replace("_", " ") for name in paper_data.AP10K_NAMES] == list(AP10K_SIGMAS)
+    assert animal.joints["left eye"] == Joint(12, 6) and animal.joints["right back paw"] is None
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    assert reasons(ap10k(tmp_path, "test-split1")) == ["another category than those listed"]
 
 
 @pytest.mark.parametrize(
