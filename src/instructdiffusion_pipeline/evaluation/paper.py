@@ -138,17 +138,18 @@ def evaluate_paper(
             source = open_source(figure, root, resolution or pipeline.default_resolution)
         except ValueError as error:
             missing[figure] = str(error)
-            continue
-        (rows[figure],) = evaluate(
-            pipeline,
-            examples_from(source, samples, seed, ALL_TASKS.get(source.make_task)),
-            folder / report.file_name(source.name),
-            settings_by_family,
-            batch_size,
-            seed,
-            0 if figure.key == "gopro" else resolution,
-        )["rows"]
-        write_text(folder / "paper.md", paper_tables(rows, missing))
+        else:
+            (rows[figure],) = evaluate(
+                pipeline,
+                examples_from(source, samples, seed, ALL_TASKS.get(source.make_task)),
+                folder / report.file_name(source.name),
+                settings_by_family,
+                batch_size,
+                seed,
+                0 if figure.key == "gopro" else resolution,
+            )["rows"]
+        if rows:
+            write_text(folder / "paper.md", paper_tables(rows, missing))
     if not rows:
         raise ValueError(f"`root`: no data set of the paper can be read in {root}: {'; '.join(missing.values())}")
     return paper_tables(rows, missing)
@@ -178,12 +179,12 @@ def paper_tables(rows: Mapping[Figure, Mapping[str, Any]], missing: Mapping[Figu
         lines = [f"| {table.metric} | split | samples | failed | score (ceiling) |{alone} paper |"]
         lines.append("| --- | --- | --: | --: | --: | --: |" + " --: |" * bool(alone))
         for figure in table.figures:
-            row = rows.get(figure, {"samples": "-", "failed": (), "scores": {}})
-            values = row["scores"].get(table.metric, {})
+            row = rows.get(figure)
+            values = row["scores"].get(table.metric, {}) if row else {}
             columns = [values.get(column) for column in ("model", "ceiling", "answer alone")]
             score, ceiling, output = (report.format_score(table.metric, value) for value in columns)
             paper = f"{figure.score} ({figure.ceiling})" if figure.ceiling else figure.score
-            counts = f"{row['samples']} | {len(row['failed'])}"
+            counts = f"{row['samples']} | {len(row['failed'])}" if row else "- | -"
             output = f" {output} |" if alone else ""
             lines.append(f"| {figure.name} | {figure.split} | {counts} | {score} ({ceiling}) |{output} {paper} |")
         parts.append(f"## {table.title}\n\n" + "\n".join(lines) + "\n")
