@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -125,17 +126,13 @@ def test_killed_and_started_again_it_ends_with_the_same_files_and_takes_in_new_d
     assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
 
     (tmp_path / "data" / "SIDD").symlink_to(work / "data" / "SIDD")
-    answers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/answers/*")}
+    answered = list(tmp_path.glob("out/humanart-validation/answers/*"))
+    for path in answered:
+        os.utime(path, (1, 1))
     call(*arguments)
-    assert answers and {path: path.stat().st_mtime_ns for path in answers} == answers, "nothing is asked again"
-    rows = [
-        "humanart-validation",
-        "pascal-context-459-validation",
-        "pascal-context-59-validation",
-        "sidd-val",
-        "voc-val",
-    ]
-    assert sorted(path.parent.name for path in tmp_path.glob("out/*/results.json")) == rows
+    assert len(answered) == 12 and {path.stat().st_mtime for path in answered} == {1}, "nothing is asked again"
+    rows = {path.parent.name for path in tmp_path.glob("out/*/results.json")}
+    assert rows == {"humanart-validation", "sidd-val", "voc-val"}
     for row in rows:
         assert outcome(tmp_path / "out" / row) == outcome(whole / row), row
     lines = [(folder / "paper.md").read_text().splitlines() for folder in (tmp_path / "out", whole)]
