@@ -110,6 +110,8 @@ def test_each_expression_and_class_is_a_question(whole):
         "voc-val": 2,
         "ade20k-847-validation": 3,
     }
+    sizes = {name: Image.open(whole / name / "answers" / "000000-0.png").size for name in ("gopro-test", "sidd-val")}
+    assert sizes == {"gopro-test": (80, 64), "sidd-val": (32, 32)}, "GoPro's pictures keep their resolution"
     # 17 joints are four questions, the 11 that animals share with people three.
     assert questions("humanart-validation") == 3 * 4 and questions("ap10k-test-split1") == 3 * 3
 
