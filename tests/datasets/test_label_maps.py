@@ -67,7 +67,7 @@ def test_classes_with_a_shared_first_name_are_called_by_another():
         "cat": {501},
         "control board": {769},
     }
-    assert numbered_classes("1: cat\n2: cat\n3: dog") == {"cat": {1, 2}, "dog": {3}}
+    assert numbered_classes("0: none\n1: cat\n2: cat\n3: , dog\n4: ,\n5:") == {"cat": {1, 2}, "dog": {3}}
 
 
 def test_classes_without_a_file_of_names_are_numbered_by_the_alphabet():

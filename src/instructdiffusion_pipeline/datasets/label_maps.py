@@ -211,8 +211,11 @@ def numbered_classes(lines: str) -> dict[str, set[int]]:
     A class is called by its first name. If several classes share that, each is called by its next name that no class
     has as its first; those without another name keep it, and are one class if there are several.
     """
-    matches = [match for line in lines.splitlines() if (match := CLASS_LINE.fullmatch(line))]
-    synonyms = {int(match[1]): [name.strip() for name in match[2].split(",")] for match in matches if int(match[1])}
+    synonyms: dict[int, list[str]] = {}
+    for match in filter(None, map(CLASS_LINE.fullmatch, lines.splitlines())):
+        names = [name.strip() for name in match[2].split(",") if name.strip()]
+        if names and int(match[1]):
+            synonyms[int(match[1])] = names
     if not synonyms:
         raise ValueError("no such line")
     first = Counter(names[0] for names in synonyms.values())

@@ -113,12 +113,13 @@ def evaluate_paper(
 ) -> str:
     """Score a pipeline on the paper's data sets below `root`, and write their tables to paper.md in `folder`.
 
-    Each data set and split is a resumable run of `evaluate` in a folder of its own. Whole people and animals are asked
-    for, each expression, and each class that a picture has. GoPro's pictures are worked on at their own resolution.
+    Each split of a data set is a resumable run of `evaluate` in a folder of its own. There is one question for each
+    expression and for each class that a picture has, and there are questions for all joints. GoPro's pictures are
+    worked on at their own resolution.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
-        root: each data set lies in its folder of `PAPER_FOLDERS` in it. Those that are missing or cannot be read are
+        root: has the folders of the data sets, see `PAPER_FOLDERS`. Data sets that are missing or cannot be read are
             listed below the tables.
         folder: new, or with results of the same run.
         samples: number of samples of each split, chosen at random.
