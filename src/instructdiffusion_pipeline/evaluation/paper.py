@@ -96,8 +96,9 @@ PAPER_FOLDERS = sorted({str(DATASETS[figure.key].folder) for table in PAPER_TABL
 SHARED_SIGMAS = {name: sigma for name, sigma in AP10K_SIGMAS.items() if name in COCO_SIGMAS}
 ALL_TASKS: dict[Any, MakeTasks] = {KEYPOINTS: whole_person, SEGMENTATION: every_object}
 NOTES = """\
-The ceiling, in parentheses, is the score of the ground truth after VAE encoding and decoding. "Output alone" is the
-PSNR of the model's output, as in the paper; the score is that of the restored picture, at the resolution of the input.
+The ceiling, in parentheses, is the score of the ground truth after VAE encoding and decoding. In table 5 the score and
+its ceiling are those of the restored picture at the resolution of the input, and "output alone" is the PSNR of the
+model's output. The paper's figures are those of the output alone.
 """
 
 
