@@ -37,9 +37,15 @@ def run_edit(pipe, tmp_path, monkeypatch):
 
 
 def start(*options):
-    """The script in a process of its own."""
+    """The script in a process of its own, which Ctrl-C stops even if the tests run in a shell's background."""
     command = [sys.executable, edit.__file__, "--instruction", INSTRUCTION, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_without_options_the_answer_is_that_of_ask_and_of_the_pipeline(tmp_path):
