@@ -28,7 +28,7 @@ $(VENV)-app/.ready: setup.cfg constraints.txt
 	grep -v '^pillow==' constraints.txt > $(VENV)-app/constraints.txt
 	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-app/constraints.txt \
-		-e '.[app,eval]' pytest hypothesis
+		-e '.[app,eval]' pytest hypothesis playwright
 	touch $@
 
 test-app: $(VENV)-app/.ready

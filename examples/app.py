@@ -3,18 +3,22 @@
     pip install ".[app]"
     python examples/app.py --model path/to/model
 
-It shows the output image, the masks or joints, and an overlay. The server listens on localhost only.
+It shows the output image, the masks or joints, and an overlay, and offers the data as files. Several users can ask at
+once; their questions are answered one after another. The server listens on localhost only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -22,6 +26,7 @@ from instructdiffusion_pipeline import (
     COCO_JOINTS,
     KEYPOINT_COLORS,
     MASK_COLORS,
+    Answer,
     Editing,
     InstructDiffusionPipeline,
     Joint,
@@ -32,11 +37,11 @@ from instructdiffusion_pipeline import (
     ask,
     upright_rgb,
 )
-from instructdiffusion_pipeline.cli import load_pipeline, run_script, split_names
+from instructdiffusion_pipeline.cli import UsageError, load_pipeline, open_image, run_script, split_names
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.colors import assign_colors
 from instructdiffusion_pipeline.tasks.keypoints import MAX_JOINTS
-from instructdiffusion_pipeline.tasks.restoration import Degradation
+from instructdiffusion_pipeline.tasks.restoration import Degradation, add_noise
 
 try:
     import gradio as gr
@@ -44,10 +49,9 @@ except ModuleNotFoundError:
     gr = None  # --help works without it
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
-SUNFLOWER = Path(__file__).parent / "demo" / "sunflower.png"
+DRAWINGS = Path(__file__).parent / "demo"
 
-MakeTask = Callable[[Image.Image, Any], Task]
-Outputs = tuple[str, Image.Image, Image.Image, dict[str, Any] | None]
+Outputs = tuple[str, Image.Image, Image.Image, dict[str, Any] | None, list[str]]
 
 
 def main() -> None:
@@ -64,72 +68,147 @@ def main() -> None:
 
 def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
     """The page. Each tab is an endpoint of the page's API, named after its task family."""
+    model, pictures = Model(pipe), example_pictures()
     with gr.Blocks(title="InstructDiffusion", analytics_enabled=False) as page:
+        gr.Markdown("# InstructDiffusion\nSelect an image or click an example, ask, and press Run.")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(example_picture(), type="pil", image_mode=None, format="png", label="picture")
-                seed = gr.Number(0, label="seed", precision=0)
+                picture = gr.Image(
+                    pictures["sunflower"], type="pil", image_mode=None, format="png", label="picture", height=300
+                )
+                picture.upload(check_picture, picture, picture, preprocess=False, api_visibility="private")
                 tabs = gr.Tabs()
             with gr.Column():
                 instruction = gr.Textbox(label="instruction")
-                answer = gr.Image(label="output image", format="png")
-                overlay = gr.Image(label="overlay", format="png")
+                with gr.Row():
+                    answer = gr.Image(label="output image", format="png", height=300)
+                    overlay = gr.Image(label="overlay", format="png", height=300)
                 data = gr.JSON(label="data")
+                files = gr.File(label="files", file_count="multiple", interactive=False)
         with tabs:
-            for task_class, make_task, component in questions():
-                family = task_class.family
+            for tab in tabs_of(pictures):
+                family = tab.task.family
                 with gr.Tab(family):
-                    asked = component()
-                    settings = {**task_class.settings, **pipe.config.task_settings.get(family, {})}
-                    sliders = [
-                        gr.Slider(1, 100, settings["num_inference_steps"], step=1, label="steps"),
-                        gr.Slider(0, 15, settings["guidance_scale"], step=0.1, label="guidance scale"),
-                        gr.Slider(0, 5, settings["image_guidance_scale"], step=0.05, label="image guidance scale"),
-                    ]
-                    gr.Button("Run", variant="primary").click(
-                        answer_with(pipe, make_task),
+                    asked = tab.component()
+                    settings = {**tab.task.settings, **pipe.config.task_settings.get(family, {})}
+                    with gr.Accordion("settings", open=False):
+                        seed = gr.Number(0, label="seed", precision=0)
+                        sliders = [
+                            gr.Slider(1, 100, settings["num_inference_steps"], step=1, label="steps"),
+                            gr.Slider(0, 15, settings["guidance_scale"], step=0.1, label="guidance scale"),
+                            gr.Slider(0, 5, settings["image_guidance_scale"], step=0.05, label="image guidance scale"),
+                        ]
+                    with gr.Row():
+                        run, cancel = gr.Button("Run", variant="primary"), gr.Button("Cancel")
+                    running = run.click(
+                        answer_with(model, tab.make_task),
                         [picture, asked, seed, *sliders],
-                        [instruction, answer, overlay, data],
+                        [instruction, answer, overlay, data, files],
                         api_name=family,
+                        show_progress_on=answer,
                         concurrency_id="model",  # a pipeline's scheduler serves one call at a time
                     )
+                    cancel.click(model.cancel, cancels=running, queue=False, api_visibility="private")
+                    gr.Examples(tab.examples, [picture, asked], label="examples")
     return page
 
 
-def example_picture() -> Image.Image:
-    """A photograph with a sunflower emoji on it, one of the objects that `instructdiffusion-tiny` was trained on."""
+def check_picture(upload: dict[str, Any]) -> Any:
+    """Remove an uploaded file that is no image, and say so; gradio would only say "Error" after Run."""
+    try:
+        open_image("picture", Path(upload["path"]))
+    except UsageError:
+        gr.Warning("The file cannot be read as an image.")
+        return None
+    return gr.skip()
+
+
+class Cancelled(Exception):
+    """The user does not want the answer any more."""
+
+
+class Model:
+    """A pipeline that answers one question at a time, and stops after the present step when its user cancels."""
+
+    def __init__(self, pipe: InstructDiffusionPipeline):
+        self.pipe = pipe
+        self.lock = threading.Lock()
+        self.cancelled: set[str | None] = set()  # sessions
+        self.folder = tempfile.TemporaryDirectory()  # for the files to download
+
+    def ask(self, session: str | None, picture: Image.Image, task: Task, **settings: Any) -> Answer:
+        """`ask` for a user. Raises `Cancelled`."""
+
+        def stop_if_cancelled(*_: Any) -> dict[str, Any]:
+            if session in self.cancelled:
+                raise Cancelled
+            return {}
+
+        with self.lock:  # gradio starts the next question while a cancelled one is in its last step
+            self.cancelled.discard(session)
+            return ask(self.pipe, picture, task, callback_on_step_end=stop_if_cancelled, **settings)
+
+    def cancel(self, request: gr.Request) -> None:
+        self.cancelled.add(request.session_hash)
+
+
+def example_pictures() -> dict[str, Image.Image]:
+    """The photographs of demo.py: with a sunflower, with a figure, with noise, and one of a cup of coffee."""
     from skimage import data
 
-    image, sunflower = ImageOps.fit(Image.fromarray(data.chelsea()), (256, 256)), Image.open(SUNFLOWER).convert("RGBA")
-    image.paste(sunflower, (10, 10), sunflower)
-    return image
+    def photograph(pixels: np.ndarray) -> Image.Image:
+        return ImageOps.fit(Image.fromarray(pixels), (256, 256), Image.Resampling.LANCZOS)
+
+    pictures = {"sunflower": photograph(data.chelsea()), "figure": photograph(data.rocket())}
+    for (name, picture), place in zip(pictures.items(), [(10, 10), (0, 0)], strict=True):
+        drawing = Image.open(DRAWINGS / f"{name}.png").convert("RGBA")
+        picture.paste(drawing, place, drawing)
+    pictures["noise"] = add_noise(photograph(data.astronaut()), 40.0, np.random.default_rng(0))
+    return pictures | {"coffee": photograph(data.coffee())}
 
 
-def questions() -> list[tuple[type[Task], MakeTask, Callable[[], gr.components.Component]]]:
-    """For each family: the task, how to make one from the picture and the user's input, and the input component."""
+class Tab(NamedTuple):
+    """What a tab asks."""
+
+    task: type[Task]
+    make_task: Callable[[Image.Image, Any], Task]  # from the picture and the user's input
+    component: Callable[[], gr.components.Component]  # for the user's input
+    examples: list[list[Any]]  # pictures with an input
+
+
+def tabs_of(pictures: Mapping[str, Image.Image]) -> list[Tab]:
+    """A tab for each family."""
     return [
-        (
+        Tab(
             Segmentation,
             lambda picture, names: Segmentation(assign_colors(picture, split_names(names), MASK_COLORS)),
             lambda: gr.Textbox("sunflower", label="objects, separated by commas"),
+            [[pictures["sunflower"], "sunflower"]],
         ),
-        (
+        Tab(
             Keypoints,
             lambda picture, names: Keypoints(assign_colors(picture, names, KEYPOINT_COLORS)),
             lambda: gr.Dropdown(
                 list(COCO_JOINTS), value=["nose"], multiselect=True, max_choices=MAX_JOINTS, label="joints"
             ),
+            [[pictures["figure"], ["left wrist", "right wrist", "left knee"]]],
         ),
-        (
+        Tab(
             Restoration,
             lambda _, degradation: Restoration(degradation),
             lambda: gr.Radio(list(get_args(Degradation)), value="noise", label="remove"),
+            [[pictures["noise"], "noise"]],
         ),
-        (Editing, lambda _, text: Editing(text), lambda: gr.Textbox("make it night", label="instruction")),
+        Tab(
+            Editing,
+            lambda _, text: Editing(text),
+            lambda: gr.Textbox("make it night", label="instruction"),
+            [[pictures["coffee"], "make it night"], [pictures["sunflower"], "remove the sunflower"]],
+        ),
     ]
 
 
-def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callable[..., Outputs]:
+def answer_with(model: Model, make_task: Callable[[Image.Image, Any], Task]) -> Callable[..., Outputs]:
     """The function behind the button of a tab."""
 
     def answer(
@@ -139,6 +218,7 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
         steps: int,
         guidance_scale: float,
         image_guidance_scale: float,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008 - gradio looks for it here
     ) -> Outputs:
         if picture is None or seed is None:
@@ -146,8 +226,8 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
         try:
             picture = upright_rgb(picture)
             task = make_task(picture, asked)
-            result = ask(
-                pipe,
+            result = model.ask(
+                request.session_hash,
                 picture,
                 task,
                 num_inference_steps=steps,
@@ -155,13 +235,28 @@ def answer_with(pipe: InstructDiffusionPipeline, make_task: MakeTask) -> Callabl
                 image_guidance_scale=image_guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
             )
+        except Cancelled:
+            return tuple(gr.skip() for _ in range(5))
         except ValueError as error:
             raise gr.Error(str(error)) from error
         if result.nsfw_content_detected:
             raise gr.Error("The safety checker flagged the output image and replaced it by a black image.")
-        return task.instruction(), result.picture, result.overlay, as_json(result.data)
+        files = write_files(Path(tempfile.mkdtemp(dir=model.folder.name)), result.data)
+        return task.instruction(), result.picture, result.overlay, as_json(result.data), files
 
     return answer
+
+
+def write_files(folder: Path, data: Image.Image | Mapping[str, Mask | Joint | None]) -> list[str]:
+    """Write an image as answer.png; joints as answer.json; masks as answer.json and a PNG for each object."""
+    if isinstance(data, Image.Image):
+        data.save(folder / "answer.png")
+    else:
+        (folder / "answer.json").write_text(json.dumps(as_json(data), indent=2) + "\n")
+        for name, reading in data.items():
+            if isinstance(reading, Mask):
+                Image.fromarray(reading.pixels).save(folder / f"{name}.png".replace("/", " "))
+    return sorted(map(str, folder.iterdir()))
 
 
 def as_json(data: Image.Image | Mapping[str, Mask | Joint | None]) -> dict[str, Any] | None:

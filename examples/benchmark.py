@@ -11,7 +11,8 @@ that keypoints need. All share their weights and use the same number of denoisin
 
 The rows run alternately for several rounds. Each ratio is computed within one round, so that other load on the machine
 affects both measurements. On a GPU, wall time is measured, in bfloat16; on a CPU, processor time of this process, in
-float32. There is a warm-up before each measurement. The weights are random, except with `--model tiny`.
+float32. There is a warm-up before each measurement. The weights are random, except with `--model tiny`. The plot needs
+`pip install ".[eval]"`.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import UsageError, check_output, integer, run_script
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources
-from instructdiffusion_pipeline.files import write_text
+from instructdiffusion_pipeline.files import atomic_write, write_text
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, load_for_training, train
 from instructdiffusion_pipeline.training.data import count_workers, tokenize
@@ -98,11 +99,14 @@ def main() -> None:
         help="timed updates per measurement, after a warm-up of a third of that number (default: 6)",
     )
     parser.add_argument("--steps", type=integer(1), default=10, help="denoising steps of inference (default: 10)")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file for the results; a plot is written beside it, as a PNG file"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     args = parser.parse_args()
     if args.output:
-        check_output("--output", args.output, args.overwrite)
+        for path in (args.output, args.output.with_suffix(".png")):
+            check_output("--output", path, args.overwrite)
     args.size = args.size or (64 if args.model == "tiny" else 128)
     pipeline = build(args.model)
     if args.measure == "inference":
@@ -118,6 +122,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()), table(report), sep="\n\n")
     if args.output:
         write_text(args.output, json.dumps(about | report, indent=2) + "\n")
+        plot(report, f"{args.measure}, model {args.model}, {about['device']}", args.output.with_suffix(".png"))
 
 
 def training_config(batch_size: int, lora_rank: int | None, num_workers: int) -> TrainingConfig:
@@ -241,17 +246,43 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        name, rate, speed, share = row["name"], row["samples_per_second"], row["ratios"], row.get("share_of_bf16_peak")
-        if "batch_size" in row:
-            name += f", batch {row['batch_size']}, {'compiled' if row['compiled'] else 'eager'}"
+        rate, speed, share = row["samples_per_second"], row["ratios"], row.get("share_of_bf16_peak")
         lines.append(
-            f"| {name} | {median(rate):.2f} | {median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
+            f"| {label(row)} | {median(rate):.2f} | {median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
             f" | {row['peak_memory_gb']:.2f} | {f'{share:.1%}' if share else ''} |"
         )
     if "cached_samples" in report:
         cached, seconds = report["cached_samples"], report["caching_seconds"]
         lines += ["", f"Caching {cached} samples took {seconds:.1f} s, {cached / seconds:.2f} per second."]
     return "\n".join(lines)
+
+
+def label(row: dict[str, Any]) -> str:
+    """What was measured, for the table and the plot."""
+    if "batch_size" not in row:
+        return row["name"]
+    return f"{row['name']}, batch {row['batch_size']}, {'compiled' if row['compiled'] else 'eager'}"
+
+
+def plot(report: dict[str, Any], title: str, path: Path) -> None:
+    """Draw the median speed of each row as a bar, with the speed and memory of all rounds."""
+    import matplotlib.pyplot as plt  # here, as the CUDA acceptance run has no matplotlib
+
+    rows = report["rows"]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.5 * len(rows)), layout="constrained")
+    for position, row in enumerate(rows):
+        rates = row["samples_per_second"]
+        color = "tab:gray" if row["name"].startswith("diffusers") else "tab:blue"
+        axes.barh(position, median(rates), color=color)
+        axes.plot(rates, [position] * len(rates), "k|")
+        memory = f"{row['peak_memory_gb']:.2f} GB peak memory"
+        axes.annotate(memory, (0, position), (4, 0), textcoords="offset points", va="center", color="white")
+    axes.set(title=title, xlabel="samples per second: median and rounds")
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.invert_yaxis()
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)
 
 
 def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, config: TrainingConfig) -> None:

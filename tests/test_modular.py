@@ -160,6 +160,15 @@ def test_a_folder_loads_without_trust(pipe: InstructDiffusionPipeline, tmp_path:
     assert np.array_equal(blocks(**call | {"generator": tiny.generator()}, output="images"), expected)
 
 
+def test_blocks_that_were_saved_load_again(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+    blocks = modular(pipe, guidance_scale=2.0, image_guidance_scale=1.0)
+    blocks.save_pretrained(str(tmp_path))
+    loaded = InstructDiffusionBlocks().init_pipeline(str(tmp_path))
+    loaded.load_components()
+    loaded.update_components(guider=blocks.guider)
+    assert np.array_equal(loaded(**tiny.inputs(), output="images"), blocks(**tiny.inputs(), output="images"))
+
+
 # --- each block alone -----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
@@ -112,6 +113,8 @@ def test_the_report_has_three_rows_and_parses(pipe, tmp_path, monkeypatch, capsy
     assert [row["name"] for row in report["rows"]] == names and report["rows"][0]["ratios"] == [1, 1]
     assert all(len(row["samples_per_second"]) == 2 and min(row["samples_per_second"]) > 0 for row in report["rows"])
     assert report["unet_flop_per_sample"] > 0
+    with Image.open(tmp_path / "figures.png") as drawn:
+        assert drawn.format == "PNG" and len(drawn.convert("RGB").getcolors(2**24)) > 2
 
 
 def test_the_report_of_the_model_that_ships(tmp_path, monkeypatch):
@@ -154,13 +157,14 @@ def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
     assert len(graphs) == 1, "of blocks of one width that get 3, 2, 6 and 4 branches"
 
 
-def test_an_existing_report_is_kept_without_overwrite(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "figures.json"
-    output.write_text("old")
-    monkeypatch.setattr(sys, "argv", f"benchmark.py --output {output}".split())
+@pytest.mark.parametrize("existing", ["figures.json", "figures.png"])
+def test_an_existing_report_is_kept_without_overwrite(existing, tmp_path, monkeypatch, capsys):
+    (tmp_path / existing).write_text("old")
+    monkeypatch.setattr(sys, "argv", f"benchmark.py --output {tmp_path / 'figures.json'}".split())
     with pytest.raises(SystemExit) as exit:
         run_script(benchmark.main)
-    assert exit.value.code == 2 and "figures.json exists" in capsys.readouterr().err and output.read_text() == "old"
+    assert exit.value.code == 2 and f"{existing} exists" in capsys.readouterr().err
+    assert (tmp_path / existing).read_text() == "old"
 
 
 def test_a_turn_is_timed_after_its_warm_up_and_ended(pipe, samples):

@@ -1,5 +1,9 @@
 import json
+import os
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ import tiny
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from test_mixed_pictures import save_picture
 
 from instructdiffusion_pipeline import Editing, Segmentation, ask
 from instructdiffusion_pipeline.cli import run_script
@@ -113,3 +119,64 @@ def test_batches_have_one_working_size_and_every_picture_once(pipe, tmp_path):
     ]
     assert all(len(size) == 1 for size in sizes) and all(len(batch) <= 2 for batch in found)
     assert sorted(path for batch in found for path in batch) == sorted(paths)
+
+
+def run_until(records, command, folder):
+    """Run predict.py; kill it when the output has this number of records (None: let it end)."""
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if records is not None and len(list(folder.glob("killed/records/*.json"))) >= records:
+            process.kill()
+            process.wait()
+            return
+        time.sleep(0.002)
+    assert records is None and process.returncode == 0, "the run ended before it was killed"
+
+
+@pytest.mark.slow  # 14 runs of the script
+@pytest.mark.parametrize(
+    ("question", "iou_type"),
+    [
+        (("--task", "segmentation", "--objects", "cat, dog"), "segm"),
+        (("--task", "keypoints", "--joints", "nose, left wrist, right wrist"), "keypoints"),
+    ],
+)
+def test_fifty_pictures_and_five_kills_give_the_files_of_one_run(pipe, tmp_path, question, iou_type):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    rng = random.Random(0)
+    for number in range(47):
+        save_picture(tmp_path / "photos", f"{number:02d}", rng)
+    whole = next((tmp_path / "photos").glob("00.*")).read_bytes()
+    for name, content in {"empty.png": b"", "notes.jpg": b"no picture", "truncated.jpg": whole[:100]}.items():
+        (tmp_path / "photos" / name).write_bytes(content)
+
+    command = [sys.executable, predict.__file__, "--model", "model", "--images", "photos", *question]
+    command += ["--steps", "4", "--batch_size", "4", "--output"]
+    run_until(None, [*command, "whole"], tmp_path)
+    for records in (3, 11, 20, 29, 38, None):
+        run_until(records, [*command, "killed"], tmp_path)
+    # A kill may leave a hidden folder of a file that was being written.
+    killed, expected = (
+        {path.relative_to(tmp_path / name): content for path, content in contents(tmp_path / name).items()}
+        for name in ("killed", "whole")
+    )
+    assert {path: content for path, content in killed.items() if not path.parent.name.startswith(".")} == expected
+    answered = [path for path in expected if path.parent.name == "records"]
+    assert len(answered) == 40, "all but three files that are no pictures, and seven with sides of more than 4 : 1"
+
+    # The answers as their own ground truth: pycocotools reads all of them, and finds each.
+    content = json.loads((tmp_path / "killed" / "coco.json").read_text())
+    truth = COCO()
+    truth.dataset = json.loads(json.dumps(content))
+    for annotation in truth.dataset["annotations"]:
+        annotation.update({"area": 1000, "bbox": [0, 0, 40, 25], "iscrowd": 0} | annotation)
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(content["annotations"]), iou_type)
+    if iou_type == "keypoints":
+        evaluation.params.kpt_oks_sigmas = np.full(3, 0.05)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert len(content["images"]) == 40 and content["annotations"]
+    assert evaluation.stats[0] == pytest.approx(1)
