@@ -437,6 +437,15 @@ def _missing_weights(model: Any, variant: str | None) -> list[str]:
     return [name for name, _ in model.named_parameters() if files and _current_name(name) not in stored]
 
 
+def _refuse_missing(component: str, missing: list[str], source: str | os.PathLike[str]) -> None:
+    """Raises a ValueError that names the missing weights, if there are any."""
+    if missing:
+        raise ValueError(
+            f"`{component}` must have all of its weights in {source}, but {len(missing)} are missing:"
+            f" {', '.join(missing)}."
+        )
+
+
 def _weight_names(file: Path) -> list[str]:
     """The names of the weights in a file; those of a safetensors file are read from its header."""
     if file.suffix != ".safetensors":
@@ -574,15 +583,25 @@ class InstructDiffusionPipeline(
             ValueError: if the files of a model lack weights; the message names them.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
-        for component, model in models.items():
-            if component not in kwargs:
+        for component, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module) and component not in kwargs:
                 missing = _missing_weights(model, kwargs.get("variant"))
-                if missing:
-                    raise ValueError(
-                        f"`{component}` must have all of its weights in {pretrained_model_name_or_path}, but"
-                        f" {len(missing)} are missing: {', '.join(missing)}."
-                    )
+                _refuse_missing(component, missing, pretrained_model_name_or_path)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str, **kwargs: Any) -> Any:
+        """As in diffusers, but weights must not be missing: diffusers leaves those of a text encoder without values.
+
+        Raises:
+            ValueError: if the file lacks weights of the text encoder; the message names them.
+            NotImplementedError: if it lacks weights of another model.
+        """
+        pipe = super().from_single_file(pretrained_model_link_or_path, **kwargs)
+        for component, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module):
+                missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+                _refuse_missing(component, missing, pretrained_model_link_or_path)
         return pipe
 
     @classmethod
