@@ -1,7 +1,7 @@
 """Kill a program at many points, let it go on, and compare: kill_points.py OPERATION COUNT FOLDER.
 
-Each run is a forked process. It is killed just before its n-th change of the file system (Python's audit events), and
-at points spread over its running time if it makes fewer changes than COUNT. Then it is started again and not killed.
+Each run is a forked process. It is killed just before its n-th change of the file system (an audit event of Python),
+and at other audit events if it makes fewer changes than COUNT. Then it is started again and not killed.
 """
 
 import io
@@ -87,38 +87,30 @@ OPERATIONS = {
 }
 
 
-def call_at_change(folder: Path, act: Callable[[], None]) -> None:
-    """Call `act` before each change of the file system in `folder`."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event in CHANGES or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes and str(arguments[0]).startswith(str(folder)):
-            act()
-
-    sys.addaudithook(hook)
+def is_change(event: str, arguments: tuple[Any, ...], folder: Path) -> bool:
+    """Whether an audit event tells of a change of the file system in `folder`."""
+    writes = event in CHANGES or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    return bool(writes) and str(arguments[0]).startswith(str(folder))
 
 
-def fork(operation: Callable[[Path], None], folder: Path, change: int | None = None, seconds: float = 0) -> int:
-    """Run `operation` in a process that is killed at a change or after some seconds; returns its exit code."""
+def fork(operation: Callable[[Path], None], folder: Path, kind: str = "", number: int = 0) -> int:
+    """Run `operation` in a process that is killed at the `number`-th change or event; returns its exit code."""
     child = os.fork()
     if child == 0:
-        count = 0
+        counts = {"changes": 0, "events": 0}
 
-        def act() -> None:
-            nonlocal count
-            if count == change:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            for counted in ("events", *(["changes"] if is_change(event, arguments, folder) else [])):
+                if counted == kind and counts[counted] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                counts[counted] += 1
 
-        call_at_change(folder, act)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        sys.addaudithook(hook)
         status = 1
         try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), open(os.devnull, "w") as null:
-                os.dup2(null.fileno(), 1)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 operation(folder)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            (folder.parent / "changes").write_text(str(count))
+            (folder.parent / "counts.json").write_text(json.dumps(counts))
             status = 0
         except BaseException:
             os.write(2, traceback.format_exc().encode())
@@ -154,23 +146,23 @@ def main(name: str, count: int, root: Path) -> None:
         tiny.picture(64, 64, seed).save(root / "photos" / f"{seed}.png")
     started = time.monotonic()
     assert fork(operation, new(root / "whole")) == 0
-    lasted = time.monotonic() - started
-    expected, changes = contents(root / "whole"), int((root / "changes").read_text())
+    seconds = round(time.monotonic() - started, 2)
+    expected, counts = contents(root / "whole"), json.loads((root / "counts.json").read_text())
 
-    points = [{"change": round(i * changes / min(count, changes))} for i in range(min(count, changes))]
-    points += [{"seconds": lasted * (i + 1) / (count - changes + 1)} for i in range(count - changes)]
-    killed = 0
+    at_changes = min(count, counts["changes"])
+    points = [("changes", round(i * counts["changes"] / at_changes)) for i in range(at_changes)]
+    points += [
+        ("events", round((i + 0.5) * counts["events"] / (count - at_changes))) for i in range(count - at_changes)
+    ]
     for point in points:
         folder = new(root / "broken")
-        code = fork(operation, folder, **point)
-        assert code in (0, -signal.SIGKILL, -signal.SIGALRM), (point, code)
-        killed += code != 0
+        assert fork(operation, folder, *point) == -signal.SIGKILL, point
         assert fork(operation, folder) == 0, point
         found = contents(folder)
         assert found.keys() == expected.keys(), (point, found.keys() ^ expected.keys())
         assert found == expected, (point, [path for path in found if found[path] != expected[path]])
         assert (folder / ".model.mine" / "notes.txt").read_text() == "mine", point
-    print(json.dumps({"operation": name, "changes": changes, "killed": killed, "seconds": round(lasted, 2)}))
+    print(json.dumps({"operation": name, "killed": len(points), **counts, "seconds": seconds}))
 
 
 if __name__ == "__main__":
