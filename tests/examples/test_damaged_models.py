@@ -39,14 +39,8 @@ def command(name: str, good: Path, model: Path) -> tuple[Callable[[], None], lis
             options = ["--image", good / "photo.png", "--instruction", "x", "--output", model.parent / "out.png"]
             return edit.main, ["--model", model, *options]
         case "train":
-            return train.main, [
-                "--init",
-                model,
-                "--data",
-                f"gopro={good}",
-                "--output_dir",
-                model.parent / "out",
-            ]
+            options = ["--data", f"gopro={good}", "--output_dir", model.parent / "out", "--max_train_steps", 1]
+            return train.main, ["--init", model, *options]
     return push_to_hub.main, ["--model", model, "--repo_id", "nobody/nothing"]
 
 
