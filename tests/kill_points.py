@@ -100,6 +100,8 @@ def fork(operation: Callable[[Path], None], folder: Path, kind: str = "", number
         counts = {"changes": 0, "events": 0}
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "os.kill":  # of this hook itself
+                return
             for counted in ("events", *(["changes"] if is_change(event, arguments, folder) else [])):
                 if counted == kind and counts[counted] == number:
                     os.kill(os.getpid(), signal.SIGKILL)
