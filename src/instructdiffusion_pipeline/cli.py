@@ -167,7 +167,8 @@ def run_a_step(pipeline: InstructDiffusionPipeline) -> None:
     progress_bar = pipeline.__dict__.get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    pipeline("", Image.new("RGB", (64, 64)), 1, 0.5, 0.5, resolution=0, generator=generator)
+    side = max(64, 2 * pipeline.size_multiple)  # group norm needs more than one latent pixel at the lowest level
+    pipeline("", Image.new("RGB", (side, side)), 1, 0.5, 0.5, resolution=0, generator=generator)
     pipeline.set_progress_bar_config(**(progress_bar or {}))
 
 
