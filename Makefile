@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: small models gain little from more, and slow down a lot when other processes use the cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-app bundle quality setup clean
+.PHONY: demo test test-slow test-fuzz test-app bundle quality setup clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,12 @@ test-app: $(VENV)-app/.ready
 
 test-slow: setup
 	$(PYTEST) -m slow -s
+
+# Damaged files, wrong arguments and killed programs, in large numbers; part of `make test-slow`.
+test-fuzz: setup
+	$(PYTEST) -m slow -s -n 2 tests/datasets/test_fuzzed_annotations.py tests/test_damaged_pictures.py \
+		tests/test_pipeline_arguments.py tests/test_conversion_fuzz.py tests/examples/test_damaged_models.py \
+		tests/test_killed.py
 
 # What the CUDA acceptance run needs beside a checkout. On a machine with a GPU: bash build/cuda/run.sh
 bundle: setup

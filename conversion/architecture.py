@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import CLIPTextConfig
-from weights import reading
 
-from instructdiffusion_pipeline.cli import UsageError
+from instructdiffusion_pipeline.cli import UsageError, reading
 
 Shapes = Mapping[str, torch.Size]
 

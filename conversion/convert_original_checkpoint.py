@@ -21,10 +21,10 @@ from diffusers.loaders.single_file_utils import (
 from original_checkpoint import OriginalCheckpoint
 from original_names import PREFIXES, build_empty, original_shapes
 from transformers import CLIPTextConfig, CLIPTokenizer
-from weights import Weights, check_names, check_new, reading
+from weights import Weights, check_names, check_new
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.cli import UsageError, reading, run_script
 from instructdiffusion_pipeline.files import atomic_write
 
 SD15_TOKENIZER = "openai/clip-vit-large-patch14"

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DCond
 from original_names import PREFIXES, build_empty, is_pointwise, name_tables
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
-from weights import Weights, check_names, check_new, read_safetensors, read_values, reading
+from weights import Weights, check_names, check_new, read_safetensors, read_values
 
-from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.cli import UsageError, reading, run_script
 from instructdiffusion_pipeline.files import atomic_write
 
 # Settings that are constant in the original's code and do not follow from names and shapes of weights.

@@ -4,8 +4,7 @@ import pickle
 import re
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from instructdiffusion_pipeline.cli import UsageError
+from instructdiffusion_pipeline.cli import UsageError, reading
 
 Weights = dict[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,20 +31,6 @@ PLACEHOLDER_CLASSES = (
 )
 SAFE_GLOBALS: list[Any] = [(type(name.rpartition(".")[2], (), {}), name) for name in PLACEHOLDER_CLASSES]
 SAFE_GLOBALS += [dict, list, int, defaultdict, (typing.Any, "typing.Any")]
-
-
-@contextmanager
-def reading(message: str) -> Iterator[None]:
-    """Raise a UsageError with `message` and the cause if the block fails.
-
-    For blocks that give a file to a library: with a damaged file, libraries raise exceptions of any class.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())}).") from error
 
 
 def read_pickle(path: Path, option: str) -> Any:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, push
-from instructdiffusion_pipeline.cli import UsageError, check_model_folder, run_script
+from instructdiffusion_pipeline.cli import UsageError, check_model_folder, reading, run_script
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
         raise UsageError(f"--repo_id: {error}") from error
 
     dtype = torch.float16 if args.half else torch.float32
-    pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=dtype)
+    with reading(f"--model: no pipeline could be loaded from {args.model}"):
+        pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=dtype)
     print(push(pipeline, args.repo_id, private=args.private or None, license=args.license))
 
 

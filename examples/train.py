@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from instructdiffusion_pipeline import export, push
-from instructdiffusion_pipeline.cli import UsageError, run_script
+from instructdiffusion_pipeline.cli import UsageError, reading, run_a_step, run_script
 from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, columns_of, load_sources, parse_entries
@@ -160,7 +161,9 @@ def run(options: Options, config: TrainingConfig) -> None:
         create_repo(options.push_to, exist_ok=True)  # fail before training if the repository cannot be created
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
-    pipeline = load_for_training(start)
+    with reading(f"--init: no pipeline could be loaded from {start}") if Path(start).exists() else nullcontext():
+        pipeline = load_for_training(start)
+        run_a_step(pipeline)
     size = options.resolution or min(256, pipeline.default_resolution)
     sources = training_sources(options, size)
     mixture = Mixture(sources, config.seed)

@@ -14,8 +14,20 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from test_pipeline_diffusers import embeds, load, with_image_encoder
 
-from instructdiffusion_pipeline import InstructDiffusionPipeline, Segmentation, ask
+from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Segmentation, ask, ask_boxes
+from instructdiffusion_pipeline.ask import ask_batch
+
+
+@pytest.fixture
+def pipe() -> InstructDiffusionPipeline:
+    """A pipeline that takes one step by default."""
+    one_step = {family: {"num_inference_steps": 1} for family in ("editing", "segmentation", "keypoints")}
+    pipe = InstructDiffusionPipeline(**tiny.components(), task_settings=one_step)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
 
 ARGUMENTS = [name for name in inspect.signature(InstructDiffusionPipeline.__call__).parameters if name != "self"]
 SHAPES = [(1, 4, 16, 16), (4, 16, 16), (3, 16, 16), (1, 77, 32)]
@@ -52,9 +64,36 @@ def values() -> list[Any]:
     return [None, *numbers, *texts, *containers, *functions, *others, *arrays, *tensors, *pictures]
 
 
+def returned() -> list[Any]:
+    """What a callback may return by mistake."""
+    latents, texts = torch.rand(1, 4, 16, 16), torch.rand(1, 77, 32)
+    tensors: list[Any] = [
+        None,
+        5,
+        "x",
+        [1],
+        latents.numpy(),
+        latents[:, :2],
+        latents.int(),
+        latents.to(torch.complex64),
+    ]
+    tensors += [latents.to_sparse(), latents * torch.nan, latents.double(), texts, texts[:, :5], texts.repeat(2, 1, 1)]
+    names = InstructDiffusionPipeline._callback_tensor_inputs
+    return [None, 5, {}, {"other": 1}, {3: 4}, *({name: tensor} for name in names for tensor in tensors)]
+
+
+def attention_settings() -> list[Any]:
+    """Values of the entries of `cross_attention_kwargs` that the UNet sets or that an IP-Adapter takes."""
+    mask = torch.ones(1, 1, 16, 16)
+    masks = [None, 5, "x", [], [1], [None], mask, [mask], [mask[0]], [mask, mask], [mask.repeat(1, 2, 1, 1)]]
+    masks += [[mask * torch.nan], mask[:, 0], torch.tensor(1.0)]
+    names = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "gligen"]
+    return [{"ip_adapter_masks": value} for value in masks] + [{name: value} for name in names for value in (1, mask)]
+
+
 def check(call: Callable[..., Any], argument: str, value: Any) -> None:
     """Call it; an answer must be finite, and an error must be of the two kinds and name the argument."""
-    names = [argument, argument.removesuffix("_embeds"), "prompt" if argument == "instruction" else argument]
+    names = [argument, argument.removesuffix("_embeds"), argument.removesuffix("s")]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -78,29 +117,80 @@ def pipeline_call(pipe: InstructDiffusionPipeline, argument: str) -> Callable[..
     return lambda **change: pipe(**(call | change))
 
 
+def some(candidates: list[Any], count: int | None, seed: str) -> list[Any]:
+    """A sample, the same in every run; None: all."""
+    return candidates if count is None else random.Random(seed).sample(candidates, min(count, len(candidates)))
+
+
+# A few of the values in the usual suite, all of them in the slow one.
+few_and_all = pytest.mark.parametrize("count", [25, pytest.param(None, marks=pytest.mark.slow)])
+
+
+@few_and_all
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_every_type_of_an_argument(pipe: InstructDiffusionPipeline, argument: str) -> None:
-    """A sample of the values, the same in every run."""
+def test_every_type_of_an_argument(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
     call = pipeline_call(pipe, argument)
-    for value in random.Random(argument).sample(values(), 60):
+    for value in some(values(), count, argument):
         check(call, argument, value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("argument", ARGUMENTS)
-def test_every_value_of_an_argument(pipe: InstructDiffusionPipeline, argument: str) -> None:
-    call = pipeline_call(pipe, argument)
-    for value in values():
-        check(call, argument, value)
+@few_and_all
+@pytest.mark.parametrize("argument", ["ip_adapter_image", "ip_adapter_image_embeds"])
+def test_every_type_shown_to_an_ip_adapter(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
+    call = tiny.inputs(num_inference_steps=1)
+    pipe = load(with_image_encoder(pipe))
+    pictures = [tiny.picture(), PIL.Image.new("F", (9, 7), 300.0), torch.rand(1, 3, 32, 32), torch.rand(1, 3, 33, 31)]
+    shown = [embeds(), embeds(rows=0), embeds(rows=3), embeds(pictures=3), embeds()[..., :9], embeds()[:, 0]]
+    plain = [*values(), *pictures, *shown]
+    nested = [[value] for value in plain] + [[value, value] for value in plain]
+    for value in some([*plain, *nested, *([value] for value in nested)], count and 3 * count, argument):
+        check(lambda **change: pipe(**(call | change)), argument, value)
 
 
-OF_ASK = [name for name in inspect.signature(ask).parameters if name != "settings"]
+@pytest.mark.parametrize("shows", [True, False])
+def test_every_setting_of_the_attention(pipe: InstructDiffusionPipeline, shows: bool) -> None:
+    call = tiny.inputs(num_inference_steps=1)
+    if shows:
+        load(pipe)
+        call["ip_adapter_image_embeds"] = [embeds()]
+    for value in attention_settings():
+        check(lambda **change: pipe(**(call | change)), "cross_attention_kwargs", value)
+
+
+@few_and_all
+def test_everything_that_a_callback_may_do(pipe: InstructDiffusionPipeline, count: int | None) -> None:
+    def setter(name: str, value: Any) -> Callable[..., Any]:
+        return lambda pipe, *_: setattr(pipe, name, value)
+
+    call = tiny.inputs(num_inference_steps=2)
+    callbacks = [lambda *_, value=value: value for value in returned()]
+    callbacks += [setter(name, value) for name in ("_guidance_scale", "_image_guidance_scale") for value in values()]
+    for callback in some(callbacks, count, "callback"):
+        check(lambda **change: pipe(**(call | change)), "callback_on_step_end", callback)
+
+
+OF_ASK = [(ask, name) for name in inspect.signature(ask).parameters if name != "settings"]
+OF_ASK += [(ask_batch, name) for name in ("images", "tasks", "instructions")]
+OF_ASK += [(ask_boxes, name) for name in ("image", "task", "boxes", "batch_size")]
 SET_BY_ASK = {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}
+OF_ASK += [(ask, name) for name in ARGUMENTS if name not in SET_BY_ASK]
 
 
-@pytest.mark.parametrize("argument", OF_ASK + [name for name in ARGUMENTS if name not in SET_BY_ASK])
-def test_every_type_of_an_argument_of_ask(pipe: InstructDiffusionPipeline, argument: str) -> None:
-    call = {"pipeline": pipe, "image": tiny.picture(), "task": Segmentation({"cat": "blue"}), "resolution": 64}
+@few_and_all
+@pytest.mark.parametrize(("function", "argument"), OF_ASK)
+def test_every_type_of_an_argument_of_ask(
+    pipe: InstructDiffusionPipeline, function: Callable[..., Any], argument: str, count: int | None
+) -> None:
+    call: dict[str, Any] = {"pipeline": pipe, "resolution": 64}
     call |= {} if argument in ("timesteps", "sigmas") else {"num_inference_steps": 1}
-    for value in random.Random(argument).sample(values(), 40):
-        check(lambda **change: ([ask(**(call | change)).data["cat"].score], None), argument, value)
+    if function is ask_batch:
+        call |= {"images": [tiny.picture()], "tasks": [Segmentation({"cat": "blue"})]}
+    elif function is ask_boxes:
+        call |= {"image": tiny.picture(), "task": Keypoints({"nose": "red"}), "boxes": [(0, 0, 1, 1)]}
+    else:
+        call |= {"image": tiny.picture(), "task": Segmentation({"cat": "blue"})}
+    candidates = values()
+    if function is not ask:
+        candidates += [[value] for value in values()] + [[(0, 0, value, 9)] for value in values()]
+    for value in some(candidates, count, argument):
+        check(lambda **change: (function(**(call | change)) and [0], None), argument, value)

@@ -33,7 +33,7 @@ from diffusers.loaders import IPAdapterMixin
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import instructdiffusion_pipeline.pipeline_instruct_diffusion as module
@@ -137,6 +137,27 @@ def test_a_single_original_file_loads_with_a_configuration_at_hand(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     loaded.set_progress_bar_config(disable=True)
     assert difference(answer(loaded), answer(golden_pipe)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", ValueError),
+        ("model.diffusion_model.out.2.bias", NotImplementedError),
+        ("first_stage_model.decoder.conv_out.weight", NotImplementedError),
+    ],
+)
+def test_a_single_file_that_lacks_a_weight_is_refused(
+    golden: Path, golden_pipe: InstructDiffusionPipeline, tmp_path: Path, name: str, error: type[Exception]
+) -> None:
+    golden_pipe.save_pretrained(tmp_path / "config")
+    weights = load_file(golden / "model" / "tiny-original.safetensors")
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(error, match="`text_encoder` must have all .* final_layer_norm.weight|meta tensor"):
+        InstructDiffusionPipeline.from_single_file(
+            str(tmp_path / "model.safetensors"), config=str(tmp_path / "config")
+        )
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE])

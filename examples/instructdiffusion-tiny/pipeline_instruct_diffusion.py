@@ -63,6 +63,8 @@ MAX_RESOLUTION = 16384
 MAX_IMAGES_PER_PROMPT = 1000
 # torch cannot compare these numbers.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+# Arguments of attention processors that the UNet sets; "gligen" needs another UNet.
+SET_BY_UNET = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "gligen")
 FINITE_TENSOR = "a floating-point tensor of finite values"
 # The original code's settings for editing, used if neither the caller nor the model gives a value.
 DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
@@ -187,13 +189,13 @@ def working_size(
     return WorkingSize(size, (left + x * shown[0], top + y * shown[1], left + x * shown[2], top + y * shown[3]))
 
 
-def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Image:
     """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
 
     The range of the modes F and I follows from the values: 0 to 1 or 0 to 255 in F, 0 to 255 or 0 to 65535 in I.
 
     Raises:
-        ValueError: if values of the modes F and I are outside of these ranges.
+        ValueError: if values of the modes F and I are outside of these ranges; `name` is the argument it names.
     """
     picture.load()  # outside of the block below, which must not hide that a file is damaged
     with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
@@ -205,7 +207,7 @@ def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
         whites = {"F": (1, 255), "I": (255, 65535)}.get(picture.mode, (65535,))
         if not (lowest >= 0 and highest <= whites[-1]):
             raise ValueError(
-                f"`image` of mode {picture.mode} must hold values from 0 to {whites[-1]}, but holds values from"
+                f"`{name}` of mode {picture.mode} must hold values from 0 to {whites[-1]}, but holds values from"
                 f" {lowest} to {highest}."
             )
         white = next(white for white in whites if highest <= white)
@@ -333,7 +335,7 @@ def _accepts_step(callback: Any) -> bool:
     return True
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value is a text that has an encoding; unpaired surrogates have none."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
@@ -357,8 +359,8 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
     """Repeats (1 or batch_size, ...) to (batch_size * copies, ...); the copies of one sample are adjacent."""
     if tensor.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"`{name}` has {tensor.shape[0]} entries, but this call has {batch_size} samples: the numbers of prompts,"
-            " negative prompts and images must be equal or 1."
+            f"`{name}` has {tensor.shape[0]} entries, but this call has {batch_size} samples: the numbers of `prompt`,"
+            " `negative_prompt` and `image` must be equal or 1."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
 
@@ -433,6 +435,15 @@ def _missing_weights(model: Any, variant: str | None) -> list[str]:
     files = [file for file in files if f".{variant}" in file.name] or plain
     stored = {_current_name(name) for file in files for name in _weight_names(file)}
     return [name for name, _ in model.named_parameters() if files and _current_name(name) not in stored]
+
+
+def _refuse_missing(component: str, missing: list[str], source: str | os.PathLike[str]) -> None:
+    """Raises a ValueError that names the missing weights, if there are any."""
+    if missing:
+        raise ValueError(
+            f"`{component}` must have all of its weights in {source}, but {len(missing)} are missing:"
+            f" {', '.join(missing)}."
+        )
 
 
 def _weight_names(file: Path) -> list[str]:
@@ -572,15 +583,25 @@ class InstructDiffusionPipeline(
             ValueError: if the files of a model lack weights; the message names them.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
-        for component, model in models.items():
-            if component not in kwargs:
+        for component, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module) and component not in kwargs:
                 missing = _missing_weights(model, kwargs.get("variant"))
-                if missing:
-                    raise ValueError(
-                        f"`{component}` must have all of its weights in {pretrained_model_name_or_path}, but"
-                        f" {len(missing)} are missing: {', '.join(missing)}."
-                    )
+                _refuse_missing(component, missing, pretrained_model_name_or_path)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str, **kwargs: Any) -> Any:
+        """As in diffusers, but weights must not be missing: diffusers leaves those of a text encoder without values.
+
+        Raises:
+            ValueError: if the file lacks weights of the text encoder; the message names them.
+            NotImplementedError: if it lacks weights of another model.
+        """
+        pipe = super().from_single_file(pretrained_model_link_or_path, **kwargs)
+        for component, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module):
+                missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+                _refuse_missing(component, missing, pretrained_model_link_or_path)
         return pipe
 
     @classmethod
@@ -834,6 +855,8 @@ class InstructDiffusionPipeline(
             [_expand("ip_adapter_image_embeds", half, batch_size, num_images_per_prompt) for half in embeds.chunk(2)]
             for embeds in self.prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, device)
         ]
+        masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
+        self._check_masks(masks, [positive.shape[1] for _, positive in ip_adapter_embeds])
 
         # 4. Encode each picture once with the VAE: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
@@ -883,23 +906,23 @@ class InstructDiffusionPipeline(
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        tensors[name] = locals()[name]
-                    changed = callback_on_step_end(self, i, t, tensors)
-                    changed = {} if changed is None else changed
-                    _require(
-                        isinstance(changed, dict), "callback_on_step_end", "a callable that returns a dict", changed
-                    )
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                        "image_latents": image_latents,
+                    }
+                    shown_tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, shown_tensors)
                     if cuts_off_guidance and changed["prompt_embeds"] is not prompt_embeds:
                         # SDCFGCutoffCallback sets the scale that disables guidance in Stable Diffusion, and keeps
                         # only the last prompt.
                         self._guidance_scale = self._image_guidance_scale = 0.5
                         del changed["prompt_embeds"]
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    image_latents = changed.pop("image_latents", image_latents)
+                    self._check_callback(changed, tensors)
+                    latents, prompt_embeds, negative_prompt_embeds, image_latents = (
+                        tensors | (changed or {})
+                    ).values()
 
                 if (i + 1) % order == 0 or i == len(schedule) - 1:
                     progress_bar.update()
@@ -980,10 +1003,10 @@ class InstructDiffusionPipeline(
         attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
         _require(
             isinstance(attention, dict)
-            and all(isinstance(name, str) for name in attention)
+            and all(isinstance(name, str) and name not in SET_BY_UNET for name in attention)
             and (attention.get("scale") is None or _is_number(attention["scale"])),
             "cross_attention_kwargs",
-            'a dict of names, whose "scale" is a finite number',
+            f'a dict of names other than {", ".join(SET_BY_UNET)}, whose "scale" is a finite number',
             cross_attention_kwargs,
         )
         _require(
@@ -999,6 +1022,23 @@ class InstructDiffusionPipeline(
             f"a list of names among {self._callback_tensor_inputs}",
             names,
         )
+
+    def _check_callback(self, changed: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises a ValueError for what a callback returned, or for a scale that it set."""
+        for name in ("guidance_scale", "image_guidance_scale"):
+            scale = getattr(self, name)
+            _require(_is_number(scale), "callback_on_step_end", f"a callable that sets {name} to a number", scale)
+        if changed is None:
+            return
+        _require(isinstance(changed, dict), "callback_on_step_end", "a callable that returns a dict or None", changed)
+        for name, tensor in changed.items():
+            shape = tuple(tensors[name].shape) if name in tensors else None
+            _require(
+                shape is not None and _is_readable(tensor) and tensor.is_floating_point() and tensor.shape == shape,
+                "callback_on_step_end",
+                f"a callable that returns floating-point tensors of the shapes it got ({name}: {shape})",
+                tensor,
+            )
 
     def _check_schedule(
         self,
@@ -1051,9 +1091,9 @@ class InstructDiffusionPipeline(
     def _check_text(self, name: str, text: str | list[str] | None, embeds: torch.Tensor | None) -> None:
         if text is not None and embeds is not None:
             raise ValueError(f"`{name}` and `{name}_embeds` must not both be given.")
-        is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(map(_is_text, text))
+        is_list_of_texts = isinstance(text, list) and len(text) > 0 and all(map(is_text, text))
         expected = "a text or a non-empty list of texts, without unpaired surrogates"
-        _require(text is None or _is_text(text) or is_list_of_texts, name, expected, text)
+        _require(text is None or is_text(text) or is_list_of_texts, name, expected, text)
         if embeds is None:
             return
         width = self.unet.config.cross_attention_dim
@@ -1084,6 +1124,24 @@ class InstructDiffusionPipeline(
             embeds,
         )
 
+    def _check_masks(self, masks: Any, picture_counts: list[int]) -> None:
+        """Raises a ValueError for wrong masks of IP-Adapters that are shown `picture_counts` pictures."""
+        is_stacked = isinstance(masks, torch.Tensor) and masks.ndim == 4
+        listed = list(masks.unsqueeze(1)) if is_stacked else masks
+        shapes = [(1, count) for count in picture_counts]
+        _require(
+            masks is None
+            or isinstance(listed, list)
+            and len(listed) == len(shapes)
+            and all(
+                mask is None or _is_finite_tensor(mask) and mask.ndim == 4 and mask.shape[:2] == shape
+                for mask, shape in zip(listed, shapes, strict=True)
+            ),
+            "cross_attention_kwargs",
+            f'a dict whose "ip_adapter_masks" is a list of finite tensors (1, K, H, W), here with (1, K) = {shapes}',
+            masks,
+        )
+
     def _check_finite(self, name: str, result: torch.Tensor) -> None:
         """Raises a ValueError with the likely cause if the result of the component `name` is not finite."""
         if result.isfinite().all():
@@ -1101,7 +1159,8 @@ class InstructDiffusionPipeline(
         else:
             cause = (
                 "numbers overflowed; look for large ones in `guidance_scale`, `image_guidance_scale`, `sigmas`,"
-                " `latents`, `image`, `prompt_embeds` and `negative_prompt_embeds`"
+                " `latents`, `image`, `prompt_embeds`, `negative_prompt_embeds`, `ip_adapter_image`,"
+                " `ip_adapter_image_embeds`, `cross_attention_kwargs`, and in what `callback_on_step_end` returns"
             )
         raise ValueError(f"`{name}` gave values that are NaN or infinite: {cause}.")
 
@@ -1309,7 +1368,16 @@ class InstructDiffusionPipeline(
                 for image, adapter in zip(given, adapters, strict=True)
             ]
         prepared = []
-        for embeds in given:
+        for embeds, adapter in zip(given, adapters, strict=True):
+            # Whatever its type, an adapter begins with a linear layer.
+            width = next(layer.in_features for layer in adapter.modules() if isinstance(layer, torch.nn.Linear))
+            shape = ("K", width) if isinstance(adapter, ImageProjection) else ("K", "...", width)
+            _require(
+                embeds.shape[-1] == width and (embeds.ndim == 3 or not isinstance(adapter, ImageProjection)),
+                "ip_adapter_image_embeds",
+                f"a tensor of shape (2, {', '.join(map(str, shape))}) for this IP-Adapter",
+                embeds,
+            )
             if len(embeds) == 1:
                 # Only positive embeddings; the negative ones are zeros.
                 embeds = torch.cat([torch.zeros_like(embeds), embeds])
@@ -1326,8 +1394,23 @@ class InstructDiffusionPipeline(
         """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the penultimate hidden states."""
         if self.image_encoder is None or self.feature_extractor is None:
             raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
+        side = self.image_encoder.config.image_size
         if not isinstance(image, torch.Tensor):
-            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+            pictures = image if isinstance(image, (list, tuple)) else [image]
+            _require(
+                len(pictures) > 0 and all(isinstance(p, PIL.Image.Image) and 0 not in p.size for p in pictures),
+                "ip_adapter_image",
+                f"for each IP-Adapter, a PIL picture, a list of them, or a tensor (K, 3, {side}, {side})",
+                image,
+            )
+            pictures = [upright_rgb(picture, "ip_adapter_image") for picture in pictures]
+            image = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        _require(
+            _is_finite_tensor(image) and image.ndim == 4 and image.shape[1:] == (3, side, side),
+            "ip_adapter_image",
+            f"{FINITE_TENSOR} of shape (K, 3, {side}, {side}) if it is a tensor",
+            image,
+        )
         image = image.to(device, self.image_encoder.dtype)
         if pooled:
             positive = self.image_encoder(image).image_embeds

@@ -19,6 +19,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
     centre_crop,
+    is_text,
     upright_rgb,
 )
 from instructdiffusion_pipeline.readout import mask_margins, read_answer
@@ -144,8 +145,15 @@ def ask_boxes(
     """
     if not isinstance(task, Keypoints):
         raise TypeError(f"`task` must be Keypoints; got {type(task).__name__}.")
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"`image` must be a PIL picture; got {type(image).__name__}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}.")
+    boxes = boxes.tolist() if isinstance(boxes, np.ndarray) else boxes
+    if not isinstance(boxes, Sequence):
+        raise TypeError(f"`boxes` must be a list; got {type(boxes).__name__}.")
     image = upright_rgb(image)
-    regions = [padded_square(box) for box in boxes]
+    regions = [padded_square(box, limit=4 * max(image.size)) for box in boxes]
     answers: list[Answer[dict[str, Joint | None]]] = []
     for start in range(0, len(regions), batch_size):
         chunk = regions[start : start + batch_size]
@@ -162,11 +170,18 @@ def ask_boxes(
     return answers
 
 
-def padded_square(box: Box) -> tuple[int, int, int, int]:
+def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
     """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side."""
+    is_box = (
+        isinstance(box, Sequence)
+        and len(box) == 4
+        and all(isinstance(edge, Real) and -limit <= edge <= limit for edge in box)
+    )
+    if not is_box or not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(
+            f"`boxes` must hold (left, top, right, bottom) with an area, within {limit} pixels; got {box!r}."
+        )
     left, top, right, bottom = box
-    if not (left < right and top < bottom):
-        raise ValueError(f"`boxes` must be (left, top, right, bottom) with an area; got {box}.")
     side = round(PADDING * max(right - left, bottom - top))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     return x, y, x + side, y + side
@@ -209,6 +224,9 @@ def ask_batch(
             tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
             contains an argument that `ask` sets itself (prompt, image, output_type, ...).
     """
+    for name, values in (("images", images), ("tasks", tasks), ("instructions", instructions)):
+        if not isinstance(values, Sequence) and not (values is None and name == "instructions"):
+            raise TypeError(f"`{name}` must be a list; got {type(values).__name__}.")
     instructions = [None] * len(tasks) if instructions is None else instructions
     check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)
     own = [settings_of(pipeline, task) for task in tasks]
@@ -310,6 +328,8 @@ def check_questions(
     for words in instructions:
         if not (words is None or isinstance(words, str)):
             raise TypeError(f"`instruction` must be a text or None; got {type(words).__name__}.")
+        if not (words is None or is_text(words)):
+            raise ValueError(f"`instruction` must not have unpaired surrogates; got {words!r}.")
     for name in ("generator", "negative_prompt", "negative_prompt_embeds"):
         value: Any = settings.get(name)
         is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0

@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,6 +64,20 @@ def fail(message: object, status: int) -> NoReturn:
     sys.exit(status)
 
 
+@contextmanager
+def reading(message: str) -> Iterator[None]:
+    """Raise a UsageError with `message` and the cause if the block fails.
+
+    For blocks that give a file to a library: with a damaged file, libraries raise exceptions of any class.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())}).") from error
+
+
 def is_disk_full(error: Exception) -> bool:
     """Whether a write failed because the disk is full, as reported by Python, C++ or Rust code."""
     return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FAILED_WRITES)
@@ -113,14 +128,14 @@ def check_model_folder(folder: Path) -> None:
 
 
 def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
-    """Load the model that `--model` names: in half precision on a GPU, in float32 on a CPU.
+    """Load the model that `--model` names, and run one step: in half precision on a GPU, in float32 on a CPU.
 
     Args:
         model: a folder or a Hub id.
 
     Raises:
-        UsageError: there is no such folder and no such repository.
-        OSError: the Hub cannot be reached, or a file cannot be read.
+        UsageError: there is no such folder and no such repository, or its files are damaged.
+        OSError: the Hub cannot be reached.
     """
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -131,16 +146,30 @@ def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
         except HFValidationError:
             raise UsageError(f"--model: must be a folder or a Hub id; there is no folder {model}.") from None
     cuda = torch.cuda.is_available()
+    dtype = torch.float16 if cuda else torch.float32
+    if folder.exists():
+        with reading(f"--model: no pipeline could be loaded from {model}"):
+            pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype).to("cuda" if cuda else "cpu")
+            run_a_step(pipeline)
+        return pipeline
     try:
-        pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=torch.float16 if cuda else torch.float32)
+        pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype)
     except OSError as error:
-        if folder.exists():
-            raise
         cause = error.__cause__ or error
         unknown = isinstance(cause, RepositoryNotFoundError | OfflineModeIsEnabled)
         message = f"--model: must be a folder or a Hub id; there is no folder {model}, and the Hub answers: {cause}"
         raise (UsageError if unknown else OSError)(message) from error
     return pipeline.to("cuda" if cuda else "cpu")
+
+
+def run_a_step(pipeline: InstructDiffusionPipeline) -> None:
+    """Run one step on a small picture. Wrong values in configurations raise exceptions of any class only then."""
+    progress_bar = pipeline.__dict__.get("_progress_bar_config")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    side = max(64, 2 * pipeline.size_multiple)  # group norm needs more than one latent pixel at the lowest level
+    pipeline("", Image.new("RGB", (side, side)), 1, 0.5, 0.5, resolution=0, generator=generator)
+    pipeline.set_progress_bar_config(**(progress_bar or {}))
 
 
 def open_image(option: str, path: Path) -> Image.Image:

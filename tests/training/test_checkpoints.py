@@ -174,6 +174,12 @@ def test_a_validation_that_is_due_when_a_run_was_killed_is_made(copied, tmp_path
         assert (copied / "validation" / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_old_checkpoints_that_a_killed_run_left_are_deleted(copied):
+    """It was killed between the last checkpoint and the end of the deletion."""
+    run(copied, "latest", checkpointing_steps=1, checkpoints_total_limit=1)
+    assert [path.name for path in copied.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_run_says_what_changed_and_changes_what_is_named(copied):
     mended = pairs(2, first=7)
     with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.01, content was .* resume_changes=\["):

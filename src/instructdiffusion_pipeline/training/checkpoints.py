@@ -83,12 +83,17 @@ def save(
             raise OSError(errno.ENOSPC, "No space left on device", str(checkpoint)) from error
         raise
     if accelerator.is_main_process:
-        for older in list_checkpoints(folder)[:-limit]:
-            # Moved first, so that a partly deleted folder does not look like a checkpoint.
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{older.name}.") as trash:
-                older.rename(Path(trash) / older.name)
+        delete_older(folder, limit)
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def delete_older(folder: Path, limit: int) -> None:
+    """Keep the newest `limit` checkpoints."""
+    for older in list_checkpoints(folder)[:-limit]:
+        # Moved first, so that a partly deleted folder does not look like a checkpoint.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{older.name}.") as trash:
+            older.rename(Path(trash) / older.name)
 
 
 def load(

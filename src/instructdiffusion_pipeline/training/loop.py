@@ -172,6 +172,8 @@ def train(
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
         checkpoints.load(accelerator, checkpoint, saved, ema)
+        if accelerator.is_main_process:  # the run may have been killed after it wrote a checkpoint
+            checkpoints.delete_older(folder, config.checkpoints_total_limit)
         accelerator.step = 0  # counts the batches of an update, whose number may have changed
         if resume_changes:
             apply_settings(optimizer, lr_scheduler, config)
