@@ -7,11 +7,12 @@
 Training has three rows: diffusers' recipe; `train` on pictures; `train` on cached latents and embeddings. All use the
 same model, pictures, batch size, precision and optimizer. Inference has three rows, eager and with the UNet's
 transformer blocks compiled: diffusers' pipeline; ours with the three branches of guidance; ours with the two branches
-that keypoints need. All share their weights and use the same number of denoising steps.
+that keypoints need. All share their weights and use the same number of denoising steps. The time of a UNet call and the
+time outside UNet and VAE are measured in one more call of each row, and the matmul peak with products of large matrices.
 
 The rows run alternately for several rounds. Each ratio is computed within one round, so that other load on the machine
 affects both measurements. On a GPU, wall time is measured, in bfloat16; on a CPU, processor time of this process, in
-float32. There is a warm-up before each measurement. The weights are random, except with `--model tiny`. The plot needs
+float32. There is a warm-up before each measurement. The weights of `small` and `full` are random. The plot needs
 `pip install ".[eval]"`.
 """
 
@@ -74,11 +75,11 @@ def main() -> None:
     parser.add_argument("--measure", choices=["training", "inference"], default="training", help="default: training")
     parser.add_argument(
         "--model",
-        choices=["tiny", "small", "full"],
         default="small",
         help="tiny: examples/instructdiffusion-tiny; small: Stable Diffusion 1.5 with a quarter of the channels"
-        " (default); full: Stable Diffusion 1.5",
+        " (default); full: Stable Diffusion 1.5; or a folder or Hub id",
     )
+    parser.add_argument("--device", help="for inference (default: the GPU if there is one)")
     parser.add_argument(
         "--size", type=integer(8), help="side of the pictures, in pixels (default: 64 for tiny, 128 otherwise)"
     )
@@ -107,18 +108,21 @@ def main() -> None:
     if args.output:
         for path in (args.output, args.output.with_suffix(".png")):
             check_output("--output", path, args.overwrite)
+    if args.device and args.measure == "training":
+        raise UsageError("--device: is for --measure inference; training uses the device that accelerate chooses.")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.size = args.size or (64 if args.model == "tiny" else 128)
     pipeline = build(args.model)
     if args.measure == "inference":
-        settings = args.size, [args.batch_size], args.steps, args.rounds
+        settings = args.size, [args.batch_size], args.steps, args.rounds, device
         groups = [*compare_inference(pipeline, *settings), *compare_inference(pipeline, *settings, compiled=True)]
-        report = {"rows": sum(groups, [])}
+        report = {"matmul_peak": matmul_peak(device, pipeline.dtype), "rows": sum(groups, [])}
     else:
         config = training_config(args.batch_size, args.lora_rank, args.num_workers)
         samples = training_samples(pipeline, args.size, args.data)
         report = compare_training(pipeline, samples, config, args.rounds, args.updates)
     about = {name: str(value) for name, value in vars(args).items() if name not in ("output", "overwrite")}
-    about |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    about |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)}
     print(", ".join(f"{name} {value}" for name, value in about.items()), table(report), sep="\n\n")
     if args.output:
         write_text(args.output, json.dumps(about | report, indent=2) + "\n")
@@ -170,7 +174,7 @@ def compare_training(
                 row["samples_per_second"].append(updates * config.batch_size / seconds)
                 row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
     unet = Denoiser(copy_of(pipeline), config).unet.to(device)
-    flop = unet_flop(unet, samples.size[0] // pipeline.vae_scale_factor)
+    flop = training_flop(unet, samples.size[0] // pipeline.vae_scale_factor)
     chip = torch.cuda.get_device_name() if device.type == "cuda" else ""
     limit = next((peak for name, peak in BF16_PEAK.items() if name in chip), None)
     for row in rows:
@@ -185,6 +189,7 @@ def compare_inference(
     batch_sizes: Sequence[int],
     steps: int,
     rounds: int,
+    device: torch.device,
     compiled: bool = False,
     backend: str = "inductor",
 ) -> Iterator[list[dict[str, Any]]]:
@@ -196,8 +201,7 @@ def compare_inference(
         compiled: compile the transformer blocks of the UNet by `backend` of `torch.compile`. This takes much less time
             than compiling the whole UNet.
     """
-    cuda = torch.cuda.is_available()
-    pipeline.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+    pipeline.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     parts = {name: part for name, part in pipeline.components.items() if name not in ("readout", "image_encoder")}
     peer = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     for each in (pipeline, peer):
@@ -209,6 +213,10 @@ def compare_inference(
         "InstructDiffusion, keypoints": partial(ours, guidance_scale=6.0, image_guidance_scale=0.5),
     }
     pictures = [image for image, _ in Pictures(size)]
+    flop, peak_rate = (
+        prediction_flop(pipeline.unet, size // pipeline.vae_scale_factor),
+        matmul_peak(device, pipeline.dtype),
+    )
     if compiled:
         # Blocks of the same width share one compilation, which serves all batch sizes.
         pipeline.unet.compile_repeated_blocks(backend=backend, dynamic=True)
@@ -228,9 +236,52 @@ def compare_inference(
                 row["samples_per_second"].append(count / seconds)
                 row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
             turn_about.reverse()  # so that no row always runs first
-        for row in rows:
+        for row, call in zip(rows, calls, strict=True):
             row["ratios"] = ratios(row, rows[0])
+            row |= component_seconds(pipeline, call)
+            row["share_of_matmul_peak"] = flop * row.pop("predictions") / row["unet_seconds"] / peak_rate
         yield rows
+
+
+def component_seconds(pipeline: InstructDiffusionPipeline, call: Callable[[], Any]) -> dict[str, Any]:
+    """Run `call`, and measure the seconds of all its UNet calls, of one of them, and of all but UNet and VAE.
+
+    "predictions" is the number of samples that the UNet has processed, summed over its calls.
+    """
+    unet, device = pipeline.unet, pipeline.device
+    spent = dict.fromkeys((unet, pipeline.vae.encoder, pipeline.vae.decoder), 0.0)
+    batches = []
+
+    def start(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        spent[module] -= clock(device)
+        if module is unet:
+            batches.append(len(inputs[0]))
+
+    def stop(module: torch.nn.Module, *_: Any) -> None:
+        spent[module] += clock(device)
+
+    hooks = [
+        hook for part in spent for hook in (part.register_forward_pre_hook(start), part.register_forward_hook(stop))
+    ]
+    try:
+        total, _ = timed_call(call, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        "unet_seconds": spent[unet],
+        "unet_call_seconds": spent[unet] / len(batches),
+        "other_seconds": total - sum(spent.values()),
+        "predictions": sum(batches),
+    }
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of the fastest of ten products of two large square matrices."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    seconds = min(timed_call(partial(torch.matmul, matrix, matrix), device)[0] for _ in range(10))
+    return 2 * side**3 / seconds
 
 
 def ratios(row: dict[str, Any], peer: dict[str, Any]) -> list[float]:
@@ -241,16 +292,27 @@ def ratios(row: dict[str, Any], peer: dict[str, Any]) -> list[float]:
 
 def table(report: dict[str, Any]) -> str:
     """The report of `compare_training`, or the rows of `compare_inference`, as a Markdown table."""
-    lines = [
-        "| | samples per second | ratio to diffusers | peak memory, GB | share of bf16 peak |",
-        "|---|---|---|---|---|",
-    ]
+    columns = ["", "samples per second", "ratio to diffusers", "peak memory, GB"]
+    inference = "unet_call_seconds" in report["rows"][0]
+    columns += (
+        ["seconds per UNet call", "seconds outside UNet and VAE", "share of matmul peak"]
+        if inference
+        else ["share of bf16 peak"]
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
-        rate, speed, share = row["samples_per_second"], row["ratios"], row.get("share_of_bf16_peak")
-        lines.append(
-            f"| {label(row)} | {median(rate):.2f} | {median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
-            f" | {row['peak_memory_gb']:.2f} | {f'{share:.1%}' if share else ''} |"
-        )
+        rate, speed = row["samples_per_second"], row["ratios"]
+        share = row["share_of_matmul_peak" if inference else "share_of_bf16_peak"]
+        times = [f"{row['unet_call_seconds']:.4f}", f"{row['other_seconds']:.3f}"] if inference else []
+        cells = [
+            label(row),
+            f"{median(rate):.2f}",
+            f"{median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})",
+            f"{row['peak_memory_gb']:.2f}",
+            *times,
+            f"{share:.1%}" if share else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if "cached_samples" in report:
         cached, seconds = report["cached_samples"], report["caching_seconds"]
         lines += ["", f"Caching {cached} samples took {seconds:.1f} s, {cached / seconds:.2f} per second."]
@@ -448,17 +510,31 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
 
-def unet_flop(unet: UNet2DConditionModel, side: int) -> int:
+def training_flop(unet: UNet2DConditionModel, side: int) -> int:
     """Floating-point operations of forward and backward pass for one sample with latents of `side` x `side`.
 
     Only gradients that the parameters of `unet` require are counted, so LoRA takes about two thirds of full training.
     """
+    with FlopCounterMode(display=False) as counter:
+        predict(unet, side).sum().backward()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def prediction_flop(unet: UNet2DConditionModel, side: int) -> int:
+    """Floating-point operations of the UNet for one sample with latents of `side` x `side`."""
+    with FlopCounterMode(display=False) as counter:
+        predict(unet, side)
+    return counter.get_total_flops()
+
+
+def predict(unet: UNet2DConditionModel, side: int) -> torch.Tensor:
+    """The UNet's output for random latents of `side` x `side`."""
     latents = torch.randn(1, unet.config.in_channels, side, side, device=unet.device)
     timestep = torch.zeros(1, device=unet.device)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, device=unet.device)
-    with FlopCounterMode(display=False) as counter, torch.autocast(unet.device.type, torch.bfloat16):
-        unet(latents, timestep, text).sample.sum().backward()
-    return counter.get_total_flops()
+    with torch.autocast(unet.device.type, torch.bfloat16):
+        return unet(latents, timestep, text).sample
 
 
 class Pictures(list):
@@ -476,14 +552,15 @@ class Pictures(list):
 
 
 def build(model: str) -> InstructDiffusionPipeline:
-    """instructdiffusion-tiny, or Stable Diffusion 1.5 with random weights; "small" has a quarter of its channels.
+    """Load a model, or make Stable Diffusion 1.5 with random weights; "small" has a quarter of its channels.
 
     Random weights are drawn on the GPU if there is one.
     """
-    if model == "tiny":
-        return load_for_training(TINY_MODEL)
+    sizes = {"small": (4, 16, 6), "full": (1, 32, 12)}
+    if model not in sizes:
+        return load_for_training(TINY_MODEL if model == "tiny" else model)
     torch.manual_seed(0)
-    part, groups, heads = {"small": (4, 16, 6), "full": (1, 32, 12)}[model]
+    part, groups, heads = sizes[model]
     tokenizer = CLIPTokenizer.from_pretrained(TINY_MODEL, subfolder="tokenizer")
     scheduler = EulerAncestralDiscreteScheduler.from_pretrained(TINY_MODEL, subfolder="scheduler")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -182,7 +182,8 @@ def run_training(
 
 def run_inference(send: Send, model: str, **settings: Any) -> None:
     rows = []
-    for group in benchmark.compare_inference(benchmark.build(model), **settings):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for group in benchmark.compare_inference(benchmark.build(model), device=device, **settings):
         rows += group
         send({"rows": rows})
 

@@ -143,7 +143,7 @@ def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
         return graph
 
     pipe = InstructDiffusionPipeline(**tiny.components())
-    settings = {"size": 32, "batch_sizes": [1, 2], "steps": 2, "rounds": 1}
+    settings = {"size": 32, "batch_sizes": [1, 2], "steps": 2, "rounds": 1, "device": torch.device("cpu")}
     eager = sum(benchmark.compare_inference(pipe, **settings), [])
     compiled = sum(benchmark.compare_inference(pipe, compiled=True, backend=backend, **settings), [])
     names = ["diffusers' InstructPix2Pix", "InstructDiffusion", "InstructDiffusion, keypoints"]
@@ -154,7 +154,44 @@ def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
         assert all(min(row["samples_per_second"]) > 0 for row in rows)
         assert [row["ratios"] for row in rows[::3]] == [[1]] * 2
         assert benchmark.table({"rows": rows}).count("\n") == 1 + len(rows)
+        assert all(row["unet_seconds"] == pytest.approx(2 * row["unet_call_seconds"]) for row in rows)
+        assert all(row["other_seconds"] > 0 and 0 < row["share_of_matmul_peak"] < 1 for row in rows)
     assert len(graphs) == 1, "of blocks of one width that get 3, 2, 6 and 4 branches"
+
+
+def test_the_parts_of_a_call_are_counted(pipe):
+    """Three branches of two samples, in two steps; a copy of each picture goes through the VAE."""
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    pictures = [image for image, _ in benchmark.Pictures(32)[:2]]
+    found = benchmark.component_seconds(
+        pipe, lambda: pipe(["a", "b"], pictures, 2, guidance_scale=7.5, image_guidance_scale=1.5, resolution=0)
+    )
+    hook.remove()
+    assert found["predictions"] == sum(calls) == 12
+    assert not pipe.unet._forward_hooks and not pipe.vae.encoder._forward_pre_hooks
+
+
+def test_operations_of_a_prediction_are_those_of_its_matrices():
+    layer = torch.nn.Linear(8, 4)
+
+    class Unet(torch.nn.Module):
+        config = type("Config", (), {"in_channels": 2, "cross_attention_dim": 8})
+        device = torch.device("cpu")
+
+        def forward(self, latents, timestep, text):
+            return type("Output", (), {"sample": layer(text)})
+
+    assert benchmark.prediction_flop(Unet(), 4) == 2 * 77 * 8 * 4
+    assert benchmark.training_flop(Unet(), 4) == 2 * 2 * 77 * 8 * 4  # the text needs no gradient
+
+
+def test_training_takes_no_device(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit:
+        run_script(benchmark.main)
+    assert exit.value.code == 2 and "--device: is for --measure inference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("existing", ["figures.json", "figures.png"])
