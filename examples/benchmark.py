@@ -5,10 +5,12 @@
     python examples/benchmark.py --model small --measure inference
 
 Training has three rows: diffusers' recipe; `train` on pictures; `train` on cached latents and embeddings. All use the
-same model, pictures, batch size, precision and optimizer. Inference has three rows, eager and with the UNet's
-transformer blocks compiled: diffusers' pipeline; ours with the three branches of guidance; ours with the two branches
-that keypoints need. All share their weights and use the same number of denoising steps. The time of a UNet call and the
-time outside UNet and VAE are measured in one more call of each row, and the matmul peak with products of large matrices.
+same model, pictures, batch size, precision and optimizer.
+
+Inference has three rows, eager and with the UNet's transformer blocks compiled: diffusers' pipeline; ours with the
+three branches of guidance; ours with the two branches that keypoints need. All share their weights and use the same
+number of denoising steps. One more call of each row is split into UNet, VAE and the rest. The matmul peak is measured
+with products of large matrices.
 
 The rows run alternately for several rounds. Each ratio is computed within one round, so that other load on the machine
 affects both measurements. On a GPU, wall time is measured, in bfloat16; on a CPU, processor time of this process, in
