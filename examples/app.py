@@ -69,6 +69,7 @@ def main() -> None:
 def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
     """The page. Each tab is an endpoint of the page's API, named after its task family."""
     model, pictures = Model(pipe), example_pictures()
+    downloads = tempfile.TemporaryDirectory()  # deleted when the server ends
     with gr.Blocks(title="InstructDiffusion", analytics_enabled=False) as page:
         gr.Markdown("# InstructDiffusion\nSelect an image or click an example, ask, and press Run.")
         with gr.Row():
@@ -101,14 +102,14 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
                     with gr.Row():
                         run, cancel = gr.Button("Run", variant="primary"), gr.Button("Cancel")
                     running = run.click(
-                        answer_with(model, tab.make_task),
+                        answer_with(model, tab.make_task, downloads),
                         [picture, asked, seed, *sliders],
                         [instruction, answer, overlay, data, files],
                         api_name=family,
                         show_progress_on=answer,
                         concurrency_id="model",  # a pipeline's scheduler serves one call at a time
                     )
-                    cancel.click(model.cancel, cancels=running, queue=False, api_visibility="private")
+                    cancel.click(model.canceller(family), cancels=running, queue=False, api_visibility="private")
                     gr.Examples(tab.examples, [picture, asked], label="examples")
     return page
 
@@ -118,38 +119,43 @@ def check_picture(upload: dict[str, Any]) -> Any:
     try:
         open_image("picture", Path(upload["path"]))
     except UsageError:
-        gr.Warning("The file cannot be read as an image.")
+        gr.Warning("The file is not an image, or is too large.")
         return None
     return gr.skip()
 
 
 class Cancelled(Exception):
-    """The user does not want the answer any more."""
+    """The user cancelled the question."""
 
 
 class Model:
-    """A pipeline that answers one question at a time, and stops after the present step when its user cancels."""
+    """A pipeline that answers one question at a time. A question that is cancelled stops after the current step."""
 
     def __init__(self, pipe: InstructDiffusionPipeline):
         self.pipe = pipe
         self.lock = threading.Lock()
-        self.cancelled: set[str | None] = set()  # sessions
-        self.folder = tempfile.TemporaryDirectory()  # for the files to download
+        self.cancelled: dict[tuple[str | None, str], threading.Event] = {}  # by session and task family
 
     def ask(self, session: str | None, picture: Image.Image, task: Task, **settings: Any) -> Answer:
         """`ask` for a user. Raises `Cancelled`."""
+        cancelled = self.cancelled[session, task.family] = threading.Event()
 
-        def stop_if_cancelled(*_: Any) -> dict[str, Any]:
-            if session in self.cancelled:
+        def stop_if_cancelled(*_: Any) -> None:
+            if cancelled.is_set():
                 raise Cancelled
-            return {}
 
         with self.lock:  # gradio starts the next question while a cancelled one is in its last step
-            self.cancelled.discard(session)
+            stop_if_cancelled()
             return ask(self.pipe, picture, task, callback_on_step_end=stop_if_cancelled, **settings)
 
-    def cancel(self, request: gr.Request) -> None:
-        self.cancelled.add(request.session_hash)
+    def canceller(self, family: str) -> Callable[[gr.Request], None]:
+        """The function behind the Cancel button of a tab."""
+
+        def cancel(request: gr.Request) -> None:
+            if question := self.cancelled.get((request.session_hash, family)):
+                question.set()
+
+        return cancel
 
 
 def example_pictures() -> dict[str, Image.Image]:
@@ -208,8 +214,10 @@ def tabs_of(pictures: Mapping[str, Image.Image]) -> list[Tab]:
     ]
 
 
-def answer_with(model: Model, make_task: Callable[[Image.Image, Any], Task]) -> Callable[..., Outputs]:
-    """The function behind the button of a tab."""
+def answer_with(
+    model: Model, make_task: Callable[[Image.Image, Any], Task], downloads: tempfile.TemporaryDirectory[str]
+) -> Callable[..., Outputs]:
+    """The function behind the Run button of a tab."""
 
     def answer(
         picture: Image.Image | None,
@@ -241,21 +249,21 @@ def answer_with(model: Model, make_task: Callable[[Image.Image, Any], Task]) -> 
             raise gr.Error(str(error)) from error
         if result.nsfw_content_detected:
             raise gr.Error("The safety checker flagged the output image and replaced it by a black image.")
-        files = write_files(Path(tempfile.mkdtemp(dir=model.folder.name)), result.data)
+        files = write_files(Path(tempfile.mkdtemp(dir=downloads.name)), result.data)
         return task.instruction(), result.picture, result.overlay, as_json(result.data), files
 
     return answer
 
 
 def write_files(folder: Path, data: Image.Image | Mapping[str, Mask | Joint | None]) -> list[str]:
-    """Write an image as answer.png; joints as answer.json; masks as answer.json and a PNG for each object."""
+    """Write an image as answer.png; joints as answer.json; masks as answer.json and, in its order, mask-1.png ..."""
     if isinstance(data, Image.Image):
         data.save(folder / "answer.png")
     else:
         (folder / "answer.json").write_text(json.dumps(as_json(data), indent=2) + "\n")
-        for name, reading in data.items():
+        for number, reading in enumerate(data.values(), start=1):
             if isinstance(reading, Mask):
-                Image.fromarray(reading.pixels).save(folder / f"{name}.png".replace("/", " "))
+                Image.fromarray(reading.pixels).save(folder / f"mask-{number}.png")
     return sorted(map(str, folder.iterdir()))
 
 

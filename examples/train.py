@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from instructdiffusion_pipeline import export, push
-from instructdiffusion_pipeline.cli import UsageError, reading, run_a_step, run_script
+from instructdiffusion_pipeline.cli import UsageError, check_runs, reading, run_script
 from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, columns_of, load_sources, parse_entries
@@ -163,7 +163,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         start = converted(options.init, options.output_dir, options.conversion)
     with reading(f"--init: no pipeline could be loaded from {start}") if Path(start).exists() else nullcontext():
         pipeline = load_for_training(start)
-        run_a_step(pipeline)
+    check_runs(pipeline, f"--init: the pipeline of {start} cannot run")
     size = options.resolution or min(256, pipeline.default_resolution)
     sources = training_sources(options, size)
     mixture = Mixture(sources, config.seed)

@@ -302,7 +302,17 @@ def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
             assert (joint is None) == (found is None)
             assert joint is None or np.allclose((found.x - left, found.y - top), (joint.x, joint.y), atol=0.1)
         assert answer.overlay.size == image.size
+    for given in (
+        np.array(boxes[:1]),
+        [np.array(boxes[0], dtype=np.float32)],
+        [list(boxes[0])],
+        np.array(boxes[:1]) / 1.0,
+    ):
+        (answer,) = ask_boxes(pipe, image, task, given, generator=torch.Generator().manual_seed(0), **FAST)
+        assert answer.box == answers[0].box and answer.data == answers[0].data
     with pytest.raises(ValueError, match="with an area"):
         ask_boxes(pipe, image, task, [(5, 5, 5, 9)])
+    with pytest.raises(ValueError, match=r"each from -480 to 480 \(four times the longer side"):
+        ask_boxes(pipe, image, task, [(5, 5, 10, 481)])
     with pytest.raises(TypeError, match="`task` must be Keypoints; got Segmentation"):
         ask_boxes(pipe, image, TASKS[0], boxes)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from hub_server import running_hub
 from PIL import Image
 from safetensors import SafetensorError
@@ -128,6 +130,16 @@ def test_a_model_is_loaded_in_float32_on_a_cpu(pipe, tmp_path):
     cuda = torch.cuda.is_available()
     assert loaded.unet.dtype == loaded.vae.dtype == (torch.float16 if cuda else torch.float32)
     assert loaded.device.type == ("cuda" if cuda else "cpu")
+
+
+@pytest.mark.parametrize("scheduler", sorted(each.__name__ for each in EulerAncestralDiscreteScheduler().compatibles))
+def test_models_of_all_schedulers_are_loaded(scheduler, pipe, tmp_path):
+    """PNDM cannot make a single step."""
+    if scheduler == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    assert type(load_pipeline(tmp_path).scheduler).__name__ == scheduler
 
 
 @pytest.mark.parametrize("model", ["no-such-folder", "no/such/folder", "nobody/nothing", "bad name", "", "empty"])

@@ -169,6 +169,22 @@ def test_everything_that_a_callback_may_do(pipe: InstructDiffusionPipeline, coun
         check(lambda **change: pipe(**(call | change)), "callback_on_step_end", callback)
 
 
+def test_a_callback_may_change_the_number_of_tokens(pipe: InstructDiffusionPipeline) -> None:
+    call = tiny.inputs(num_inference_steps=2)
+    texts = ["prompt_embeds", "negative_prompt_embeds"]
+
+    def repeat(names: list[str]) -> Callable[..., Any]:
+        return lambda pipe, i, t, tensors: {name: tensors[name].repeat(1, 2, 1) for name in names}
+
+    plain = pipe(**call).images[0]
+    longer = pipe(**call, callback_on_step_end=repeat(texts), callback_on_step_end_tensor_inputs=texts).images[0]
+    assert longer.size == plain.size
+    with pytest.raises(ValueError, match=r"same number of tokens; got \[77, 154\]"):
+        pipe(**call, callback_on_step_end=repeat(texts[:1]), callback_on_step_end_tensor_inputs=texts)
+    with pytest.raises(ValueError, match=r"must return names among \['latents', .*got 'noise'"):
+        pipe(**call, callback_on_step_end=lambda *_: {"noise": torch.zeros(1)})
+
+
 OF_ASK = [(ask, name) for name in inspect.signature(ask).parameters if name != "settings"]
 OF_ASK += [(ask_batch, name) for name in ("images", "tasks", "instructions")]
 OF_ASK += [(ask_boxes, name) for name in ("image", "task", "boxes", "batch_size")]

@@ -43,6 +43,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import (
     USE_PEFT_BACKEND,
     BaseOutput,
+    is_accelerate_available,
     logging,
     replace_example_docstring,
     scale_lora_layers,
@@ -56,6 +57,8 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 logger = logging.get_logger(__name__)
 
 Box = tuple[float, float, float, float]
+# For each IP-Adapter: a PIL picture, several, or a tensor of them.
+IPAdapterImages = PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 RESIZE_MODES = ("crop", "stretch")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -195,7 +198,7 @@ def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Imag
     The range of the modes F and I follows from the values: 0 to 1 or 0 to 255 in F, 0 to 255 or 0 to 65535 in I.
 
     Raises:
-        ValueError: if values of the modes F and I are outside of these ranges; `name` is the argument it names.
+        ValueError: if values of the modes F and I are outside of these ranges. It names the argument `name`.
     """
     picture.load()  # outside of the block below, which must not hide that a file is damaged
     with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
@@ -591,13 +594,20 @@ class InstructDiffusionPipeline(
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str, **kwargs: Any) -> Any:
-        """As in diffusers, but weights must not be missing: diffusers leaves those of a text encoder without values.
+        """As in diffusers, but weights must not be missing: they would be random numbers, or have no values.
 
         Raises:
-            ValueError: if the file lacks weights of the text encoder; the message names them.
-            NotImplementedError: if it lacks weights of another model.
+            ImportError: if accelerate is not installed; diffusers then does not notice missing weights.
+            ValueError: if the file lacks weights.
         """
-        pipe = super().from_single_file(pretrained_model_link_or_path, **kwargs)
+        if not is_accelerate_available():
+            raise ImportError("`from_single_file` needs accelerate, to notice weights that the file lacks.")
+        try:
+            pipe = super().from_single_file(pretrained_model_link_or_path, **kwargs)
+        except NotImplementedError as error:  # diffusers moved a weight that has no values
+            raise ValueError(
+                f"{pretrained_model_link_or_path} must have all weights of the VAE and the UNet, but some are missing."
+            ) from error
         for component, model in pipe.components.items():
             if isinstance(model, torch.nn.Module):
                 missing = [name for name, weight in model.named_parameters() if weight.is_meta]
@@ -714,7 +724,7 @@ class InstructDiffusionPipeline(
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image: IPAdapterImages | None = None,
         ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -765,7 +775,8 @@ class InstructDiffusionPipeline(
             latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
             prompt_embeds: (1 or B, 77, D), instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
-            ip_adapter_image: for each IP-Adapter, a picture or a list of pictures.
+            ip_adapter_image: for each IP-Adapter, a PIL picture, a list of K PIL pictures, or the feature extractor's
+                tensor (K, 3, H, W).
             ip_adapter_image_embeds: instead of `ip_adapter_image`, one tensor per IP-Adapter, with shape (2, K, D):
                 negative and positive embeddings of K pictures; or (2 * B, K, D), one pair per sample, all negative
                 embeddings first; or (1, K, D), positive embeddings only (the negative ones are zeros).
@@ -914,15 +925,19 @@ class InstructDiffusionPipeline(
                     }
                     shown_tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, shown_tensors)
-                    if cuts_off_guidance and changed["prompt_embeds"] is not prompt_embeds:
+                    changed = {} if changed is None else changed
+                    expected = "a callable that returns a dict or None"
+                    _require(isinstance(changed, dict), "callback_on_step_end", expected, changed)
+                    is_cut_off = changed.get("prompt_embeds", prompt_embeds) is not prompt_embeds
+                    if cuts_off_guidance and is_cut_off and self._guidance_scale == 0:
                         # SDCFGCutoffCallback sets the scale that disables guidance in Stable Diffusion, and keeps
                         # only the last prompt.
                         self._guidance_scale = self._image_guidance_scale = 0.5
                         del changed["prompt_embeds"]
                     self._check_callback(changed, tensors)
-                    latents, prompt_embeds, negative_prompt_embeds, image_latents = (
-                        tensors | (changed or {})
-                    ).values()
+                    tensors |= changed
+                    latents, image_latents = tensors["latents"], tensors["image_latents"]
+                    prompt_embeds, negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
 
                 if (i + 1) % order == 0 or i == len(schedule) - 1:
                     progress_bar.update()
@@ -958,7 +973,7 @@ class InstructDiffusionPipeline(
         negative_prompt: str | list[str] | None,
         prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
-        ip_adapter_image: PipelineImageInput | None,
+        ip_adapter_image: IPAdapterImages | None,
         ip_adapter_image_embeds: list[torch.Tensor] | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
@@ -1023,21 +1038,27 @@ class InstructDiffusionPipeline(
             names,
         )
 
-    def _check_callback(self, changed: Any, tensors: dict[str, torch.Tensor]) -> None:
-        """Raises a ValueError for what a callback returned, or for a scale that it set."""
+    def _check_callback(self, changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Raises a ValueError for `tensors` that a callback `changed`, or for a scale that it set."""
         for name in ("guidance_scale", "image_guidance_scale"):
             scale = getattr(self, name)
             _require(_is_number(scale), "callback_on_step_end", f"a callable that sets {name} to a number", scale)
-        if changed is None:
-            return
-        _require(isinstance(changed, dict), "callback_on_step_end", "a callable that returns a dict or None", changed)
         for name, tensor in changed.items():
-            shape = tuple(tensors[name].shape) if name in tensors else None
-            _require(
-                shape is not None and _is_readable(tensor) and tensor.is_floating_point() and tensor.shape == shape,
-                "callback_on_step_end",
-                f"a callable that returns floating-point tensors of the shapes it got ({name}: {shape})",
-                tensor,
+            if name not in tensors:
+                raise ValueError(f"`callback_on_step_end` must return names among {list(tensors)}; got {name!r}.")
+            shape = list(tensors[name].shape)
+            if name.endswith("embeds") and _is_readable(tensor) and tensor.ndim == 3:
+                shape[1] = tensor.shape[1]  # the number of tokens may change
+            if not (_is_readable(tensor) and tensor.is_floating_point() and list(tensor.shape) == shape):
+                raise ValueError(
+                    f"`callback_on_step_end` must return a floating-point tensor of shape {tuple(shape)} for {name!r};"
+                    f" got {_described(tensor)}."
+                )
+        lengths = {(tensors | changed)[name].shape[1] for name in ("prompt_embeds", "negative_prompt_embeds")}
+        if len(lengths) > 1:
+            raise ValueError(
+                "`callback_on_step_end` must return `prompt_embeds` and `negative_prompt_embeds` with the same number"
+                f" of tokens; got {sorted(lengths)}."
             )
 
     def _check_schedule(
@@ -1125,7 +1146,7 @@ class InstructDiffusionPipeline(
         )
 
     def _check_masks(self, masks: Any, picture_counts: list[int]) -> None:
-        """Raises a ValueError for wrong masks of IP-Adapters that are shown `picture_counts` pictures."""
+        """Raises a ValueError for wrong `ip_adapter_masks`; each IP-Adapter has so many pictures."""
         is_stacked = isinstance(masks, torch.Tensor) and masks.ndim == 4
         listed = list(masks.unsqueeze(1)) if is_stacked else masks
         shapes = [(1, count) for count in picture_counts]
@@ -1340,7 +1361,7 @@ class InstructDiffusionPipeline(
         Encodes the input of the IP-Adapters, for `ip_adapter_image_embeds` of `__call__`.
 
         Args:
-            ip_adapter_image: for each IP-Adapter, a picture or a list of K pictures.
+            ip_adapter_image: as in `__call__`.
             ip_adapter_image_embeds: embeddings as `__call__` takes them, instead of `ip_adapter_image`.
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
@@ -1405,6 +1426,11 @@ class InstructDiffusionPipeline(
             )
             pictures = [upright_rgb(picture, "ip_adapter_image") for picture in pictures]
             image = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+            if image.shape[1:] != (3, side, side):
+                raise ValueError(
+                    f"`feature_extractor` must give pictures of {side} x {side} pixels, the size of `image_encoder`;"
+                    f" got shape {tuple(image.shape)}."
+                )
         _require(
             _is_finite_tensor(image) and image.ndim == 4 and image.shape[1:] == (3, side, side),
             "ip_adapter_image",

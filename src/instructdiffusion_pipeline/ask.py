@@ -149,9 +149,8 @@ def ask_boxes(
         raise TypeError(f"`image` must be a PIL picture; got {type(image).__name__}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}.")
-    boxes = boxes.tolist() if isinstance(boxes, np.ndarray) else boxes
-    if not isinstance(boxes, Sequence):
-        raise TypeError(f"`boxes` must be a list; got {type(boxes).__name__}.")
+    if not isinstance(boxes, Sequence | np.ndarray):
+        raise TypeError(f"`boxes` must be a list or an array; got {type(boxes).__name__}.")
     image = upright_rgb(image)
     regions = [padded_square(box, limit=4 * max(image.size)) for box in boxes]
     answers: list[Answer[dict[str, Joint | None]]] = []
@@ -171,15 +170,19 @@ def ask_boxes(
 
 
 def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
-    """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side."""
+    """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side.
+
+    Raises a ValueError if an edge is not from -`limit` to `limit`, which would make a huge square.
+    """
     is_box = (
-        isinstance(box, Sequence)
+        isinstance(box, Sequence | np.ndarray)
         and len(box) == 4
         and all(isinstance(edge, Real) and -limit <= edge <= limit for edge in box)
     )
     if not is_box or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
-            f"`boxes` must hold (left, top, right, bottom) with an area, within {limit} pixels; got {box!r}."
+            "`boxes` must hold (left, top, right, bottom) with an area, each from"
+            f" {-limit:g} to {limit:g} (four times the longer side of the picture); got {box!r}."
         )
     left, top, right, bottom = box
     side = round(PADDING * max(right - left, bottom - top))
@@ -224,8 +227,9 @@ def ask_batch(
             tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
             contains an argument that `ask` sets itself (prompt, image, output_type, ...).
     """
-    for name, values in (("images", images), ("tasks", tasks), ("instructions", instructions)):
-        if not isinstance(values, Sequence) and not (values is None and name == "instructions"):
+    given = {"images": images, "tasks": tasks} | ({} if instructions is None else {"instructions": instructions})
+    for name, values in given.items():
+        if not isinstance(values, Sequence):
             raise TypeError(f"`{name}` must be a list; got {type(values).__name__}.")
     instructions = [None] * len(tasks) if instructions is None else instructions
     check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)

@@ -75,7 +75,8 @@ def reading(message: str) -> Iterator[None]:
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())}).") from error
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"{message} ({type(error).__name__}: {cause}).") from error
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -128,13 +129,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
-    """Load the model that `--model` names, and run one step: in half precision on a GPU, in float32 on a CPU.
+    """Load the model that `--model` names: in half precision on a GPU, in float32 on a CPU.
 
     Args:
         model: a folder or a Hub id.
 
     Raises:
-        UsageError: there is no such folder and no such repository, or its files are damaged.
+        UsageError: there is no such folder and no such repository, or the model cannot be loaded or run.
         OSError: the Hub cannot be reached.
     """
     folder = Path(model)
@@ -149,26 +150,34 @@ def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
     dtype = torch.float16 if cuda else torch.float32
     if folder.exists():
         with reading(f"--model: no pipeline could be loaded from {model}"):
-            pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype).to("cuda" if cuda else "cpu")
-            run_a_step(pipeline)
-        return pipeline
-    try:
-        pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except OSError as error:
-        cause = error.__cause__ or error
-        unknown = isinstance(cause, RepositoryNotFoundError | OfflineModeIsEnabled)
-        message = f"--model: must be a folder or a Hub id; there is no folder {model}, and the Hub answers: {cause}"
-        raise (UsageError if unknown else OSError)(message) from error
-    return pipeline.to("cuda" if cuda else "cpu")
+            pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype)
+    else:
+        try:
+            pipeline = InstructDiffusionPipeline.from_pretrained(model, dtype=dtype)
+        except OSError as error:
+            cause = error.__cause__ or error
+            unknown = isinstance(cause, RepositoryNotFoundError | OfflineModeIsEnabled)
+            message = (
+                f"--model: must be a folder or a Hub id; there is no folder {model}, and the Hub answers: {cause}"
+            )
+            raise (UsageError if unknown else OSError)(message) from error
+    pipeline.to("cuda" if cuda else "cpu")
+    check_runs(pipeline, f"--model: the pipeline of {model} cannot run")
+    return pipeline
 
 
-def run_a_step(pipeline: InstructDiffusionPipeline) -> None:
-    """Run one step on a small picture. Wrong values in configurations raise exceptions of any class only then."""
+def check_runs(pipeline: InstructDiffusionPipeline, message: str) -> None:
+    """Run the last of twenty steps on a small picture, and raise a UsageError with `message` if this fails.
+
+    Some wrong values in configurations raise an error only when the model runs.
+    """
     progress_bar = pipeline.__dict__.get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     side = max(64, 2 * pipeline.size_multiple)  # group norm needs more than one latent pixel at the lowest level
-    pipeline("", Image.new("RGB", (side, side)), 1, 0.5, 0.5, resolution=0, generator=generator)
+    picture = Image.new("RGB", (side, side))
+    with reading(message):
+        pipeline("", picture, 20, 0.5, 0.5, strength=0.05, resolution=0, generator=generator)
     pipeline.set_progress_bar_config(**(progress_bar or {}))
 
 

@@ -187,11 +187,19 @@ def test_operations_of_a_prediction_are_those_of_its_matrices():
     assert benchmark.training_flop(Unet(), 4) == 2 * 2 * 77 * 8 * 4  # the text needs no gradient
 
 
-def test_training_takes_no_device(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--device", "cpu"], "--device: is for --measure inference"),
+        (["--device", "gpu", "--measure", "inference"], "argument --device: invalid choice: 'gpu'"),
+        (["--output", "figures.png"], "--output: must be a .json file; got figures.png."),
+    ],
+)
+def test_bad_arguments_have_status_2(options, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
     with pytest.raises(SystemExit) as exit:
         run_script(benchmark.main)
-    assert exit.value.code == 2 and "--device: is for --measure inference" in capsys.readouterr().err
+    assert exit.value.code == 2 and told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("existing", ["figures.json", "figures.png"])

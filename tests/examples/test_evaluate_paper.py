@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,14 @@ def test_killed_and_started_again_it_ends_with_the_same_files_and_takes_in_new_d
     (tmp_path / "data").mkdir()
     for name in ("HumanArt", "VOCdevkit"):
         (tmp_path / "data" / name).symlink_to(work / "data" / name)
+    # None of the samples of AP-10K can be scored, and RefCOCOg lacks its references.
+    shutil.copytree(work / "data" / "ap-10k", tmp_path / "data" / "ap-10k")
+    for picture in tmp_path.glob("data/ap-10k/data/*"):
+        picture.write_bytes(b"no picture")
+    (tmp_path / "data" / "coco_2014" / "refcocog").mkdir(parents=True)
+    shutil.copy(
+        work / "data" / "coco_2014" / "refcocog" / "instances.json", tmp_path / "data" / "coco_2014" / "refcocog"
+    )
     arguments = options(work, tmp_path / "out", root=tmp_path / "data")
     child = subprocess.Popen([sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE)
     while child.poll() is None and len(list(tmp_path.glob("out/*/results.json"))) < 1:
@@ -133,11 +142,13 @@ def test_killed_and_started_again_it_ends_with_the_same_files_and_takes_in_new_d
         os.utime(path, (1, 1))
     call(*arguments)
     assert len(answered) == 12 and {path.stat().st_mtime for path in answered} == {1}, "nothing is asked again"
-    rows = {path.parent.name for path in tmp_path.glob("out/*/results.json")}
+    rows = {path.parent.name for path in tmp_path.glob("out/*/results.json")} - {"ap10k-test-split1"}
     assert rows == {"humanart-validation", "sidd-val", "voc-val"}
     for row in rows:
         assert outcome(tmp_path / "out" / row) == outcome(whole / row), row
     lines = [(folder / "paper.md").read_text().splitlines() for folder in (tmp_path / "out", whole)]
+    assert any(line.startswith("- AP-10K test-split1: `examples`: none of the 3 could be scored") for line in lines[0])
+    assert any(line.startswith("- G-Ref (UMD) val: there is no file") for line in lines[0])
     assert sum(line.startswith("| ") and "| - |" not in line and line in lines[1] for line in lines[0]) == 2 * 4 + 3
 
 

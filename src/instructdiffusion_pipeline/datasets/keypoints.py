@@ -125,7 +125,7 @@ class CocoKeypoints:
         content = read_annotations(Path(annotations), "a JSON file of COCO keypoints")
         self.folder, self.joints, self.skipped = Path(images), joints, Skipped()
         categories = list_records(content, annotations, "categories")
-        read = [item.get("id") for item in categories if category in (None, item.get("name"))]
+        read = [item.get("id") for item in categories if category is None or item.get("name") == category]
         pictures = coco_pictures(content, annotations, self.skipped)
         missing = {id for id, item in pictures.items() if not os.path.isfile(self.folder / item["file_name"])}
         kept = []

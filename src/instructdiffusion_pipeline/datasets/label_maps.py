@@ -62,7 +62,7 @@ class LabelMaps:
         classes: the numbers of each class.
         unlabeled: values of pixels that belong to no class. Other values make a label map unreadable.
         offset: the difference between class number and pixel value.
-        suffix: of the label maps.
+        suffix: the file name extension of the label maps.
         stems: the pictures to read, without ".jpg"; None: all of the folder.
     """
 
@@ -209,7 +209,7 @@ def numbered_classes(lines: str) -> dict[str, set[int]]:
     """The number of each class by its name, from lines "2: building, edifice" or rows of ADE20K's table.
 
     A class is called by its first name. If several classes share that, each is called by its next name that no class
-    has as its first; those without another name keep it, and are one class if there are several.
+    has as its first, or keeps it if there is no other. Classes with the same name in the end become one.
     """
     synonyms: dict[int, list[str]] = {}
     for match in filter(None, map(CLASS_LINE.fullmatch, lines.splitlines())):
@@ -221,7 +221,8 @@ def numbered_classes(lines: str) -> dict[str, set[int]]:
     first = Counter(names[0] for names in synonyms.values())
     classes = defaultdict(set)
     for number, names in synonyms.items():
-        name = next((name for place, name in enumerate(names) if first[name] == (place == 0)), names[0])
+        others = [] if first[names[0]] == 1 else [name for name in names[1:] if name not in first]
+        name = (others or names)[0]
         classes[READABLE_NAMES.get(name, name)].add(number)
     return dict(classes)
 

@@ -205,6 +205,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def load_plain_pickle(path: Path) -> Any:
     """A pickle of lists, dictionaries, strings and numbers, also of Python 2. Anything else is a ValueError."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()

@@ -258,16 +258,23 @@ def columns_of(entry: Entry, columns: Mapping[str, str] | None) -> Mapping[str, 
     return (columns or {}) if entry.key == "table" else {}
 
 
+# RefCOCO+ and RefCOCOg are not among the original's sources, but have their format.
+ORIGINAL = (
+    "mpii", "coco", "crowdpose", "aic", "coco-stuff", "grefcoco", "refcoco", "refcoco+", "refcocog", "gopro", "reds",
+    "sidd", "clwd", "instructpix2pix", "gier", "gqa-inpaint", "magicbrush",
+)  # fmt: skip
+
+
 def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
     """The data sets `names` with the sampling weights of the original, at 256 x 256 pixels.
 
-    `names` are keys of `DATASETS` that have a `folder`. Each data set lies in that folder of `root`, in the layout
-    that its reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
+    `names` are out of `ORIGINAL`. Each data set lies in the `folder` of its spec below `root`, in the layout that its
+    reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
     grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD, clip-filtered-dataset, GIER_editing_data, gqa-inpaint,
     MagicBrush.
     """
     names = list(names)
-    folders = {name: Path(root, spec.folder) for name, spec in DATASETS.items() if spec.folder}
+    folders = {name: Path(root, str(DATASETS[name].folder)) for name in ORIGINAL}
     if unknown := sorted(set(names) - folders.keys()):
         raise ValueError(f"`names` must be out of {', '.join(folders)}; got {', '.join(unknown)}.")
     return Mixture([DATASETS[name].source(name, folders[name]) for name in names], seed)

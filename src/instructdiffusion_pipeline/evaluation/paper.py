@@ -92,8 +92,10 @@ PAPER_TABLES = (
     ),
 )
 PAPER_FOLDERS = sorted({str(DATASETS[figure.key].folder) for table in PAPER_TABLES for figure in table.figures})
-# The paper's OKS on AP-10K has only the joints that COCO has, too.
+# The paper's OKS on AP-10K has only the joints that COCO has, too. GoPro is scored at its own resolution, not cropped.
 SHARED_SIGMAS = {name: sigma for name, sigma in AP10K_SIGMAS.items() if name in COCO_SIGMAS}
+TRANSFORMS = {"ap10k": EvaluationPersonCrop(sigmas=SHARED_SIGMAS), "gopro": None}
+OWN_RESOLUTION = ("gopro",)
 ALL_TASKS: dict[Any, MakeTasks] = {KEYPOINTS: whole_person, SEGMENTATION: every_object}
 NOTES = """\
 The ceiling, in parentheses, is the score of the ground truth after VAE encoding and decoding. In table 5 the score and
@@ -141,15 +143,18 @@ def evaluate_paper(
         except ValueError as error:
             missing[figure] = str(error)
         else:
-            (rows[figure],) = evaluate(
-                pipeline,
-                examples_from(source, samples, seed, ALL_TASKS.get(source.make_task)),
-                folder / report.file_name(source.name),
-                settings_by_family,
-                batch_size,
-                seed,
-                0 if figure.key == "gopro" else resolution,
-            )["rows"]
+            try:
+                (rows[figure],) = evaluate(
+                    pipeline,
+                    examples_from(source, samples, seed, ALL_TASKS.get(source.make_task)),
+                    folder / report.file_name(source.name),
+                    settings_by_family,
+                    batch_size,
+                    seed,
+                    0 if figure.key in OWN_RESOLUTION else resolution,
+                )["rows"]
+            except report.NothingScored as error:
+                missing[figure] = str(error)
         if rows:
             write_text(folder / "paper.md", paper_tables(rows, missing))
     if not rows:
@@ -163,10 +168,7 @@ def open_source(figure: Figure, root: Path, size: int) -> Source:
     Raises a ValueError if the data set is not in `root` or cannot be read.
     """
     spec = DATASETS[figure.key]
-    if figure.key == "ap10k":
-        spec = replace(spec, test_transform=EvaluationPersonCrop(sigmas=SHARED_SIGMAS))
-    if figure.key == "gopro":
-        spec = replace(spec, test_transform=None)
+    spec = replace(spec, test_transform=TRANSFORMS.get(figure.key, spec.test_transform))
     path = root / str(spec.folder)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}.")

@@ -30,6 +30,10 @@ Images are scored on that part only.
 """
 
 
+class NothingScored(ValueError):
+    """No example could be scored."""
+
+
 def write(
     folder: Path,
     run: Mapping[str, Any],
@@ -50,7 +54,7 @@ def write(
             sheet = contact_sheet(folder / "answers", examples, scored, readout)
             save_image(folder / f"{file_name(row['row'])}.png", sheet)
     if not any(row["samples"] for row in rows):
-        raise ValueError(f"`examples`: none of the {len(records)} could be scored, see {folder}/table.md.")
+        raise NothingScored(f"`examples`: none of the {len(records)} could be scored, see {folder}/table.md.")
     return results
 
 
