@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import tiny
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, ModularPipeline, UNet2DModel
 from hub_server import HubServer, running_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -707,3 +707,21 @@ def test_a_revision_is_loaded_in_every_way(root: Path, reference: list, fresh: F
     trusted = fresh.report(MODULAR_ANSWER + dedent(script), found["commit"], hub=hub, blocked=True)
     np.testing.assert_allclose(trusted["answer"], reference, atol=1e-5)
     assert trusted["modular"]["equal"]
+
+
+def test_half_precision_is_loaded_in_float32_unless_told(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+    """transformers alone would load the text encoder in the precision of its file."""
+    export(pipe.to(torch.float16), tmp_path / "exported")
+    pipe.save_pretrained(tmp_path / "saved")
+    blocks = ModularPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    blocks.load_components()
+    loaded = [
+        InstructDiffusionPipeline.from_pretrained(tmp_path / "exported"),
+        InstructDiffusionPipeline.from_pretrained(tmp_path / "saved"),
+        DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True),
+        blocks,
+    ]
+    for each in loaded:
+        assert {part.dtype for part in (each.unet, each.vae, each.text_encoder)} == {torch.float32}
+    half = InstructDiffusionPipeline.from_pretrained(tmp_path / "exported", torch_dtype=torch.float16)
+    assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.float16}

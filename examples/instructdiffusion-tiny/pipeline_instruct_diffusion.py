@@ -582,9 +582,14 @@ class InstructDiffusionPipeline(
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As `DiffusionPipeline.from_pretrained`, but weights must not be missing: they would be random numbers.
 
+        Without `dtype`, all models are loaded in float32. diffusers would load its own models in float32, and those of
+        transformers in the precision of their files.
+
         Raises:
             ValueError: if the files of a model lack weights; the message names them.
         """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for component, model in pipe.components.items():
             if isinstance(model, torch.nn.Module) and component not in kwargs:

@@ -192,6 +192,9 @@ def _write(
         settings = json.loads(file.read_text(encoding="utf-8"))
         # The path on this machine that the weights were loaded from.
         settings.pop("_name_or_path", None)
+        if "dtype" in settings:
+            # Without `dtype=`, transformers loads a model in this precision, and diffusers loads its own in float32.
+            settings["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     data = ModelCardData(
         license=license, library_name="diffusers", pipeline_tag="image-to-image", tags=["instructdiffusion"]

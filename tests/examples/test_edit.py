@@ -56,7 +56,7 @@ def test_without_options_the_answer_is_that_of_ask_and_of_the_pipeline(tmp_path)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
 
-    pipe = InstructDiffusionPipeline.from_pretrained(edit.TINY_MODEL, dtype=torch.float32)
+    pipe = InstructDiffusionPipeline.from_pretrained(edit.TINY_MODEL)
     asked = ask(pipe, image, Editing(INSTRUCTION), generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(Image.open(output), asked.data)
     called = pipe(INSTRUCTION, image, generator=torch.Generator().manual_seed(0)).images[0]
