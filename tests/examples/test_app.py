@@ -87,7 +87,10 @@ def set_steps(page, steps):
     field = page.get_by_label("number input for steps").filter(visible=True)
     if not field.is_visible():
         press(page, "settings ▼")
+    page.wait_for_timeout(1000)  # the page sets the first value again after it opens the settings
     field.fill(str(steps))
+    field.blur()
+    expect(page.get_by_label("range slider for steps").filter(visible=True)).to_have_value(str(steps))
 
 
 def downloads(page):
@@ -268,6 +271,7 @@ def test_two_users_at_once_get_their_own_answers(visit, model):
         np.testing.assert_array_equal(Image.open(downloads(page)["answer.png"]), expected.data)
 
 
+@pytest.mark.slow
 def test_cancel_stops_the_model_and_the_waiting_question(visit, model):
     calls = []
     hook = model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
