@@ -290,9 +290,9 @@ def test_cancel_stops_the_model_and_the_waiting_question(visit, model):
     hook.remove()
 
     # The answer of another tab still arrives after its page cancels a waiting question.
-    set_steps(first, 20)
+    set_steps(first, 100)
     press(first, "Run")
-    expect(first.get_by_text("/20 steps").first).to_be_visible()
+    expect(first.get_by_text("/100 steps").first).to_be_visible()
     first.get_by_role("tab", name="editing").click()
     press(first, "Run")
     expect(first.get_by_text("queue").first).to_be_visible()
