@@ -37,6 +37,7 @@ from instructdiffusion_pipeline import (
     ask,
     upright_rgb,
 )
+from instructdiffusion_pipeline.ask import settings_of
 from instructdiffusion_pipeline.cli import UsageError, load_pipeline, open_image, run_script, split_names
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.colors import assign_colors
@@ -91,7 +92,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
                 family = tab.task.family
                 with gr.Tab(family):
                     asked = tab.component()
-                    settings = {**tab.task.settings, **pipe.config.task_settings.get(family, {})}
+                    settings = settings_of(pipe, tab.task)
                     with gr.Accordion("settings", open=False):
                         seed = gr.Number(0, label="seed", precision=0)
                         sliders = [

@@ -299,8 +299,8 @@ def ask_batch(
     return answers
 
 
-def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any]) -> dict[str, Any]:
-    """The call arguments that `ask` uses by default: those of the task, overridden by those of the model."""
+def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:
+    """The call arguments that `ask` uses by default: those of the task or its class, overridden by the model's."""
     return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
