@@ -33,6 +33,8 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, export  # noqa
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, train  # noqa: E402
 from instructdiffusion_pipeline.training import cache as cache_module  # noqa: E402
 
+# Logs, and states that training does not use, differ from run to run.
+LEFT_OUT = (".", "logs", "random_states")
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 PIPELINE = InstructDiffusionPipeline(**tiny.components())
 SAMPLES = ImageDataset(mixture(), PIPELINE.tokenizer)
@@ -120,17 +122,6 @@ def fork(operation: Callable[[Path], None], folder: Path, kind: str = "", number
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files but logs, hidden ones, which a killed process may leave, and states that training does not use."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    left_out = (".", "logs", "random_states")
-    return {
-        str(name): path.read_bytes()
-        for name, path in files.items()
-        if not any(part.startswith(left_out) for part in name.parts)
-    }
-
-
 def new(folder: Path) -> Path:
     """An empty folder with files of the user, whose names are like those of temporary files."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -149,7 +140,7 @@ def main(name: str, count: int, root: Path) -> None:
     started = time.monotonic()
     assert fork(operation, new(root / "whole")) == 0
     seconds = round(time.monotonic() - started, 2)
-    expected, counts = contents(root / "whole"), json.loads((root / "counts.json").read_text())
+    expected, counts = tiny.contents(root / "whole", LEFT_OUT), json.loads((root / "counts.json").read_text())
 
     at_changes = min(count, counts["changes"])
     points = [("changes", round(i * counts["changes"] / at_changes)) for i in range(at_changes)]
@@ -160,7 +151,7 @@ def main(name: str, count: int, root: Path) -> None:
         folder = new(root / "broken")
         assert fork(operation, folder, *point) == -signal.SIGKILL, point
         assert fork(operation, folder) == 0, point
-        found = contents(folder)
+        found = tiny.contents(folder, LEFT_OUT)
         assert found.keys() == expected.keys(), (point, found.keys() ^ expected.keys())
         assert found == expected, (point, [path for path in found if found[path] != expected[path]])
         assert (folder / ".model.mine" / "notes.txt").read_text() == "mine", point

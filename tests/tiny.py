@@ -82,6 +82,19 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> PIL.Image.Image
     return PIL.Image.fromarray(pixels)
 
 
+def contents(folder: Path, left_out: tuple[str, ...] = (".",)) -> dict[str, bytes]:
+    """All files by their relative path, without those where a part of the path starts with a prefix in `left_out`.
+
+    The hidden folders of `atomic_write` are left out by default, as a process that is killed may leave them behind.
+    """
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path.read_bytes()
+        for name, path in files.items()
+        if not any(part.startswith(left_out) for part in name.parts)
+    }
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 

@@ -35,11 +35,6 @@ from instructdiffusion_pipeline.types import Joint
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
 
 
-def outcome(folder: Path) -> dict[str, bytes]:
-    """Every file of an evaluation, by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
@@ -87,7 +82,7 @@ def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment)
     left = (tmp_path / "records.jsonl").read_bytes().count(b"\n")
     assert lines <= left < count and not (tmp_path / "table.md").exists()
     run_tiny.run(tmp_path)
-    resumed, expected = outcome(tmp_path), outcome(whole)
+    resumed, expected = tiny.contents(tmp_path), tiny.contents(whole)
     assert resumed.keys() == expected.keys()
     assert [name for name in expected if resumed[name] != expected[name]] == []
 
@@ -97,7 +92,7 @@ def test_a_torn_line_and_an_incomplete_batch_are_done_again(whole, torn):
     for size in (sum(map(len, lines[:9])) + 10, sum(map(len, lines)) - 1):
         folder = torn(size)
         run_tiny.run(folder)
-        assert outcome(folder) == outcome(whole), f"cut after {size} bytes"
+        assert tiny.contents(folder) == tiny.contents(whole), f"cut after {size} bytes"
 
 
 def test_a_complete_run_asks_nothing_again(whole, torn, monkeypatch):
@@ -105,7 +100,7 @@ def test_a_complete_run_asks_nothing_again(whole, torn, monkeypatch):
     for path in (folder / "answers").iterdir():
         os.utime(path, (1, 1))
     run_tiny.run(folder)
-    assert outcome(folder) == outcome(whole)
+    assert tiny.contents(folder) == tiny.contents(whole)
     assert {path.stat().st_mtime for path in (folder / "answers").iterdir()} == {1}
 
 
@@ -126,10 +121,10 @@ def test_every_example_has_one_record_in_order(whole):
     ],
 )
 def test_records_of_another_run_are_refused(whole, word, changes):
-    before = outcome(whole)
+    before = tiny.contents(whole)
     with pytest.raises(ValueError, match=f"`folder` must be new .*, {word} was "):
         run_tiny.run(whole, **changes)
-    assert outcome(whole) == before
+    assert tiny.contents(whole) == before
 
 
 def test_records_of_another_model_are_refused(whole):

@@ -14,10 +14,6 @@ SAMPLES = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"paint {i}")
 SMALL = {"grid": [(1.5, 1.0), (3.0, 1.25)], "num_inference_steps": 2, "batch_size": 2}
 
 
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_each_sample_is_answered_with_each_setting(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     names = sorted(path.name for path in (tmp_path / "candidates").iterdir())
@@ -30,13 +26,13 @@ def test_each_sample_is_answered_with_each_setting(pipe, tmp_path):
 
 def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
-    whole = files(tmp_path)
+    whole = tiny.contents(tmp_path)
     for name in ("sheets/000002.png", "candidates/000002_01_s3_i1.25.png"):
         (tmp_path / name).unlink()
     untouched = tmp_path / "candidates" / "000000_00_s1.5_i1.png"
     untouched.rename(tmp_path / "picks" / untouched.name)  # somebody has begun to pick
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
-    again = files(tmp_path)
+    again = tiny.contents(tmp_path)
     assert not untouched.exists(), "candidates that were moved are not made again"
     assert again.pop("picks/000000_00_s1.5_i1.png") == whole.pop("candidates/000000_00_s1.5_i1.png")
     assert again == whole
