@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
-from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, reading, run_script
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import evaluate, evaluate_paper, examples_from, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -76,6 +76,10 @@ def main() -> None:
         sources = load_test_sources(args.data, resolution, args.split, columns)
     except ValueError as error:
         raise UsageError(error) from error
+    if args.clip and not any(source.make_task == Editing.from_annotation for source in sources):
+        raise UsageError("--clip: has an effect on editing only; --data has no data set of edits.")
+    with reading(f"--clip: no CLIP model could be loaded from {args.clip}"):
+        clip = ClipSimilarity(args.clip, pipeline.device) if args.clip else None
     for source in sources:
         ask = whole_person if source.make_task == Keypoints.from_annotation else None
         examples += examples_from(source, args.samples, args.seed, ask)
@@ -87,7 +91,7 @@ def main() -> None:
         args.batch_size,
         args.seed,
         resolution,
-        clip=ClipSimilarity(args.clip, pipeline.device) if args.clip else None,
+        clip=clip,
     )
     print((args.output / "table.md").read_text(), f"\nContact sheets: {args.output}/*.png")
 

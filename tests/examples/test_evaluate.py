@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import UsageError
 
 # By its path, which does not depend on the folders that other tests put first.
 spec = importlib.util.spec_from_file_location("evaluate_data_sets", tiny.ROOT / "examples" / "evaluate.py")
@@ -135,6 +136,25 @@ def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data
         call(monkeypatch, "--model", model, "--data", data, "--output", tmp_path / "output")
     assert re.search(message, str(caught.value)), caught.value
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table", "--clip: no CLIP model could be loaded from .*/clip "),
+        ("gopro", "--clip: has an effect on editing only; --data has no data set of edits."),
+    ],
+)
+def test_a_clip_model_that_cannot_be_used_is_refused(monkeypatch, tmp_path, model, gopro, name, message):
+    folder = {"gopro": gopro, "table": tmp_path / "table"}[name]
+    (tmp_path / "table").mkdir()
+    tiny.picture(64, 64).save(tmp_path / "table" / "0.png")
+    columns = {"original_image_file_name": "0.png", "edited_image_file_name": "0.png", "edit_prompt": "leave it"}
+    (tmp_path / "table" / "metadata.jsonl").write_text(json.dumps(columns))
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UsageError, match=message):
+        call(monkeypatch, "--model", model, f"--data={name}={folder}", "--clip", tmp_path / "clip")
 
 
 def test_sidd_is_not_scored_on_its_training_data(monkeypatch, tmp_path, model):
