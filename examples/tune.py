@@ -15,6 +15,7 @@ resumed when it is started again. Needs `pip install ".[eval]"`.
 import argparse
 import itertools
 import json
+import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,8 @@ def main() -> None:
         raise UsageError(f"--data: must be data sets of one task; got {families}.")
     search = Search(pipeline, next(iter(tasks.values())), args.output, args.batch_size, args.seed)
 
+    # In random order, because the images of a data set can alternate between kinds.
+    random.Random(args.seed).shuffle(examples)
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
     trials = [search.run(choice, search.own)]
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):

@@ -117,6 +117,20 @@ def test_errors(arguments: tuple, message: str) -> None:
         working_size(*arguments)
 
 
+@pytest.mark.parametrize("mode", ["crop", "stretch"])
+def test_sides_of_exactly_four_to_one_are_accepted(mode: str) -> None:
+    assert working_size(400, 100, 64, resize_mode=mode).size == (256, 64)
+    assert working_size(100, 400, 64, resize_mode=mode).size == (64, 256)
+    with pytest.raises(ValueError, match="too elongated"):
+        working_size(500, 100, 64, resize_mode=mode)
+
+
+def test_defaults_are_the_multiples_of_stable_diffusion() -> None:
+    assert working_size(23, 31, 0).size == (16, 24)
+    assert working_size(100, 100, 100, resize_mode="stretch") == ((128, 128), (0, 0, 100, 100))
+    assert working_size(100, 100, 16, resize_mode="stretch").size == (64, 64), "at least one multiple"
+
+
 @pytest.mark.parametrize("resolution", [0, 64])
 @pytest.mark.parametrize("size", [(33, 50), (64, 64), (1, 1), (70, 30)])
 def test_pil_answers_have_the_size_of_their_input_and_arrays_the_working_size(

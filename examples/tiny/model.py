@@ -22,9 +22,9 @@ MERGES = 8_000  # of CLIP's 48,894; with fewer merges, rare words are split into
 # Call arguments by task family; they are saved in the pipeline's configuration.
 TASK_SETTINGS = {
     "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
-    "keypoints": {"num_inference_steps": 10, "guidance_scale": 3.0, "image_guidance_scale": 0.5},
+    "keypoints": {"num_inference_steps": 5, "guidance_scale": 3.0, "image_guidance_scale": 0.5},
     "restoration": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
-    "editing": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
+    "editing": {"num_inference_steps": 2, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
 }
 
 

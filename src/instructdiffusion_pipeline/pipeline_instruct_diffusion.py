@@ -169,7 +169,7 @@ def working_size(
     short_side, long_side = min(width, height), max(width, height)
     if resize_mode == "stretch":
         short = size_multiple * max(1, round(resolution / size_multiple))
-        long = size_multiple * max(1, round(long_side * short / (short_side * size_multiple)))
+        long = size_multiple * round(long_side * short / (short_side * size_multiple))
         size = (short, long) if width < height else (long, short)
         if long > 4 * short:
             raise ValueError(
