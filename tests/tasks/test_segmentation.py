@@ -233,6 +233,19 @@ def test_each_part_has_a_polygon():
     assert len(Mask(pixels, 1.0).polygons) == 2
 
 
+def test_the_polygon_of_a_pixel_is_an_octagon_around_it():
+    pixels = np.zeros((5, 6), bool)
+    pixels[2, 3] = True
+    (polygon,) = Mask(pixels, 1.0).polygons
+    points = np.reshape(polygon, (-1, 2))
+    assert len(points) == 8 and len({tuple(point) for point in points}) == 8
+    assert (points.min(0), points.max(0)) == (pytest.approx([3, 2]), pytest.approx([4, 3]))
+
+
+def test_a_pixel_that_is_half_covered_is_not_in_the_mask():
+    assert Mask.from_margin(np.array([[0.0, 0.5]])).pixels.tolist() == [[False, True]]
+
+
 def test_a_mask_of_numbers_or_of_another_size_is_refused():
     image, task = Image.new("RGB", (30, 20)), Segmentation({"cat": "red"})
     with pytest.raises(ValueError, match="`mask` must be of type bool and shape .20, 30.; it is of uint8"):
@@ -299,3 +312,19 @@ def test_overlay_shows_the_mask_on_the_input():
     shown = np.asarray(Segmentation({"ball": "red"}).overlay(image, {"ball": Mask(mask, 1.0)}))
     assert (shown[~mask] == (10, 200, 10)).all() and (shown[15:25, 15:25] == (157, 80, 4)).all()
     assert (shown[10, 10:30] == (0, 255, 255)).all()  # the outline
+
+
+@pytest.mark.parametrize("color", MASK_COLORS)
+def test_the_outline_has_the_complementary_color_and_no_pixels_that_touch_the_outside_by_a_corner_only(color):
+    pixels = np.zeros((9, 9), bool)
+    pixels[2:7, 2:7] = True
+    pixels[2, 2] = False
+    grey = Image.new("RGB", (9, 9), (128, 128, 128))
+    shown = np.asarray(Segmentation({"cat": color}).overlay(grey, {"cat": Mask(pixels, 1.0)}))
+    outline = (shown == 255 - np.array(MASK_COLORS[color])).all(2)
+    assert outline[2, 3] and outline[3, 2] and outline[6, 6]
+    assert not outline[3, 3] and outline.sum() == 15
+
+
+def test_without_a_random_generator_the_wording_is_always_the_first():
+    assert Segmentation({"cat": "blue"}).instruction() == "mark the cat in blue"

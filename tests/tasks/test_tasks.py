@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -30,6 +31,14 @@ def test_equal_tasks_are_one_key(make):
     assert {task: 1}[make()] == 1
     for same in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
         assert same == task and hash(same) == hash(task) and same.instruction() == task.instruction()
+
+
+@pytest.mark.parametrize("task", [Editing, Segmentation, Keypoints, Restoration])
+def test_default_settings_are_those_of_the_guide(task):
+    guide = (tiny.ROOT / "docs" / "guidance.md").read_text()
+    (row,) = re.findall(rf"^\| {task.family} \| (.*) \|$", guide, re.MULTILINE)
+    assert list(map(float, row.split(" | "))) == list(task.settings.values())
+    assert list(task.settings) == ["num_inference_steps", "guidance_scale", "image_guidance_scale"]
 
 
 def test_tasks_that_ask_otherwise_differ():
