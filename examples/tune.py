@@ -107,15 +107,17 @@ def main() -> None:
         sources = load_test_sources(args.data, pipeline.default_resolution)
     except ValueError as error:
         raise UsageError(error) from error
-    examples = [example for source in sources for example in examples_from(source, args.samples, args.seed)]
+    rng, examples = random.Random(args.seed), []
+    for source in sources:
+        found = examples_from(source, args.samples, args.seed)
+        # In random order, because the images of a data set can alternate between kinds.
+        examples += rng.sample(found, len(found))
     tasks = {source.name: examples_from(source, 1)[0].open().tasks[0] for source in sources}
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
         raise UsageError(f"--data: must be data sets of one task; got {families}.")
     search = Search(pipeline, next(iter(tasks.values())), args.output, args.batch_size, args.seed)
 
-    # In random order, because the images of a data set can alternate between kinds.
-    random.Random(args.seed).shuffle(examples)
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
     trials = [search.run(choice, search.own)]
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):

@@ -34,7 +34,7 @@ from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, ca
 from instructdiffusion_pipeline.training import cache as cache_module  # noqa: E402
 
 # Logs, and states that training does not use, differ from run to run.
-LEFT_OUT = (".", "logs", "random_states")
+LEFT_OUT = (*tiny.HIDDEN, "logs", "random_states")
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 PIPELINE = InstructDiffusionPipeline(**tiny.components())
 SAMPLES = ImageDataset(mixture(), PIPELINE.tokenizer)

@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).parent.parent
+HIDDEN = (".",)
 TOKENIZER = ROOT / "tests" / "fixtures" / "golden" / "model" / "tokenizer"
 
 
@@ -82,10 +83,10 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> PIL.Image.Image
     return PIL.Image.fromarray(pixels)
 
 
-def contents(folder: Path, left_out: tuple[str, ...] = (".",)) -> dict[str, bytes]:
+def contents(folder: Path, left_out: tuple[str, ...] = ()) -> dict[str, bytes]:
     """All files by their relative path, without those where a part of the path starts with a prefix in `left_out`.
 
-    The hidden folders of `atomic_write` are left out by default, as a process that is killed may leave them behind.
+    A process that is killed may leave hidden folders of `atomic_write`: `left_out=HIDDEN` leaves them out.
     """
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {

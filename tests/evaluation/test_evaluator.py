@@ -82,7 +82,7 @@ def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment)
     left = (tmp_path / "records.jsonl").read_bytes().count(b"\n")
     assert lines <= left < count and not (tmp_path / "table.md").exists()
     run_tiny.run(tmp_path)
-    resumed, expected = tiny.contents(tmp_path), tiny.contents(whole)
+    resumed, expected = tiny.contents(tmp_path, tiny.HIDDEN), tiny.contents(whole)
     assert resumed.keys() == expected.keys()
     assert [name for name in expected if resumed[name] != expected[name]] == []
 

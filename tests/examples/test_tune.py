@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,16 @@ def run(monkeypatch, gopro, tmp_path):
         tune.main()
 
     return run
+
+
+def test_both_halves_have_images_of_each_data_set_and_of_both_kinds_of_alternating_ones(run, gopro, tmp_path):
+    other = shutil.copytree(gopro, tmp_path / "other")
+    run("--data", f"gopro={other}", "--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1)
+    for half in ("choice", "held-out"):
+        folder = next((tmp_path / "out" / half).iterdir())
+        found = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+        assert Counter(record["row"] for record in found) == {"gopro:gopro test": 2, "gopro:other test": 2}
+        assert {int(re.search(r"test (\d)", record["name"])[1]) % 2 for record in found} == {0, 1}
 
 
 def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
