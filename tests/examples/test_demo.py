@@ -4,6 +4,7 @@ from pathlib import Path
 import demo
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from skimage import data
 
@@ -27,6 +28,9 @@ def test_it_leaves_a_row_for_each_family_and_a_picture_to_edit(run_demo, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-input.png", "demo.png"]
     sheet = Image.open("demo.png")
     assert sheet.width == 3 * (PANEL + MARGIN) and sheet.height > 4 * PANEL
+    published = Image.open(tiny.ROOT / "docs" / "demo.jpg")
+    blocks, expected = (np.asarray(each.convert("RGB").reduce(8)).astype(int) for each in (sheet, published))
+    assert abs(blocks - expected).max() < 12, "the picture of the README is the output of `make demo`"
     photograph, picture = demo.square(data.chelsea(), 256), Image.open("demo-input.png")
     changed = (np.asarray(photograph) != np.asarray(picture)).any(-1)
     assert changed[:10].sum() == changed[:, :10].sum() == 0 and changed.any(), "the sunflower starts at (10, 10)"
