@@ -15,7 +15,7 @@ from scenes import jpeg, photograph, through_vae
 from instructdiffusion_pipeline import working_size
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS, paint
-from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, RADIUS, Keypoints, coco_keypoints, disc
+from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, RADIUS, Keypoints, coco_keypoints, disc, find_disc
 from instructdiffusion_pipeline.types import Joint
 
 SEEDS = st.integers(0, 2**32).map(random.Random)
@@ -43,6 +43,29 @@ def test_discs_are_drawn_as_the_original_draws_them(golden, name):
             if joint:
                 paint(drawn, disc(source.size, joint), KEYPOINT_COLORS[color], 1 - case["transparency"])
     assert (drawn == np.asarray(target)).all()
+
+
+@pytest.mark.parametrize("size", [(100, 100), (100, 160), (300, 100), (256, 512)])
+@pytest.mark.parametrize("place", [(40, 30), (40.4, 29.5), (0, 0), (-3.6, 97.2)])
+def test_a_disc_has_the_pixels_near_its_centre(size, place):
+    x, y = (int(value + 0.5) for value in place)
+    radius = 10 / 256 * min(size)
+    near = [
+        [(column - x) ** 2 + (row - y) ** 2 <= radius**2 + 1 for column in range(size[0])] for row in range(size[1])
+    ]
+    assert (disc(size, Joint(*place)) == np.array(near)).all()
+
+
+@pytest.mark.parametrize("radius", [4.0, 10.0])
+def test_a_disc_between_pixels_is_found_there(radius):
+    fine = np.arange(0.5, 640) / 8 - 0.5  # eight positions per pixel
+    rng = random.Random(0)
+    for _ in range(20):
+        x, y = (rng.uniform(radius, 79 - radius) for _ in range(2))
+        shape = (fine[None] - x) ** 2 + (fine[:, None] - y) ** 2 <= radius**2 + 1
+        share = shape.reshape(80, 8, 80, 8).mean((1, 3), dtype=np.float32)
+        found_x, found_y, score = find_disc(share, np.ones((80, 80), bool), radius)
+        assert np.hypot(found_x - x, found_y - y) < 0.05 and score > 0.85
 
 
 def question(rng, size=256):
@@ -221,7 +244,7 @@ def test_results_are_what_coco_loads():
         truth.createIndex()
         loaded = truth.loadRes([result])
     annotation = loaded.loadAnns(loaded.getAnnIds(imgIds=7))[0]
-    assert annotation["keypoints"][:6] == [3.5, 4, 0.8, 0, 0, 0] and len(annotation["keypoints"]) == 51
+    assert annotation["keypoints"] == [3.5, 4, 0.8] + 16 * [0, 0, 0] and annotation["category_id"] == 1
     assert annotation["score"] == pytest.approx(0.8 / 17)
 
 
@@ -230,3 +253,11 @@ def test_overlay_marks_what_was_found():
     shown = Keypoints({"nose": "red", "left eye": "cyan"}).overlay(image, {"nose": Joint(50, 60), "left eye": None})
     assert shown.getpixel((50, 60)) == (255, 0, 0)
     assert (0, 255, 255) not in set(shown.get_flattened_data())
+
+
+@pytest.mark.parametrize("size, arm", [((60, 90), 3), ((900, 600), 20), ((1200, 1500), 40)])
+def test_the_cross_of_an_overlay_has_the_scale_of_the_picture(size, arm):
+    image = Image.new("RGB", size, (90, 120, 60))
+    shown = np.asarray(Keypoints({"nose": "red"}).overlay(image, {"nose": Joint(30, 40)}))
+    column = np.flatnonzero((shown[:, 30] != (90, 120, 60)).any(-1))
+    assert (column.min(), column.max()) == (max(0, 40 - arm), 40 + arm)
