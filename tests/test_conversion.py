@@ -103,7 +103,17 @@ def test_training_state_replaces_the_unet_of_a_base(reference: Pipe, tmp_path: P
     combined = released_weights()
     combined |= {undotted[name]: tensor for name, tensor in ema_weights().items() if name in undotted}
     assert_same(averaged, convert(write_ckpt(tmp_path / "whole.ckpt", combined), **OPTIONS))
-    assert "config" in capsys.readouterr().out
+    (unused,) = (line for line in capsys.readouterr().out.splitlines() if "config" in line)
+    assert unused.startswith("Entries that the pipeline does not use: ")
+    assert {"config", "decay", "num_updates"} <= set(unused.partition(": ")[2].split(", "))
+    assert "diffusion_model" not in unused
+
+
+def test_training_state_without_counters(tmp_path: Path, capsys):
+    averaged = {name: tensor for name, tensor in ema_weights().items() if name not in ("decay", "num_updates")}
+    torch.save({"model_ema": averaged}, tmp_path / "state.pth")
+    convert(write_ckpt(tmp_path / "base.ckpt", released_weights()), ema_state=tmp_path / "state.pth", **OPTIONS)
+    assert "does not use" not in capsys.readouterr().out
 
 
 def test_training_state_with_a_gradient_scaler(tmp_path: Path):

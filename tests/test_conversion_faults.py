@@ -116,6 +116,17 @@ def test_stable_diffusion_alone_is_refused(tmp_path: Path, weights: Weights):
 
 def test_another_noise_schedule(tmp_path: Path):
     refused(tmp_path, base_weights() | {"betas": torch.linspace(1e-4, 2e-2, 1000)}, "another noise schedule")
+    betas = base_weights()["betas"]
+    refused(tmp_path, base_weights() | {"betas": 1.01 * betas}, "another noise schedule")
+    refused(tmp_path, base_weights() | {"betas": betas[:999]}, "another noise schedule")
+    convert(write_ckpt(tmp_path / "rounded.ckpt", base_weights() | {"betas": 1.0001 * betas}), **OPTIONS)
+
+
+@pytest.mark.parametrize("entry", [{"notes": "mine"}, {7: torch.zeros(1)}])
+def test_entries_that_are_no_named_tensors(tmp_path: Path, weights: Weights, entry: Weights):
+    refused(
+        tmp_path, weights | entry, r"--checkpoint_path: .* 'state_dict' must contain only named tensors, but has \["
+    )
 
 
 def damage_ema(tmp_path: Path, change: Callable[[Weights], object], match: str) -> None:
@@ -267,6 +278,7 @@ def test_other_files_of_the_user_stay(tmp_path: Path, weights: Weights, monkeypa
         path.parent.mkdir()
         path.write_text(text)
     monkeypatch.setattr("sys.argv", ["convert", *arguments(checkpoint, target)])
+    target.mkdir()  # an empty folder may exist
     main()
     InstructDiffusionPipeline.from_pretrained(target)
     assert {path: path.read_text() for path in kept} == kept
