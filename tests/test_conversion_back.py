@@ -1,5 +1,7 @@
 """Conversion to the original's layout and back is exact, for the golden model and for other sizes."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from convert_to_original import convert_back, main
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from original_names import original_names
 from safetensors.torch import load_file, save_file
 from tiny import components
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -35,12 +38,12 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_there_and_back(folder: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
-    target = tmp_path / f"back{suffix}"
+    target = tmp_path / "new" / "folder" / f"back{suffix}"
     monkeypatch.setattr("sys.argv", ["back", "--model_path", str(folder), "--checkpoint_path", str(target)])
     main()
     back = load_file(target) if suffix == ".safetensors" else torch.load(target, weights_only=True)["state_dict"]
     assert_identical(back, released_weights())
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
     with pytest.raises(UsageError, match="--checkpoint_path: .* already exists"):
         main()
 
@@ -71,6 +74,23 @@ def test_faults_are_named(folder: Path, tmp_path: Path):
     save_file(weights, file.with_suffix(".fp16.safetensors"))
     with pytest.raises(ValueError, match="another file in .* also has"):
         convert_back(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [2**40, [2, 2**40]])
+def test_more_layers_than_weights_are_refused(folder: Path, tmp_path: Path, layers: int | list[int]):
+    shutil.copytree(folder, tmp_path / "pipe")
+    config = tmp_path / "pipe" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": layers}))
+    with pytest.raises(
+        UsageError, match=r"--model_path: unet has .* weights, but layers_per_block is .*1099511627776"
+    ):
+        convert_back(tmp_path / "pipe")
+
+
+def test_a_layer_the_original_does_not_have_is_refused():
+    unet = components()["unet"]
+    with pytest.raises(ValueError, match="unet: .* no weight that corresponds to class_embedding.weight"):
+        original_names("unet", ["conv_in.weight", "class_embedding.weight"], unet.config)
 
 
 def test_a_model_the_original_could_not_run_is_refused():
