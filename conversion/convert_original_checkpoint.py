@@ -79,9 +79,10 @@ def rename(component: str, weights: Weights, model: torch.nn.Module) -> Weights:
     elif component == "vae":
         converted = convert_ldm_vae_checkpoint(weights, model.config)
     else:
-        converted = convert_ldm_clip_checkpoint(weights)
-        if not hasattr(model, "text_model"):  # transformers 5.6 removed this layer
-            converted = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+        # transformers 5.6 removed the layer `text_model`, which diffusers' converter still names.
+        converted = {
+            name.removeprefix("text_model."): tensor for name, tensor in convert_ldm_clip_checkpoint(weights).items()
+        }
     check_names(
         {name: tensor.shape for name, tensor in converted.items()},
         {name: tensor.shape for name, tensor in model.state_dict().items()},

@@ -19,6 +19,7 @@ from weights import Weights, check_names, check_new, read_safetensors, read_valu
 
 from instructdiffusion_pipeline.cli import UsageError, reading, run_script
 from instructdiffusion_pipeline.files import atomic_write
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import current_name
 
 # Settings that are constant in the original's code and do not follow from names and shapes of weights.
 REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
@@ -86,10 +87,10 @@ def check_layers(component: str, config: Mapping[str, Any], weights: int) -> Non
 
 
 def read_component(folder: Path) -> Weights:
-    """Return the weights of one component from all its shards."""
+    """Return the weights of one component from all its shards, by their names in current versions of its library."""
     weights: Weights = {}
     for path in sorted(folder.glob("*.safetensors")):
-        shard = read_safetensors(path, "--model_path")
+        shard = {current_name(name): tensor for name, tensor in read_safetensors(path, "--model_path").items()}
         duplicates = weights.keys() & shard.keys()
         if duplicates:
             raise UsageError(

@@ -83,12 +83,8 @@ def vae_modules(config: Any) -> dict[str, str]:
 
 
 def text_encoder_modules(config: Any) -> dict[str, str]:
-    """Return diffusers' name of each module of the text encoder -> the original's.
-
-    They are the same, with the prefix `text_model` before transformers 5.6.
-    """
-    parts = ("embeddings", "encoder", "final_layer_norm")
-    return {part: part for part in parts} | {f"text_model.{part}": part for part in parts}
+    """Return transformers' name of each module of the text encoder -> the original's, which is the same."""
+    return {part: part for part in ("embeddings", "encoder", "final_layer_norm")}
 
 
 MODULES = {"unet": unet_modules, "vae": vae_modules, "text_encoder": text_encoder_modules}

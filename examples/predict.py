@@ -223,8 +223,13 @@ def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None
     """A mask as the fields of a COCO annotation, a joint as x, y and score."""
     if not isinstance(reading, Mask):
         return reading and [float(value) for value in reading]
-    area = int(reading.pixels.sum())
-    return {"bbox": reading.box, "area": area, "segmentation": reading.rle, "score": reading.score}
+    area, box = int(reading.pixels.sum()), reading.box
+    return {
+        "bbox": box and (*box[:2], box[2] - box[0], box[3] - box[1]),
+        "area": area,
+        "segmentation": reading.rle,
+        "score": reading.score,
+    }
 
 
 def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -> dict[str, Any]:

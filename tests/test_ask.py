@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from instructdiffusion_pipeline import (
@@ -316,3 +317,46 @@ def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
         ask_boxes(pipe, image, task, [(5, 5, 10, 481)])
     with pytest.raises(TypeError, match="`task` must be Keypoints; got Segmentation"):
         ask_boxes(pipe, image, TASKS[0], boxes)
+
+
+def test_settings_for_each_picture_follow_it_to_its_views(pipe):
+    images = [tiny.picture(seed=seed) for seed in range(2)]
+    tasks = [Segmentation({"cat": "red", "dog": "blue"}), Segmentation({"owl": "green", "bell": "white"})]
+    words = ["fog", "rain"]
+    generators = [tiny.generator(seed) for seed in range(2)]
+    together = ask_batch(pipe, images, tasks, negative_prompt=words, generator=generators, slices=0.7, **FAST)
+    for number, answer in enumerate(together):
+        alone = {"negative_prompt": [words[number]], "generator": [tiny.generator(number)]}
+        expected = ask(pipe, images[number], tasks[number], slices=0.7, **alone, **FAST)
+        # Sums in batches of other sizes round differently.
+        difference = np.asarray(answer.picture, float) - np.asarray(expected.picture, float)
+        assert np.abs(difference).mean() < 0.5
+        assert all((answer.data[name].pixels != expected.data[name].pixels).mean() < 0.01 for name in answer.data)
+
+
+def test_one_generator_in_a_list_serves_all_pictures(pipe):
+    images, tasks = [tiny.picture(seed=seed) for seed in range(2)], [TASKS[3]] * 2
+    answers = ask_batch(pipe, images, tasks, generator=[tiny.generator()], **FAST)
+    assert len(answers) == 2
+
+
+def test_each_box_has_its_own_negative_prompt(pipe):
+    image, task, boxes = tiny.picture(width=120, height=90), TASKS[1], [(10, 20, 42, 44), (70, 5, 118, 85)]
+    with pytest.raises(ValueError, match="`negative_prompt` must be one, or as many as the 1 pictures; got 2"):
+        ask(pipe, image, task, negative_prompt=["fog", "rain"])
+    answers = ask_boxes(
+        pipe, image, task, boxes, batch_size=1, negative_prompt=["", "rain"], generator=tiny.generator(), **FAST
+    )
+    generator = tiny.generator()
+    ask(pipe, image.crop(answers[0].box), task, generator=generator, **FAST)
+    expected = ask(pipe, image.crop(answers[1].box), task, negative_prompt="rain", generator=generator, **FAST)
+    assert np.array_equal(answers[1].picture, expected.picture)
+
+
+@pytest.mark.parametrize("schedule", [{"timesteps": [900, 500, 100]}, {"sigmas": [9.0, 3.0, 0.5, 0.0]}], ids=list)
+def test_a_schedule_replaces_the_steps_of_the_task(pipe, schedule):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    answer = ask(pipe, tiny.picture(), TASKS[0], generator=tiny.generator(), **schedule)
+    assert pipe.num_timesteps == 3 and "cat" in answer.data
+    with pytest.raises(ValueError, match="Only one of `num_inference_steps`, `timesteps` and `sigmas`"):
+        ask(pipe, tiny.picture(), TASKS[0], num_inference_steps=3, **schedule)

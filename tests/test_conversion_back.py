@@ -57,6 +57,20 @@ def test_shards_and_half_precision(tmp_path: Path):
     )
 
 
+def test_names_of_earlier_versions_are_read(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "pipe")
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    for component, prefix in (("vae", ""), ("text_encoder", "text_model.")):
+        (file,) = (tmp_path / "pipe" / component).glob("*.safetensors")
+        renamed = {}
+        for name, tensor in load_file(file).items():
+            for new, before in old.items():
+                name = name.replace(new, before)
+            renamed[prefix + name] = tensor
+        save_file(renamed, file)
+    assert_identical(convert_back(tmp_path / "pipe"), released_weights())
+
+
 def test_faults_are_named(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="--model_path: .* has no unet/config.json"):
         convert_back(tmp_path)

@@ -8,6 +8,7 @@ pictures one grey level in 0.13 % of the values. Heun, with diffusers' own sched
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def run(
     golden_pipe: InstructDiffusionPipeline,
     golden_ema_pipe: InstructDiffusionPipeline,
 ) -> Run:
+    if request.param == "cli_97x130_rgba_s10" and version("pillow") < "13":
+        pytest.skip("Pillow before 13 enlarges a picture of 97 x 130 pixels in another way")
     pipe = golden_ema_pipe if "ema" in request.param else golden_pipe
     return Run(golden / "inference" / request.param, pipe)
 

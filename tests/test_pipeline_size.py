@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import ImageOps
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, working_size
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import centre_crop
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import center_crop
 
 sides = st.integers(1, 5000)
 resolutions = st.integers(16, 1024)
@@ -98,9 +98,9 @@ def test_the_box_is_what_both_fits_leave(size: tuple[int, int]) -> None:
 
 
 def test_centre_crop_keeps_the_largest_box() -> None:
-    assert centre_crop((100, 50), (10, 10)) == (25, 0, 75, 50)
-    assert centre_crop((50, 100), (10, 10)) == (0, 25, 50, 75)
-    assert centre_crop((30, 20), (300, 200)) == (0, 0, 30, 20)
+    assert center_crop((100, 50), (10, 10)) == (25, 0, 75, 50)
+    assert center_crop((50, 100), (10, 10)) == (0, 25, 50, 75)
+    assert center_crop((30, 20), (300, 200)) == (0, 0, 30, 20)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def network(**changes):
 
 
 class Copy(UNet2DModel):
-    """A readout that returns the reading by colour."""
+    """A readout that returns the reading by color."""
 
     def forward(self, sample, timestep):
         share = sample[:, -1:]

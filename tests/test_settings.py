@@ -92,7 +92,7 @@ def test_settings_and_readout_survive_saving(tuned, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["fast", {"editing": 3}, [("editing", {})]])
 def test_settings_that_are_none_are_refused(wrong):
-    with pytest.raises(ValueError, match="`task_settings` must map task families to call arguments"):
+    with pytest.raises(ValueError, match="`task_settings` must map task families to values for"):
         InstructDiffusionPipeline(**tiny.components(), task_settings=wrong)
 
 
@@ -103,3 +103,9 @@ def test_the_default_resolution_is_the_size_the_model_was_made_for(pipe):
     pipe.unet.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="`resolution` must be given"):
         pipe(**tiny.inputs(resolution=None))
+
+
+@pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resolution": 256}, {"negative_prompt": "blurry"}])
+def test_task_settings_hold_the_steps_and_the_scales_alone(settings):
+    with pytest.raises(ValueError, match="`task_settings` must map .* guidance_scale, image_guidance_scale"):
+        InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})

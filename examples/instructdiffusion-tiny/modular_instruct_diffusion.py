@@ -139,8 +139,8 @@ class InstructDiffusionGuidance(BaseGuidance):
             editing, or 5.0, that of the original code.
         image_guidance_scale: guidance scale for the input picture (s_I). `None` is the model's default for editing, or
             1.25.
-        start, stop: the share of the steps before which and from which on guidance is off, from 0 to 1. The steps
-            without it use plain conditional sampling, one prediction.
+        start, stop: guidance is on from `start` to `stop`, as fractions of the steps from 0 to 1. The other steps use
+            plain conditional sampling, one prediction.
         enabled: whether guidance is on.
 
     Raises:
@@ -549,6 +549,9 @@ class InstructDiffusionDenoiseStep(LoopSequentialPipelineBlocks):
                 "`unet` must not have an IP-Adapter: the blocks do not show it pictures. Use the pipeline."
             )
         _check_caches(components.unet)
+        # The inputs may come from blocks that ran on another device.
+        for name in ("latents", "image_latents", "prompt_embeds", "negative_prompt_embeds"):
+            setattr(block, name, getattr(block, name).to(components._execution_device))
         block.branches = []
         if hasattr(components.guider, "default_scales"):  # Guiders of diffusers do not have it.
             components.guider.default_scales = pipe.default_settings

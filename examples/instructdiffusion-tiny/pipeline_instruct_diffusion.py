@@ -120,15 +120,15 @@ class WorkingSize(NamedTuple):
 
     `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. `box` is for PIL outputs,
     which are resized back to the input size. Outputs of type np, pt and latent show the region
-    `centre_crop(input_size, size)`.
+    `center_crop(input_size, size)`.
     """
 
     size: tuple[int, int]
     box: Box
 
 
-def centre_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The largest centred box of `size` with the aspect ratio of `target`: the part that `ImageOps.fit` keeps."""
+def center_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
+    """The largest centered box of `size` with the aspect ratio of `target`: the part that `ImageOps.fit` keeps."""
     width, height = size
     crop_width = min(width, height * target[0] / target[1])
     crop_height = min(height, width * target[1] / target[0])
@@ -151,7 +151,7 @@ def working_size(
 
     - "crop", as in the original: `resolution` refers to the long side. Both sides are multiples of 64, and the long
       side is near `resolution`. The picture is fitted to that size and the output is fitted back. Each fit crops to
-      the centre, so the output shows the box that remains after both crops.
+      the center, so the output shows the box that remains after both crops.
     - "stretch": `resolution` refers to the short side, which is the multiple of `size_multiple` nearest to it. The
       long side is the multiple that best preserves the aspect ratio. The whole picture is resized.
 
@@ -186,9 +186,9 @@ def working_size(
             f"`image` of {width} x {height} pixels is too elongated for `resolution={resolution}`: it would become"
             f" {size[0]} x {size[1]}, and no side may exceed four times the resolution. Crop it or raise `resolution`."
         )
-    left, top, right, bottom = centre_crop((width, height), size)
+    left, top, right, bottom = center_crop((width, height), size)
     x, y = (right - left) / size[0], (bottom - top) / size[1]
-    shown = centre_crop(size, (width, height))
+    shown = center_crop(size, (width, height))
     return WorkingSize(size, (left + x * shown[0], top + y * shown[1], left + x * shown[2], top + y * shown[3]))
 
 
@@ -344,10 +344,11 @@ def is_text(value: Any) -> bool:
 
 
 def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
-    """A picture tensor (3, H, W) in [0, 1] resized to (width, height) with the same filter as PIL pictures."""
+    """A picture tensor (3, H, W) in [0, 1], resized on the CPU to (width, height) with the filter of PIL pictures."""
+    picture = picture.cpu()
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
-    channels = [_resize_picture(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().cpu().numpy()]
+    channels = [_resize_picture(PIL.Image.fromarray(channel), size, crop) for channel in picture.float().numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 1)
 
 
@@ -436,8 +437,14 @@ def _missing_weights(model: Any, variant: str | None) -> list[str]:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     plain = [file for file in files if "." not in file.stem]
     files = [file for file in files if f".{variant}" in file.name] or plain
-    stored = {_current_name(name) for file in files for name in _weight_names(file)}
-    return [name for name, _ in model.named_parameters() if files and _current_name(name) not in stored]
+    stored = {name for file in files for name in _weight_names(file)}
+    current = {current_name(name) for name in stored}
+    # Text encoders of transformers before 5.6 have this prefix, and cannot read files without it.
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if files and (name not in stored if name.startswith("text_model.") else current_name(name) not in current)
+    ]
 
 
 def _refuse_missing(component: str, missing: list[str], source: str | os.PathLike[str]) -> None:
@@ -457,7 +464,7 @@ def _weight_names(file: Path) -> list[str]:
         return list(weights.keys())
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
     """The name of a weight without the differences between versions of diffusers and transformers."""
     for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
         name = name.replace(old, new)
@@ -517,7 +524,7 @@ class InstructDiffusionPipeline(
         readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
-        task_settings: call arguments that suit this model, by task family, for example
+        task_settings: the steps and guidance scales that suit this model, by task family, for example
             `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
             `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
         score_calibration: slope and intercept by which `instructdiffusion_pipeline.ask` makes the scores of masks and
@@ -529,6 +536,7 @@ class InstructDiffusionPipeline(
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "readout"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
+    _current_timestep: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -564,10 +572,13 @@ class InstructDiffusionPipeline(
             readout=readout,
         )
         task_settings = {} if task_settings is None else task_settings
-        if not isinstance(task_settings, Mapping) or not all(isinstance(s, Mapping) for s in task_settings.values()):
+        if not isinstance(task_settings, Mapping) or not all(
+            isinstance(settings, Mapping) and settings.keys() <= DEFAULT_SETTINGS.keys()
+            for settings in task_settings.values()
+        ):
             raise ValueError(
-                '`task_settings` must map task families to call arguments, as {"editing": {"guidance_scale": 4.0}}'
-                f" does, but is {task_settings!r}."
+                f"`task_settings` must map task families to values for {', '.join(DEFAULT_SETTINGS)}, as"
+                f' {{"editing": {{"guidance_scale": 4.0}}}} does, but is {task_settings!r}.'
             )
         self.register_to_config(
             requires_safety_checker=requires_safety_checker,
@@ -694,7 +705,7 @@ class InstructDiffusionPipeline(
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The timestep of the step that runs now; `None` outside of a call."""
+        """The timestep of the step that runs now; `None` before the first and after the last step of a call."""
         return self._current_timestep
 
     @property
@@ -846,7 +857,7 @@ class InstructDiffusionPipeline(
         self._guidance_scale = float(guidance_scale)
         self._image_guidance_scale = float(image_guidance_scale)
         self._interrupt = False
-        self._current_timestep: torch.Tensor | None = None
+        self._current_timestep = None
         device = self._execution_device
 
         # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
@@ -1151,7 +1162,7 @@ class InstructDiffusionPipeline(
         )
 
     def _check_masks(self, masks: Any, picture_counts: list[int]) -> None:
-        """Raises a ValueError for wrong `ip_adapter_masks`; each IP-Adapter has so many pictures."""
+        """Raises a ValueError for wrong `ip_adapter_masks`. `picture_counts`: the pictures of each IP-Adapter."""
         is_stacked = isinstance(masks, torch.Tensor) and masks.ndim == 4
         listed = list(masks.unsqueeze(1)) if is_stacked else masks
         shapes = [(1, count) for count in picture_counts]
@@ -1337,9 +1348,7 @@ class InstructDiffusionPipeline(
         self._check_finite("text_encoder", states.last_hidden_state)
         if clip_skip is None:
             return states.last_hidden_state
-        # Newer transformers have no `text_model` inside a CLIPTextModel any more.
-        text_model: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return text_model.final_layer_norm(states.hidden_states[-(clip_skip + 1)])
+        return self.text_encoder.final_layer_norm(states.hidden_states[-(clip_skip + 1)])
 
     @contextmanager
     def _lora_scaled(self, scale: float | None) -> Iterator[None]:
@@ -1412,7 +1421,8 @@ class InstructDiffusionPipeline(
                     "`ip_adapter_image_embeds` must hold negative embeddings and as many positive ones, but has an odd"
                     f" number of entries: its shape is {tuple(embeds.shape)}."
                 )
-            negative, positive = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0).chunk(2)
+            embeds = embeds.to(device, self.unet.dtype)
+            negative, positive = embeds.repeat_interleave(num_images_per_prompt, dim=0).chunk(2)
             prepared.append(torch.cat([negative, positive]) if do_classifier_free_guidance else positive)
         return prepared
 

@@ -1,4 +1,4 @@
-"""Edits of the colours of a whole picture, each with several instructions."""
+"""Edits of the colors of a whole picture, each with several instructions."""
 
 import random
 from collections.abc import Callable

@@ -199,17 +199,17 @@ def middle(a: Point, b: Point) -> Point:
 
 
 def vary(color: RGB, rng: random.Random) -> RGB:
-    """Change the brightness of a colour a little at random."""
+    """Change the brightness of a color a little at random."""
     light = rng.uniform(0.9, 1.05)
     return tuple(min(255, round(light * value)) for value in color)
 
 
 def darker(color: RGB) -> RGB:
-    """Darken a colour, so that an arm is visible in front of the body."""
+    """Darken a color, so that an arm is visible in front of the body."""
     return tuple(round(0.8 * value) for value in color)
 
 
 def clothing(rng: random.Random) -> RGB:
-    """Return a random colour, from gray to saturated."""
+    """Return a random color, from gray to saturated."""
     channels = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.95), rng.uniform(0.2, 1))
     return tuple(round(255 * channel) for channel in channels)

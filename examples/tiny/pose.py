@@ -28,7 +28,7 @@ WORDINGS = [
 
 @dataclass(frozen=True)
 class WholePose(Keypoints):
-    """Asks for nine joints, each always in the same colour.
+    """Asks for nine joints, each always in the same color.
 
     A model that does not know the names of joints yet learns more from it than from `Keypoints`: every sample shows
     nine joints and distinguishes left from right.

@@ -146,13 +146,13 @@ def edited(
 
 
 def color_edited(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """Return a picture and a random edit of its colours."""
+    """Return a picture and a random edit of its colors."""
     image = picture(world, rng)
     return image, edit_colors(image, rng)
 
 
 def recolored_scene(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """Return a scene and a random edit of its colours."""
+    """Return a scene and a random edit of its colors."""
     image = world.scene(rng).image
     return image, edit_colors(image, rng)
 

@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.datasets.keypoints import PADDING
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
-    centre_crop,
+    center_crop,
     is_text,
     upright_rgb,
 )
@@ -32,13 +32,15 @@ Reading = TypeVar("Reading")
 
 SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
-# An object that only slices show is looked at again: so large it is in its close-ups, relative to their sides.
+# An object that only slices show is looked at again, in close-ups. It takes up these shares of their sides.
 CLOSE_UPS = (0.3, 0.45, 0.6)
 CLOSE_UP_SIDE = 0.15  # minimum side of a close-up, relative to the picture's shorter side
 MAX_REGIONS = 3  # per object; the largest ones
 MIN_REGION = 0.001  # of the picture; smaller regions are dropped
 MIN_SEEN = 0.3  # share of a region that a close-up must mark to confirm it
 GRID = 128  # cells along the longer side, in which connected regions are found
+# Settings that may be a list or a tensor with one value per picture.
+PER_PICTURE = {"generator", "negative_prompt", "negative_prompt_embeds"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Answer(Generic[Reading]):
         instruction: the prompt; for a segmentation of several objects, one prompt per line.
         picture: the output image, resized to the input size. It shows the region `box` of the input. For a
             segmentation of several objects, the output images are combined: each object is copied from its own output.
-        box: (left, top, right, bottom) in pixels of the input: all of it, or the centre with `resize_mode="crop"`.
+        box: (left, top, right, bottom) in pixels of the input: all of it, or the center with `resize_mode="crop"`.
         data: the decoded output, in pixels of the input; its type depends on the task: `dict[str, Mask]` for
             `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), a picture at the resolution of
             the input for `Restoration` and `Editing`.
@@ -156,9 +158,7 @@ def ask_boxes(
     answers: list[Answer[dict[str, Joint | None]]] = []
     for start in range(0, len(regions), batch_size):
         chunk = regions[start : start + batch_size]
-        batch = dict(settings)
-        if isinstance(settings.get("generator"), list):
-            batch["generator"] = settings["generator"][start : start + batch_size]
+        batch = for_pictures(settings, range(start, start + len(chunk)))
         crops = [image.crop(region) for region in chunk]
         for region, answer in zip(chunk, ask_batch(pipeline, crops, [task] * len(chunk), **batch), strict=True):
             joints = {
@@ -239,9 +239,11 @@ def ask_batch(
         raise ValueError(
             f"`tasks` must have the same settings, but those of {families} differ. Pass them in separate calls."
         )
+    if settings.get("timesteps") is not None or settings.get("sigmas") is not None:
+        own[0].pop("num_inference_steps", None)
     settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
     readout = pipeline.readout if use_readout else None
-    # The scores of another decoding are others.
+    # The calibration was fitted to scores of the pipeline's own readout, if it has one.
     calibrations = (pipeline.config.get("score_calibration") or {}) if readout is pipeline.readout else {}
     images = [upright_rgb(image) for image in images]
 
@@ -304,6 +306,26 @@ def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task
     return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
+def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """The settings for the pictures with these `numbers`.
+
+    Lists and tensors hold one value per picture, or one for all. A number may occur several times, as a picture has a
+    view for each object and slice.
+    """
+    chosen = dict(settings)
+    for name in PER_PICTURE & settings.keys():
+        values = settings[name]
+        if is_per_picture(values):
+            places = list(numbers) if len(values) > 1 else [0] * len(numbers)
+            chosen[name] = [values[place] for place in places] if isinstance(values, list) else values[places]
+    return chosen
+
+
+def is_per_picture(values: Any) -> bool:
+    """Whether the value of a setting in `PER_PICTURE` holds one value per picture."""
+    return isinstance(values, list) or (isinstance(values, torch.Tensor) and values.ndim > 0)
+
+
 def check_questions(
     pipeline: InstructDiffusionPipeline,
     images: Sequence[Image.Image],
@@ -334,10 +356,9 @@ def check_questions(
             raise TypeError(f"`instruction` must be a text or None; got {type(words).__name__}.")
         if not (words is None or is_text(words)):
             raise ValueError(f"`instruction` must not have unpaired surrogates; got {words!r}.")
-    for name in ("generator", "negative_prompt", "negative_prompt_embeds"):
+    for name in sorted(PER_PICTURE):
         value: Any = settings.get(name)
-        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
-        if (is_tensor or isinstance(value, list)) and len(value) not in (1, len(images)):
+        if is_per_picture(value) and len(value) not in (1, len(images)):
             raise ValueError(f"`{name}` must be one, or as many as the {len(images)} pictures; got {len(value)}.")
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
         raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}: `ask` sets these itself.")
@@ -353,23 +374,19 @@ def run_views(
     views: Sequence[View],
     resolution: int | None,
     resize_mode: str,
-    generator: torch.Generator | list[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[Response]:
     """Outputs for all views of one working size in one call of the pipeline."""
     pixels, _ = pipeline.preprocess_image([view.image for view in views], resolution, resize_mode)
     image_latents = pipeline.encode_image_latents(pixels, pipeline._execution_device)
-    if isinstance(generator, list):
-        generator = [generator[view.number] for view in views]
-    pictures, flags = pipeline(
-        [view.prompt for view in views], image_latents, generator=generator, **settings, return_dict=False
-    )
+    settings = for_pictures(settings, [view.number for view in views])
+    pictures, flags = pipeline([view.prompt for view in views], image_latents, **settings, return_dict=False)
     reconstructions: list[Image.Image] | list[None] = [None] * len(views)
     if any(isinstance(view.task, PictureTask) for view in views):
         reconstructions = decode_pictures(pipeline, image_latents)
-    # A crop shows the centre, the other modes all of the picture.
+    # A crop shows the center, the other modes all of the picture.
     crop = resize_mode == "crop" and resolution != 0
-    boxes = [centre_crop(view.image.size, pictures[0].size if crop else view.image.size) for view in views]
+    boxes = [center_crop(view.image.size, pictures[0].size if crop else view.image.size) for view in views]
     return [
         Response(*response)
         for response in zip(pictures, reconstructions, boxes, flags or [False] * len(views), strict=True)

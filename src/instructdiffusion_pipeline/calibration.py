@@ -35,8 +35,8 @@ def logit(score: Any) -> np.ndarray:
 def fit_platt(scores: Sequence[float], right: Sequence[bool]) -> Platt:
     """Fit the probability that an answer is right to raw scores, by maximum likelihood.
 
-    As Platt proposed, the targets are not 0 and 1 but (n0 + 1) / (n0 + 2) and 1 / (n1 + 2) from them, so that the fit
-    exists for scores that separate right and wrong answers.
+    As Platt proposed, the targets are (n + 1) / (n + 2) for the n right answers and 1 / (m + 2) for the m wrong ones,
+    so that the fit exists for scores that separate them.
 
     Raises:
         ValueError: there are no right or no wrong answers, or right answers do not have higher scores.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from instructdiffusion_pipeline.files import write_text
@@ -16,7 +17,14 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
     """A hash of the names and about a thousand values of each weight of `models`, and of the text `also`."""
     digest = hashlib.sha256(also.encode())
     for model in models:
-        for name, weight in model.named_parameters():
+        names = [name for name, _ in model.named_parameters()]
+        weights: Mapping[str, torch.Tensor] = dict(model.named_parameters())
+        if any(weight.is_meta for weight in weights.values()):  # sequential offloading
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            weights = get_state_dict_offloaded_model(model)
+        for name in names:
+            weight = weights[name]
             values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
             digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -31,7 +39,8 @@ def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
     if calibration := pipeline.config.get("score_calibration"):
         settings += json.dumps(calibration, sort_keys=True)
     scheduler = pipeline.scheduler.to_json_string()
-    return fingerprint(*parts, also=f"{pipeline.dtype} {pipeline.device.type} {scheduler} {settings}")
+    device = pipeline._execution_device.type
+    return fingerprint(*parts, also=f"{pipeline.dtype} {device} {scheduler} {settings}")
 
 
 def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str) -> None:

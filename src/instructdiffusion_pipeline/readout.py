@@ -123,7 +123,7 @@ def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
 
 
 def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch.Tensor:
-    """The network's inputs for each of N colours, [N, CHANNELS, height, width], with values of roughly -1 to 1."""
+    """The network's inputs for each of N colors, [N, CHANNELS, height, width], with values of roughly -1 to 1."""
     shares, _ = coverage(frame.source, frame.answer, colors, opacity)
     pictures = np.concatenate([frame.source, frame.answer], -1).transpose(2, 0, 1) / 127.5 - 1  # [6, H, W]
     painted = np.broadcast_to(np.array(colors)[:, :, None, None] / 127.5 - 1, (len(colors), 3, *pictures.shape[1:]))

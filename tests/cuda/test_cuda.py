@@ -16,6 +16,10 @@ from instructdiffusion_pipeline.datasets.label_maps import CocoStuff
 from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
 from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.modular_instruct_diffusion import (
+    InstructDiffusionBlocks,
+    InstructDiffusionTextEncoderStep,
+)
 from instructdiffusion_pipeline.readout import read_with_readout
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, save_lora, train
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
@@ -60,6 +64,27 @@ def test_a_seed_gives_the_answer_of_the_cpu(load, device, scenes, exact):
     expected = answer(load(), scenes[0]).picture
     assert levels(answer(load().to(device), scenes[0]).picture, expected) < 0.5
     assert levels(answer(load(), scenes[0], seed=1).picture, expected) > 0.5
+
+
+def test_images_of_several_kinds_and_devices_make_one_batch(load, device, scenes):
+    pipe = load(torch.float32).to(device)
+    pixels = torch.from_numpy(np.array(scenes[1][0])).permute(2, 0, 1).to(device) / 255
+    call = {"num_inference_steps": 1, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    images = [scenes[0][0], pixels, pixels[:, ::2, ::2].cpu()]
+    assert len(pipe("make it night", images, resolution=64, **call).images) == 3
+
+
+def test_blocks_take_inputs_from_blocks_on_another_device(load, device, scenes):
+    pipe = load(torch.float32)
+    text, rest = InstructDiffusionTextEncoderStep().init_pipeline(), InstructDiffusionBlocks()
+    text.update_components(**{name: pipe.components[name] for name in text.component_names})
+    embeds = text(prompt="make it night", output=["prompt_embeds", "negative_prompt_embeds"])
+    rest.sub_blocks.pop("text_encoder")
+    blocks = rest.init_pipeline()
+    blocks.update_components(**{name: pipe.components[name] for name in blocks.component_names if name != "guider"})
+    blocks.to(device)
+    call = {"image": scenes[0][0], "num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
+    assert blocks(**embeds, **call, output="images")[0].size == scenes[0][0].size
 
 
 @needs_cuda

@@ -319,7 +319,7 @@ def test_mpii(tmp_path):
         "no 'joints'": 1,
         "no 'joints_vis'": 1,
         "no 'scale'": 1,
-        "no centre": 1,
+        "no center": 1,
         "no labelled joint": 1,
         "no scale": 2,
     }

@@ -20,7 +20,7 @@ BLUR = FixedTask(Restoration("blur"))
 
 
 class Numbered:
-    """Pictures of one colour that says their number; those in `broken` cannot be read."""
+    """Pictures of one color that says their number; those in `broken` cannot be read."""
 
     def __init__(self, length, broken=()):
         self.length, self.broken, self.skipped = length, set(broken), []

@@ -37,7 +37,7 @@ def dots(*places, size=(120, 100)):
 
 
 def brightest(image):
-    """The centre of all brightness."""
+    """The center of all brightness."""
     light = np.asarray(image.convert("L"), float)
     rows, columns = np.indices(light.shape)
     return (columns * light).sum() / light.sum(), (rows * light).sum() / light.sum()

@@ -27,10 +27,12 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, ask
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.image_grid import MARGIN, PANEL
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import center_crop
+from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
-from instructdiffusion_pipeline.types import Joint
+from instructdiffusion_pipeline.types import Edit, Joint
 
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
 
@@ -405,3 +407,26 @@ def test_contact_sheets_show_best_median_and_worst(whole, row, middle, last):
             # A caption of one line each: the panels end one and a half margins above the next strip.
             top = height - PANEL - 3 * MARGIN // 2
             assert (strip[top : top + panel.shape[0], left : left + panel.shape[1]] == panel).all()
+
+
+@pytest.mark.parametrize("settings", [{"resize_mode": "crop"}, {"resize_mode": "crop", "resolution": 128}])
+def test_the_size_in_the_settings_of_a_family_is_used(tmp_path, settings):
+    image = tiny.picture(160, 70)
+    edit = Editing("make it winter")
+    example = LazyExample("wide", "editing", lambda: Example(image, [edit], Edit(edit.text, image)))
+    steps = {"num_inference_steps": 1}
+    run_tiny.run(tmp_path, examples=[example], settings_by_family={"editing": settings | steps}, resolution=None)
+    (record,) = records(tmp_path)
+    size = run_tiny.model().working_size(160, 70, **settings).size
+    assert tuple(record["box"]) == center_crop((160, 70), size) != (0, 0, 160, 70)
+
+
+def test_a_model_that_is_offloaded_is_scored_as_without_offloading(tmp_path):
+    pipe, examples = run_tiny.model(), run_tiny.examples()[:1]
+    run_tiny.run(tmp_path, pipeline=pipe, examples=examples)
+    offloaded = run_tiny.model()
+    offloaded.enable_sequential_cpu_offload(device="cpu")
+    assert next(offloaded.unet.parameters()).is_meta
+    before = tiny.contents(tmp_path)
+    run_tiny.run(tmp_path, pipeline=offloaded, examples=examples)  # accepted as the same model
+    assert tiny.contents(tmp_path) == before

@@ -53,7 +53,8 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
             assert len(found) == mask.pixels.any()
             for annotation in found:
                 np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), mask.pixels)
-                assert annotation["bbox"] == list(mask.box) and annotation["score"] == pytest.approx(mask.score)
+                assert annotation["bbox"] == list(coco_mask.toBbox(mask.rle))
+                assert annotation["score"] == pytest.approx(mask.score)
 
 
 def test_more_than_five_joints_are_asked_for_in_parts(run_predict):

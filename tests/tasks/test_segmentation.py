@@ -19,18 +19,18 @@ SEEDS = st.integers(0, 2**32).map(random.Random)
 
 
 def far_from(image, color):
-    """Pixels at least 32 levels from a colour in one channel: on these its paint must be told from none."""
+    """Pixels at least 32 levels from a color in one channel: on these its paint must be told from none."""
     return np.abs(np.asarray(image).astype(int) - MASK_COLORS[color]).max(-1) >= 32
 
 
 def iou_where_it_shows(image, task, found, masks):
-    """The lowest IoU of a question's masks, over the pixels on which their colours can show."""
+    """The lowest IoU of a question's masks, over the pixels on which their colors can show."""
     shows = {name: far_from(image, color) for name, color in task.colors.items()}
     return min(iou(found[name].pixels & shows[name], masks[name] & shows[name]) for name in masks)
 
 
 def question(rng, size=256, count=1, narrowest=8):
-    """A photograph, `count` masks that do not overlap, and a question whose colours show on them."""
+    """A photograph, `count` masks that do not overlap, and a question whose colors show on them."""
     while True:
         image = photograph(rng, size, size)
         masks, colors = {}, {}
@@ -71,7 +71,7 @@ def test_reading_tells_several_colours_apart(rng):
     assert iou_where_it_shows(image, task, found, masks) >= 0.99
 
 
-# JPEG halves the resolution of colour: of the rim of a blob of 8 pixels a pixel here and there is lost.
+# JPEG halves the resolution of color: of the rim of a blob of 8 pixels a pixel here and there is lost.
 @pytest.mark.parametrize("narrowest, bar", [(16, 0.95), (8, 0.9)])
 @settings(max_examples=20)
 @given(rng=SEEDS)
@@ -146,12 +146,12 @@ def test_answers_land_on_the_right_pixels_of_a_large_picture():
     task = Segmentation({"suit": "yellow"})
     size, box = working_size(*image.size, 512)
     target = task.draw(image, {"suit": mask})
-    # fitted to the working size and fitted back, as the pipeline does; both crop to the centre
+    # fitted to the working size and fitted back, as the pipeline does; both crop to the center
     answer = ImageOps.fit(ImageOps.fit(target, size, Image.Resampling.LANCZOS), image.size, Image.Resampling.LANCZOS)
     assert box == (96, 54, 1824, 1026)
     found = task.read(image, answer, box)["suit"]
     assert iou(found.pixels, mask) >= 0.99
-    assert np.allclose(found.box, (500, 200, 800, 500), atol=2)
+    assert np.allclose(found.box, (500, 200, 1300, 700), atol=2)
     assert iou(task.read(image, answer)["suit"].pixels, mask) < 0.9  # without the box it lands elsewhere
 
 
@@ -199,7 +199,9 @@ def test_a_clear_object_stays_beside_a_trace():
 def test_box_and_run_lengths_agree_with_coco(rng):
     mask = Mask(blob(rng, 80, 60), 1.0)
     assert (coco.decode(mask.rle).astype(bool) == mask.pixels).all()
-    assert mask.box == tuple(coco.toBbox(mask.rle))
+    left, top, width, height = coco.toBbox(mask.rle)
+    assert mask.box == (left, top, left + width, top + height)
+    assert np.asarray(Image.fromarray(mask.pixels).crop(mask.box)).sum() == mask.pixels.sum()
 
 
 def drawn_by_coco(polygons, shape):

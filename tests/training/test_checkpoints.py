@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from pairs import Pairs
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +157,20 @@ def test_lora_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path, settings)
     resumed = run(tmp_path / "whole", "latest", **settings)
     expected, found = whole.unet.state_dict(), resumed.unet.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_lora_is_not_resumed_on_another_model(tmp_path):
+    settings = {"checkpointing_steps": 1, "max_train_steps": 2, "lora_rank": 2}
+    run(tmp_path, **settings)
+    velocity = EulerAncestralDiscreteScheduler(prediction_type="v_prediction")
+    for changed, message in (
+        ({"unet": tiny.components(seed=1)["unet"]}, "frozen_unet"),
+        ({"scheduler": velocity}, "sch"),
+    ):
+        other = InstructDiffusionPipeline(**tiny.components() | changed)
+        config = dataclasses.replace(CONFIG, **settings)
+        with pytest.raises(ValueError, match=f"belongs to another run: {message}.* was"):
+            train(other, ImageDataset(pairs(), other.tokenizer), config, tmp_path, "latest")
 
 
 @pytest.mark.parametrize("stop", [1, 2])

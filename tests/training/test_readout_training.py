@@ -34,7 +34,7 @@ SIZE = 64
 
 
 def scene(seed: int) -> Example:
-    """Soft clouds, and a disc of the picture that is the cat, or a joint. Both are asked for in random colours."""
+    """Soft clouds, and a disc of the picture that is the cat, or a joint. Both are asked for in random colors."""
     rng = random.Random(seed)
     clouds = np.random.default_rng(seed).integers(40, 216, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(clouds).resize((SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -5,7 +5,6 @@ all data sets that can be trained on and evaluated on.
 """
 
 import json
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sized
@@ -16,11 +15,10 @@ from typing import IO, Any, Protocol, TypeVar
 
 from PIL import ExifTags, Image
 
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text, upright_rgb
 
 A_co = TypeVar("A_co", covariant=True)
 Skipped = list[tuple[str, str]]
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a side
 REDUCING_GAP = 2  # a JPEG is decoded with at least so many times the pixels along a side that it is resized to
 
@@ -140,11 +138,6 @@ def is_size(value: Any) -> bool:
 def is_list_of(check: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
     """A check for a list, of `length` if that is given, of values that each pass `check`."""
     return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value of a file is text that can be encoded; JSON may hold half a character ("\\ud800")."""
-    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 def is_file_name(value: Any) -> bool:

@@ -13,11 +13,11 @@ from instructdiffusion_pipeline.datasets import (
     coco_pictures,
     files_below,
     is_id,
-    is_text,
     list_records,
     read_annotations,
     require_samples,
 )
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

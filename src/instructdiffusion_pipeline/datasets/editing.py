@@ -20,7 +20,6 @@ from instructdiffusion_pipeline.datasets import (
     UnreadableSample,
     is_file_name,
     is_list_of,
-    is_text,
     list_records,
     named_entries,
     read_annotations,
@@ -28,7 +27,7 @@ from instructdiffusion_pipeline.datasets import (
     require_samples,
 )
 from instructdiffusion_pipeline.datasets.zip_files import list_files, read_file
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text, upright_rgb
 from instructdiffusion_pipeline.types import Edit
 
 T = TypeVar("T")

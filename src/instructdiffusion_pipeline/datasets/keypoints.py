@@ -46,7 +46,8 @@ MPII_JOINTS = (
 
 # OKS sigmas: the standard deviation of annotations of a joint, relative to the square root of the person's area.
 # COCO's, also HumanArt's, are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from
-# crowdposetools and from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma; those of AP-10K from mmpose.
+# crowdposetools and from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma. Those of AP-10K are from its
+# authors' configs/_base_/datasets/ap10k.py (an early version of it in mmpose has COCO's order of joints).
 COCO_SIGMAS: dict[str, float] = {
     "nose": 0.026, "left eye": 0.025, "right eye": 0.025, "left ear": 0.035, "right ear": 0.035,
     "left shoulder": 0.079, "right shoulder": 0.079, "left elbow": 0.072, "right elbow": 0.072, "left wrist": 0.062,
@@ -66,9 +67,9 @@ AIC_SIGMAS: dict[str, float] = {
 }  # fmt: skip
 AP10K_SIGMAS: dict[str, float] = {
     "left eye": 0.025, "right eye": 0.025, "nose": 0.026, "neck": 0.035, "root of tail": 0.035, "left shoulder": 0.079,
-    "left elbow": 0.079, "left front paw": 0.072, "right shoulder": 0.072, "right elbow": 0.062,
-    "right front paw": 0.062, "left hip": 0.107, "left knee": 0.107, "left back paw": 0.087, "right hip": 0.087,
-    "right knee": 0.089, "right back paw": 0.089,
+    "left elbow": 0.072, "left front paw": 0.062, "right shoulder": 0.079, "right elbow": 0.072,
+    "right front paw": 0.062, "left hip": 0.107, "left knee": 0.087, "left back paw": 0.089, "right hip": 0.107,
+    "right knee": 0.087, "right back paw": 0.089,
 }  # fmt: skip
 
 UNIT = 200  # pixels per unit of `scale`, as in MPII and HRNet
@@ -220,7 +221,7 @@ class MpiiKeypoints:
                     joints=is_list_of(is_list_of(is_number, length=2), length=len(MPII_JOINTS)),
                     joints_vis=is_list_of(is_number, length=len(MPII_JOINTS)),
                 )
-                or (item["center"][0] < 0 and "no centre")
+                or (item["center"][0] < 0 and "no center")
                 or (item["scale"] < 1 / UNIT and "no scale")
                 or (not any(item["joints_vis"]) and "no labelled joint")
                 or (not os.path.isfile(self.folder / item["image"]) and "a missing file")

@@ -6,8 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from instructdiffusion_pipeline.datasets import is_text, list_records, read_annotations
+from instructdiffusion_pipeline.datasets import list_records, read_annotations
 from instructdiffusion_pipeline.datasets.editing import EditTriples
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text
 
 
 def load_preferences(root: str | PathLike[str]) -> EditTriples:

@@ -19,13 +19,13 @@ from instructdiffusion_pipeline.datasets import (
     is_list_of,
     is_number,
     is_size,
-    is_text,
     list_records,
     read_annotations,
     read_image,
     require_samples,
     wrong_field,
 )
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text
 from instructdiffusion_pipeline.types import Masks
 
 NO_TARGET = -1

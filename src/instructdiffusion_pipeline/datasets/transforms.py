@@ -72,7 +72,7 @@ class EvaluationPersonCrop:
 
 
 def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], float] | None:
-    """Centre and side, in pixels, of a square around the labelled joints of the upper or the lower body.
+    """Center and side, in pixels, of a square around the labelled joints of the upper or the lower body.
 
     None if the chosen half has fewer than two distinct joints. If both halves have at least three joints, the upper
     half is chosen with probability 0.69.

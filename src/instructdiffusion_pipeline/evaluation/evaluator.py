@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch, decode_pictures
+from instructdiffusion_pipeline.ask import Answer, ask_batch, decode_pictures, settings_of
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -39,7 +39,7 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     resolution: int | None = None,
-    resize_mode: str = "stretch",
+    resize_mode: str | None = None,
     clip: ClipSimilarity | None = None,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def evaluate(
         batch_size: number of tasks per pipeline call, and of examples per write.
         seed: seed of the noise; the noise of a task depends on the seed and the index of its example.
         resolution: working size in pixels; by default the model's own, as in `ask`.
-        resize_mode: "stretch", as in `ask`, or "crop", as the original.
+        resize_mode: "stretch" or, as the original, "crop"; by default the model's own, as in `ask`.
         clip: adds the CLIP similarity to the scores of edited pictures.
         baselines: other methods, such as `classical_baseline`, by the name of their column.
 
@@ -144,7 +144,7 @@ class Evaluator:
     batch_size: int
     seed: int
     resolution: int | None
-    resize_mode: str
+    resize_mode: str | None
     clip: ClipSimilarity | None
     baselines: Mapping[str, Baseline]
     folder: Path
@@ -157,7 +157,7 @@ class Evaluator:
         for index, lazy in batch.items():
             try:
                 example = lazy.open()
-                options = self.size(example.tasks[0].family)
+                options = self.size(example.tasks[0])
                 size = self.pipeline.working_size(*example.image.size, **options).size
                 truths = [task.draw(example.image, example.truth) for task in example.tasks]
                 if odd := [picture.size for picture in truths if picture.size != example.image.size]:
@@ -171,14 +171,12 @@ class Evaluator:
 
         answers: dict[int, list[Answer]] = defaultdict(list)
         ceilings: dict[int, list[Image.Image]] = defaultdict(list)
-        for (family, _), group in groups.items():
+        for group in groups.values():
             for start in range(0, len(group), self.batch_size):
                 questions = group[start : start + self.batch_size]
                 truths = [question.truth for question in questions]
-                reconstructed = vae_reconstruction(self.pipeline, truths, **self.size(family))
-                for question, answer, picture in zip(
-                    questions, self.ask(family, questions), reconstructed, strict=True
-                ):
+                reconstructed = vae_reconstruction(self.pipeline, truths, **self.size(questions[0].task))
+                for question, answer, picture in zip(questions, self.ask(questions), reconstructed, strict=True):
                     save_image(self.folder / report.answer_name(question.index, question.number), answer.picture)
                     answers[question.index].append(answer)
                     ceilings[question.index].append(picture)
@@ -190,24 +188,24 @@ class Evaluator:
                 records[index]["error"] = one_line(error)
         return list(records.values())
 
-    def size(self, family: str) -> dict[str, Any]:
-        """`resolution` and `resize_mode` for the tasks of a family."""
-        resolution = self.resolution
-        if resolution is None:
-            resolution = {**self.pipeline.config.task_settings.get(family, {}), **self.settings.get(family, {})}.get(
-                "resolution"
-            )
-        return {"resolution": resolution, "resize_mode": self.resize_mode}
+    def size(self, task: Task) -> dict[str, Any]:
+        """`resolution` and `resize_mode` for a task: those of the run, else those of its settings, else `ask`'s."""
+        settings = {**settings_of(self.pipeline, task), **self.settings.get(task.family, {})}
+        return {
+            "resolution": settings.get("resolution") if self.resolution is None else self.resolution,
+            "resize_mode": self.resize_mode or settings.get("resize_mode", "stretch"),
+        }
 
-    def ask(self, family: str, questions: Sequence[Question]) -> list[Answer]:
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Run the pipeline on tasks of one family and one working size, each with its own seed."""
+        task = questions[0].task
         keys = [np.random.SeedSequence((self.seed, question.index, question.number)) for question in questions]
         return ask_batch(
             self.pipeline,
             [question.example.image for question in questions],
             [question.task for question in questions],
             generator=[torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys],
-            **{**self.settings.get(family, {}), **self.size(family)},
+            **{**self.settings.get(task.family, {}), **self.size(task)},
         )
 
     def score(self, example: Example, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
-    """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colours that differ from the picture's."""
+    """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colors that differ from the picture's."""
     return joint_tasks(image, list(joints))
 
 

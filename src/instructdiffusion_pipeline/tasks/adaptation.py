@@ -39,7 +39,7 @@ TEMPLATES = [
 
 
 class Mark(NamedTuple):
-    """A disc, box or patch of a named colour, and the place that it fills."""
+    """A disc, box or patch of a named color, and the place that it fills."""
 
     kind: str
     color: str
@@ -48,7 +48,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Asks for a picture of `text` with one to three `marks` in different colours.
+    """Asks for a picture of `text` with one to three `marks` in different colors.
 
     Discs are drawn as in `Keypoints`, patches are half transparent like masks, and boxes are outlines.
     """

@@ -64,12 +64,12 @@ def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[st
 
 
 def assign_colors(image: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
-    """A colour for each name. Colours that differ most from the picture come first.
+    """A color for each name. Colors that differ most from the picture come first.
 
-    Raises a ValueError if there are no names, more names than colours, or two equal names.
+    Raises a ValueError if there are no names, more names than colors, or two equal names.
     """
     if not 0 < len(set(names)) == len(names) <= len(colors):
-        raise ValueError(f"Enter 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
+        raise ValueError(f"`names` must be 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
     return dict(zip(names, most_visible_first(image, colors), strict=False))
 
 
@@ -101,8 +101,8 @@ def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: s
     used = {color for _, color in named if isinstance(color, str) and color in known}
     if not pairs or len(used) < len(pairs):
         raise ValueError(
-            f"`{argument}` must map at least one name to a color; the colors must differ and be among"
-            f" {', '.join(known)}; got {asked!r}."
+            f"`{argument}` must map at least one name, which is not blank, to a color; the colors must differ and be"
+            f" among {', '.join(known)}; got {asked!r}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Keypoints: each named joint gets an opaque disc of its colour (Geng et al., CVPR 2024, section 3.1)."""
+"""Keypoints: each named joint gets an opaque disc of its color (Geng et al., CVPR 2024, section 3.1)."""
 
 import math
 import random
@@ -187,7 +187,7 @@ class Keypoints:
 
 
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
-    """Tasks for all of `names`, at most `MAX_JOINTS` each, in colours that differ from those of `image`."""
+    """Tasks for all of `names`, at most `MAX_JOINTS` each, in colors that differ from those of `image`."""
     groups = np.array_split(list(names), -(-len(names) // MAX_JOINTS))
     return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
 

@@ -22,7 +22,7 @@ from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import join_words, with_the
 from instructdiffusion_pipeline.types import Masks
 
-OPACITY = 0.5  # share of the colour in a painted pixel
+OPACITY = 0.5  # share of the color in a painted pixel
 READING_SIDE = 640  # maximum short side for decoding, in pixels; outputs of models have no finer detail
 MIN_SCORE = 0.3  # minimum score of a mask; VAE artifacts and faint traces of color have lower scores
 ABSENT_SHARE = 0.2  # probability of choosing an absent object, if the annotation has any
@@ -59,7 +59,7 @@ SINGLE_TEMPLATES = [
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Asks to paint each object in its colour: `{"cat": "blue"}`, names to keys of `MASK_COLORS`.
+    """Asks to paint each object in its color: `{"cat": "blue"}`, names to keys of `MASK_COLORS`.
 
     Raises a ValueError if a color is unknown or used twice, or if no name is given.
     """
@@ -134,7 +134,7 @@ class Segmentation:
         return [Segmentation({name: color}) for name, color in self.colors.items()]
 
     def overlay(self, image: Image.Image, masks: dict[str, "Mask"]) -> Image.Image:
-        """`image` with the masks in their colours, outlined in the complementary colour; needs scikit-image."""
+        """`image` with the masks in their colors, outlined in the complementary color; needs scikit-image."""
         from skimage.segmentation import find_boundaries
 
         pixels = np.array(upright_rgb(image))
@@ -175,15 +175,15 @@ class Mask:
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """(left, top, width, height) as in COCO, or None for an empty mask."""
+        """(left, top, right, bottom) in whole pixels, right and bottom not included, or None for an empty mask."""
         if not self.pixels.any():
             return None
         rows, columns = np.flatnonzero(self.pixels.any(1)), np.flatnonzero(self.pixels.any(0))
         return (
             int(columns[0]),
             int(rows[0]),
-            int(columns[-1] - columns[0] + 1),
-            int(rows[-1] - rows[0] + 1),
+            int(columns[-1] + 1),
+            int(rows[-1] + 1),
         )
 
     @property

@@ -4,7 +4,7 @@ A model works at a small size, and its VAE loses detail there. The difference be
 reconstruction of the input is what the model changed. These functions apply that difference to the input:
 
 - where nothing changed, the input's pixels stay as they are;
-- where colours changed smoothly, the change is a local affine function of the input's colours (He and Sun, "Fast
+- where colors changed smoothly, the change is a local affine function of the input's colors (He and Sun, "Fast
   Guided Filter", arXiv 1505.00996), which is evaluated at full resolution;
 - where the content changed, the answer is enlarged and blended in along the edges of the input.
 """
@@ -20,10 +20,10 @@ from PIL import Image
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.tasks.frames import inner_box
 
-FIT_SIDE = 64  # pixels along the short side at which the colour transform is fitted
+FIT_SIDE = 64  # pixels along the short side at which the color transform is fitted
 FIT_RADIUS = 24  # pixels there: the radius of a fit's window
 FIT_ITERATIONS = 6
-FIT_RIDGE = 50.0  # squared levels, added to the variance of the colours in a window; favours no change of colour
+FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window; favours no change of color
 EDGE_RADIUS = 3  # working pixels: the window in which a changed region is aligned with the input's edges
 EDGE_CUT = 0.45  # of the fit: below one half, so that the blend covers the mixed pixels along an edge
 CLOSING = 3  # working pixels: holes and gaps in a changed region up to twice as wide are filled
@@ -80,7 +80,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     change = target - copy
     strongest = float(_mean(change.norm(dim=0, keepdim=True), 1).quantile(0.995))
 
-    # Smooth changes of colour: change = matrix @ color + offset in each window.
+    # Smooth changes of color: change = matrix @ color + offset in each window.
     matrix, offset = fit_color_transform(copy, change, outlier=max(15.0, 0.1 * strongest))
     explained = torch.einsum("ijhw,jhw->ihw", _enlarge(matrix.flatten(0, 1), copy).unflatten(0, (3, 3)), copy)
     explained = explained + _enlarge(offset, copy)
@@ -147,7 +147,7 @@ def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np
 def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit change = matrix @ color + offset in windows around each pixel, ignoring pixels that no fit explains.
 
-    The fit is a guided filter that is repeated with the weights of Geman and McClure (1987). Where the colours of a
+    The fit is a guided filter that is repeated with the weights of Geman and McClure (1987). Where the colors of a
     window are too alike for a matrix, `FIT_RIDGE` makes it zero: a change of the offset alone.
 
     Args:

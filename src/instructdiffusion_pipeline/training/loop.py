@@ -116,6 +116,8 @@ def train(
     encoders = FrozenEncoders.of(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
+    # LoRA's checkpoints do not have the frozen weights. They are hashed before `Denoiser` rounds them.
+    frozen_unet = fingerprint(pipeline.unet) if config.lora_rank else None
     model = Denoiser(pipeline, config)
     if config.torch_compile:
         model.compile()
@@ -135,6 +137,8 @@ def train(
         "sources": list(dataset.sources),
         "content": dataset_fingerprint(dataset, len(dataset)),
         "encoders": fingerprint(pipeline.vae, pipeline.text_encoder),
+        "frozen_unet": frozen_unet,
+        "scheduler": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
     }
     checkpoint = checkpoints.find(folder, resume, settings, resume_changes)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -190,7 +194,8 @@ def train(
 
     # 3. Train.
     if config.report_to:
-        accelerator.init_trackers("instructdiffusion", {k: v for k, v in settings.items() if k != "sources"})
+        scalars = {name: value for name, value in settings.items() if not isinstance(value, dict | list)}
+        accelerator.init_trackers("instructdiffusion", scalars)
     if validation:
         pipeline.to(device)
     empty_ids = tokenize(pipeline.tokenizer, "").to(device)

@@ -1,7 +1,7 @@
 """Training of a readout on the answers of its model. Needs the extra `eval`.
 
 The paper (Geng et al., CVPR 2024) reads masks and joints with a light U-Net, and published neither its code nor its
-weights. This one predicts a mask and a heatmap for one colour at a time; see `instructdiffusion_pipeline.readout`.
+weights. This one predicts a mask and a heatmap for one color at a time; see `instructdiffusion_pipeline.readout`.
 """
 
 import json
@@ -31,7 +31,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Joint
 
 WIDTHS = (16, 32, 64)  # of the first levels; deeper ones are as wide as the last
-PEAK_WEIGHT = 20.0  # loss weight at the centre of a peak at 64 x 64 pixels; it grows with the area
+PEAK_WEIGHT = 20.0  # loss weight at the center of a peak at 64 x 64 pixels; it grows with the area
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ReadoutConfig:
     Attributes:
         sample_size: side in pixels at which the readout works; answers are resized to it.
         max_train_steps: number of updates.
-        batch_size: colours per update. An answer to a question about three joints has three.
+        batch_size: colors per update. An answer to a question about three joints has three.
         learning_rate: the highest of a one-cycle schedule.
         num_workers: data loader workers; the result does not depend on them.
         checkpointing_steps: updates between two checkpoints.
@@ -134,7 +134,7 @@ def build_readout(sample_size: int) -> UNet2DModel:
 
 
 class ReadoutDataset(Dataset):
-    """Inputs and targets of a readout: one item for each colour that the tasks of `examples` ask for.
+    """Inputs and targets of a readout: one item for each color that the tasks of `examples` ask for.
 
     `len` is one epoch; positions go on beyond it. Each epoch has another order, and half of its items are mirrored.
     The seed and the position determine an item.

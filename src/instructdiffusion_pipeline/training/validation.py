@@ -74,7 +74,8 @@ def validation_loss(
     for batch in batches:
         batch = encoders.encode(send_to_device(batch, device))
         noise = batch["step_noise"]
-        text = batch["prompt_embeds" if model.text_encoder is None else "input_ids"]
+        # The embeddings of cached samples have half precision.
+        text = batch["prompt_embeds"].float() if model.text_encoder is None else batch["input_ids"]
         latents, image_latents = diffusion_latents(batch, noise, scaling_factor, text_to_image)
         # Without the compiled call, which the training batches alone need.
         losses.append(model.forward(scheduler, latents, image_latents, text, noise.noise, noise.timesteps, None))
