@@ -76,6 +76,9 @@ def main() -> None:
 
     question = check_question(args)
     paths = list(find_pictures(args.images))
+    names = unique_names(paths)
+    if args.task == "segmentation":
+        check_mask_files(names.values(), question)
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def main() -> None:
     check_run_config(args.output, "run.json", run, "answers of the same run")
     records = args.output / "records"
     records.mkdir(exist_ok=True)
-    names, numbers = unique_names(paths), {path: number for number, path in enumerate(paths)}
+    numbers = {path: number for number, path in enumerate(paths)}
     settings = {} if args.steps is None else {"num_inference_steps": args.steps}
 
     open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
@@ -115,6 +118,10 @@ def main() -> None:
 
     found = {path: records / f"{names[path]}.json" for path in paths}
     done = {path: json.loads(record.read_text()) for path, record in found.items() if record.exists()}
+    flagged = [path for path, record in done.items() if record.get("nsfw_content_detected")]
+    for path in flagged:
+        del done[path]
+        print(f"skipped: the safety checker replaced the answer for {path}")
     if args.task in ("segmentation", "keypoints"):
         write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done), indent=1) + "\n")
     print(f"{len(done)} of {len(paths)} pictures answered: {args.output}")
@@ -159,9 +166,29 @@ def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
 def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """The name of each picture's output files: its stem, with its number where several have the same."""
     counts = Counter(path.stem for path in paths)
-    return {
-        path: path.stem if counts[path.stem] == 1 else f"{path.stem}-{number}" for number, path in enumerate(paths)
-    }
+    names = {path: path.stem for path in paths if counts[path.stem] == 1}
+    for number, path in enumerate(paths):
+        if path not in names:
+            name = f"{path.stem}-{number}"
+            while name in names.values():
+                name += f"-{number}"
+            names[path] = name
+    return names
+
+
+def output_file(name: str, part: str) -> str:
+    """The file name of a mask or of the overlay of a picture."""
+    return f"{name}-{part}.png".replace("/", " ")
+
+
+def check_mask_files(names: Iterable[str], objects: Sequence[str]) -> None:
+    """Raise a UsageError if two masks or overlays would have the same file name."""
+    counts = Counter(output_file(name, part) for name in names for part in ("overlay", *objects))
+    if repeated := [file for file, count in counts.items() if count > 1]:
+        raise UsageError(
+            f"--objects: several outputs would have the name {repeated[0]}: masks are called IMAGE-OBJECT.png, and"
+            " there is an IMAGE-overlay.png. Rename the object or the image."
+        )
 
 
 def batches(
@@ -199,22 +226,25 @@ def seeded(seed: int, number: int) -> torch.Generator:
 
 
 def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Write the result images of one input image, and return its record for coco.json."""
+    """Write the result images of one input image, and return its record for coco.json.
+
+    If the safety checker replaced an answer, no images are written.
+    """
     (answer, *_) = answers
     record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
-    if answer.nsfw_content_detected:
-        raise ValueError(f"{path}: the model's safety checker replaced the answer.")
+    if any(part.nsfw_content_detected for part in answers):
+        return record | {"nsfw_content_detected": True}
     if isinstance(answer.data, Image.Image):
         save_image(folder / f"{name}.png", answer.data)
         return record
     overlay = answer.image
     for part in answers:
         overlay = part.task.overlay(overlay, part.data)
-    save_image(folder / f"{name}-overlay.png", overlay)
+    save_image(folder / output_file(name, "overlay"), overlay)
     readings = {key: reading for part in answers for key, reading in part.data.items()}
     for key, reading in readings.items():
         if isinstance(reading, Mask):
-            save_image(folder / f"{name}-{key}.png".replace("/", " "), Image.fromarray(reading.pixels))
+            save_image(folder / output_file(name, key), Image.fromarray(reading.pixels))
     record["readings"] = {key: as_json(reading) for key, reading in readings.items()}
     return record
 

@@ -30,7 +30,8 @@ from instructdiffusion_pipeline.cli import UsageError, check_runs, reading, run_
 from instructdiffusion_pipeline.datasets import AnnotatedImages
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, columns_of, load_sources, parse_entries
-from instructdiffusion_pipeline.files import atomic_write
+from instructdiffusion_pipeline.files import atomic_write, write_text
+from instructdiffusion_pipeline.fingerprint import differences
 from instructdiffusion_pipeline.training import (
     RECIPES,
     ImageDataset,
@@ -322,14 +323,17 @@ def converted(init: str, output_dir: Path, options: str) -> str:
     """`init`; if it is an original checkpoint, the folder that it was converted to."""
     if not Path(init).is_file():
         return init
-    folder = output_dir / "start"
+    folder, file = output_dir / "start", Path(init).resolve()
+    source = {"init": str(file), "bytes": file.stat().st_size, "time": file.stat().st_mtime_ns, "conversion": options}
     if not folder.exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        own = ["--checkpoint_path", init, "--dump_path", str(folder)]
-        if subprocess.run([sys.executable, str(CONVERTER), *own, *shlex.split(options)]).returncode:
-            raise UsageError(
-                f"--init: conversion of {init} failed (see above). Pass options of the converter with --conversion."
-            )
+        with atomic_write(folder) as partial:
+            own = ["--checkpoint_path", init, "--dump_path", str(partial)]
+            if subprocess.run([sys.executable, str(CONVERTER), *own, *shlex.split(options)]).returncode:
+                raise UsageError(f"--init: {init} was not converted (see above). Pass options with --conversion.")
+            write_text(partial / "conversion.json", json.dumps(source, indent=2) + "\n")
+    elif other := differences(json.loads((folder / "conversion.json").read_text()), source):
+        raise UsageError(f"--init: {folder} has another conversion: {other}. Delete it, or change --output_dir.")
     return str(folder)
 
 

@@ -351,6 +351,8 @@ def test_push_replaces_the_weights_of_an_earlier_push_and_no_other_file(root: Pa
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
         "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "text_encoder/model.safetensors.index.fp16.json",
         "text_encoder/pytorch_model.bin",
         "text_encoder/model.fp16-00001-of-00002.safetensors",
         "upscaler/diffusion_pytorch_model.safetensors",

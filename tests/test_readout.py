@@ -19,6 +19,7 @@ from instructdiffusion_pipeline.readout import (
     readout_inputs,
 )
 from instructdiffusion_pipeline.tasks.frames import Frame
+from instructdiffusion_pipeline.training.readout import build_readout
 from instructdiffusion_pipeline.types import Joint
 
 
@@ -151,6 +152,23 @@ def test_a_readout_with_a_weight_that_is_not_finite_is_named(task):
     next(readout.parameters()).data.view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
         read_with_readout(readout, task, image, image)
+
+
+def test_one_logit_that_is_not_finite_is_named():
+    readout, image = network(), Image.new("RGB", (64, 64))
+    readout.conv_out.bias.data[HEATMAP] = float("inf")
+    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+        read_with_readout(readout, Segmentation({"cat": "blue"}), image, image)
+
+
+@pytest.mark.parametrize("size", [(61, 47), (130, 70)])
+def test_a_readout_of_five_levels_reads_any_size(size):
+    image, readout = tiny.picture(*size), build_readout(256).eval()
+    assert len(readout.config.block_out_channels) == 5
+    with torch.no_grad():
+        readout.conv_out.bias[MASK] = 5.0
+    found = read_with_readout(readout, Segmentation({"cat": "blue"}), image, image)
+    assert found["cat"].pixels.shape == size[::-1] and found["cat"].pixels.all()
 
 
 def test_ask_reads_with_the_pipelines_readout_unless_told_otherwise(pipe, by_color):

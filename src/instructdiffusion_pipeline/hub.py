@@ -22,7 +22,7 @@ from .modular_instruct_diffusion import InstructDiffusionBlocks
 from .pipeline_instruct_diffusion import InstructDiffusionPipeline, add_code
 
 # The weight files that diffusers and transformers write in a component's folder, sharded or not.
-_WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetensors|bin|index\.json)")
+_WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetensors|bin|index(\.[^/]+)?\.json)")
 
 _CARD = """
 # {name}

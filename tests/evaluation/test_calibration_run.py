@@ -11,7 +11,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Segmentation
 from instructdiffusion_pipeline.evaluation import Example, LazyExample
-from instructdiffusion_pipeline.evaluation.calibrate import calibrate
+from instructdiffusion_pipeline.evaluation.calibrate import calibrate, save_calibration
 from instructdiffusion_pipeline.evaluation.scoring import judged, measure, summarize
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint
@@ -78,6 +78,19 @@ def test_scores_become_the_share_of_right_answers(painter, tmp_path):
     for before, after in zip(raw["rows"], results["rows"], strict=True):
         assert after["scores"]["ECE"]["model"] < 0.08 < 0.2 < before["scores"]["ECE"]["model"]
     assert calibrate(*run) == fits, "a finished run is not run again"
+
+
+def test_a_family_without_examples_keeps_its_calibration(painter, tmp_path):
+    joints = [example for example in examples("train", 1) if "joints" in example.row]
+    assert 0 < len(joints) < len(examples("train", 1))
+    fits = calibrate(painter, joints, joints, tmp_path / "run")
+    assert fits.keys() == {"keypoints"}
+    assert painter.config.score_calibration == {"segmentation": [9, 9], "keypoints": list(fits["keypoints"])}
+    painter.register_to_config(score_calibration={"segmentation": [9, 9]})
+    painter.save_pretrained(tmp_path / "model")
+    save_calibration(fits, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "model_index.json").read_text())["score_calibration"]
+    assert saved["segmentation"] == [9, 9] and saved["keypoints"] == pytest.approx(fits["keypoints"], abs=1e-4)
 
 
 def test_answers_that_allow_no_fit_are_named(painter, tmp_path):

@@ -430,3 +430,21 @@ def test_a_model_that_is_offloaded_is_scored_as_without_offloading(tmp_path):
     before = tiny.contents(tmp_path)
     run_tiny.run(tmp_path, pipeline=offloaded, examples=examples)  # accepted as the same model
     assert tiny.contents(tmp_path) == before
+
+
+def test_the_sheet_of_edits_shows_the_image_that_was_scored(tmp_path):
+    (example,) = (lazy for lazy in run_tiny.examples() if lazy.name == "edit 1")
+    run_tiny.run(tmp_path, examples=[example])
+    output, result = (
+        np.asarray(Image.open(tmp_path / "answers" / name)) for name in ("000000-0.png", "000000-0-result.png")
+    )
+    assert (output != result).any()
+    opened = example.open()
+    (record,) = records(tmp_path)
+    expected = peak_signal_noise_ratio(np.asarray(opened.truth.edited), result, data_range=255)
+    assert record["score_key"] == pytest.approx(expected, abs=1e-3)
+    sheet = np.asarray(Image.open(tmp_path / "editing.png")).astype(int)
+    shown = opened.tasks[0].overlay(opened.image, Image.fromarray(result))
+    panel = np.asarray(ImageOps.contain(shown, (PANEL, PANEL))).astype(int)
+    left, top = MARGIN + 2 * (PANEL + MARGIN), sheet.shape[0] // 3 - PANEL - 3 * MARGIN // 2
+    assert (sheet[top : top + PANEL, left : left + PANEL] == panel).all()

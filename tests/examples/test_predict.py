@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_mixed_pictures import save_picture
 
-from instructdiffusion_pipeline import Editing, Segmentation, ask
+from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Segmentation, ask
 from instructdiffusion_pipeline.cli import run_script
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_first
 
@@ -173,3 +173,38 @@ def test_fifty_pictures_and_five_kills_give_the_files_of_one_run(pipe, tmp_path,
     evaluation.summarize()
     assert len(content["images"]) == 40 and content["annotations"]
     assert evaluation.stats[0] == pytest.approx(1)
+
+
+def test_pictures_with_names_like_those_of_others_have_outputs_of_their_own(run_predict):
+    for name in ("photo-1.png", "photo.jpg", "photo.png", "photo-1-1.png"):
+        tiny.picture(64, 64, seed=len(name)).save(f"photos/{name}")
+    run_predict("--task", "editing", "--instruction", "make it night")
+    assert len(list(Path("out").glob("*.png"))) == len(list(Path("out/records").iterdir())) == 8
+
+
+@pytest.mark.parametrize("objects", ["cat, overlay", "a/b, a b"])
+def test_objects_whose_masks_would_overwrite_other_outputs_are_refused(run_predict, capsys, objects):
+    with pytest.raises(SystemExit):
+        run_predict("--task", "segmentation", "--objects", objects)
+    assert "error: --objects: several outputs would have the name 0-" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_masks_of_one_picture_that_would_overwrite_those_of_another_are_refused(run_predict, capsys):
+    tiny.picture(64, 64).save("photos/0-cat.png")
+    with pytest.raises(SystemExit):
+        run_predict("--task", "segmentation", "--objects", "cat,cat-cat")
+    assert "several outputs would have the name 0-cat-cat.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [("segmentation", "--objects", "cat"), ("editing", "--instruction", "make it night")])
+def test_answers_that_the_safety_checker_replaced_are_counted_and_left_out(run_predict, pipe, capsys, tmp_path, task):
+    InstructDiffusionPipeline(**pipe.components | tiny.safety_checker(-1)).save_pretrained(tmp_path / "model")
+    for _ in range(2):  # the second time there is nothing left to do
+        run_predict("--task", *task)
+        said = capsys.readouterr().out
+        assert said.count("skipped: the safety checker replaced the answer for photos/") == 4
+        assert "0 of 4 pictures answered" in said
+    assert not list(Path("out").glob("*.png"))
+    if task[0] == "segmentation":
+        assert COCO("out/coco.json").dataset["images"] == []

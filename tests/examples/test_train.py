@@ -181,6 +181,12 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     np.testing.assert_allclose(answers[0], answers[2], atol=1e-4)
     assert np.abs(answers[0] - answers[1]).max() > 1e-3
 
+    for folder in ("model", "lora"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    options = settings | {"conversion": settings["conversion"] + " --half", "resume": "latest"}
+    other = run(checkpoint, f"table={table}", tmp_path / "run", **options)
+    assert other.returncode == 2 and "start has another conversion: conversion was '--orig" in other.stderr
+
 
 def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_path):
     settings = {"learning_rate": 1e-3, "ema_decay": 0.5, "max_train_steps": 3}

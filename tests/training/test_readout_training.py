@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +204,33 @@ def test_a_readout_is_put_into_the_folder_of_a_model(pipe, tmp_path, class_name)
     save_readout(other, tmp_path, overwrite=True)
     assert InstructDiffusionPipeline.from_pretrained(tmp_path).readout.config.sample_size == 64
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_model_loads_wherever_the_replacement_of_its_readout_stops(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    save_readout(build_readout(32), tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"score_calibration": {"segmentation": [1, 0]}}))
+
+    def states(replace):
+        """The readout's size and the calibration of the model after each change of a file or folder."""
+        found = []
+
+        def note(call):
+            def noting(*args, **kwargs):
+                result = call(*args, **kwargs)
+                loaded = InstructDiffusionPipeline.from_pretrained(tmp_path)
+                size = loaded.readout and loaded.readout.config.sample_size
+                found.append((size, dict(loaded.config.score_calibration)))
+                return result
+
+            return noting
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", note(Path.replace))
+            patched.setattr(shutil, "rmtree", note(shutil.rmtree))
+            replace()
+        return list(dict.fromkeys((size, bool(calibration)) for size, calibration in found))
+
+    # The calibration, which is of the old readout, is never with the new one.
+    assert states(lambda: save_readout(build_readout(64), tmp_path, overwrite=True)) == [(None, False), (64, False)]

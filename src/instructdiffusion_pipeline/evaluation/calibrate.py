@@ -27,7 +27,7 @@ def calibrate(
     A run that was stopped continues when it is called again with the same arguments.
 
     Args:
-        pipeline: gets the setting `score_calibration`, in place of another one.
+        pipeline: gets the setting `score_calibration`; that of a family without examples stays.
         examples: with masks or joints. For both, some answers must be right and some wrong.
         held_out: the same kind, of other pictures.
         folder: new, or of the same run. Gets the evaluations in answers/ and held-out/, and reliability.md: the
@@ -40,7 +40,7 @@ def calibrate(
     Raises:
         ValueError: `folder` has another run, or a fit is impossible (see `fit_platt`).
     """
-    folder = Path(folder)
+    folder, stored = Path(folder), pipeline.config.get("score_calibration") or {}
     pipeline.register_to_config(score_calibration={})
     evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
     fits: dict[str, Platt] = {}
@@ -50,16 +50,18 @@ def calibrate(
                 fits[family] = fit_platt([score for score, _ in answers], [right for _, right in answers])
             except ValueError as error:
                 raise ValueError(f"the scores of {family} cannot be calibrated: {error}") from error
-    pipeline.register_to_config(score_calibration={family: list(fit) for family, fit in fits.items()})
+    pipeline.register_to_config(score_calibration=stored | {family: list(fit) for family, fit in fits.items()})
     evaluate(pipeline, held_out, folder / "held-out", batch_size=batch_size)
     write_text(folder / "reliability.md", reliability_table(folder / "held-out"))
     return fits
 
 
 def save_calibration(fits: Mapping[str, Platt], model: str | PathLike[str]) -> None:
-    """Write `score_calibration` to the model_index.json of a model."""
+    """Write `score_calibration` to the model_index.json of a model. That of a family without a fit stays."""
+    index = Path(model, "model_index.json")
+    stored = json.loads(index.read_text(encoding="utf-8")).get("score_calibration") or {}
     rounded = {family: [round(value, 4) for value in fit] for family, fit in fits.items()}
-    update_json(Path(model, "model_index.json"), {"score_calibration": rounded})
+    update_json(index, {"score_calibration": stored | rounded})
 
 
 def answers_by_row(folder: Path, kind: str) -> dict[str, list[tuple[float, bool]]]:

@@ -177,7 +177,10 @@ class Evaluator:
                 truths = [question.truth for question in questions]
                 reconstructed = vae_reconstruction(self.pipeline, truths, **self.size(questions[0].task))
                 for question, answer, picture in zip(questions, self.ask(questions), reconstructed, strict=True):
-                    save_image(self.folder / report.answer_name(question.index, question.number), answer.picture)
+                    place = question.index, question.number
+                    save_image(self.folder / report.answer_name(*place), answer.picture)
+                    if isinstance(question.task, PictureTask):
+                        save_image(self.folder / report.result_name(*place), answer.data)
                     answers[question.index].append(answer)
                     ceilings[question.index].append(picture)
 

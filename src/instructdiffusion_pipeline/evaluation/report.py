@@ -15,6 +15,7 @@ from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, su
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.readout import read_answer
+from instructdiffusion_pipeline.tasks import PictureTask
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # share the first column of scores
@@ -109,7 +110,11 @@ def contact_sheet(
         for index, task in enumerate(example.tasks):
             answer = Image.open(answers / answer_name(record["index"], index))
             panels.append((f'"{task.instruction()}"', answer))
-            overlay = task.overlay(overlay, read_answer(task, example.image, answer, tuple(record["box"]), readout))
+            if isinstance(task, PictureTask):
+                data = Image.open(answers / result_name(record["index"], index))
+            else:
+                data = read_answer(task, example.image, answer, tuple(record["box"]), readout)
+            overlay = task.overlay(overlay, data)
         panels += [("reading", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         rows.append((f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
@@ -147,5 +152,10 @@ def file_name(row: str) -> str:
 
 
 def answer_name(index: int, number: int) -> str:
-    """The file name of the answer to task `number` of the example at `index`."""
+    """The file name of the output image for task `number` of the example at `index`."""
     return f"{index:06d}-{number}.png"
+
+
+def result_name(index: int, number: int) -> str:
+    """The file name of the image that a restoration or an edit returns: the output at the resolution of the input."""
+    return f"{index:06d}-{number}-result.png"

@@ -108,10 +108,11 @@ def save_readout(readout: UNet2DModel, model: str | PathLike[str], overwrite: bo
         raise FileExistsError(f"{target} exists.")
     with atomic_write(target) as partial:
         readout.save_pretrained(partial)
+        # A process that is killed from here on leaves a model without a readout. The calibration is of another one.
+        update_json(index, {"readout": [None, None], "score_calibration": {}})
         if target.exists():
             shutil.rmtree(target)
-    # The calibration of another readout is wrong.
-    update_json(index, {"readout": ["diffusers", "UNet2DModel"], "score_calibration": {}})
+    update_json(index, {"readout": ["diffusers", "UNet2DModel"]})
 
 
 def build_readout(sample_size: int) -> UNet2DModel:
