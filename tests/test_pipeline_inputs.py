@@ -3,6 +3,7 @@
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import upright_rgb
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import _missing_weights, upright_rgb
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
 MODES += ["I;16", "I;16L", "I;16B"]
@@ -366,6 +367,18 @@ def test_old_names_of_weights_count(pipe: InstructDiffusionPipeline, tmp_path: P
         save_file(renamed, file, metadata={"format": "pt"})
     loaded = InstructDiffusionPipeline.from_pretrained(tmp_path)
     assert np.array_equal(loaded(**tiny.inputs()).images, pipe(**tiny.inputs()).images)
+
+
+def test_text_encoders_of_earlier_transformers_need_files_of_theirs(tmp_path: Path) -> None:
+    """Before 5.6 their weights have a prefix; a file without it, of a later version, would be ignored."""
+    encoder = torch.nn.ModuleDict({"text_model": torch.nn.Linear(2, 2)})
+    encoder.config = SimpleNamespace(_name_or_path=str(tmp_path))
+    weights = encoder.state_dict()
+    later = {name.removeprefix("text_model."): weight for name, weight in weights.items()}
+    save_file(later, tmp_path / "model.safetensors")
+    assert _missing_weights(encoder, None) == list(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert _missing_weights(encoder, None) == []
 
 
 def test_variants_and_shards_have_all_weights(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,12 @@ class Source:
         """The transformed picture and annotation. Raises an `UnreadableSample` if a file is broken."""
         image, annotation = self.dataset[index]
         return self.transform(image, annotation, rng) if self.transform else (image, annotation)
+
+
+def check_source_names(names: Iterable[str]) -> None:
+    """Raise a ValueError if two sources have the same name: their losses or scores could not be told apart."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
 
 
 @dataclass(frozen=True)

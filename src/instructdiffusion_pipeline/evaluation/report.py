@@ -10,6 +10,7 @@ from typing import Any
 from diffusers import UNet2DModel
 from PIL import Image
 
+from instructdiffusion_pipeline.datasets.mixture import check_source_names
 from instructdiffusion_pipeline.evaluation.examples import LazyExample
 from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
@@ -131,8 +132,7 @@ def check_examples(examples: Sequence[LazyExample]) -> None:
     if not examples:
         raise ValueError("`examples` must have at least one example; got none.")
     sources = dict.fromkeys((example.row, id(example.source)) for example in examples)
-    if repeated := duplicates(row for row, _ in sources):
-        raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
+    check_source_names(row for row, _ in sources)
     if repeated := duplicates(example.name for example in examples):
         raise ValueError(
             f"`examples` must have unique names; these are used more than once: {', '.join(repeated[:5])}."

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
-from instructdiffusion_pipeline.datasets.mixture import Mixture
+from instructdiffusion_pipeline.datasets.mixture import Mixture, check_source_names
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
@@ -102,12 +101,6 @@ def count_workers(given: int | None, device: torch.device, cached: bool = False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, min(MOST_WORKERS, cores // processes - 1))
-
-
-def check_source_names(sources: Sequence[str]) -> None:
-    """Raise a ValueError if two sources have the same name, as their losses could not be told apart."""
-    if repeated := [name for name, count in Counter(sources).items() if count > 1]:
-        raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
 
 
 def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:

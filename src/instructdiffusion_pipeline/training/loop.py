@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from instructdiffusion_pipeline.datasets.mixture import check_source_names
 from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.fingerprint import fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
@@ -33,7 +34,6 @@ from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
 from instructdiffusion_pipeline.training.data import (
     TrainingSamples,
-    check_source_names,
     count_workers,
     dataset_fingerprint,
     tokenize,
