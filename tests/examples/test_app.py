@@ -161,10 +161,10 @@ def test_colours_that_show_on_the_picture_come_first():
 @pytest.mark.parametrize(
     ("family", "asked", "told"),
     [
-        ("keypoints", [], "Enter 1 to 9 different names; got none"),
-        ("segmentation", ", ", "Enter 1 to 8 different names; got none"),
-        ("segmentation", "cat, cat", "Enter 1 to 8 different names; got cat, cat"),
-        ("segmentation", ", ".join(map(str, range(9))), "Enter 1 to 8 different names; got 0, 1"),
+        ("keypoints", [], "must be 1 to 9 different names; got none"),
+        ("segmentation", ", ", "must be 1 to 8 different names; got none"),
+        ("segmentation", "cat, cat", "must be 1 to 8 different names; got cat, cat"),
+        ("segmentation", ", ".join(map(str, range(9))), "must be 1 to 8 different names; got 0, 1"),
         ("editing", " ", "must say what to edit"),
     ],
 )
