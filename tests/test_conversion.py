@@ -150,7 +150,7 @@ def test_channels_last_weights_are_read(reference: Pipe, tmp_path: Path):
 def test_command_line_writes_a_folder_that_loads(
     reference: Pipe, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    target = tmp_path / "made" / "pipe"
+    target = tmp_path / "new" / "folder" / "pipe"
     options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
     call = ["convert", "--checkpoint_path", str(released), *options, "--dump_path", str(target)]
     monkeypatch.setattr("sys.argv", call)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,6 +145,43 @@ def test_numbers_at_their_limits_are_read(tmp_path: Path):
     changes = {"linear_start": 1, "linear_end": 1.0, "scale_factor": 1000, "timesteps": 100_000}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(described(**changes)))
     assert read_original_config(tmp_path / "other.yaml").items() >= changes.items()
+
+
+def test_the_text_width_alone_tells_another_unet(full_size: Shapes):
+    wider = {
+        name: torch.Size((shape[0], 1024)) if re.search(r"attn2\.to_[kv]\.weight$", name) else shape
+        for name, shape in full_size.items()
+    }
+    with pytest.raises(UsageError, match="--original_config_file is needed: .* text width 1024"):
+        unet_config(wider, None)
+
+
+def test_a_weight_of_a_wrong_shape_does_not_decide_a_size(full_size: Shapes):
+    name = next(name for name in full_size if name.endswith("attn2.to_k.weight"))
+    assert unet_config(full_size | {name: torch.Size((320,))}, None) == SD15_UNET
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"num_heads": 1}, 1),
+        ({"num_heads": 64}, "unet_config.num_heads is 64, which does not divide the UNet's widths"),
+        ({"num_heads": -1}, "unet_config.num_heads is -1"),
+        ({"num_heads": -1, "num_head_channels": 1}, (32, 32, 32, 64)),
+        ({"num_heads": -1, "num_head_channels": 64}, "unet_config.num_head_channels is 64"),
+    ],
+    ids=str,
+)
+def test_heads_must_divide_all_widths(small: Shapes, changes: dict[str, int], heads: Any):
+    original = described()["model"]["params"]
+    params = original["unet_config"]["params"]
+    del params["num_heads"], params["transformer_depth"]
+    params |= {name: value for name, value in changes.items() if value != -1}
+    if isinstance(heads, str):
+        with pytest.raises(UsageError, match=f"--original_config_file: {heads}"):
+            unet_config(small, original)
+    else:
+        assert unet_config(small, original)["attention_head_dim"] == heads
 
 
 @pytest.mark.parametrize("missing", ["ch", "ch_mult"])
