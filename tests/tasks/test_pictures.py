@@ -9,6 +9,7 @@ from scenes import photograph
 
 from instructdiffusion_pipeline import working_size
 from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.frames import Frame, paste_answer
 from instructdiffusion_pipeline.tasks.restoration import TEMPLATES, Restoration, add_noise
 from instructdiffusion_pipeline.types import Edit
 
@@ -81,3 +82,22 @@ def test_noise_has_the_deviation_asked_for(sigma):
 def test_noise_is_clipped_and_not_wrapped():
     white = Image.new("RGB", (50, 50), (255, 255, 255))
     assert np.asarray(add_noise(white, 40.0, np.random.default_rng(0))).min() > 60
+
+
+def test_a_frame_has_the_short_side_asked_for_and_places_points():
+    image, box = Image.new("RGB", (1000, 500)), (100.0, 30.0, 900.0, 430.0)
+    frame = Frame.of(image, Image.new("RGB", (1000, 500)), box, shortest=256)
+    assert frame.source.shape == frame.answer.shape == (256, 512, 3)
+    assert frame.scale == (800 / 512, 400 / 256)
+    assert frame.point(0, 0) == pytest.approx((100 + 0.5 * 800 / 512 - 0.5, 30 + 0.5 * 400 / 256 - 0.5))
+    assert frame.point(511, 255) == pytest.approx((900 - 0.5 * 800 / 512 - 0.5, 430 - 0.5 * 400 / 256 - 0.5))
+
+
+def test_an_answer_is_pasted_to_a_fraction_of_a_pixel():
+    ramp = np.broadcast_to(1.5 * np.arange(160)[None, :, None], (120, 160, 3)).astype(np.uint8)
+    for axes, box in (((0, 1, 2), (10.5, 20.25, 90.5, 80.25)), ((1, 0, 2), (20.25, 10.5, 80.25, 90.5))):
+        image, answer = Image.new("RGB", (101, 101)), Image.fromarray(np.ascontiguousarray(ramp.transpose(axes)))
+        pasted = np.asarray(paste_answer(image, answer, box)).transpose(axes).astype(float)
+        inside = slice(15, 85)
+        expected = 1.5 * ((np.arange(101) + 0.5 - 10.5) * 2 - 0.5)[inside]
+        assert np.abs(pasted[25:75, inside] - expected[None, :, None]).max() < 0.8
