@@ -598,7 +598,14 @@ def test_a_variant_is_exported_and_loaded_in_every_way(fresh: Fresh, tmp_path: P
 
 def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub: HubServer):
     fresh.report(PUSH, root / "saved", hub=hub)
-    hub.files["me/tiny"]["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"] = b"stale"
+    shard = "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"
+    index = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": shard}}).encode()
+    other = "vae/diffusion_pytorch_model.safetensors.index.bf16.json"
+    hub.files["me/tiny"] |= {
+        f"unet/{shard}": b"stale",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json": index,
+        other: b"of another variant",
+    }
     before = {path: data for path, data in hub.files["me/tiny"].items() if path.endswith(".safetensors")}
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
@@ -612,7 +619,8 @@ def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub:
     """
     found = fresh.report(script, root / "saved", hub=hub)
     after = {path: data for path, data in hub.files["me/tiny"].items() if path.endswith(".safetensors")}
-    del before["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"]
+    del before[f"unet/{shard}"]
+    assert [path for path in hub.files["me/tiny"] if ".index." in path] == [other]
     assert {path: after.pop(path) for path in before} == before
     assert len(after) == 4 and all(".fp16." in path for path in after)
     np.testing.assert_allclose(found["fp16"], found["None"], atol=0.05)
