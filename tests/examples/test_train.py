@@ -20,7 +20,7 @@ from hub_server import running_hub
 from safetensors.torch import load_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.cli import run_script
+from instructdiffusion_pipeline.cli import UsageError, run_script
 
 SCRIPT = tiny.ROOT / "examples" / "train.py"
 CONFIGS = tiny.ROOT / "examples" / "accelerate"
@@ -186,6 +186,22 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     options = settings | {"conversion": settings["conversion"] + " --half", "resume": "latest"}
     other = run(checkpoint, f"table={table}", tmp_path / "run", **options)
     assert other.returncode == 2 and "start has another conversion: conversion was " in other.stderr
+
+
+def test_a_conversion_is_used_again_for_its_own_checkpoint_only(tmp_path):
+    checkpoint = shutil.copyfile(GOLDEN / "tiny-original.safetensors", tmp_path / "trained.safetensors")
+    other = shutil.copy2(checkpoint, tmp_path / "other.safetensors")
+    config = f"--original_config_file {GOLDEN / 'tiny_instruct_diffusion.yaml'}"
+    options = f"{config} --text_encoder {GOLDEN / 'text_encoder'} --tokenizer {GOLDEN / 'tokenizer'}"
+    start = script.converted(str(checkpoint), tmp_path / "run", options)
+    written = tiny.contents(tmp_path / "run")
+    assert script.converted(str(checkpoint), tmp_path / "run", options) == start
+    with pytest.raises(UsageError, match=r"another conversion: init was '.*trained.*' and is '.*other.*'\. Delete"):
+        script.converted(str(other), tmp_path / "run", options)
+    os.utime(checkpoint, ns=(0, 0))  # as if another file had been put in its place
+    with pytest.raises(UsageError, match="another conversion: time was"):
+        script.converted(str(checkpoint), tmp_path / "run", options)
+    assert tiny.contents(tmp_path / "run") == written
 
 
 def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_path):
