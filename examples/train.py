@@ -332,7 +332,9 @@ def converted(init: str, output_dir: Path, options: str) -> str:
             if subprocess.run([sys.executable, str(CONVERTER), *own, *shlex.split(options)]).returncode:
                 raise UsageError(f"--init: {init} was not converted (see above). Pass options with --conversion.")
             write_text(partial / "conversion.json", json.dumps(source, indent=2) + "\n")
-    elif other := differences(json.loads((folder / "conversion.json").read_text()), source):
+        return str(folder)
+    record = folder / "conversion.json"
+    if other := differences(json.loads(record.read_text()) if record.exists() else {}, source):
         raise UsageError(f"--init: {folder} has another conversion: {other}. Delete it, or change --output_dir.")
     return str(folder)
 

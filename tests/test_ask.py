@@ -6,10 +6,12 @@ import pytest
 import tiny
 import torch
 from diffusers import EulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 
 from instructdiffusion_pipeline import (
     Editing,
+    InstructDiffusionPipeline,
     Keypoints,
     Mask,
     Restoration,
@@ -360,3 +362,25 @@ def test_a_schedule_replaces_the_steps_of_the_task(pipe, schedule):
     assert pipe.num_timesteps == 3 and "cat" in answer.data
     with pytest.raises(ValueError, match="Only one of `num_inference_steps`, `timesteps` and `sigmas`"):
         ask(pipe, tiny.picture(), TASKS[0], num_inference_steps=3, **schedule)
+
+
+class FlagsLaterCalls(StableDiffusionSafetyChecker):
+    """Replaces all images from the second call on: those of the slices."""
+
+    calls = 0
+
+    def forward(self, clip_input, images):
+        self.calls += 1
+        flagged = self.calls > 1
+        return images * (not flagged), [flagged] * len(images)
+
+
+def test_a_slice_that_the_safety_checker_replaced_flags_the_answer(pipe):
+    parts = tiny.safety_checker(1)
+    checker = FlagsLaterCalls(parts["safety_checker"].config)
+    guarded = InstructDiffusionPipeline(**pipe.components | parts | {"safety_checker": checker})
+    guarded.set_progress_bar_config(disable=True)
+    for slices, flagged in ((None, False), (0.7, True)):
+        checker.calls = 0
+        answer = ask(guarded, tiny.picture(), TASKS[0], slices=slices, generator=tiny.generator(), **FAST)
+        assert answer.nsfw_content_detected == flagged

@@ -57,8 +57,8 @@ class Answer(Generic[Reading]):
         data: the decoded output, in pixels of the input; its type depends on the task: `dict[str, Mask]` for
             `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), a picture at the resolution of
             the input for `Restoration` and `Editing`.
-        nsfw_content_detected: whether the safety checker replaced the output by a black image; `data` is then
-            meaningless.
+        nsfw_content_detected: whether the safety checker replaced an output, for the picture or for one of its
+            slices, by a black image; `data` is then meaningless.
         reconstruction: the input after encoding and decoding by the VAE, at working size, for a task whose data is an
             image; otherwise None.
     """
@@ -296,7 +296,7 @@ def ask_batch(
         prompt = "\n".join(view.prompt for view, _ in whole)
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
             warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
-        flag = any(answer.flag for _, answer in whole)
+        flag = any(answer.flag for _, answer in [*whole, *sliced])
         answers.append(Answer(task, image, prompt, picture, box, data, flag, response.reconstruction))
     return answers
 
@@ -488,6 +488,8 @@ def confirm_regions(
         votes, strength = np.zeros_like(margin), np.zeros_like(margin)
         confirmed = 0
         for index in range(number * len(CLOSE_UPS), (number + 1) * len(CLOSE_UPS)):
+            if responses[index].flag:  # a black image
+                continue
             part = view_margins(views[index], responses[index], readout)[name]
             painted, window = Mask.from_margin(part).pixels, window_of(views[index])
             votes[window] += painted
