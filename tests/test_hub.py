@@ -555,11 +555,13 @@ def test_a_pipeline_with_lora_layers_is_refused(pipe: InstructDiffusionPipeline,
 
 def test_importing_the_package_adds_one_name_to_diffusers_and_no_more(fresh: Fresh):
     script = """
+    import types
     import diffusers
     import instructdiffusion_pipeline
     from instructdiffusion_pipeline import hub
-    def ours(value):
-        return str(getattr(value, "__module__", "")).startswith("instructdiffusion_pipeline")
+    def ours(value):  # lazy objects of transformers import what they stand for
+        known = isinstance(value, (type, types.FunctionType))
+        return known and value.__module__.startswith("instructdiffusion_pipeline")
     found = []
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("diffusers", "transformers", "huggingface_hub"):

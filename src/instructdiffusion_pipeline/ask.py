@@ -315,9 +315,10 @@ def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[st
     chosen = dict(settings)
     for name in PER_PICTURE & settings.keys():
         values = settings[name]
-        if is_per_picture(values):
-            places = list(numbers) if len(values) > 1 else [0] * len(numbers)
-            chosen[name] = [values[place] for place in places] if isinstance(values, list) else values[places]
+        if isinstance(values, list):
+            chosen[name] = [values[number if len(values) > 1 else 0] for number in numbers]
+        elif is_per_picture(values) and len(values) > 1:
+            chosen[name] = values[list(numbers)]
     return chosen
 
 
