@@ -167,12 +167,14 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """The name of each picture's output files: its stem, with its number where several have the same."""
     counts = Counter(path.stem for path in paths)
     names = {path: path.stem for path in paths if counts[path.stem] == 1}
+    taken = set(names.values())
     for number, path in enumerate(paths):
         if path not in names:
             name = f"{path.stem}-{number}"
-            while name in names.values():
+            while name in taken:
                 name += f"-{number}"
             names[path] = name
+            taken.add(name)
     return names
 
 

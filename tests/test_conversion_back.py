@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from original_names import original_names
 from safetensors.torch import load_file, save_file
-from tiny import components
+from tiny import components, earlier_names
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
@@ -59,15 +59,9 @@ def test_shards_and_half_precision(tmp_path: Path):
 
 def test_names_of_earlier_versions_are_read(folder: Path, tmp_path: Path):
     shutil.copytree(folder, tmp_path / "pipe")
-    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     for component, prefix in (("vae", ""), ("text_encoder", "text_model.")):
         (file,) = (tmp_path / "pipe" / component).glob("*.safetensors")
-        renamed = {}
-        for name, tensor in load_file(file).items():
-            for new, before in old.items():
-                name = name.replace(new, before)
-            renamed[prefix + name] = tensor
-        save_file(renamed, file)
+        save_file(earlier_names(load_file(file), prefix), file)
     assert_identical(convert_back(tmp_path / "pipe"), released_weights())
 
 

@@ -305,6 +305,7 @@ def test_schedules_that_are_none_are_refused(pipe: InstructDiffusionPipeline, wr
 
 def test_the_current_timestep_is_that_of_the_step(pipe: InstructDiffusionPipeline) -> None:
     seen = []
+    assert pipe.current_timestep is None
     pipe(**tiny.inputs(callback_on_step_end=lambda p, i, t, k: seen.append(p.current_timestep == t)))
     assert seen == [True, True] and pipe.current_timestep is None
 

@@ -361,6 +361,7 @@ def test_an_ip_adapter_loads_from_a_file(pipe: InstructDiffusionPipeline, tmp_pa
     loaded = answer(pipe, ip_adapter_image_embeds=[embeds()])
     pipe.unload_ip_adapter()
     assert difference(answer(load(pipe), ip_adapter_image_embeds=[embeds()]), loaded) == 0
+    assert difference(answer(pipe, ip_adapter_image_embeds=[embeds().double()]), loaded) == 0
 
 
 @pytest.mark.parametrize("adapters", [1, 2])

@@ -96,6 +96,18 @@ def contents(folder: Path, left_out: tuple[str, ...] = ()) -> dict[str, bytes]:
     }
 
 
+def earlier_names(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Weights under the names of earlier versions: attention of diffusers, and a prefix of transformers."""
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for name, weight in weights.items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        renamed[prefix + name] = weight
+    assert renamed.keys() != weights.keys()
+    return renamed
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 

@@ -17,14 +17,13 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
     """A hash of the names and about a thousand values of each weight of `models`, and of the text `also`."""
     digest = hashlib.sha256(also.encode())
     for model in models:
-        names = [name for name, _ in model.named_parameters()]
-        weights: Mapping[str, torch.Tensor] = dict(model.named_parameters())
+        weights: dict[str, torch.Tensor] = dict(model.named_parameters())
         if any(weight.is_meta for weight in weights.values()):  # sequential offloading
             from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-            weights = get_state_dict_offloaded_model(model)
-        for name in names:
-            weight = weights[name]
+            stored = get_state_dict_offloaded_model(model)
+            weights = {name: stored[name] for name in weights}
+        for name, weight in weights.items():
             values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
             digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

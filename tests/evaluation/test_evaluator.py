@@ -41,6 +41,13 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
+def assert_first_reading(sheet: Path, shown: Image.Image) -> None:
+    """The first row of a contact sheet, in which each example has one task, shows this reading."""
+    pixels, panel = np.asarray(Image.open(sheet)), np.asarray(ImageOps.contain(shown, (PANEL, PANEL)))
+    left, top = MARGIN + 2 * (PANEL + MARGIN), pixels.shape[0] // 3 - PANEL - 3 * MARGIN // 2
+    assert (pixels[top : top + PANEL, left : left + PANEL] == panel).all()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An evaluation that was not interrupted."""
@@ -219,12 +226,9 @@ def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_
     assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
     assert "reading by color" in (tmp_path / "table.md").read_text().splitlines()[0]
     # The sheet shows the model's reading: everything is the cat.
-    sheet = np.asarray(Image.open(tmp_path / "segmentation-blobs.png"))
     (example,) = (lazy.open() for lazy in examples if lazy.name == "cat 1")
     shown = example.tasks[0].overlay(example.image, {"cat": Mask(np.ones((64, 64), bool), 1.0)})
-    panel = np.asarray(ImageOps.contain(shown, (PANEL, PANEL)))
-    left, top = MARGIN + 2 * (PANEL + MARGIN), sheet.shape[0] // 3 - PANEL - 3 * MARGIN // 2
-    assert (sheet[top : top + PANEL, left : left + PANEL] == panel).all()
+    assert_first_reading(tmp_path / "segmentation-blobs.png", shown)
 
 
 def test_records_of_another_readout_or_of_other_task_settings_are_refused(tmp_path):
@@ -435,16 +439,10 @@ def test_a_model_that_is_offloaded_is_scored_as_without_offloading(tmp_path):
 def test_the_sheet_of_edits_shows_the_image_that_was_scored(tmp_path):
     (example,) = (lazy for lazy in run_tiny.examples() if lazy.name == "edit 1")
     run_tiny.run(tmp_path, examples=[example])
-    output, result = (
-        np.asarray(Image.open(tmp_path / "answers" / name)) for name in ("000000-0.png", "000000-0-result.png")
-    )
-    assert (output != result).any()
+    result = np.asarray(Image.open(tmp_path / "answers" / "000000-0-result.png"))
+    assert (saved_answer(tmp_path, 0, 0) != result).any()
     opened = example.open()
     (record,) = records(tmp_path)
     expected = peak_signal_noise_ratio(np.asarray(opened.truth.edited), result, data_range=255)
     assert record["score_key"] == pytest.approx(expected, abs=1e-3)
-    sheet = np.asarray(Image.open(tmp_path / "editing.png")).astype(int)
-    shown = opened.tasks[0].overlay(opened.image, Image.fromarray(result))
-    panel = np.asarray(ImageOps.contain(shown, (PANEL, PANEL))).astype(int)
-    left, top = MARGIN + 2 * (PANEL + MARGIN), sheet.shape[0] // 3 - PANEL - 3 * MARGIN // 2
-    assert (sheet[top : top + PANEL, left : left + PANEL] == panel).all()
+    assert_first_reading(tmp_path / "editing.png", opened.tasks[0].overlay(opened.image, Image.fromarray(result)))
