@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "datasets"))
 
 from paper_data import AP10K_NAMES, write_ade20k_150, write_ap10k  # noqa: E402
 
+from instructdiffusion_pipeline.datasets.keypoints import AP10K_SIGMAS  # noqa: E402
 from instructdiffusion_pipeline.evaluation import Example, every_object, examples_from, whole_person  # noqa: E402
 from instructdiffusion_pipeline.evaluation.paper import PAPER_TABLES, open_source  # noqa: E402
 from instructdiffusion_pipeline.evaluation.scoring import measure, summarize  # noqa: E402
@@ -30,6 +31,10 @@ PUBLISHED_SIGMAS = [
     0.025, 0.025, 0.026, 0.035, 0.035, 0.079, 0.072, 0.062, 0.079, 0.072, 0.062, 0.107, 0.087, 0.089, 0.107, 0.087,
     0.089,
 ]  # fmt: skip
+
+
+def test_the_sigmas_of_animals_are_the_published_ones():
+    assert [AP10K_SIGMAS[name.replace("_", " ")] for name in AP10K_NAMES] == PUBLISHED_SIGMAS
 
 
 @pytest.mark.parametrize("steps", [(1, 2, 3), (0.5, 1, 6), (2, 2.5, 4)])
