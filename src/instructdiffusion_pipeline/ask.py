@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.calibration import Platt, calibrate_answer
-from instructdiffusion_pipeline.datasets.keypoints import PADDING
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
     Box,
     InstructDiffusionPipeline,
@@ -24,7 +23,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 )
 from instructdiffusion_pipeline.readout import mask_margins, read_answer
 from instructdiffusion_pipeline.tasks import PictureTask, Task
-from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, masks_from_margins
 from instructdiffusion_pipeline.types import Joint
 
@@ -170,7 +169,7 @@ def ask_boxes(
 
 
 def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
-    """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side.
+    """The square of whole pixels around the middle of a box, `BOX_PADDING` times as large as its longer side.
 
     Raises a ValueError if an edge is not from -`limit` to `limit`, which would make a huge square.
     """
@@ -185,7 +184,7 @@ def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
             f" {-limit:g} to {limit:g} (four times the longer side of the picture); got {box!r}."
         )
     left, top, right, bottom = box
-    side = round(PADDING * max(right - left, bottom - top))
+    side = round(BOX_PADDING * max(right - left, bottom - top))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     return x, y, x + side, y + side
 

@@ -28,7 +28,7 @@ from instructdiffusion_pipeline.datasets import (
     require_samples,
     wrong_field,
 )
-from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
+from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, COCO_JOINTS
 from instructdiffusion_pipeline.types import Joint, Joints
 
 CROWDPOSE_JOINTS = (
@@ -73,7 +73,6 @@ AP10K_SIGMAS: dict[str, float] = {
 }  # fmt: skip
 
 UNIT = 200  # pixels per unit of `scale`, as in MPII and HRNet
-PADDING = 1.25  # padding factor of the person box
 CROWDPOSE_FILL = 0.53  # ratio of person area to box area in CrowdPose's evaluation; its JSON has no areas
 AIC_FILL = 1.0  # the same ratio in AI Challenger's evaluation
 
@@ -98,7 +97,7 @@ class Person:
 def center_and_scale(box: Sequence[float]) -> tuple[tuple[float, float], tuple[float, float]]:
     """The square region, padded, around a box (left, top, width, height): what `Person` calls center and scale."""
     left, top, width, height = box
-    side = max(width, height) / UNIT * PADDING
+    side = max(width, height) / UNIT * BOX_PADDING
     return (left + width / 2, top + height / 2), (side, side)
 
 
@@ -240,7 +239,7 @@ class MpiiKeypoints:
         image = read_image(self.folder / item["image"], turn=False)
         x, y = item["center"]
         center = (x - 1, y + 15 * item["scale"] - 1)
-        scale = (item["scale"] * PADDING,) * 2
+        scale = (item["scale"] * BOX_PADDING,) * 2
         rows = [[x - 1, y - 1, seen] for (x, y), seen in zip(item["joints"], item["joints_vis"], strict=True)]
         return image, Person(named_joints(MPII_JOINTS, rows), center, scale, None, place, place)
 

@@ -28,6 +28,7 @@ from instructdiffusion_pipeline.types import Joint, Joints
 
 RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
 MAX_JOINTS = 5  # in one instruction
+BOX_PADDING = 1.25  # of the crop around a person, as a multiple of the longer side of the box (MPII, HRNet)
 READING_SIDE = 256  # pixels along the short side, where a disc has its training size
 MIN_SCORE = 0.4
 MIN_EVIDENCE = 16  # levels; pixels closer than this to the requested color are ignored
