@@ -13,6 +13,7 @@ resumed when it is started again. Needs `pip install ".[eval]"`.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -40,9 +41,12 @@ from instructdiffusion_pipeline.cli import (
     load_pipeline,
     run_script,
 )
+from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.files import atomic_write, update_json, write_text
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import update_blocks_index
 from instructdiffusion_pipeline.tasks import Task
 
 SCALES = "guidance_scale", "image_guidance_scale"
@@ -112,7 +116,7 @@ def main() -> None:
         found = examples_from(source, args.samples, args.seed)
         # In random order, because the images of a data set can alternate between kinds.
         examples += rng.sample(found, len(found))
-    tasks = {source.name: examples_from(source, 1)[0].open().tasks[0] for source in sources}
+    tasks = {source.name: first_task(source) for source in sources}
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
         raise UsageError(f"--data: must be data sets of one task; got {families}.")
@@ -218,20 +222,24 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
+def first_task(source: Source) -> Task:
+    """The task of the first sample of a dataset that can be read."""
+    for example in examples_from(source, len(source.dataset)):
+        with contextlib.suppress(UnreadableSample):
+            return example.open().tasks[0]
+    raise UsageError(f"--data: no sample of {source.name} can be read.")
+
+
 def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
     """Copy the folder of a model with the settings of `trial`."""
     with atomic_write(output) as partial:
         shutil.copytree(model, partial)
-        for path in (partial / "model_index.json", partial / "modular_model_index.json"):
-            if path.exists():
-                index = json.loads(path.read_text())
-                settings = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
-                index["scheduler"][1] = trial.scheduler
-                for about in index["scheduler"][2:]:  # of a Modular Diffusers index
-                    about["type_hint"][1] = trial.scheduler
-                update_json(path, {"task_settings": settings, "scheduler": index["scheduler"]})
-        scheduler = getattr(diffusers, trial.scheduler).from_config(search.scheduler_config)
-        scheduler.save_pretrained(partial / "scheduler")
+        index = json.loads((partial / "model_index.json").read_text())
+        settings = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
+        scheduler = [index["scheduler"][0], trial.scheduler]
+        update_json(partial / "model_index.json", {"task_settings": settings, "scheduler": scheduler})
+        update_blocks_index(partial)
+        getattr(diffusers, trial.scheduler).from_config(search.scheduler_config).save_pretrained(partial / "scheduler")
 
 
 if __name__ == "__main__":

@@ -484,6 +484,23 @@ def add_code(folder: str | os.PathLike[str]) -> None:
     index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def update_blocks_index(folder: str | os.PathLike[str]) -> None:
+    """Copy `task_settings` and the classes of components from `model_index.json` to the index of the blocks.
+
+    Folders that `export` wrote have that index, `modular_model_index.json`; others are not changed.
+    """
+    path = Path(folder, "modular_model_index.json")
+    if not path.exists():
+        return
+    index = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(Path(folder, InstructDiffusionPipeline.config_name).read_text(encoding="utf-8"))
+    index["task_settings"] = saved["task_settings"]
+    for name, value in index.items():
+        if isinstance(value, list) and name in saved:
+            value[:2] = value[2]["type_hint"] = saved[name]
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
@@ -631,6 +648,16 @@ class InstructDiffusionPipeline(
         return pipe
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As in diffusers, but the models keep their precision unless `dtype` is given.
+
+        diffusers would convert them to float32, also in `pipeline`, because the two pipelines share them.
+        """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """Read a model's `model_index.json`, and replace a class name of the form [file, class] by the class alone.
 
@@ -647,13 +674,14 @@ class InstructDiffusionPipeline(
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`; called by `save_pretrained` and `push_to_hub`.
 
-        If this class was loaded from a folder or repository (`trust_remote_code=True`), the code is saved too.
-        Otherwise the new folder could not be loaded without the package.
+        If this class was loaded from a folder or repository (`trust_remote_code=True`), or if the folder has code
+        already, the code is saved too. Otherwise the folder could not be loaded without the package.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         # diffusers imports the code of folders and repositories as modules of this package.
-        if __name__.startswith("diffusers_modules."):
+        if __name__.startswith("diffusers_modules.") or Path(save_directory, Path(__file__).name).exists():
             add_code(save_directory)
+            update_blocks_index(save_directory)
 
     @property
     def default_settings(self) -> dict[str, Any]:

@@ -26,6 +26,13 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
         for name, weight in weights.items():
             values = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
             digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+        if getattr(model, "peft_config", None):  # LoRA layers, whose scales are not parameters
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    state = layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None)
+                    digest.update(repr(state).encode())
     return digest.hexdigest()[:16]
 
 

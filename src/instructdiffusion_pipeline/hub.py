@@ -167,6 +167,11 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
         raise TypeError(f"`pipeline` must be an {InstructDiffusionPipeline.__name__}; got {found}.")
+    check_no_adapters(pipeline)
+
+
+def check_no_adapters(pipeline: InstructDiffusionPipeline) -> None:
+    """Raise a ValueError if `pipeline` has LoRA layers or an IP-Adapter, which its saved weights would not contain."""
     for component in ("unet", "text_encoder"):
         if getattr(getattr(pipeline, component), "peft_config", None):
             raise ValueError(

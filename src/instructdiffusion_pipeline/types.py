@@ -48,6 +48,26 @@ Masks = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class LabeledMasks(Mapping[str, np.ndarray]):
+    """The masks of an image of which not all pixels are labeled.
+
+    Pixels that are False in `labeled`, [height, width], belong to no mask, and metrics ignore them.
+    """
+
+    masks: Masks
+    labeled: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+
+@dataclass(frozen=True)
 class Pose(Mapping[str, Joint | None]):
     """The ground-truth `joints` of a person in pixels, and the area and sigmas that keypoint AP needs.
 

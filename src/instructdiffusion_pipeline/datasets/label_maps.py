@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.datasets import (
     read_image,
     require_samples,
 )
-from instructdiffusion_pipeline.types import Masks
+from instructdiffusion_pipeline.types import LabeledMasks
 
 UNLABELED = {1: 255, 0: 0}  # in COCO-Stuff: the value of a pixel, by the offset from values to numbers
 LAST_NUMBER = 182
@@ -96,7 +96,7 @@ class LabelMaps:
     def __len__(self) -> int:
         return len(self._stems)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, LabeledMasks]:
         path = self.labels / f"{self._stems[index]}{self.suffix}"
         image = read_image(self.folder / f"{self._stems[index]}.jpg", turn=False)
         label = read_label(path)
@@ -108,9 +108,10 @@ class LabelMaps:
         if not present:
             raise UnreadableSample(path, "no pixel is labelled")
         absent = np.zeros(label.shape, bool)
-        return image, {
+        masks = {
             name: np.isin(label, list(values)) if values & present else absent for name, values in self._values.items()
         }
+        return image, LabeledMasks(masks, ~np.isin(label, list(self._unlabeled)))
 
     def name(self, index: int) -> str:
         return f"{self._stems[index]}.jpg"

@@ -28,7 +28,8 @@ class PersonCrop:
     With `jitter`, as in the original: the region is scaled by 0.65 to 1.35 (Gaussian, sigma 0.35), rotated with
     probability 0.6 (Gaussian, sigma 45 degrees, at most 90), and flipped with probability 0.5. With probability
     `half_body`, people with more than eight labelled joints are cropped to the upper or lower body; only used for
-    COCO, as in the original. Raises an `UnreadableSample` if no joint is in the crop.
+    COCO, as in the original. Raises an `UnreadableSample` if all joints are labelled
+    and none is in the crop.
     """
 
     size: int = 256

@@ -42,7 +42,10 @@ def calibrate(
     """
     folder, stored = Path(folder), pipeline.config.get("score_calibration") or {}
     pipeline.register_to_config(score_calibration={})
-    evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
+    try:
+        evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
+    finally:
+        pipeline.register_to_config(score_calibration=stored)
     fits: dict[str, Platt] = {}
     for kind, family in FAMILIES.items():
         if answers := [answer for row in answers_by_row(folder / "answers", kind).values() for answer in row]:

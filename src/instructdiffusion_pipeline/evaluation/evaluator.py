@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch, decode_pictures, settings_of
+from instructdiffusion_pipeline.ask import Answer, ask_batch, settings_of
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -25,6 +25,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 from instructdiffusion_pipeline.tasks import PictureTask, Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.views import decode_pictures
 
 Settings = Mapping[str, Mapping[str, Any]]
 Baseline = Callable[[Example], Any]  # returns a prediction, or None if the baseline does not apply

@@ -74,7 +74,9 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
     return dict(zip(("AP", "AP50", "AP75"), map(float, run.stats[:3]), strict=True))
 
 
-HEAD = ("upper neck", "head top")  # PCKh: MPII's head segment
+# PCKh: MPII's head segment. The official PCKh uses 0.6 of the diagonal of a head box, which is in a Matlab file.
+HEAD = ("upper neck", "head top")
+NOT_IN_PCKH = ("pelvis", "thorax")  # as in MPII's evaluation
 TORSO = ("left shoulder", "right hip")  # PCK of FLIC
 
 

@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
 from instructdiffusion_pipeline.tasks.segmentation import Mask
-from instructdiffusion_pipeline.types import Joint, Pose
+from instructdiffusion_pipeline.types import Joint, LabeledMasks, Pose
 
 Scores = dict[str, float | None]
 
@@ -55,8 +55,10 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
             "sigmas": pose.sigmas and dict(pose.sigmas),
         }
     empty = np.zeros((example.image.height, example.image.width), bool)
+    labeled = example.truth.labeled if isinstance(example.truth, LabeledMasks) else ~empty
+    found = {name: mask.pixels & labeled for name, mask in reading.items()}
     return {
-        "masks": [Overlap.of(name, example.truth.get(name, empty), mask.pixels) for name, mask in reading.items()],
+        "masks": [Overlap.of(name, example.truth.get(name, empty), pixels) for name, pixels in found.items()],
         "scores": [mask.score if mask.pixels.any() else None for mask in reading.values()],
     }
 
@@ -101,7 +103,9 @@ def _joint_scores(measures: Sequence[Mapping[str, Any]]) -> Scores:
         ("PCKh@0.5", 0.5): [metrics.length(pose, metrics.HEAD) for pose in poses],
     }
     for (name, share), lengths in references.items():
-        people = [person for person in zip(poses, found, lengths, strict=True) if person[2]]
+        left_out = metrics.NOT_IN_PCKH if name == "PCKh@0.5" else ()
+        counted = [{joint: place for joint, place in pose.items() if joint not in left_out} for pose in poses]
+        people = [person for person in zip(counted, found, lengths, strict=True) if person[2]]
         if people:
             scores[name] = metrics.pck([step for person in people for step in metrics.distances(*person)], share)
     scores["ECE"] = _calibration_error(measures)

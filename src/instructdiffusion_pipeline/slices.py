@@ -1,0 +1,205 @@
+"""Segmentation of small objects: run the model on overlapping slices of an image as well, and combine the masks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline.views import Response, View, run_views, view_margins
+
+SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
+SLICE_BATCH = 8  # slices per call of the pipeline
+# If only slices show an object, the model is also run on crops around it, of whose sides it takes up these fractions.
+CLOSE_UPS = (0.3, 0.45, 0.6)
+CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
+MAX_REGIONS = 3  # per object; the largest ones
+MIN_REGION = 0.001  # of the image; smaller regions are dropped
+MIN_SEEN = 0.3  # fraction of a region that the output for a crop must mark to confirm it
+GRID = 128  # cells along the longer side of the grid in which connected regions are found
+
+
+def segment_slices(
+    pipeline: InstructDiffusionPipeline,
+    views: Sequence[View],
+    margins: Mapping[str, np.ndarray],
+    fraction: float,
+    readout: UNet2DModel | None,
+    settings: dict[str, Any],
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Combine the masks of an image with those of its slices.
+
+    The slices of an image do not share calls of the pipeline with those of other images: the sizes and the noise of a
+    call do not depend on the rest of the batch.
+
+    Args:
+        pipeline: the pipeline.
+        views: the whole image, with the prompt of each object.
+        margins: the margin [height, width] of each object in the outputs for `views`.
+        fraction: side of a slice as a fraction of the side of the image.
+        readout: decodes the outputs; None: by color.
+        settings: arguments of `run_views`.
+
+    Returns:
+        The margins, and whether the safety checker replaced the output for a slice.
+    """
+    parts = [crop_view(view, box) for view in views for box in slice_boxes(view.image.size, fraction)]
+    responses = run_in_batches(pipeline, parts, settings)
+    combined = combine_slices(margins, list(zip(parts, responses, strict=True)), readout)
+    for view in views:
+        for name in cast(Segmentation, view.task).colors:
+            combined[name] = confirm_regions(pipeline, view, name, margins[name], combined[name], readout, settings)
+    return combined, any(response.flag for response in responses)
+
+
+def crop_view(view: View, box: tuple[int, int, int, int]) -> View:
+    """The part of a view of the whole image in a box (left, top, right, bottom)."""
+    return view._replace(image=view.image.crop(box), offset=box[:2])
+
+
+def run_in_batches(
+    pipeline: InstructDiffusionPipeline, views: Sequence[View], settings: dict[str, Any]
+) -> list[Response]:
+    """Outputs for views of one working size, at most `SLICE_BATCH` in each call of the pipeline."""
+    responses = []
+    for start in range(0, len(views), SLICE_BATCH):
+        responses += run_views(pipeline, views[start : start + SLICE_BATCH], **settings)
+    return responses
+
+
+def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, int, int]]:
+    """Overlapping slices of an image of (width, height): (left, top, right, bottom) of each."""
+    count = math.ceil((1 / fraction - 1) / (1 - SLICE_OVERLAP)) + 1
+    width, height = (round(fraction * side) for side in size)
+    lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
+    tops = np.linspace(0, size[1] - height, count).round().astype(int).tolist()
+    return [(left, top, left + width, top + height) for top in tops for left in lefts]
+
+
+def combine_slices(
+    whole: Mapping[str, np.ndarray], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
+) -> dict[str, np.ndarray]:
+    """The margin [height, width] of each object, from those of the whole image and from the outputs for its slices.
+
+    A pixel belongs to an object if it is marked in the output for the whole image, or in at least half of the outputs
+    for the slices that contain it. Pixels of a slice have a lower weight near its edges inside the image, because it
+    may contain only a part of an object there.
+    """
+    if not sliced:
+        return dict(whole)
+    margins: dict[str, np.ndarray] = {}
+    slices = [(view, view_margins(view, response, readout)) for view, response in sliced]
+    for name, margin in whole.items():
+        seen, votes, strength = (np.zeros_like(margin) for _ in range(3))
+        for view, parts in slices:
+            if name not in parts:
+                continue
+            painted = Mask.from_margin(parts[name]).pixels
+            weight = centrality(view, margin.shape[::-1])
+            window = window_of(view)
+            seen[window] += weight
+            votes[window] += weight * painted
+            strength[window] += weight * np.where(painted, parts[name], 0)
+        found = margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
+        agreed = strength / np.where(votes > 0, votes, 1)
+        margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)
+    return margins
+
+
+def window_of(view: View) -> tuple[slice, slice]:
+    """The rows and columns of the image that a view shows."""
+    left, top = view.offset
+    return np.s_[top : top + view.image.height, left : left + view.image.width]
+
+
+def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
+    """Weights of a slice's pixels [height, width]: 1 in its center, 0.1 at edges that are not edges of the image."""
+    lines = []
+    for length, start, whole in zip(view.image.size, view.offset, size, strict=True):
+        places = np.arange(length)
+        before = places + 1 if start > 0 else np.full(length, np.inf)
+        after = length - places if start + length < whole else np.full(length, np.inf)
+        lines.append(np.minimum(before, after))
+    inside = np.minimum(lines[1][:, None], lines[0][None, :])
+    return np.clip(2 * inside / min(view.image.size), 0.1, 1).astype(np.float32)
+
+
+def confirm_regions(
+    pipeline: InstructDiffusionPipeline,
+    view: View,
+    name: str,
+    alone: np.ndarray,
+    margin: np.ndarray,
+    readout: UNet2DModel | None,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    """The margin of an object, without regions that the outputs for crops do not confirm.
+
+    A region of `margin` that is not in the margin of the whole image (`alone`) is kept if most of its crops confirm
+    it. It then has the pixels that are marked in most of the crops.
+    """
+    pixels = Mask.from_margin(margin).pixels
+    only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
+    margin = np.where(only, np.minimum(margin, 0), margin)
+    boxes = [close_up(region, fraction) for region in regions for fraction in CLOSE_UPS]
+    views = [crop_view(view, box) for box in boxes]
+    responses = run_in_batches(pipeline, views, settings)
+    for number, region in enumerate(regions):
+        votes, strength = np.zeros_like(margin), np.zeros_like(margin)
+        confirmed = 0
+        for index in range(number * len(CLOSE_UPS), (number + 1) * len(CLOSE_UPS)):
+            if responses[index].flag:  # a black image
+                continue
+            part = view_margins(views[index], responses[index], readout)[name]
+            painted, window = Mask.from_margin(part).pixels, window_of(views[index])
+            votes[window] += painted
+            strength[window] += np.where(painted, part, 0)
+            confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
+        if 2 * confirmed > len(CLOSE_UPS):
+            margin = np.where(2 * votes > len(CLOSE_UPS), np.maximum(margin, strength / votes.clip(min=1)), margin)
+    return margin
+
+
+def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
+    """A square around a region [height, width], of whose side the region takes up `fraction` if the image permits."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    shortest = min(region.shape)
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / fraction)))
+    top, left = (
+        min(max(0, round((line[0] + line[-1] + 1 - side) / 2)), length - side)
+        for line, length in zip((rows, columns), region.shape, strict=True)
+    )
+    return int(left), int(top), int(left + side), int(top + side)
+
+
+def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The `pixels` (bool, [height, width]) that are not next to `known` ones, and their largest connected parts."""
+    step = math.ceil(max(pixels.shape) / GRID)
+
+    def cells(plane: np.ndarray) -> torch.Tensor:
+        return F.max_pool2d(torch.from_numpy(plane).float()[None], step, ceil_mode=True)
+
+    def grown(plane: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(plane, 3, 1, 1)
+
+    def placed(plane: torch.Tensor) -> np.ndarray:
+        large = plane[0].numpy().repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
+        return (large > 0) & pixels
+
+    left = cells(pixels) * (1 - grown(cells(known)))
+    only, parts = placed(left), []
+    while left.any():
+        part = torch.zeros_like(left)
+        part.view(-1)[left.argmax()] = 1
+        while not torch.equal(part, larger := grown(part) * left):
+            part = larger
+        left = left - part
+        parts.append(placed(part))
+    large = [part for part in parts if part.mean() >= MIN_REGION]
+    return only, sorted(large, key=lambda part: -part.sum())[:MAX_REGIONS]
