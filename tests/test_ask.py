@@ -179,7 +179,7 @@ def test_slices_cover_the_picture(size):
 
 @pytest.mark.parametrize("size, center", [((100, 100), (30, 30)), ((160, 100), (122, 74)), ((100, 160), (26, 122))])
 def test_slices_find_what_half_of_them_see(size, center):
-    """The answers are drawn: each view paints the disc where it sees all of it; the whole picture paints nothing."""
+    """The answers are drawn: each view paints the disc where it sees all of it; the whole image paints nothing."""
     image, task = Image.new("RGB", size, (90, 90, 90)), Segmentation({"ball": "red"})
     y, x = np.mgrid[: size[1], : size[0]]
     ball = (x - center[0]) ** 2 + (y - center[1]) ** 2 <= 8**2

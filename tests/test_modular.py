@@ -201,7 +201,7 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     assert torch.equal(state.get("latents"), latent)
     alone = modular(pipe, InstructDiffusionVaeDecoderStep())
     assert np.array_equal(alone(latents=latent, output_type="np", output="images"), state.get("images"))
-    # Without the sizes of the inputs, PIL pictures have the working size.
+    # Without the sizes of the inputs, PIL images have the working size.
     assert alone(latents=latent, output="images")[0].size == (32, 32)
 
 

@@ -325,7 +325,7 @@ def test_several_loras_weigh_as_told(pipe: InstructDiffusionPipeline) -> None:
 
 
 def ip_adapter(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of an IP-Adapter on pooled embeddings of width 32, which shows each picture as 4 tokens."""
+    """Weights of an IP-Adapter on pooled embeddings of width 32, which shows each image as 4 tokens."""
     torch.manual_seed(seed)
     width = unet.config.cross_attention_dim
     attention = {}

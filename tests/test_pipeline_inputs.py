@@ -1,4 +1,4 @@
-"""What a call accepts: kinds and modes of pictures, texts, how lists broadcast, and what each mistake is told."""
+"""What a call accepts: kinds and modes of images, texts, how lists broadcast, and what each mistake is told."""
 
 import io
 import logging
@@ -99,7 +99,7 @@ def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
     ],
 )
 def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int) -> None:
-    """At another size a PIL picture is rounded to 8 bits in between, which the others are not."""
+    """At another size a PIL image is rounded to 8 bits in between, which the others are not."""
     picture = tiny.picture(32, 40)
     expected = pipe(**tiny.inputs(image=picture, resolution=resolution)).images
     answer = pipe(**tiny.inputs(image=kind(picture), resolution=resolution)).images

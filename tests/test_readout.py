@@ -97,7 +97,7 @@ def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
 
 
 def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
-    """The answer shows the middle of a picture twice as wide as high, at half its height."""
+    """The answer shows the middle of an image twice as wide as high, at half its height."""
     image = tiny.picture(256, 128)
     mask = np.zeros((128, 256), bool)
     mask[40:90, 100:160] = True

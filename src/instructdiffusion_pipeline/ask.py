@@ -30,16 +30,16 @@ from instructdiffusion_pipeline.types import Joint
 
 Reading = TypeVar("Reading")
 
-SLICE_OVERLAP = 0.6  # of neighbouring slices, as a share of their side
+SLICE_OVERLAP = 0.6  # of neighboring slices, as a share of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
 # An object that only slices show is looked at again, in close-ups. It takes up these shares of their sides.
 CLOSE_UPS = (0.3, 0.45, 0.6)
-CLOSE_UP_SIDE = 0.15  # minimum side of a close-up, relative to the picture's shorter side
+CLOSE_UP_SIDE = 0.15  # minimum side of a close-up, relative to the image's shorter side
 MAX_REGIONS = 3  # per object; the largest ones
-MIN_REGION = 0.001  # of the picture; smaller regions are dropped
+MIN_REGION = 0.001  # of the image; smaller regions are dropped
 MIN_SEEN = 0.3  # share of a region that a close-up must mark to confirm it
 GRID = 128  # cells along the longer side, in which connected regions are found
-# Settings that may be a list or a tensor with one value per picture.
+# Settings that may be a list or a tensor with one value per image.
 PER_PICTURE = {"generator", "negative_prompt", "negative_prompt_embeds"}
 
 
@@ -55,9 +55,9 @@ class Answer(Generic[Reading]):
             segmentation of several objects, the output images are combined: each object is copied from its own output.
         box: (left, top, right, bottom) in pixels of the input: all of it, or the center with `resize_mode="crop"`.
         data: the decoded output, in pixels of the input; its type depends on the task: `dict[str, Mask]` for
-            `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), a picture at the resolution of
+            `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), an image at the resolution of
             the input for `Restoration` and `Editing`.
-        nsfw_content_detected: whether the safety checker replaced an output, for the picture or for one of its
+        nsfw_content_detected: whether the safety checker replaced an output, for the image or for one of its
             slices, by a black image; `data` is then meaningless.
         reconstruction: the input after encoding and decoding by the VAE, at working size, for a task whose data is an
             image; otherwise None.
@@ -89,22 +89,22 @@ def ask(
 ) -> Answer[Reading]:
     """Run `task` on `image` and decode the output.
 
-    The whole picture is used (`resize_mode="stretch"`), and the data is at the resolution of the picture. A
-    segmentation of several objects uses one prompt per object, all in one call of the pipeline, because the models
-    were trained on prompts with one object.
+    The whole image is used (`resize_mode="stretch"`), and the data is at the resolution of the image. A segmentation
+    of several objects uses one prompt per object, all in one call of the pipeline, because the models were trained on
+    prompts with one object.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
-        image: PIL picture of any mode and size.
+        image: PIL image of any mode and size.
         task: the task, for example `Segmentation({"cat": "blue"})`.
         instruction: the prompt; by default that of the task. If given, a segmentation of several objects uses this
             prompt alone.
         use_readout: whether to use the pipeline's `readout`, if it has one, to decode masks and keypoints. If False,
             they are decoded by color, and their scores are not calibrated.
-        slices: for segmentation of small objects: the model is also run on overlapping parts of the picture, whose
-            sides are this share of the picture's sides, and the masks are combined. With 0.56 there are nine parts per
-            object, so the UNet computes ten times as much. Each of up to three regions that only the parts show adds
-            three views.
+        slices: for segmentation of small objects: the model is also run on overlapping parts of the image, whose sides
+            are this share of the image's sides, and the masks are combined. With 0.56 there are nine parts per object,
+            so the UNet computes ten times as much. Each of up to three regions that only the parts show adds three
+            views.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 
@@ -129,10 +129,10 @@ def ask_boxes(
     batch_size: int = 8,
     **settings: Any,
 ) -> list[Answer[dict[str, Joint | None]]]:
-    """Ask for the joints of each person of a picture, about the part of the picture around the person's box.
+    """Ask for the joints of each person of an image, about the part of the image around the person's box.
 
     As in the evaluation of the paper, the part is a square of 1.25 times the longer side of the box. What lies outside
-    the picture is black.
+    the image is black.
 
     Args:
         pipeline, image, task, settings: as in `ask`.
@@ -191,13 +191,13 @@ def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
 
 
 class View(NamedTuple):
-    """One input of the pipeline: a picture or a slice of it, with the prompt of a task or of one of its objects."""
+    """One input of the pipeline: an image or a slice of it, with the prompt of a task or of one of its objects."""
 
-    number: int  # of the picture in the batch
+    number: int  # of the image in the batch
     task: Task
     prompt: str
     image: Image.Image
-    offset: tuple[int, int]  # of `image` in its picture, in pixels
+    offset: tuple[int, int]  # of `image` in its image, in pixels
 
 
 class Response(NamedTuple):
@@ -219,11 +219,11 @@ def ask_batch(
     slices: float | None = None,
     **settings: Any,
 ) -> list[Answer[Reading]]:
-    """`ask` for several pictures of one working size in one call of the pipeline.
+    """`ask` for several images of one working size in one call of the pipeline.
 
     Raises:
-        TypeError: an element of `images` is not a PIL picture, or an element of `tasks` is not a task object.
-        ValueError: there are no pictures; the numbers of pictures, tasks and instructions differ; the settings of the
+        TypeError: an element of `images` is not a PIL image, or an element of `tasks` is not a task object.
+        ValueError: there are no images; the numbers of images, tasks and instructions differ; the settings of the
             tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
             contains an argument that `ask` sets itself (prompt, image, output_type, ...).
     """
@@ -247,7 +247,7 @@ def ask_batch(
     calibrations = (pipeline.config.get("score_calibration") or {}) if readout is pipeline.readout else {}
     images = [upright_rgb(image) for image in images]
 
-    # One prompt per object, for the whole picture and for its slices.
+    # One prompt per object, for the whole image and for its slices.
     views = [
         View(number, part, part.instruction() if words is None else words, image, (0, 0))
         for number, (image, task, words) in enumerate(zip(images, tasks, instructions, strict=True))
@@ -307,9 +307,9 @@ def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task
 
 
 def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
-    """The settings for the pictures with these `numbers`.
+    """The settings for the images with these `numbers`.
 
-    Lists and tensors hold one value per picture, or one for all. A number may occur several times, as a picture has a
+    Lists and tensors hold one value per image, or one for all. A number may occur several times, as an image has a
     view for each object and slice.
     """
     chosen = dict(settings)
@@ -323,7 +323,7 @@ def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[st
 
 
 def is_per_picture(values: Any) -> bool:
-    """Whether the value of a setting in `PER_PICTURE` holds one value per picture."""
+    """Whether the value of a setting in `PER_PICTURE` holds one value per image."""
     return isinstance(values, list) or (isinstance(values, torch.Tensor) and values.ndim > 0)
 
 
@@ -385,7 +385,7 @@ def run_views(
     reconstructions: list[Image.Image] | list[None] = [None] * len(views)
     if any(isinstance(view.task, PictureTask) for view in views):
         reconstructions = decode_pictures(pipeline, image_latents)
-    # A crop shows the center, the other modes all of the picture.
+    # A crop shows the center, the other modes all of the image.
     crop = resize_mode == "crop" and resolution != 0
     boxes = [center_crop(view.image.size, pictures[0].size if crop else view.image.size) for view in views]
     return [
@@ -395,14 +395,14 @@ def run_views(
 
 
 def decode_pictures(pipeline: InstructDiffusionPipeline, image_latents: torch.Tensor) -> list[Image.Image]:
-    """Decode image latents (B, C, h, w) to pictures at working size."""
+    """Decode image latents (B, C, h, w) to images at working size."""
     decoded = pipeline.decode_latents(image_latents * pipeline.vae.config.scaling_factor)
     sizes = [(decoded.shape[3], decoded.shape[2])] * len(decoded)
     return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=False))
 
 
 def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int, int]]:
-    """Overlapping parts of a picture of (width, height): (left, top, right, bottom) of each."""
+    """Overlapping parts of an image of (width, height): (left, top, right, bottom) of each."""
     count = math.ceil((1 / share - 1) / (1 - SLICE_OVERLAP)) + 1
     width, height = (round(share * side) for side in size)
     lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
@@ -413,11 +413,11 @@ def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int
 def combine_views(
     whole: Mapping[str, np.ndarray], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
 ) -> dict[str, np.ndarray]:
-    """The margin [height, width] of each object, from those of the whole picture and from the views of its slices.
+    """The margin [height, width] of each object, from those of the whole image and from the views of its slices.
 
-    A pixel belongs to an object if the output for the whole picture marks it, or at least half of the outputs for the
-    slices that contain the pixel. A slice counts less near the edges at which it cuts the picture, because it may show
-    a part of an object only.
+    A pixel belongs to an object if the output for the whole image marks it, or at least half of the outputs for the
+    slices that contain the pixel. A slice counts less near the edges at which it cuts the image, because it may show a
+    part of an object only.
     """
     if not sliced:
         return dict(whole)
@@ -446,13 +446,13 @@ def view_margins(view: View, response: Response, readout: UNet2DModel | None) ->
 
 
 def window_of(view: View) -> tuple[slice, slice]:
-    """The rows and columns of the picture that a view shows."""
+    """The rows and columns of the image that a view shows."""
     left, top = view.offset
     return np.s_[top : top + view.image.height, left : left + view.image.width]
 
 
 def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
-    """Weights of a slice's pixels [height, width]: 1 in its middle, 0.1 at edges that are not edges of the picture."""
+    """Weights of a slice's pixels [height, width]: 1 in its middle, 0.1 at edges that are not edges of the image."""
     lines = []
     for length, start, whole in zip(view.image.size, view.offset, size, strict=True):
         places = np.arange(length)
@@ -474,8 +474,8 @@ def confirm_regions(
 ) -> np.ndarray:
     """The margin of an object, without regions that close-ups do not confirm.
 
-    A region of `margin` that the whole picture does not show (`alone`) is kept if most of its close-ups mark it, and
-    is then where most of them do.
+    A region of `margin` that the whole image does not show (`alone`) is kept if most of its close-ups mark it, and is
+    then where most of them do.
     """
     pixels = Mask.from_margin(margin).pixels
     only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
@@ -502,7 +502,7 @@ def confirm_regions(
 
 
 def close_up(region: np.ndarray, share: float) -> tuple[int, int, int, int]:
-    """A square around a region [height, width], of whose side the region takes up `share` if the picture allows it."""
+    """A square around a region [height, width], of whose side the region takes up `share` if the image allows it."""
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     shortest = min(region.shape)
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1

@@ -167,7 +167,7 @@ def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
 
 
 def check_runs(pipeline: InstructDiffusionPipeline, message: str) -> None:
-    """Run the last of twenty steps on a small picture, and raise a UsageError with `message` if this fails.
+    """Run the last of twenty steps on a small image, and raise a UsageError with `message` if this fails.
 
     Some wrong values in configurations raise an error only when the model runs.
     """
@@ -185,8 +185,8 @@ def open_image(option: str, path: Path) -> Image.Image:
     """Read an image as RGB, with its EXIF orientation applied.
 
     Raises:
-        UsageError: `path`, the value of the command line's `option`, cannot be read as a picture, or is large enough
-            to be a decompression bomb.
+        UsageError: `path`, the value of the command line's `option`, cannot be read as an image, or is large enough to
+            be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():

@@ -48,6 +48,6 @@ def update_json(path: str | PathLike[str], changes: Mapping[str, Any]) -> None:
 
 
 def save_image(path: str | PathLike[str], image: Image.Image) -> None:
-    """Save a picture through `atomic_write`, in the format that the suffix of `path` names."""
+    """Save an image through `atomic_write`, in the format that the suffix of `path` names."""
     with atomic_write(path) as partial:
         image.save(partial)

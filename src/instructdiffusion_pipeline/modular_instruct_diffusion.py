@@ -137,7 +137,7 @@ class InstructDiffusionGuidance(BaseGuidance):
     Args:
         guidance_scale: guidance scale for the instruction (s_T), any finite number. `None` is the model's default for
             editing, or 5.0, that of the original code.
-        image_guidance_scale: guidance scale for the input picture (s_I). `None` is the model's default for editing, or
+        image_guidance_scale: guidance scale for the input image (s_I). `None` is the model's default for editing, or
             1.25.
         start, stop: guidance is on from `start` to `stop`, as fractions of the steps from 0 to 1. The other steps use
             plain conditional sampling, one prediction.
@@ -254,10 +254,10 @@ class InstructDiffusionTextEncoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
-    """Resizes the pictures and encodes them with the VAE.
+    """Resizes the images and encodes them with the VAE.
 
     `resolution=None` and `resize_mode="stretch"` need the configuration of the UNet, which another block loads.
-    ValueError: a picture or an argument is wrong, or the working sizes of the pictures differ.
+    ValueError: an image or an argument is wrong, or the working sizes of the images differ.
     """
 
     model_name = "instruct-diffusion"

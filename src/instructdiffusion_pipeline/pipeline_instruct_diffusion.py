@@ -57,7 +57,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 logger = logging.get_logger(__name__)
 
 Box = tuple[float, float, float, float]
-# For each IP-Adapter: a PIL picture, several, or a tensor of them.
+# For each IP-Adapter: a PIL image, several, or a tensor of them.
 IPAdapterImages = PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 RESIZE_MODES = ("crop", "stretch")
@@ -91,8 +91,8 @@ class Guidance(NamedTuple):
 
         eps = 1/2 (no_text + no_image) + s_T (both - no_text) + s_I (both - no_image)
 
-    `both` is conditioned on the instruction and the picture, `no_text` on the picture alone, `no_image` on the
-    instruction alone. The weights sum to 1. Scales of (1/2, 1/2) are plain conditional sampling.
+    `both` is conditioned on the instruction and the image, `no_text` on the image alone, `no_image` on the instruction
+    alone. The weights sum to 1. Scales of (1/2, 1/2) are plain conditional sampling.
     """
 
     both: float
@@ -116,7 +116,7 @@ class Guidance(NamedTuple):
 
 
 class WorkingSize(NamedTuple):
-    """The size at which the model works, and the part of the picture that its output shows.
+    """The size at which the model works, and the part of the image that its output shows.
 
     `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. `box` is for PIL outputs,
     which are resized back to the input size. Outputs of type np, pt and latent show the region
@@ -150,10 +150,10 @@ def working_size(
     nothing is cropped. Otherwise `resize_mode` decides:
 
     - "crop", as in the original: `resolution` refers to the long side. Both sides are multiples of 64, and the long
-      side is near `resolution`. The picture is fitted to that size and the output is fitted back. Each fit crops to
-      the center, so the output shows the box that remains after both crops.
+      side is near `resolution`. The image is fitted to that size and the output is fitted back. Each fit crops to the
+      center, so the output shows the box that remains after both crops.
     - "stretch": `resolution` refers to the short side, which is the multiple of `size_multiple` nearest to it. The
-      long side is the multiple that best preserves the aspect ratio. The whole picture is resized.
+      long side is the multiple that best preserves the aspect ratio. The whole image is resized.
 
     Raises:
         ValueError: if a side or the resolution is too small, the mode is unknown, or the long side would exceed four
@@ -193,7 +193,7 @@ def working_size(
 
 
 def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Image:
-    """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
+    """The image in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
 
     The range of the modes F and I follows from the values: 0 to 1 or 0 to 255 in F, 0 to 255 or 0 to 65535 in I.
 
@@ -222,7 +222,7 @@ def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Imag
 
 
 def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
-    """The argument `image` as a flat list: PIL pictures unchanged, arrays as tensors (C, H, W)."""
+    """The argument `image` as a flat list: PIL images unchanged, arrays as tensors (C, H, W)."""
     if isinstance(image, PIL.Image.Image):
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
@@ -246,9 +246,9 @@ def _is_numeric(array: np.ndarray) -> bool:
 
 
 def _is_image_latents(picture: Any, channels: int) -> TypeGuard[torch.Tensor]:
-    """Whether an item of `image` is image latents (C, h, w), and not an RGBA picture.
+    """Whether an item of `image` is image latents (C, h, w), and not an RGBA image.
 
-    The values of a picture are in [0, 1] or are 8-bit levels; those of image latents are neither, unless all are zero.
+    The values of an image are in [0, 1] or are 8-bit levels; those of image latents are neither, unless all are zero.
     """
     if not isinstance(picture, torch.Tensor) or picture.shape[0] != channels or not picture.is_floating_point():
         return False
@@ -344,7 +344,7 @@ def is_text(value: Any) -> bool:
 
 
 def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
-    """A picture tensor (3, H, W) in [0, 1], resized on the CPU to (width, height) with the filter of PIL pictures."""
+    """An image tensor (3, H, W) in [0, 1], resized on the CPU to (width, height) with the filter of PIL images."""
     picture = picture.cpu()
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
@@ -353,7 +353,7 @@ def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> 
 
 
 def _resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
-    """The picture in the given (width, height): cropped to the aspect ratio first, or stretched."""
+    """The image in the given (width, height): cropped to the aspect ratio first, or stretched."""
     if crop:
         return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
     return picture.resize(size, PIL.Image.Resampling.LANCZOS)
@@ -488,7 +488,7 @@ def add_code(folder: str | os.PathLike[str]) -> None:
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
     Args:
-        images: the outputs. A list of PIL pictures, each in the size of its input; or, at working size, an array
+        images: the outputs. A list of PIL images, each in the size of its input; or, at working size, an array
             (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, C, h, w), multiplied by the VAE's scaling
             factor.
         nsfw_content_detected: one `bool` per output, or `None` without a safety checker. Flagged outputs are black.
@@ -519,8 +519,8 @@ class InstructDiffusionPipeline(
         unet: takes the noisy latents concatenated with the image latents (8 channels for Stable Diffusion 1.5).
         scheduler: the original uses `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
         safety_checker: replaces outputs that it classifies as offensive by black images; needs `feature_extractor`.
-        feature_extractor: prepares pictures for `safety_checker` and `image_encoder`.
-        image_encoder: encodes the pictures given to an IP-Adapter.
+        feature_extractor: prepares images for `safety_checker` and `image_encoder`.
+        image_encoder: encodes the images given to an IP-Adapter.
         readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
@@ -672,7 +672,7 @@ class InstructDiffusionPipeline(
 
     @property
     def size_multiple(self) -> int:
-        """Both sides of a stretched picture are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
+        """Both sides of a stretched image are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
 
         Each UNet level except the last halves the latent size.
         """
@@ -760,7 +760,7 @@ class InstructDiffusionPipeline(
                 removed text.
             image: one of
 
-                - a PIL picture of any mode: EXIF orientation is applied, transparency is dropped, 16-bit values are
+                - a PIL image of any mode: EXIF orientation is applied, transparency is dropped, 16-bit values are
                   scaled to 8 bits;
                 - a tensor (3, H, W) or (B, 3, H, W) or an array (H, W, 3) or (B, H, W, 3), with floating-point values
                   in [0, 1] or 8-bit values. Values in [-1, 1] raise an error;
@@ -771,14 +771,14 @@ class InstructDiffusionPipeline(
                 `pipe.config.task_settings["editing"]` is used, otherwise the default of the original code (100, 5.0
                 and 1.25).
             guidance_scale: guidance scale for the instruction (s_T). Any finite number; see `Guidance`.
-            image_guidance_scale: guidance scale for the input picture (s_I). If both scales are 0.5, guidance is
+            image_guidance_scale: guidance scale for the input image (s_I). If both scales are 0.5, guidance is
                 disabled.
             negative_prompt: used instead of the empty prompt in the branch without the instruction.
             resolution: the size at which the model works, in pixels; see `working_size`. `None` is
-                `pipe.default_resolution`, 0 the picture's own size, rounded down to a multiple of the VAE's factor.
-                Must be `None` or 0 for image latents.
-            resize_mode: "crop" crops the picture to a size near `resolution`, as the original does; "stretch" resizes
-                the whole picture. No effect for image latents or a `resolution` of 0.
+                `pipe.default_resolution`, 0 the image's own size, rounded down to a multiple of the VAE's factor. Must
+                be `None` or 0 for image latents.
+            resize_mode: "crop" crops the image to a size near `resolution`, as the original does; "stretch" resizes
+                the whole image. No effect for image latents or a `resolution` of 0.
             timesteps: custom timesteps, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
@@ -791,12 +791,12 @@ class InstructDiffusionPipeline(
             latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
             prompt_embeds: (1 or B, 77, D), instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
-            ip_adapter_image: for each IP-Adapter, a PIL picture, a list of K PIL pictures, or the feature extractor's
+            ip_adapter_image: for each IP-Adapter, a PIL image, a list of K PIL images, or the feature extractor's
                 tensor (K, 3, H, W).
             ip_adapter_image_embeds: instead of `ip_adapter_image`, one tensor per IP-Adapter, with shape (2, K, D):
-                negative and positive embeddings of K pictures; or (2 * B, K, D), one pair per sample, all negative
+                negative and positive embeddings of K images; or (2 * B, K, D), one pair per sample, all negative
                 embeddings first; or (1, K, D), positive embeddings only (the negative ones are zeros).
-            output_type: "pil" for 8-bit pictures in the size of their input; "np", "pt" or "latent" for working size.
+            output_type: "pil" for 8-bit images in the size of their input; "np", "pt" or "latent" for working size.
             return_dict: whether to return an [`InstructDiffusionPipelineOutput`] instead of a plain tuple.
             cross_attention_kwargs: passed to the attention processors. Its "scale" is the scale of LoRA layers, also
                 of those in the text encoder.
@@ -814,7 +814,7 @@ class InstructDiffusionPipeline(
             [`InstructDiffusionPipelineOutput`] or `tuple`: the N outputs, and the results of the safety checker.
 
         Raises:
-            ValueError: if an argument is invalid. Pictures of one call must share a working
+            ValueError: if an argument is invalid. Images of one call must share a working
                 size, which must not be too elongated (see `working_size`).
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -860,7 +860,7 @@ class InstructDiffusionPipeline(
         self._current_timestep = None
         device = self._execution_device
 
-        # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
+        # 1. Resize the images to their working size: (1 or B, 3, H, W) in [-1, 1].
         pixels, answer_sizes = self.preprocess_image(image, resolution, resize_mode)
 
         # 2. Encode the instruction and the negative prompt: (1 or B, 77, D) each.
@@ -885,7 +885,7 @@ class InstructDiffusionPipeline(
         masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
         self._check_masks(masks, [positive.shape[1] for _, positive in ip_adapter_embeds])
 
-        # 4. Encode each picture once with the VAE: (N, C, h, w).
+        # 4. Encode each image once with the VAE: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
         image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
 
@@ -1012,7 +1012,7 @@ class InstructDiffusionPipeline(
             )
         _check_caches(self.unet)
 
-        # Texts, pictures and tensors.
+        # Texts, images and tensors.
         self._check_text("prompt", prompt, prompt_embeds)
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
@@ -1162,7 +1162,7 @@ class InstructDiffusionPipeline(
         )
 
     def _check_masks(self, masks: Any, picture_counts: list[int]) -> None:
-        """Raises a ValueError for wrong `ip_adapter_masks`. `picture_counts`: the pictures of each IP-Adapter."""
+        """Raises a ValueError for wrong `ip_adapter_masks`. `picture_counts`: the images of each IP-Adapter."""
         is_stacked = isinstance(masks, torch.Tensor) and masks.ndim == 4
         listed = list(masks.unsqueeze(1)) if is_stacked else masks
         shapes = [(1, count) for count in picture_counts]
@@ -1205,18 +1205,18 @@ class InstructDiffusionPipeline(
         self, image: PipelineImageInput, resolution: int | None = None, resize_mode: str = "crop"
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
-        Resizes pictures to their working size.
+        Resizes images to their working size.
 
         Args:
             image: one of the kinds `__call__` takes.
             resolution, resize_mode: see `working_size`; a `resolution` of `None` is `default_resolution`.
 
         Returns:
-            The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its
+            The images (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its
             PIL output.
 
         Raises:
-            ValueError: if a picture is invalid, or if the working sizes differ.
+            ValueError: if an image is invalid, or if the working sizes differ.
         """
         _check_size(resolution, resize_mode)
         pictures = _as_pictures(image)
@@ -1260,7 +1260,7 @@ class InstructDiffusionPipeline(
 
     @staticmethod
     def _unit_range(picture: torch.Tensor) -> torch.Tensor:
-        """A picture tensor with floating-point values in [0, 1]; 8-bit values are divided by 255."""
+        """An image tensor with floating-point values in [0, 1]; 8-bit values are divided by 255."""
         if picture.dtype == torch.uint8:
             return picture / 255
         if not picture.is_floating_point():
@@ -1427,7 +1427,7 @@ class InstructDiffusionPipeline(
         return prepared
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
-        """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the penultimate hidden states."""
+        """Negative and positive embeddings (2, K, ...) of K images: pooled, or the penultimate hidden states."""
         if self.image_encoder is None or self.feature_extractor is None:
             raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
         side = self.image_encoder.config.image_size
@@ -1460,7 +1460,7 @@ class InstructDiffusionPipeline(
         return torch.stack([self.image_encoder(half, output_hidden_states=True).hidden_states[-2] for half in both])
 
     def encode_image_latents(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Image latents (B, C, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled.
+        """Image latents (B, C, h, w) of images (B, 3, H, W): the mode of the posterior, unscaled.
 
         Image latents are returned unchanged.
         """
@@ -1526,14 +1526,14 @@ class InstructDiffusionPipeline(
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
+        """Images (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         pictures = self.vae.decode(latents, return_dict=False)[0]
         self._check_finite("vae", pictures)
         return self.image_processor.postprocess(pictures.float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
-        """The pictures (N, 3, H, W), offensive ones replaced by black, and the results (None without a checker)."""
+        """The images (N, 3, H, W), offensive ones replaced by black, and the results (None without a checker)."""
         if self.safety_checker is None:
             return images, None
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
@@ -1543,13 +1543,13 @@ class InstructDiffusionPipeline(
     def postprocess_image(
         self, images: torch.Tensor, output_type: str, answer_sizes: list[tuple[int, int]], crop: bool
     ) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-        """Converts pictures (N, 3, H, W) in [0, 1] to `output_type`; PIL pictures get the sizes of their inputs."""
+        """Converts images (N, 3, H, W) in [0, 1] to `output_type`; PIL images get the sizes of their inputs."""
         if output_type == "pt":
             return images
         arrays = VaeImageProcessor.pt_to_numpy(images)
         if output_type == "np":
             return arrays
-        # Truncate instead of rounding, as the original code does, to reproduce its pictures.
+        # Truncate instead of rounding, as the original code does, to reproduce its images.
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
         return [

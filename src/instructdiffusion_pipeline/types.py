@@ -1,11 +1,11 @@
-"""Shared types of data sets, tasks, training and evaluation.
+"""Shared types of datasets, tasks, training and evaluation.
 
-A data set reads `(image, annotation)`. The type of the annotation depends on the task family:
+A dataset reads `(image, annotation)`. The type of the annotation depends on the task family:
 
     keypoints       Joints: joint name -> Joint, or None if it is not visible
     segmentation    Masks: object name -> bool array [height, width]; all False if the object is absent
-    restoration     the clean picture
-    editing         Edit: the instruction and the edited picture
+    restoration     the clean image
+    editing         Edit: the instruction and the edited image
     adaptation      the caption
 
 A task converts it to a `Sample` (see `tasks`).

@@ -45,7 +45,7 @@ def answer(pipe, scene, seed=0):
 
 
 def levels(picture, other):
-    """Mean difference of two pictures, in grey levels."""
+    """Mean difference of two images, in gray levels."""
     return np.abs(np.asarray(picture, float) - np.asarray(other, float)).mean()
 
 

@@ -20,7 +20,7 @@ BLUR = FixedTask(Restoration("blur"))
 
 
 class Numbered:
-    """Pictures of one color that says their number; those in `broken` cannot be read."""
+    """Images of one color that says their number; those in `broken` cannot be read."""
 
     def __init__(self, length, broken=()):
         self.length, self.broken, self.skipped = length, set(broken), []
@@ -114,7 +114,7 @@ def test_thousands_of_unreadable_samples_are_counted_and_a_hundred_are_named(cap
 
 
 class Annotated(Numbered):
-    """The same pictures, each with the annotation of its number."""
+    """The same images, each with the annotation of its number."""
 
     def __init__(self, *annotations):
         super().__init__(len(annotations))

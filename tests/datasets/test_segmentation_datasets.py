@@ -24,7 +24,7 @@ LABELS = """0: unlabeled
 172: wall-concrete
 173: wall-other
 """
-# What COCO's list of 91 things has and its pictures never got, with the numbers of COCO-Stuff's labels.txt.
+# What COCO's list of 91 things has and its images never got, with the numbers of COCO-Stuff's labels.txt.
 NEVER_DRAWN = """12: street sign
 26: hat
 29: shoe
@@ -50,7 +50,7 @@ def test_coco_stuff(tmp_path):
     write_stuff(tmp_path)
     image, masks = CocoStuff(tmp_path)[0]
     assert same(image, tiny.picture(40, 30))
-    # A picture may well show a mirror that nobody drew, so it must not be called absent.
+    # An image may well show a mirror that nobody drew, so it must not be called absent.
     assert set(masks) == {"person", "dog", "sky", "brick wall", "concrete wall", "wall"}
     quarters = {name: mask[::15, ::20].astype(int).tolist() for name, mask in masks.items()}
     assert quarters["person"] == [[1, 0], [0, 0]] and quarters["brick wall"] == [[0, 1], [0, 0]]

@@ -96,7 +96,7 @@ def test_evaluation_reads_the_other_split_without_flips_and_knows_the_sigmas(tmp
     assert {image.tobytes() for image, _ in reads} == {reads[0][0].tobytes()} and reads[0][0].size == (96, 96)
     assert reads[0][1].sigmas == COCO_SIGMAS and reads[0][1].area > 0
     with pytest.raises(ValueError, match="no usable samples"):
-        load_sources([f"coco={tmp_path}"], 96)  # only val2017 has pictures
+        load_sources([f"coco={tmp_path}"], 96)  # only val2017 has images
 
 
 @pytest.mark.parametrize("key", ["captions", "coco-captions", "preferences"])

@@ -322,7 +322,7 @@ def shipped() -> InstructDiffusionPipeline:
 
 @torch.no_grad()
 def through_vae(pipeline: InstructDiffusionPipeline, picture: Image.Image) -> Image.Image:
-    """Encode and decode a picture whose sides are multiples of 64."""
+    """Encode and decode an image whose sides are multiples of 64."""
     pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 127.5 - 1
     decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
     return Image.fromarray(((decoded[0].clamp(-1, 1) / 2 + 0.5) * 255).movedim(0, -1).numpy().astype(np.uint8))

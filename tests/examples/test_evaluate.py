@@ -1,4 +1,4 @@
-"""The command line of the evaluation on data sets as they lie on disk, with a model of random weights."""
+"""The command line of the evaluation on datasets as they lie on disk, with a model of random weights."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""`evaluate.py --tables paper` on small data sets in their published layouts, with a model of random weights."""
+"""`evaluate.py --tables paper` on small datasets in their published layouts, with a model of random weights."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ spec.loader.exec_module(evaluate)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model and data: all of the paper's data sets but CLWD, and a COCO whose JSON is damaged."""
+    """A folder with a model and data: all of the paper's datasets but CLWD, and a COCO whose JSON is damaged."""
     work = tmp_path_factory.mktemp("work")
     InstructDiffusionPipeline(**tiny.components()).save_pretrained(work / "model")
     write_paper_data(work / "data")

@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Pictures of one's own, as `datasets` reads a folder of them."""
+    """Images of one's own, as `datasets` reads a folder of them."""
     folder, rows = tmp_path_factory.mktemp("pictures"), []
     for number in range(4):
         for name, seed in (("before", number), ("after", 50 + number)):

@@ -1,4 +1,4 @@
-"""The script that trains a readout, on data sets as they lie on disk and a model of random weights."""
+"""The script that trains a readout, on datasets as they lie on disk and a model of random weights."""
 
 import json
 import sys

@@ -85,7 +85,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, 
     process.wait()
     assert checkpoints(broken), "killed before the first checkpoint"
     assert not (broken / "weights.pt").exists(), "killed after the end"
-    # Two worker processes read the pictures now, which must not change the result.
+    # Two worker processes read the images now, which must not change the result.
     subprocess.run(command(broken, cache, **settings, num_workers=2), check=True, capture_output=True)
 
     expected, resumed = weights_of(whole), weights_of(broken)

@@ -1,7 +1,7 @@
 """One module per dataset format. Datasets return `(image, annotation)`.
 
 `transforms` crops, resizes and flips what was read; `mixture` turns it into training samples; `specs` is the table of
-all data sets that can be trained on and evaluated on.
+all datasets that can be trained on and evaluated on.
 """
 
 import json
@@ -19,7 +19,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text, upri
 
 A_co = TypeVar("A_co", covariant=True)
 Skipped = list[tuple[str, str]]
-LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a side
+LARGEST_NUMBER = 1e6  # in an annotation; no image has as many pixels along a side
 REDUCING_GAP = 2  # a JPEG is decoded with at least so many times the pixels along a side that it is resized to
 
 
@@ -35,7 +35,7 @@ class UnreadableSample(Exception):
 
 
 class AnnotatedImages(Protocol[A_co]):
-    """A data set as read from disk. See `types` for the annotation of each task family.
+    """A dataset as read from disk. See `types` for the annotation of each task family.
 
     Attributes:
         skipped: (what, why) of each entry that cannot be used, filled on construction.
@@ -46,7 +46,7 @@ class AnnotatedImages(Protocol[A_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, A_co]:
-        """An RGB picture and its annotation. Raises `UnreadableSample` if a file is broken."""
+        """An RGB image and its annotation. Raises `UnreadableSample` if a file is broken."""
 
     def name(self, index: int) -> str:
         """The file, and the annotation if a file has several; for reports."""
@@ -59,12 +59,12 @@ def read_image(
     size: tuple[int, int] | None = None,
     resized_to: int | None = None,
 ) -> Image.Image:
-    """Read a picture in 8-bit RGB. Raises an `UnreadableSample` with `name` (default: the path) if it is broken.
+    """Read an image in 8-bit RGB. Raises an `UnreadableSample` with `name` (default: the path) if it is broken.
 
     By default the EXIF orientation is applied. Use `turn=False` for datasets whose annotations refer to the stored
     pixels (COCO). If `size` is given, an image of another size raises `UnreadableSample`. With `resized_to`, the side
-    in pixels of the square that the picture is resized to, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
-    which is faster; each of its sides is still at least twice that side.
+    in pixels of the square that the image is resized to, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
+    is faster; each of its sides is still at least twice that side.
     """
     try:
         with Image.open(source) as picture:
@@ -84,12 +84,12 @@ def read_image(
 
 
 class ReducibleImages:
-    """A data set whose annotations have no coordinates, so that its pictures may be decoded at a smaller size."""
+    """A dataset whose annotations have no coordinates, so that its images may be decoded at a smaller size."""
 
     _resized_to: int | None = None
 
     def reduce_to(self, size: int) -> None:
-        """Decode large JPEGs at a smaller size; for a transform that resizes pictures to `size` pixels square."""
+        """Decode large JPEGs at a smaller size; for a transform that resizes images to `size` pixels square."""
         self._resized_to = size
 
     def _read_image(self, source: str | PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
@@ -131,7 +131,7 @@ def is_number(value: Any, largest: float = LARGEST_NUMBER) -> bool:
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value of a file can be the width or height of a picture."""
+    """Whether a value of a file can be the width or height of an image."""
     return type(value) is int and 0 < value <= LARGEST_NUMBER
 
 
@@ -158,7 +158,7 @@ def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
-    """The pictures of a COCO JSON by their ids; entries without id or file name are added to `skipped`."""
+    """The images of a COCO JSON by their ids; entries without id or file name are added to `skipped`."""
     pictures = {}
     for picture in list_records(content, file, "images"):
         if why := wrong_field(picture, id=is_id, file_name=is_file_name):
@@ -169,7 +169,7 @@ def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> 
 
 
 def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skipped) -> None:
-    """Raise a ValueError that counts the reasons in `skipped` if a data set has no `samples`."""
+    """Raise a ValueError that counts the reasons in `skipped` if a dataset has no `samples`."""
     if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())

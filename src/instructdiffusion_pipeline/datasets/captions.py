@@ -1,4 +1,4 @@
-"""Pictures with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
+"""Images with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
 
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -23,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class CaptionedPictures(ReducibleImages):
-    """Pictures by their path from `folder`; the annotation is the caption."""
+    """Images by their path from `folder`; the annotation is the caption."""
 
     def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, Any]]):
         self.folder, self.skipped = Path(folder), Skipped()
@@ -57,7 +57,7 @@ def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
 
 
 def caption_beside(picture: Path) -> str:
-    """The text file of a picture; empty where there is none, or none that can be read."""
+    """The text file of an image; empty where there is none, or none that can be read."""
     try:
         return picture.with_suffix(".txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -65,7 +65,7 @@ def caption_beside(picture: Path) -> str:
 
 
 def coco_captions(root: str | PathLike[str], split: str = "train2017") -> CaptionedPictures:
-    """COCO: annotations/captions_{split}.json; pictures in {split}/ or images/{split}/. One sample per caption."""
+    """COCO: annotations/captions_{split}.json; images in {split}/ or images/{split}/. One sample per caption."""
     root = Path(root)
     file = root / "annotations" / f"captions_{split}.json"
     about = read_annotations(file, "a JSON file of captions")

@@ -1,4 +1,4 @@
-"""A picture, an instruction and the edited picture: InstructPix2Pix, GIER, GQA-Inpaint, MagicBrush, Hub tables."""
+"""An image, an instruction and the edited image: InstructPix2Pix, GIER, GQA-Inpaint, MagicBrush, Hub tables."""
 
 import io
 import json
@@ -46,9 +46,9 @@ def part_of(items: Sequence[T], split: str) -> Sequence[T]:
 
 
 class EditTriples(ReducibleImages):
-    """A data set of (input path, instruction, edited path) triples; paths are relative to `folder`.
+    """A dataset of (input path, instruction, edited path) triples; paths are relative to `folder`.
 
-    The pictures of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
+    The images of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
     several instructions. A triple with a missing or malformed entry is skipped.
     """
 
@@ -85,7 +85,7 @@ def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, by an expert or an amateur, is a separate instruction.
 
     The published splits (80, 10 and 10 %) are used if {split}_sess_3.json is in the folder or in splits/. Otherwise
-    the input pictures are split (see `part_of`), so that no picture is in two splits.
+    the input images are split (see `part_of`), so that no image is in two splits.
     """
     root = Path(root)
     lists = [folder / f"{split}_sess_3.json" for folder in (root, root / "splits")]
@@ -178,7 +178,7 @@ def is_scene(value: Any) -> bool:
 def removal(scene: dict[str, Any], id: str) -> str | None:
     """The instruction to remove an object of a GQA scene. None if the object cannot be identified.
 
-    As in the published loader, a picture may have two objects of one name if they are in different thirds of it; the
+    As in the published loader, an image may have two objects of one name if they are in different thirds of it; the
     instruction then adds "at the left", "at the center" or "at the right".
     """
     objects, positions = scene["objects"], scene.get("image_relative_positions")
@@ -196,7 +196,7 @@ def removal(scene: dict[str, Any], id: str) -> str | None:
 
 
 LONGEST_NAME = 200  # bytes, of a file in a shard; a longer one is not InstructPix2Pix's
-# The shard of a pair, and the offsets and sizes of prompt, picture and edited picture in it.
+# The shard of a pair, and the offsets and sizes of prompt, image and edited image in it.
 PAIR = np.dtype([("shard", "u2"), ("offsets", "u8", 3), ("sizes", "u4", 3)])
 
 
@@ -382,7 +382,7 @@ class HubTable(ReducibleImages):
     def load(
         cls, name: str | PathLike[str], split: str = "train", revision: str | None = None, **columns: str
     ) -> Self:
-        """Read a table: a folder of pictures or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
+        """Read a table: a folder of images or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
 
         Args:
             name: the folder, file or Hub id.
@@ -437,7 +437,7 @@ class HubTable(ReducibleImages):
             raise UnreadableSample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     def _picture(self, value: Any, index: int) -> Image.Image:
-        """A picture of a row, which is encoded after `reduce_to`."""
+        """An image of a row, which is encoded after `reduce_to`."""
         if not isinstance(value, dict):
             return upright_rgb(value)
         if value["bytes"] is not None:

@@ -80,7 +80,7 @@ AIC_FILL = 1.0  # the same ratio in AI Challenger's evaluation
 
 @dataclass(frozen=True)
 class Person:
-    """One person in a picture. Coordinates are in image pixels; (0, 0) is the center of the top-left pixel.
+    """One person in an image. Coordinates are in image pixels; (0, 0) is the center of the top-left pixel.
 
     The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
     `area` is the area of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the
@@ -107,7 +107,7 @@ class CocoKeypoints:
 
     Args:
         annotations: the JSON file.
-        images: the folder of the pictures.
+        images: the folder of the images.
         joints: names of the joints, in the order of the JSON's `keypoints`.
         box_fill: ratio of person area to box area, for people without an area in the JSON.
         category: the category that is read; None: all, such as animals.
@@ -180,7 +180,7 @@ def is_area(value: Any) -> bool:
 
 
 def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
-    """The annotation's box (left, top, width, height), cut to the picture as the original does; None if empty."""
+    """The annotation's box (left, top, width, height), cut to the image as the original does; None if empty."""
     left, top, width, height = item["bbox"]
     left, top = max(0, left), max(0, top)
     right = min(picture["width"] - 1, left + max(0, width - 1))
@@ -250,7 +250,7 @@ class MpiiKeypoints:
 
 
 def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
-    """COCO: annotations/person_keypoints_{split}.json, and pictures in {split}/ or images/{split}/."""
+    """COCO: annotations/person_keypoints_{split}.json, and images in {split}/ or images/{split}/."""
     root = Path(root)
     folder = root / split if (root / split).is_dir() else root / "images" / split
     return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", folder)
@@ -269,7 +269,7 @@ def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
 
 
 def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
-    """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
+    """AI Challenger: annotations/aic_{split}.json and the images as published; splits train, val."""
     root = Path(root)
     folders = {
         "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",

@@ -1,4 +1,4 @@
-"""Semantic segmentation with one label map per picture: COCO-Stuff, ADE20K, PASCAL-Context, PASCAL VOC."""
+"""Semantic segmentation with one label map per image: COCO-Stuff, ADE20K, PASCAL-Context, PASCAL VOC."""
 
 import os
 import re
@@ -51,19 +51,19 @@ Classes = Mapping[str, set[int]]  # the numbers of each class by its name
 
 
 class LabelMaps:
-    """Pictures {pictures}/*.jpg, each with a label map {labels}/*{suffix}.
+    """Images {pictures}/*.jpg, each with a label map {labels}/*{suffix}.
 
     A pixel of value v belongs to the class with the number v + `offset`. The annotation has a mask for every class;
     absent classes share one empty mask.
 
     Args:
-        pictures: the folder of the pictures.
-        labels: the folder of the label maps: .png (8 bits, grey or with a palette) or .tif (16 bits).
+        pictures: the folder of the images.
+        labels: the folder of the label maps: .png (8 bits, gray or with a palette) or .tif (16 bits).
         classes: the numbers of each class.
         unlabeled: values of pixels that belong to no class. Other values make a label map unreadable.
         offset: the difference between class number and pixel value.
         suffix: the file name extension of the label maps.
-        stems: the pictures to read, without ".jpg"; None: all of the folder.
+        stems: the images to read, without ".jpg"; None: all of the folder.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training samples from several data sets; order and all random choices depend on one seed."""
+"""Training samples from several datasets; order and all random choices depend on one seed."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set with its transform and task.
+    """A dataset with its transform and task.
 
     `transform` crops and flips a sample (see `transforms`); `make_task` chooses the task for the result, for example
     `Segmentation.from_annotation`.
@@ -37,7 +37,7 @@ class Source:
     transform: Transform | None = None
 
     def read(self, index: int, rng: random.Random) -> tuple[Image.Image, Any]:
-        """The transformed picture and annotation. Raises an `UnreadableSample` if a file is broken."""
+        """The transformed image and annotation. Raises an `UnreadableSample` if a file is broken."""
         image, annotation = self.dataset[index]
         return self.transform(image, annotation, rng) if self.transform else (image, annotation)
 
@@ -50,7 +50,7 @@ def check_source_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class FixedTask:
-    """A `make_task` that returns the same task for every picture."""
+    """A `make_task` that returns the same task for every image."""
 
     task: TrainingTask
 

@@ -37,7 +37,7 @@ class ReferringExpressions:
 
     Args:
         references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json, in a folder with instances.json.
-        images: the folder of COCO's train2014 pictures.
+        images: the folder of COCO's train2014 images.
         split: as the references name it: train, val, testA, testB, test. RefCOCO's testA and testB together are test.
 
     The annotation maps each expression, in lower case as in the original, to the union of the masks of its objects.
@@ -135,7 +135,7 @@ def sentences(reference: dict[str, Any]) -> list[str]:
 
 
 def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
-    """A COCO segmentation (polygons or run lengths) of a picture as COCO's compressed run lengths.
+    """A COCO segmentation (polygons or run lengths) of an image as COCO's compressed run lengths.
 
     A ValueError says what is wrong with it: pycocotools crashes on what is malformed, so it is checked before.
     """

@@ -1,4 +1,4 @@
-"""The data sets that can be trained on and evaluated on, in one table, and the mixture that the original trains on.
+"""The datasets that can be trained on and evaluated on, in one table, and the mixture that the original trains on.
 
 The splits, transforms and weights of training are those of the original's published configuration. Of its sixteen
 sources IEIW was never released. RefCOCO+, RefCOCOg, RefClef, HumanArt, AP-10K, ADE20K, PASCAL-Context and PASCAL VOC
@@ -54,7 +54,7 @@ Transform = PersonCrop | EvaluationPersonCrop | SquareCrop | Resize
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Reader, transforms, task and splits of a data set.
+    """Reader, transforms, task and splits of a dataset.
 
     Attributes:
         read: reads a split of a folder: `read(folder, split)`.
@@ -62,9 +62,9 @@ class DatasetSpec:
         transform: crops and flips a sample for training.
         test_transform: crops a sample for evaluation, and adds the OKS sigmas of joints; None: no crop.
         train_split: the split to train on.
-        test_split: the split to evaluate on; None: the data set is for training only.
-        weight: multiplies the length of the data set in a mixture.
-        folder: path of the data set's folder below a folder of all data sets, for `original_mixture` and the tables of
+        test_split: the split to evaluate on; None: the dataset is for training only.
+        weight: multiplies the length of the dataset in a mixture.
+        folder: path of the dataset's folder below a folder of all datasets, for `original_mixture` and the tables of
             the paper; None if it is in neither.
     """
 
@@ -78,7 +78,7 @@ class DatasetSpec:
     folder: str | None = None
 
     def source(self, name: str, folder: Path, size: int = 256, **columns: str) -> tuple[Source, float]:
-        """The training split of `folder` as a source, its pictures `size` pixels square, and its weight."""
+        """The training split of `folder` as a source, its images `size` pixels square, and its weight."""
         dataset = self.read(folder, self.train_split, **columns)
         if isinstance(dataset, ReducibleImages):
             dataset.reduce_to(size)
@@ -96,7 +96,7 @@ class DatasetSpec:
 
 
 def table(folder: Path, default_split: str, split: str | None = None, **options: str) -> HubTable:
-    """Pairs of pictures as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
+    """Pairs of images as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
     return HubTable.load(folder, split or default_split, **options)
 
 
@@ -107,7 +107,7 @@ FLIPPED = SquareCrop(flip=0.5)
 
 
 def referring(name: str, pictures: str = "train2014") -> DatasetSpec:
-    """References in {folder}/{name} to the pictures in {folder}/images/{pictures}."""
+    """References in {folder}/{name} to the images in {folder}/images/{pictures}."""
 
     def read(folder: Path, split: str) -> ReferringExpressions:
         return ReferringExpressions(folder / name, folder / "images" / pictures, split)
@@ -186,7 +186,7 @@ ON_HUB = ("table", "magicbrush")  # may be a Hub id instead of a folder
 
 
 class Entry(NamedTuple):
-    """A data set of a command line: its key in `DATASETS`, its folder, and a `name` that no other entry has."""
+    """A dataset of a command line: its key in `DATASETS`, its folder, and a `name` that no other entry has."""
 
     key: str
     folder: Path
@@ -230,7 +230,7 @@ def load_sources(
 
     Args:
         entries: as on the command line.
-        size: side of the training pictures, in pixels.
+        size: side of the training images, in pixels.
         columns: names of the columns of every `table`, by the arguments of `HubTable`.
     """
     return [
@@ -245,7 +245,7 @@ def load_test_sources(
     """The test splits of entries "NAME=FOLDER", or another `split`, as sources called "NAME SPLIT".
 
     `entries` and `columns` are those of `load_sources`; `size` is the working size in pixels. Raises a ValueError for
-    a data set that is for training only.
+    a dataset that is for training only.
     """
     return [
         DATASETS[entry.key].test_source(entry.name, entry.folder, size, split, **columns_of(entry, columns))
@@ -266,9 +266,9 @@ ORIGINAL = (
 
 
 def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
-    """The data sets `names` with the sampling weights of the original, at 256 x 256 pixels.
+    """The datasets `names` with the sampling weights of the original, at 256 x 256 pixels.
 
-    `names` are out of `ORIGINAL`. Each data set lies in the `folder` of its spec below `root`, in the layout that its
+    `names` are out of `ORIGINAL`. Each dataset lies in the `folder` of its spec below `root`, in the layout that its
     reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
     grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD, clip-filtered-dataset, GIER_editing_data, gqa-inpaint,
     MagicBrush.

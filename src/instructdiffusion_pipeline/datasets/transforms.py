@@ -27,8 +27,8 @@ class PersonCrop:
 
     With `jitter`, as in the original: the region is scaled by 0.65 to 1.35 (Gaussian, sigma 0.35), rotated with
     probability 0.6 (Gaussian, sigma 45 degrees, at most 90), and flipped with probability 0.5. With probability
-    `half_body`, people with more than eight labelled joints are cropped to the upper or lower body; only used for
-    COCO, as in the original. Raises an `UnreadableSample` if no joint is in the crop.
+    `half_body`, people with more than eight labeled joints are cropped to the upper or lower body; only used for COCO,
+    as in the original. Raises an `UnreadableSample` if no joint is in the crop.
     """
 
     size: int = 256
@@ -57,7 +57,7 @@ class PersonCrop:
 class EvaluationPersonCrop:
     """Crops one person to `size` x `size` pixels for evaluation, and converts a `Person` to a `Pose`.
 
-    `sigmas` are the OKS sigmas of the data set's joints. Joints without a sigma are left out.
+    `sigmas` are the OKS sigmas of the dataset's joints. Joints without a sigma are left out.
     """
 
     size: int = 256
@@ -72,7 +72,7 @@ class EvaluationPersonCrop:
 
 
 def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], float] | None:
-    """Center and side, in pixels, of a square around the labelled joints of the upper or the lower body.
+    """Center and side, in pixels, of a square around the labeled joints of the upper or the lower body.
 
     None if the chosen half has fewer than two distinct joints. If both halves have at least three joints, the upper
     half is chosen with probability 0.69.
@@ -111,7 +111,7 @@ def warp(image: Image.Image, matrix: np.ndarray, size: int) -> Image.Image:
 
 
 def flip_joints(joints: Joints, width: int) -> dict[str, Joint | None]:
-    """Joints in the mirrored picture: the left wrist becomes the right one."""
+    """Joints in the mirrored image: the left wrist becomes the right one."""
     return {swap_sides(name): joint and joint._replace(x=width - 1 - joint.x) for name, joint in joints.items()}
 
 
@@ -153,7 +153,7 @@ class SquareCrop:
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizes picture and edited picture to `size` x `size` pixels regardless of aspect ratio, as the original does.
+    """Resizes image and edited image to `size` x `size` pixels regardless of aspect ratio, as the original does.
 
     Nothing is cropped, so that everything that the instruction refers to stays in the image. `flip` as in
     `SquareCrop`.
@@ -191,7 +191,7 @@ def transform_annotation(
     picture: Callable[[Image.Image], Image.Image],
     mask: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
-    """The annotation of a picture of `size` with its picture or masks transformed; shared masks remain shared."""
+    """The annotation of an image of `size` with its image or masks transformed; shared masks remain shared."""
     if isinstance(annotation, str):
         return annotation
     if isinstance(annotation, Edit):

@@ -29,7 +29,7 @@ def calibrate(
     Args:
         pipeline: gets the setting `score_calibration`; that of a family without examples stays.
         examples: with masks or joints. For both, some answers must be right and some wrong.
-        held_out: the same kind, of other pictures.
+        held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the evaluations in answers/ and held-out/, and reliability.md: the
             reliability curves of the held-out rows.
         batch_size: questions per call of the pipeline.

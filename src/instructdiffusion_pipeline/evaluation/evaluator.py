@@ -62,7 +62,7 @@ def evaluate(
         seed: seed of the noise; the noise of a task depends on the seed and the index of its example.
         resolution: working size in pixels; by default the model's own, as in `ask`.
         resize_mode: "stretch" or, as the original, "crop"; by default the model's own, as in `ask`.
-        clip: adds the CLIP similarity to the scores of edited pictures.
+        clip: adds the CLIP similarity to the scores of edited images.
         baselines: other methods, such as `classical_baseline`, by the name of their column.
 
     Returns:
@@ -245,7 +245,7 @@ def vae_reconstruction(
     resolution: int | None = None,
     resize_mode: str = "stretch",
 ) -> list[Image.Image]:
-    """Encode and decode pictures of one working size, at working size, with the same resizing as in a call."""
+    """Encode and decode images of one working size, at working size, with the same resizing as in a call."""
     pixels, _ = pipeline.preprocess_image(list(pictures), resolution, resize_mode)
     return decode_pictures(pipeline, pipeline.encode_image_latents(pixels, pipeline._execution_device))
 

@@ -1,4 +1,4 @@
-"""Standard metrics of keypoints, masks and pictures."""
+"""Standard metrics of keypoints, masks and images."""
 
 import contextlib
 import io
@@ -18,15 +18,15 @@ from transformers import CLIPImageProcessor, CLIPModel
 from instructdiffusion_pipeline.tasks.keypoints import coco_keypoints
 from instructdiffusion_pipeline.types import Joint, Joints, Pose
 
-# Stands for a joint that was not found. COCO uses (0, 0), which in a small picture may be near the true joint.
+# Stands for a joint that was not found. COCO uses (0, 0), which in a small image may be near the true joint.
 NOT_FOUND = Joint(-1e4, -1e4, 0.0)
-MAX_PSNR = 100.0  # dB; the PSNR of two equal pictures is infinite, and means must be finite
+MAX_PSNR = 100.0  # dB; the PSNR of two equal images is infinite, and means must be finite
 # Maximum fraction of false-positive pixels that is ignored if the object is absent; VAE artifacts cause a few.
 MAX_STRAY = 0.001
 
 
 def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, float] | None:
-    """COCO's keypoint AP, AP50 and AP75 (0 to 1), with each person in a picture of its own (ground-truth boxes).
+    """COCO's keypoint AP, AP50 and AP75 (0 to 1), with each person in an image of its own (ground-truth boxes).
 
     Args:
         poses: the true joints. All must have an area and the same sigmas. Poses without joints are left out.
@@ -79,15 +79,15 @@ TORSO = ("left shoulder", "right hip")  # PCK of FLIC
 
 
 def length(pose: Joints, ends: tuple[str, str]) -> float | None:
-    """The distance in pixels of two joints, such as `HEAD` or `TORSO`; None if one of them is not labelled."""
+    """The distance in pixels of two joints, such as `HEAD` or `TORSO`; None if one of them is not labeled."""
     first, second = (pose.get(name) for name in ends)
     return float(np.hypot(first.x - second.x, first.y - second.y)) if first and second else None
 
 
 def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
-    """Distances of the labelled joints of `pose` from the joints found, divided by `reference`; infinite if not found.
+    """Distances of the labeled joints of `pose` from the joints found, divided by `reference`; infinite if not found.
 
-    The `reference` of PCK, in pixels, is the picture's side, or the `length` of the head or the torso.
+    The `reference` of PCK, in pixels, is the image's side, or the `length` of the head or the torso.
     """
     steps = []
     for name, joint in pose.items():
@@ -152,7 +152,7 @@ def no_target_accuracy(overlaps: Iterable[Overlap]) -> float | None:
 
 
 def psnr(truth: Image.Image, picture: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size, at most `MAX_PSNR`."""
+    """Peak signal-to-noise ratio in dB of two RGB images of one size, at most `MAX_PSNR`."""
     with np.errstate(divide="ignore"):
         return min(MAX_PSNR, float(peak_signal_noise_ratio(np.asarray(truth), np.asarray(picture))))
 
@@ -172,7 +172,7 @@ def ssim(truth: Image.Image, picture: Image.Image) -> float:
 
 
 class ClipSimilarity:
-    """Cosine similarity of the CLIP embeddings of two pictures, -1 to 1 (CLIP-I, as in MagicBrush).
+    """Cosine similarity of the CLIP embeddings of two images, -1 to 1 (CLIP-I, as in MagicBrush).
 
     Args:
         model: folder or Hub id of a CLIP model.

@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 
 
 class Figure(NamedTuple):
-    """A figure of the paper, in percent or dB: the score on a `split` of the data set `key` of `DATASETS`.
+    """A figure of the paper, in percent or dB: the score on a `split` of the dataset `key` of `DATASETS`.
 
     `ceiling` is the score of the ground truth after VAE encoding and decoding, if the paper states it.
     """
@@ -114,15 +114,15 @@ def evaluate_paper(
     seed: int = 0,
     resolution: int | None = None,
 ) -> str:
-    """Score a pipeline on the paper's data sets below `root`, and write their tables to paper.md in `folder`.
+    """Score a pipeline on the paper's datasets below `root`, and write their tables to paper.md in `folder`.
 
-    Each split of a data set is a resumable run of `evaluate` in a folder of its own. There is one question for each
-    expression and for each class that a picture has, and there are questions for all joints. GoPro's pictures are
-    worked on at their own resolution.
+    Each split of a dataset is a resumable run of `evaluate` in a folder of its own. There is one question for each
+    expression and for each class that an image has, and there are questions for all joints. GoPro's images are worked
+    on at their own resolution.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
-        root: has the folders of the data sets, see `PAPER_FOLDERS`. Data sets that are missing or cannot be read are
+        root: has the folders of the datasets, see `PAPER_FOLDERS`. Datasets that are missing or cannot be read are
             listed below the tables.
         folder: new, or with results of the same run.
         samples: number of samples of each split, chosen at random.
@@ -132,7 +132,7 @@ def evaluate_paper(
         The content of paper.md.
 
     Raises:
-        ValueError: none of the data sets can be read, or `folder` has results of another run.
+        ValueError: none of the datasets can be read, or `folder` has results of another run.
     """
     root, folder = Path(root), Path(folder)
     rows: dict[Figure, Mapping[str, Any]] = {}
@@ -165,7 +165,7 @@ def evaluate_paper(
 def open_source(figure: Figure, root: Path, size: int) -> Source:
     """The samples of a figure, as the paper evaluates them. `size` is the side of crops in pixels.
 
-    Raises a ValueError if the data set is not in `root` or cannot be read.
+    Raises a ValueError if the dataset is not in `root` or cannot be read.
     """
     spec = DATASETS[figure.key]
     spec = replace(spec, test_transform=TRANSFORMS.get(figure.key, spec.test_transform))

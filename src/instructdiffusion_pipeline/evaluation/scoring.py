@@ -36,7 +36,7 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
         clip: adds the CLIP similarity of edited images.
 
     Returns:
-        Joints, overlaps of masks, or scores of a picture.
+        Joints, overlaps of masks, or scores of an image.
     """
     if isinstance(reading, Image.Image):
         inner = inner_box(box)

@@ -40,7 +40,7 @@ class Task(TrainingTask, Protocol[Reading]):
 
 @runtime_checkable
 class PictureTask(Task[Image.Image], Protocol):
-    """A task whose data is a picture, at the resolution of the input."""
+    """A task whose data is an image, at the resolution of the input."""
 
     def transfer(
         self, image: Image.Image, reconstruction: Image.Image, answer: Image.Image, box: Box | None = None

@@ -64,7 +64,7 @@ def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[st
 
 
 def assign_colors(image: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
-    """A color for each name. Colors that differ most from the picture come first.
+    """A color for each name. Colors that differ most from the image come first.
 
     Raises a ValueError if there are no names, more names than colors, or two equal names.
     """

@@ -1,4 +1,4 @@
-"""Editing: the answer is the edited picture itself (Geng et al., CVPR 2024, section 3.1)."""
+"""Editing: the answer is the edited image itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Editing:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
-        """The instruction of the data set."""
+        """The instruction of the dataset."""
         return cls(edit.instruction)
 
     def instruction(self, rng: random.Random | None = None) -> str:
@@ -35,7 +35,7 @@ class Editing:
         return self.text
 
     def draw(self, image: Image.Image, edit: Edit) -> Image.Image:
-        """The edited picture."""
+        """The edited image."""
         return edit.edited
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:

@@ -26,7 +26,7 @@ from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import join_words, with_a, with_the
 from instructdiffusion_pipeline.types import Joint, Joints
 
-RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
+RADIUS = 10 / 256  # of a disc, as a share of the image's short side
 MAX_JOINTS = 5  # in one instruction
 READING_SIDE = 256  # pixels along the short side, where a disc has its training size
 MIN_SCORE = 0.4
@@ -193,7 +193,7 @@ def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
 
 
 def disc_radius(size: tuple[int, int]) -> float:
-    """Radius in pixels of the discs in a picture of (width, height)."""
+    """Radius in pixels of the discs in an image of (width, height)."""
     return RADIUS * min(size)
 
 
@@ -247,7 +247,7 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
 
 
 def _peak(line: torch.Tensor, index: int) -> float:
-    """The maximum of the parabola through the highest value of a line and its two neighbours."""
+    """The maximum of the parabola through the highest value of a line and its two neighbors."""
     if not 0 < index < len(line) - 1:
         return float(index)
     before, top, after = line[index - 1 : index + 2].tolist()

@@ -1,4 +1,4 @@
-"""Restoration: the answer is the clean picture itself (Geng et al., CVPR 2024, section 3.1)."""
+"""Restoration: the answer is the clean image itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ TRANSFERS = {"noise": transfer_denoised, "blur": transfer_sharpened, "watermark"
 
 @dataclass(frozen=True)
 class Restoration:
-    """Asks to remove a `degradation` from a picture. Raises a ValueError for an unknown one."""
+    """Asks to remove a `degradation` from an image. Raises a ValueError for an unknown one."""
 
     degradation: Degradation
 
@@ -79,7 +79,7 @@ class Restoration:
         return rng.choice(templates) if rng else templates[0]
 
     def draw(self, image: Image.Image, clean: Image.Image) -> Image.Image:
-        """The clean picture."""
+        """The clean image."""
         return clean
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
@@ -98,7 +98,7 @@ class Restoration:
 
 
 def add_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
-    """Add white Gaussian noise of standard deviation `sigma`, in grey levels of 0 to 255, and clip to 8 bits."""
+    """Add white Gaussian noise of standard deviation `sigma`, in gray levels of 0 to 255, and clip to 8 bits."""
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.normal(0, sigma, pixels.shape)
     return Image.fromarray(np.clip(np.round(noisy), 0, 255).astype(np.uint8))

@@ -23,7 +23,7 @@ from instructdiffusion_pipeline.tasks.frames import inner_box
 FIT_SIDE = 64  # pixels along the short side at which the color transform is fitted
 FIT_RADIUS = 24  # pixels there: the radius of a fit's window
 FIT_ITERATIONS = 6
-FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window; favours no change of color
+FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window; favors no change of color
 EDGE_RADIUS = 3  # working pixels: the window in which a changed region is aligned with the input's edges
 EDGE_CUT = 0.45  # of the fit: below one half, so that the blend covers the mixed pixels along an edge
 CLOSING = 3  # working pixels: holes and gaps in a changed region up to twice as wide are filled
@@ -73,7 +73,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
         answer: the model's answer at working size, like `reconstruction`.
 
     Returns:
-        The edited picture [H, W, 3], 8-bit RGB. Pixels are those of `image`, bit for bit, from one working pixel
+        The edited image [H, W, 3], 8-bit RGB. Pixels are those of `image`, bit for bit, from one working pixel
         (H / h input pixels) outside of the regions that changed.
     """
     copy, target = _planes(reconstruction), _planes(answer)
@@ -214,7 +214,7 @@ def _levels(planes: torch.Tensor) -> np.ndarray:
 
 
 def _mean(planes: torch.Tensor, radius: int) -> torch.Tensor:
-    """Means over squares of 2 * radius + 1 pixels, as far as they lie inside the picture."""
+    """Means over squares of 2 * radius + 1 pixels, as far as they lie inside the image."""
     for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
         planes = F.avg_pool2d(planes[None], kernel, 1, padding, count_include_pad=False)[0]
     return planes

@@ -16,7 +16,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, check_source_na
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
-FINGERPRINT_SAMPLES = 16  # about as many samples represent a data set
+FINGERPRINT_SAMPLES = 16  # about as many samples represent a dataset
 SHOWN = 3  # instructions that warnings name
 MOST_WORKERS = 8  # of a process, unless more are asked for
 
@@ -35,7 +35,7 @@ class TrainingSamples(Protocol):
 
 
 class ImageDataset(Dataset):
-    """The samples of a mixture as pictures [3, H, W], 8 bits, and token ids [77].
+    """The samples of a mixture as images [3, H, W], 8 bits, and token ids [77].
 
     An item also has its `position`, the index of its `source` in `sources`, and the number of unreadable samples that
     were `skipped` before it.
@@ -44,7 +44,7 @@ class ImageDataset(Dataset):
         cut: how often each instruction of more than 77 tokens was cut; of this process alone.
 
     Raises:
-        ValueError: two sources have the same name, or pictures differ in size.
+        ValueError: two sources have the same name, or images differ in size.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: CLIPTokenizer):
@@ -104,7 +104,7 @@ def count_workers(given: int | None, device: torch.device, cached: bool = False)
 
 
 def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
-    """A hash of some of the first `count` samples, which shows whether a data set has changed."""
+    """A hash of some of the first `count` samples, which shows whether a dataset has changed."""
     digest = hashlib.sha256()
     for position in range(0, count, max(1, count // FINGERPRINT_SAMPLES)):
         for name, tensor in sorted(samples[position].items()):
@@ -114,7 +114,7 @@ def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as a uint8 tensor [3, H, W]."""
+    """An RGB image as a uint8 tensor [3, H, W]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a training step: encoded pictures and text, noise, and conditioning dropout."""
+"""The inputs of a training step: encoded images and text, noise, and conditioning dropout."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """Return `batch` with its pictures encoded as latents and its token ids as embeddings, all float32.
+        """Return `batch` with its images encoded as latents and its token ids as embeddings, all float32.
 
         `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior),
         `target_mean` and `target_std` (the target's posterior), each [B, C, h, w], not scaled. `input_ids` [B, 77]

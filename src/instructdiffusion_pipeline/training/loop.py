@@ -73,9 +73,9 @@ def train(
         pipeline: trained in place, see `load_for_training`.
         dataset: an `ImageDataset` or a `CachedDataset`.
         config: the settings.
-        output_dir: gets checkpoints, validation pictures and logs.
+        output_dir: gets checkpoints, validation images and logs.
         resume: "latest", or the folder of a checkpoint, to continue a run.
-        validation: examples whose pictures are saved before the first update and every `validation_steps` updates.
+        validation: examples whose images are saved before the first update and every `validation_steps` updates.
         validation_dataset: samples that are not trained on, whose mean loss is logged at the same updates. It is
             that of the EMA weights, for the first 256 samples with fixed noise, and without weights or dropout.
         resume_changes: names of settings in which the run may differ from the checkpoint that it continues:
@@ -286,7 +286,7 @@ def train(
         if ema:
             ema.step(parameters)
 
-        # c. Save checkpoints, log, and make validation pictures.
+        # c. Save checkpoints, log, and make validation images.
         metrics.add(update["loss"], update["source"], int(skipped))
         recent.append(loss)
         bar.update()
@@ -312,7 +312,7 @@ def train(
 
 
 def validation_path(folder: Path, step: int) -> Path:
-    """The file of the validation pictures after `step` updates."""
+    """The file of the validation images after `step` updates."""
     return folder / "validation" / f"step-{step:06d}.png"
 
 

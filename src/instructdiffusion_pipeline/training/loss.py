@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
-# Root mean square over channels of the difference of two scaled latents; 0 for equal pictures.
+# Root mean square over channels of the difference of two scaled latents; 0 for equal images.
 CHANGE_THRESHOLD = 0.1
 
 

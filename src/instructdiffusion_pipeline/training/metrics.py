@@ -1,4 +1,4 @@
-"""What is logged during training: losses by source, throughput, memory and validation pictures."""
+"""What is logged during training: losses by source, throughput, memory and validation images."""
 
 import math
 import resource
@@ -66,7 +66,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def log_images(trackers: Iterable[GeneralTracker], image: Image.Image, step: int) -> None:
-    """Send the grid of validation pictures to all trackers that support images (trackio does not)."""
+    """Send the grid of validation images to all trackers that support images (trackio does not)."""
     for tracker in trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -73,8 +73,8 @@ def train_readout(
     Args:
         pipeline: gets the readout as its component `readout`, in place of another one, and loses its
             `score_calibration`.
-        examples: with masks or joints, whose pictures have one size; see `evaluation.examples_from`.
-        held_out: the same kind, of other pictures.
+        examples: with masks or joints, whose images have one size; see `evaluation.examples_from`.
+        held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the answers in answers/ and the evaluation in held-out/: table.md has
             the scores of the readout in the column "score" and those of reading by color beside them.
         config: settings of the training.
