@@ -1,6 +1,6 @@
 """Make candidates for the alignment stage: many output images per sample, from which people pick the best.
 
-    python examples/candidates.py --model out/run/model --data table=my-images --samples 1000 --output out/candidates
+    python examples/candidates.py --model out/run/model --data table=my-pictures --samples 1000 --output out/candidates
 
 Look at the sheets in out/candidates/sheets. For each sample, move the best one or two images from
 out/candidates/candidates into out/candidates/picks, or none if all are bad. Then fine-tune on the picks:

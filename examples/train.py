@@ -1,6 +1,6 @@
 """Fine-tune a model, and write it as a folder that loads and can be pushed to the Hub.
 
-    python examples/train.py --init path/to/model --data table=my-images --max_train_steps 2000 --output_dir out/run
+    python examples/train.py --init path/to/model --data table=my-pictures --max_train_steps 2000 --output_dir out/run
 
 --recipe selects the default settings for a stage of the paper (adaptation, multitask, alignment); other options
 override them. --resume latest continues a run that was stopped. See docs/training.md.

@@ -37,7 +37,7 @@ def test_a_damaged_picture_is_opened_or_refused(kind: str, count: int, tmp_path:
                 assert open_image("--image", path).mode == "RGB"
             outcomes["opened"] += 1
         except UsageError as error:
-            assert str(error).startswith(f"--image: {path} cannot be read as a picture")
+            assert str(error).startswith(f"--image: {path} cannot be read as an image")
             outcomes["refused"] += 1
     print(f"{kind}: {dict(outcomes)}")
     assert outcomes["opened"] and outcomes["refused"]

@@ -150,14 +150,14 @@ def test_another_network_is_refused(scene):
 def test_a_readout_with_a_weight_that_is_not_finite_is_named(task):
     readout, image = network(), Image.new("RGB", (64, 64))
     next(readout.parameters()).data.view(-1)[0] = float("nan")
-    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
         read_with_readout(readout, task, image, image)
 
 
 def test_one_logit_that_is_not_finite_is_named():
     readout, image = network(), Image.new("RGB", (64, 64))
     readout.conv_out.bias.data[HEATMAP] = float("inf")
-    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
         read_with_readout(readout, Segmentation({"cat": "blue"}), image, image)
 
 

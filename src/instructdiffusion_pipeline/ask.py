@@ -30,29 +30,29 @@ from instructdiffusion_pipeline.types import Joint
 
 Reading = TypeVar("Reading")
 
-SLICE_OVERLAP = 0.6  # of neighboring slices, as a share of their side
+SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
-# An object that only slices show is looked at again, in close-ups. It takes up these shares of their sides.
+# If only slices show an object, the model is also run on crops around it, of whose sides it takes up these fractions.
 CLOSE_UPS = (0.3, 0.45, 0.6)
-CLOSE_UP_SIDE = 0.15  # minimum side of a close-up, relative to the image's shorter side
+CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
 MAX_REGIONS = 3  # per object; the largest ones
 MIN_REGION = 0.001  # of the image; smaller regions are dropped
-MIN_SEEN = 0.3  # share of a region that a close-up must mark to confirm it
-GRID = 128  # cells along the longer side, in which connected regions are found
+MIN_SEEN = 0.3  # fraction of a region that the output for a crop must mark to confirm it
+GRID = 128  # cells along the longer side of the grid in which connected regions are found
 # Settings that may be a list or a tensor with one value per image.
 PER_PICTURE = {"generator", "negative_prompt", "negative_prompt_embeds"}
 
 
 @dataclass(frozen=True, eq=False)
 class Answer(Generic[Reading]):
-    """The output of the pipeline for a task, and the data that was decoded from it.
+    """The output of the pipeline for a task, and the data decoded from it.
 
     Attributes:
         task: the task.
         image: the input, RGB, upright.
-        instruction: the prompt; for a segmentation of several objects, one prompt per line.
-        picture: the output image, resized to the input size. It shows the region `box` of the input. For a
-            segmentation of several objects, the output images are combined: each object is copied from its own output.
+        instruction: the prompt; for a segmentation of several objects, one line for each prompt.
+        picture: the output image, in input pixels. It shows the region `box` of the input. For a segmentation of
+            several objects, the output images are combined: each object is copied from its own output.
         box: (left, top, right, bottom) in pixels of the input: all of it, or the center with `resize_mode="crop"`.
         data: the decoded output, in pixels of the input; its type depends on the task: `dict[str, Mask]` for
             `Segmentation`, `dict[str, Joint | None]` for `Keypoints` (None: not found), an image at the resolution of
@@ -90,8 +90,8 @@ def ask(
     """Run `task` on `image` and decode the output.
 
     The whole image is used (`resize_mode="stretch"`), and the data is at the resolution of the image. A segmentation
-    of several objects uses one prompt per object, all in one call of the pipeline, because the models were trained on
-    prompts with one object.
+    of several objects uses one prompt for each object, all in one call of the pipeline, because the models were
+    trained on prompts with one object.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
@@ -100,11 +100,11 @@ def ask(
         instruction: the prompt; by default that of the task. If given, a segmentation of several objects uses this
             prompt alone.
         use_readout: whether to use the pipeline's `readout`, if it has one, to decode masks and keypoints. If False,
-            they are decoded by color, and their scores are not calibrated.
-        slices: for segmentation of small objects: the model is also run on overlapping parts of the image, whose sides
-            are this share of the image's sides, and the masks are combined. With 0.56 there are nine parts per object,
-            so the UNet computes ten times as much. Each of up to three regions that only the parts show adds three
-            views.
+            outputs are decoded by color; if the pipeline has a readout, the scores are then not calibrated.
+        slices: for segmentation of small objects: the model is also run on overlapping slices of the image, whose
+            sides are this fraction of the image's sides, and the masks are combined. With 0.56 there are nine slices
+            per object, so the computation is ten times as large. If only the slices show an object, the model is also
+            run on three crops around it, for up to three regions of the image.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 
@@ -129,10 +129,10 @@ def ask_boxes(
     batch_size: int = 8,
     **settings: Any,
 ) -> list[Answer[dict[str, Joint | None]]]:
-    """Ask for the joints of each person of an image, about the part of the image around the person's box.
+    """Run `task` on each person of an image: on the part of the image around the person's box.
 
-    As in the evaluation of the paper, the part is a square of 1.25 times the longer side of the box. What lies outside
-    the image is black.
+    As in the evaluation of the paper, the part is a square with 1.25 times the longer side of the box. The area
+    outside the image is black.
 
     Args:
         pipeline, image, task, settings: as in `ask`.
@@ -140,15 +140,15 @@ def ask_boxes(
         batch_size: boxes per call of the pipeline. `generator` may be one, or a list with one for each box.
 
     Returns:
-        An answer for each box. Its `data` is in pixels of `image`; its `box` is the part that the model saw.
+        An answer for each box. Its `data` is in pixels of `image`; its `box` is the part around the person.
 
     Raises:
-        TypeError, ValueError: see `ask_batch`; or a box has no area, or `task` is no `Keypoints`.
+        TypeError, ValueError: see `ask_batch`; also if a box has no area, or `task` is not a `Keypoints`.
     """
     if not isinstance(task, Keypoints):
         raise TypeError(f"`task` must be Keypoints; got {type(task).__name__}.")
     if not isinstance(image, Image.Image):
-        raise TypeError(f"`image` must be a PIL picture; got {type(image).__name__}.")
+        raise TypeError(f"`image` must be a PIL image; got {type(image).__name__}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}.")
     if not isinstance(boxes, Sequence | np.ndarray):
@@ -170,7 +170,7 @@ def ask_boxes(
 
 
 def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
-    """The square of whole pixels around the middle of a box, `PADDING` times as large as its longer side.
+    """The square of whole pixels with the center of a box and `PADDING` times its longer side.
 
     Raises a ValueError if an edge is not from -`limit` to `limit`, which would make a huge square.
     """
@@ -181,8 +181,8 @@ def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
     )
     if not is_box or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(
-            "`boxes` must hold (left, top, right, bottom) with an area, each from"
-            f" {-limit:g} to {limit:g} (four times the longer side of the picture); got {box!r}."
+            "`boxes` must have entries (left, top, right, bottom) with an area, with values from"
+            f" {-limit:g} to {limit:g} (four times the longer side of the image); got {box!r}."
         )
     left, top, right, bottom = box
     side = round(PADDING * max(right - left, bottom - top))
@@ -197,7 +197,7 @@ class View(NamedTuple):
     task: Task
     prompt: str
     image: Image.Image
-    offset: tuple[int, int]  # of `image` in its image, in pixels
+    offset: tuple[int, int]  # of `image` in the whole image, in pixels
 
 
 class Response(NamedTuple):
@@ -222,7 +222,7 @@ def ask_batch(
     """`ask` for several images of one working size in one call of the pipeline.
 
     Raises:
-        TypeError: an element of `images` is not a PIL image, or an element of `tasks` is not a task object.
+        TypeError: an argument has a wrong type, such as an element of `images` that is not a PIL image.
         ValueError: there are no images; the numbers of images, tasks and instructions differ; the settings of the
             tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
             contains an argument that `ask` sets itself (prompt, image, output_type, ...).
@@ -247,7 +247,7 @@ def ask_batch(
     calibrations = (pipeline.config.get("score_calibration") or {}) if readout is pipeline.readout else {}
     images = [upright_rgb(image) for image in images]
 
-    # One prompt per object, for the whole image and for its slices.
+    # One prompt for each object, for the whole image and for its slices.
     views = [
         View(number, part, part.instruction() if words is None else words, image, (0, 0))
         for number, (image, task, words) in enumerate(zip(images, tasks, instructions, strict=True))
@@ -295,22 +295,22 @@ def ask_batch(
             data = calibrate_answer(data, Platt(*calibrations[task.family]))
         prompt = "\n".join(view.prompt for view, _ in whole)
         if (kept := (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)) < 0.995:
-            warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the picture.', stacklevel=2)
+            warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the image.', stacklevel=2)
         flag = any(answer.flag for _, answer in [*whole, *sliced])
         answers.append(Answer(task, image, prompt, picture, box, data, flag, response.reconstruction))
     return answers
 
 
 def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:
-    """The call arguments that `ask` uses by default: those of the task or its class, overridden by the model's."""
+    """The default call arguments of `ask`: those of the task or its class, overridden by the model's."""
     return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
 def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     """The settings for the images with these `numbers`.
 
-    Lists and tensors hold one value per image, or one for all. A number may occur several times, as an image has a
-    view for each object and slice.
+    Lists and tensors have one value per image, or one for all. A number may occur several times, because an image has
+    a view for each object and slice.
     """
     chosen = dict(settings)
     for name in PER_PICTURE & settings.keys():
@@ -323,7 +323,7 @@ def for_pictures(settings: Mapping[str, Any], numbers: Sequence[int]) -> dict[st
 
 
 def is_per_picture(values: Any) -> bool:
-    """Whether the value of a setting in `PER_PICTURE` holds one value per image."""
+    """Whether the value of a setting in `PER_PICTURE` is a list or tensor of values per image."""
     return isinstance(values, list) or (isinstance(values, torch.Tensor) and values.ndim > 0)
 
 
@@ -349,7 +349,7 @@ def check_questions(
     for image, task in zip(images, tasks, strict=True):
         if not isinstance(image, Image.Image) or not hasattr(task, "read"):
             raise TypeError(
-                "`image` must be a PIL picture and `task` a task such as Segmentation({'cat': 'red'}); got"
+                "`image` must be a PIL image and `task` a task such as Segmentation({'cat': 'red'}); got"
                 f" {type(image).__name__} and {type(task).__name__}."
             )
     for words in instructions:
@@ -360,14 +360,18 @@ def check_questions(
     for name in sorted(PER_PICTURE):
         value: Any = settings.get(name)
         if is_per_picture(value) and len(value) not in (1, len(images)):
-            raise ValueError(f"`{name}` must be one, or as many as the {len(images)} pictures; got {len(value)}.")
+            raise ValueError(f"`{name}` must have one entry, or one per image ({len(images)}); got {len(value)}.")
     if fixed := settings.keys() & {"prompt", "image", "output_type", "return_dict", "num_images_per_prompt"}:
-        raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}: `ask` sets these itself.")
+        raise ValueError(f"`settings` must not contain {', '.join(sorted(fixed))}, which `ask` sets itself.")
     if slices is not None:
         if not isinstance(slices, Real) or not 0.1 <= slices < 1:
-            raise ValueError(f"`slices`, a share of the picture's sides, must be from 0.1 to below 1; got {slices!r}.")
+            raise ValueError(
+                f"`slices`, a fraction of the image's sides, must be from 0.1 to below 1; got {slices!r}."
+            )
         if others := {task.family for task in tasks if not isinstance(task, Segmentation)}:
-            raise ValueError(f"`slices` is only for segmentation tasks; got {', '.join(sorted(others))}.")
+            raise ValueError(
+                f"`slices` must be None for tasks other than segmentation; got {', '.join(sorted(others))}."
+            )
 
 
 def run_views(
@@ -385,7 +389,7 @@ def run_views(
     reconstructions: list[Image.Image] | list[None] = [None] * len(views)
     if any(isinstance(view.task, PictureTask) for view in views):
         reconstructions = decode_pictures(pipeline, image_latents)
-    # A crop shows the center, the other modes all of the image.
+    # With "crop", the output shows the center of the image, otherwise all of it.
     crop = resize_mode == "crop" and resolution != 0
     boxes = [center_crop(view.image.size, pictures[0].size if crop else view.image.size) for view in views]
     return [
@@ -401,10 +405,10 @@ def decode_pictures(pipeline: InstructDiffusionPipeline, image_latents: torch.Te
     return cast(list[Image.Image], pipeline.postprocess_image(decoded, "pil", sizes, crop=False))
 
 
-def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int, int]]:
-    """Overlapping parts of an image of (width, height): (left, top, right, bottom) of each."""
-    count = math.ceil((1 / share - 1) / (1 - SLICE_OVERLAP)) + 1
-    width, height = (round(share * side) for side in size)
+def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, int, int]]:
+    """Overlapping slices of an image of (width, height): (left, top, right, bottom) of each."""
+    count = math.ceil((1 / fraction - 1) / (1 - SLICE_OVERLAP)) + 1
+    width, height = (round(fraction * side) for side in size)
     lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
     tops = np.linspace(0, size[1] - height, count).round().astype(int).tolist()
     return [(left, top, left + width, top + height) for top in tops for left in lefts]
@@ -413,11 +417,11 @@ def slice_boxes(size: tuple[int, int], share: float) -> list[tuple[int, int, int
 def combine_views(
     whole: Mapping[str, np.ndarray], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
 ) -> dict[str, np.ndarray]:
-    """The margin [height, width] of each object, from those of the whole image and from the views of its slices.
+    """The margin [height, width] of each object, from those of the whole image and from the outputs for its slices.
 
-    A pixel belongs to an object if the output for the whole image marks it, or at least half of the outputs for the
-    slices that contain the pixel. A slice counts less near the edges at which it cuts the image, because it may show a
-    part of an object only.
+    A pixel belongs to an object if it is marked in the output for the whole image, or in at least half of the outputs
+    for the slices that contain it. Pixels of a slice have a lower weight near its edges inside the image, because it
+    may contain only a part of an object there.
     """
     if not sliced:
         return dict(whole)
@@ -452,7 +456,7 @@ def window_of(view: View) -> tuple[slice, slice]:
 
 
 def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
-    """Weights of a slice's pixels [height, width]: 1 in its middle, 0.1 at edges that are not edges of the image."""
+    """Weights of a slice's pixels [height, width]: 1 in its center, 0.1 at edges that are not edges of the image."""
     lines = []
     for length, start, whole in zip(view.image.size, view.offset, size, strict=True):
         places = np.arange(length)
@@ -472,15 +476,15 @@ def confirm_regions(
     readout: UNet2DModel | None,
     settings: dict[str, Any],
 ) -> np.ndarray:
-    """The margin of an object, without regions that close-ups do not confirm.
+    """The margin of an object, without regions that the outputs for crops do not confirm.
 
-    A region of `margin` that the whole image does not show (`alone`) is kept if most of its close-ups mark it, and is
-    then where most of them do.
+    A region of `margin` that is not in the margin of the whole image (`alone`) is kept if most of its crops confirm
+    it. It then has the pixels that are marked in most of the crops.
     """
     pixels = Mask.from_margin(margin).pixels
     only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
     margin = np.where(only, np.minimum(margin, 0), margin)
-    boxes = [close_up(region, share) for region in regions for share in CLOSE_UPS]
+    boxes = [close_up(region, fraction) for region in regions for fraction in CLOSE_UPS]
     views = [view._replace(image=view.image.crop(box), offset=box[:2]) for box in boxes]
     responses = []
     for start in range(0, len(views), SLICE_BATCH):
@@ -501,12 +505,12 @@ def confirm_regions(
     return margin
 
 
-def close_up(region: np.ndarray, share: float) -> tuple[int, int, int, int]:
-    """A square around a region [height, width], of whose side the region takes up `share` if the image allows it."""
+def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
+    """A square around a region [height, width], of whose side the region takes up `fraction` if the image permits."""
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     shortest = min(region.shape)
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / share)))
+    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / fraction)))
     top, left = (
         min(max(0, round((line[0] + line[-1] + 1 - side) / 2)), length - side)
         for line, length in zip((rows, columns), region.shape, strict=True)
@@ -515,7 +519,7 @@ def close_up(region: np.ndarray, share: float) -> tuple[int, int, int, int]:
 
 
 def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The `pixels` (bool, [height, width]) that are not beside `known` ones, and their largest connected parts."""
+    """The `pixels` (bool, [height, width]) that are not next to `known` ones, and their largest connected parts."""
     step = math.ceil(max(pixels.shape) / GRID)
 
     def cells(plane: np.ndarray) -> torch.Tensor:

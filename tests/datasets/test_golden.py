@@ -58,7 +58,7 @@ def test_coco_stuff(name, golden, tmp_path):
     save_image(tmp_path / "annotations" / "train2017" / "0.png", Image.open(folder / case["label"]))
     (tmp_path / "labels.txt").write_text("\n".join(case["labels"]) + "\n")
     if name == "2_seed1":  # nothing is labeled: the original asks to leave the image as it is, we ask nothing
-        with pytest.raises(Exception, match="no pixel is labelled"):
+        with pytest.raises(Exception, match="no pixel is labeled"):
             CocoStuff(tmp_path)[0]
         return
     image, masks = CocoStuff(tmp_path)[0]

@@ -158,7 +158,7 @@ def test_a_source_with_nothing_left_is_fatal():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`sources` must hold at least one"):
+    with pytest.raises(ValueError, match="`sources` must have at least one"):
         Mixture([])
     for weight in (-1, 0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"the weight of a must be finite and above 0; got {weight}"):

@@ -324,7 +324,7 @@ def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, 
     def says(init, data, **settings):
         return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
 
-    assert "--data must be NAME=FOLDER with a NAME out of mpii, " in says(model, "photos=x")
+    assert "--data must be NAME=FOLDER with a NAME from mpii, " in says(model, "photos=x")
     assert "--data table: there is no folder nowhere" in says(model, "table=nowhere")
     twice = says(model, f"table={table}", more=["--data", f"table={table}"])
     assert f"--data table={table} is given twice" in twice

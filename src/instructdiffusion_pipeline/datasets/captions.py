@@ -23,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class CaptionedPictures(ReducibleImages):
-    """Images by their path from `folder`; the annotation is the caption."""
+    """Images with captions as annotations, from pairs of an image path relative to `folder` and a caption."""
 
     def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, Any]]):
         self.folder, self.skipped = Path(folder), Skipped()
@@ -50,14 +50,14 @@ class CaptionedPictures(ReducibleImages):
 
 
 def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
-    """What img2dataset writes with output_format="files": {shard}/{key}.jpg (.png, .webp) and {key}.txt beside it."""
+    """The output of img2dataset with output_format="files": {shard}/{key}.jpg (.png, .webp) and {shard}/{key}.txt."""
     root = Path(root)
     pictures = sorted(path for path in files_below(root) if path.lower().endswith(SUFFIXES))
     return CaptionedPictures(root, ((path, caption_beside(root / path)) for path in pictures))
 
 
 def caption_beside(picture: Path) -> str:
-    """The text file of an image; empty where there is none, or none that can be read."""
+    """The text in the file of an image's caption; empty if there is no file, or it cannot be read."""
     try:
         return picture.with_suffix(".txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):

@@ -12,7 +12,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 class PairedImages:
-    """Pairs of a degraded image and its clean image, which is the annotation.
+    """Pairs of a degraded image and its clean image. The clean image is the annotation.
 
     Args:
         folder: searched recursively.
@@ -31,7 +31,7 @@ class PairedImages:
             if clean_path:
                 self._pairs.append((path, clean_path))
             elif matches:
-                self.skipped.append((path, "no clean picture"))
+                self.skipped.append((path, "no clean image"))
         require_samples(self.folder, self._pairs, self.skipped)
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class PairedImages:
         image, clean = (read_image(self.folder / path) for path in self._pairs[index])
         if image.size != clean.size:
             raise UnreadableSample(
-                self.folder / self._pairs[index][0], f"is of {image.size} pixels, its clean picture of {clean.size}"
+                self.folder / self._pairs[index][0], f"is of {image.size} pixels, its clean image of {clean.size}"
             )
         return image, clean
 
