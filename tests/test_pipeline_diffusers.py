@@ -142,7 +142,7 @@ def test_a_single_original_file_loads_with_a_configuration_at_hand(
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "all weights of .* final_layer_norm.weight"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "all weights of .* final_layer_norm"),
         ("model.diffusion_model.out.2.bias", "all weights of the VAE and the UNet"),
         ("first_stage_model.decoder.conv_out.weight", "all weights of the VAE and the UNet"),
     ],

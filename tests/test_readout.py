@@ -41,7 +41,7 @@ def network(**changes):
 
 
 class Copy(UNet2DModel):
-    """A readout that returns the reading by color."""
+    """A readout that returns the decoding by color."""
 
     def forward(self, sample, timestep):
         share = sample[:, -1:]

@@ -259,7 +259,8 @@ def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
 def test_references_of_another_shape_are_named(name, under, tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
     write_json(tmp_path / name, {"refs": []})
-    with pytest.raises(ValueError, match=re.escape(f"{name} must contain a list of objects{under}; got {{'refs': []}}")):
+    message = f"{name} must contain a list of objects{under}; got {{'refs': []}}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         ReferringExpressions(path, images)
 
 

@@ -317,7 +317,7 @@ def test_some_samples_for_some_epochs(model, table, tmp_path, monkeypatch, capsy
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "table 3 1 100.0%" in out and "3 updates of 2 samples are 2 epochs of 3 samples." in out
     assert any(line.startswith("Memory without activations: 0.0") for line in out)
-    assert any(re.match(r"Disk space: 0\.\d+ GB a checkpoint, .* GB free", line) for line in out)
+    assert any(re.match(r"Disk space: 0\.\d+ GB per checkpoint, .* GB free", line) for line in out)
 
 
 def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, capfd):

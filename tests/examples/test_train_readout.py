@@ -54,7 +54,7 @@ def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
     asked = json.loads((output / "answers" / "results.json").read_text())
     assert {row["row"]: row["samples"] for row in asked["rows"]} == {"coco-stuff": 2, "coco": 1}
     table = (output / "held-out" / "table.md").read_text()
-    assert "| coco-stuff val2017 | mcIoU" in table and "| coco val2017 | PCK" in table and "reading by color" in table
+    assert "| coco-stuff val2017 | mcIoU" in table and "| coco val2017 | PCK" in table and "decoding by color" in table
     assert table in capsys.readouterr().out
 
     with pytest.raises(SystemExit) as exit:

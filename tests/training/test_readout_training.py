@@ -176,7 +176,7 @@ def test_asking_training_and_scoring_in_one_run_that_can_be_repeated(pipe, tmp_p
     results = json.loads((tmp_path / "run" / "held-out" / "results.json").read_text())
     (row,) = results["rows"]
     assert row["row"] == "test" and row["samples"] == 3
-    assert row["scores"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
+    assert row["scores"]["mIoU"].keys() == {"model", "ceiling", "decoding by color"}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/answers/*.png")}
     again = InstructDiffusionPipeline(**tiny.components(), task_settings=pipe.config.task_settings)
     again.set_progress_bar_config(disable=True)

@@ -33,8 +33,8 @@ class LazyExample:
 
     Attributes:
         name: unique, and the same in every run.
-        row: the row of the table that it is counted in. The examples of a row are of one family.
-        open: reads the example. If it raises, the example is counted as failed.
+        row: its row in the table. The examples of a row are of one family.
+        open: reads the example. If it raises an exception, the example is counted as failed.
         source: where the example is from, if known. The examples of a row must be from one source.
     """
 
@@ -48,7 +48,7 @@ MakeTasks = Callable[[Image.Image, Any, random.Random], Sequence[Task]]
 
 
 def examples_from(source: Source, count: int, seed: int = 0, make_tasks: MakeTasks | None = None) -> list[LazyExample]:
-    """Choose `count` examples of a source at random, or all if it has fewer. Their row is `source.name`.
+    """Choose `count` examples of a source at random, or all if it has fewer. Their row is named `source.name`.
 
     `make_tasks` makes the tasks of an image; by default there is one, from `source.make_task`.
     """
@@ -81,10 +81,10 @@ def load_examples(
         samples: number of training examples per dataset.
         test_samples: number of test examples per dataset.
         test_split: split to use in place of each dataset's own test split.
-        seed: decides which examples are chosen.
+        seed: seed of the choice of examples.
 
     Raises:
-        ValueError: an entry is malformed, or a dataset cannot be read.
+        ValueError: if an entry is malformed, or a dataset cannot be read.
     """
     training = [source for source, _ in load_sources(entries, size)]
     test = load_test_sources(entries, size, test_split)
@@ -102,7 +102,7 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
-    """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colors that differ from the image's."""
+    """Tasks for all joints of a person, with at most `MAX_JOINTS` each, in colors that are not those of the image."""
     return joint_tasks(image, list(joints))
 
 

@@ -1,4 +1,4 @@
-"""Restoration: the answer is the clean image itself (Geng et al., CVPR 2024, section 3.1)."""
+"""Restoration: the output is the clean image itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Restoration:
     degradation: Degradation
 
     family: ClassVar[str] = "restoration"
-    # Settings of the watermark example in the original repository, which has no example for noise or blur.
+    # Settings of the watermark example of the original code, which has no example for noise or blur.
     settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 1.0,
@@ -74,7 +74,7 @@ class Restoration:
             )
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """A random wording of the instruction; without `rng` always the same."""
+        """The instruction: a random wording with `rng`, otherwise always the same."""
         templates = TEMPLATES[self.degradation]
         return rng.choice(templates) if rng else templates[0]
 
@@ -93,7 +93,7 @@ class Restoration:
         return transfer_in_box(TRANSFERS[self.degradation], image, reconstruction, answer, box)
 
     def overlay(self, image: Image.Image, restored: Image.Image) -> Image.Image:
-        """Left half before, right half after."""
+        """The left half of the input and the right half of the result."""
         return before_and_after(image, restored)
 
 
