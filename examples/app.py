@@ -178,9 +178,9 @@ class Tab(NamedTuple):
     """What a tab asks."""
 
     task: type[Task]
-    make_task: Callable[[Image.Image, Any], Task]  # from the picture and the user's input
+    make_task: Callable[[Image.Image, Any], Task]  # from the image and the user's input
     component: Callable[[], gr.components.Component]  # for the user's input
-    examples: list[list[Any]]  # pictures with an input
+    examples: list[list[Any]]  # images with an input
 
 
 def tabs_of(pictures: Mapping[str, Image.Image]) -> list[Tab]:
@@ -269,7 +269,7 @@ def write_files(folder: Path, data: Image.Image | Mapping[str, Mask | Joint | No
 
 
 def as_json(data: Image.Image | Mapping[str, Mask | Joint | None]) -> dict[str, Any] | None:
-    """Joints as coordinates; masks as box, area and score; None for a picture."""
+    """Joints as coordinates; masks as box, area and score; None for an image."""
     if isinstance(data, Image.Image):
         return None
     return {

@@ -4,8 +4,8 @@
     python examples/benchmark.py --model small --lora_rank 16
     python examples/benchmark.py --model small --measure inference
 
-Training has three rows: diffusers' recipe; `train` on pictures; `train` on cached latents and embeddings. All use the
-same model, pictures, batch size, precision and optimizer.
+Training has three rows: diffusers' recipe; `train` on images; `train` on cached latents and embeddings. All use the
+same model, images, batch size, precision and optimizer.
 
 Inference has three rows, eager and with the UNet's transformer blocks compiled: diffusers' pipeline; ours with the
 three branches of guidance; ours with the two branches that keypoints need. All share their weights and use the same
@@ -150,7 +150,7 @@ def training_config(batch_size: int, lora_rank: int | None, num_workers: int) ->
 
 
 def training_samples(pipeline: InstructDiffusionPipeline, size: int, data: list[str] | None) -> ImageDataset:
-    """Samples of `size` x `size` pixels: of the data sets "NAME=FOLDER", or pairs of noise."""
+    """Samples of `size` x `size` pixels: of the datasets "NAME=FOLDER", or pairs of noise."""
     if data:
         try:
             sources = load_sources(data, size)
@@ -201,7 +201,7 @@ def compare_inference(
     compiled: bool = False,
     backend: str = "inductor",
 ) -> Iterator[list[dict[str, Any]]]:
-    """Time calls with pictures of `size` x `size` pixels. Yields the three rows of each batch size.
+    """Time calls with images of `size` x `size` pixels. Yields the three rows of each batch size.
 
     Ratios refer to diffusers' pipeline with the same batch size.
 
@@ -411,7 +411,7 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, con
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Batch items of `ImageDataset` as the recipe does: pictures [B, 3, H, W] from -1 to 1."""
+    """Batch items of `ImageDataset` as the recipe does: images [B, 3, H, W] from -1 to 1."""
     batch = default_collate([{name: item[name] for name in ("image", "target", "input_ids")} for item in items])
     return batch | {name: 2 * (batch[name] / 255) - 1 for name in ("image", "target")}
 
@@ -547,7 +547,7 @@ def predict(unet: UNet2DConditionModel, side: int) -> torch.Tensor:
 
 
 class Pictures(list):
-    """Editing pairs of noise pictures, `size` x `size` pixels."""
+    """Editing pairs of noise images, `size` x `size` pixels."""
 
     skipped: list[tuple[str, str]] = []
 

@@ -3,7 +3,7 @@
     python examples/calibrate.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
         --output_dir out/calibration
 
-The model is run on the training split of each data set, and slope and intercept are fitted to its scores. They are
+The model is run on the training split of each dataset, and slope and intercept are fitted to its scores. They are
 written to the model's model_index.json. reliability.md in the output folder compares scores and correctness on the
 test splits. A run that was stopped continues if it is started again with the same options.
 """

@@ -2,7 +2,7 @@
 
     python examples/candidates.py --model out/run/model --data table=my-pictures --samples 1000 --output out/candidates
 
-Look at the sheets in out/candidates/sheets. For each sample, move the best one or two pictures from
+Look at the sheets in out/candidates/sheets. For each sample, move the best one or two images from
 out/candidates/candidates into out/candidates/picks, or none if all are bad. Then fine-tune on the picks:
 
     python examples/train.py --recipe alignment --init out/run/model --data preferences=out/candidates \\

@@ -26,7 +26,7 @@ TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 OVERLAYS = Path(__file__).parent / "demo"
 INPUT, OUTPUT = Path("demo-input.png"), Path("demo.png")
 SIDE = 256  # pixels
-NOISE_SIGMA = 25.0  # grey levels
+NOISE_SIGMA = 25.0  # gray levels
 
 
 def main() -> None:
@@ -63,14 +63,14 @@ def square(pixels: np.ndarray, side: int) -> Image.Image:
 
 
 def with_overlay(image: Image.Image, name: str, place: tuple[int, int]) -> Image.Image:
-    """The picture with one of the `OVERLAYS` on it, whose top left corner is at `place`."""
+    """The image with one of the `OVERLAYS` on it, whose top left corner is at `place`."""
     image, overlay = image.copy(), Image.open(OVERLAYS / f"{name}.png").convert("RGBA")
     image.paste(overlay, place, overlay)
     return image
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """The picture with its pixels shown as squares."""
+    """The image with its pixels shown as squares."""
     return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 

@@ -1,4 +1,4 @@
-"""Edit one picture with an instruction, at the resolution of the picture.
+"""Edit one image with an instruction, at the resolution of the image.
 
     python examples/edit.py --image photo.jpg --instruction "make it night"
 

@@ -1,9 +1,9 @@
-"""Evaluate a model on data sets in their published layouts, and write a table, JSON and contact sheets.
+"""Evaluate a model on datasets in their published layouts, and write a table, JSON and contact sheets.
 
     python examples/evaluate.py --data coco=/data/coco --data gopro=/data/GoPro --samples 500 --output out/scores
     python examples/evaluate.py --tables paper --root /data --samples 500 --output out/paper
 
-The second command scores every data set of the paper that is in /data, and writes the paper's tables with the paper's
+The second command scores every dataset of the paper that is in /data, and writes the paper's tables with the paper's
 figures beside the scores. An interrupted run is resumed when the same command is started again. docs/datasets.md
 describes the layouts.
 """
@@ -20,7 +20,7 @@ from instructdiffusion_pipeline.evaluation.paper import PAPER_FOLDERS
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 TESTABLE = [name for name, spec in DATASETS.items() if spec.test_split]
-TASKS = (Keypoints, Segmentation, Restoration, Editing)  # of the data sets
+TASKS = (Keypoints, Segmentation, Restoration, Editing)  # of the datasets
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def check_root(root: Path | None) -> None:
-    """Raise a UsageError if `root` has no folder of the paper's data sets."""
+    """Raise a UsageError if `root` has no folder of the paper's datasets."""
     if root is None or not any((root / folder).is_dir() for folder in PAPER_FOLDERS):
         found = "got none" if root is None else f"{root} has none of them"
         raise UsageError(f"--root: must be a folder with one or more of {', '.join(PAPER_FOLDERS)}; {found}.")

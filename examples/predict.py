@@ -104,7 +104,7 @@ def main() -> None:
                     list(batch.values()),
                     column,
                     slices=args.slices,
-                    # The noise depends on the picture, and not on its batch.
+                    # The noise depends on the image, and not on its batch.
                     generator=[seeded(args.seed, numbers[path]) for path in batch],
                     **settings,
                 )
@@ -148,7 +148,7 @@ def check_question(args: argparse.Namespace) -> Any:
 
 
 def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
-    """The picture files among `entries` and directly in folders among them, each once."""
+    """The image files among `entries` and directly in folders among them, each once."""
     found: dict[Path, None] = {}
     for entry in entries:
         if entry.is_dir():
@@ -164,7 +164,7 @@ def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
 
 
 def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The name of each picture's output files: its stem, with its number where several have the same."""
+    """The name of each image's output files: its stem, with its number where several have the same."""
     counts = Counter(path.stem for path in paths)
     names = {path: path.stem for path in paths if counts[path.stem] == 1}
     taken = set(names.values())
@@ -179,7 +179,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def output_file(name: str, part: str) -> str:
-    """The file name of a mask or of the overlay of a picture."""
+    """The file name of a mask or of the overlay of an image."""
     return f"{name}-{part}.png".replace("/", " ")
 
 
@@ -223,7 +223,7 @@ def make_tasks(task: str, question: Any, image: Image.Image) -> list[Task]:
 
 
 def seeded(seed: int, number: int) -> torch.Generator:
-    """A generator for one picture of a run."""
+    """A generator for one image of a run."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
 
 
@@ -265,7 +265,7 @@ def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None
 
 
 def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each picture."""
+    """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each image."""
     images, annotations = [], []
     for number, record in enumerate(records.values(), 1):
         readings = record.pop("readings")

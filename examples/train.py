@@ -55,7 +55,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 @dataclass
 class FirstSamples:
-    """The first `count` samples of a data set."""
+    """The first `count` samples of a dataset."""
 
     dataset: AnnotatedImages[Any]
     count: int
@@ -225,12 +225,12 @@ def run(options: Options, config: TrainingConfig) -> None:
 
 
 def train_split(key: str, options: Options) -> str:
-    """The split of a data set that is trained on."""
+    """The split of a dataset that is trained on."""
     return options.split if key == "table" else DATASETS[key].train_split
 
 
 def validation_split(key: str, options: Options) -> str:
-    """The split of a data set that the run is validated on."""
+    """The split of a dataset that the run is validated on."""
     spec = DATASETS[key]
     return options.validation_split if key == "table" else spec.test_split or spec.train_split
 
@@ -246,7 +246,7 @@ def table_options(options: Options, split: str) -> dict[str, str]:
 
 
 def training_sources(options: Options, size: int) -> list[tuple[Source, float]]:
-    """The sources of --data with their weights, pictures `size` pixels square."""
+    """The sources of --data with their weights, images `size` pixels square."""
     sources = []
     loaded = load_sources(options.data, size, table_options(options, options.split))
     for entry, (source, weight) in zip(parse_entries(options.data), loaded, strict=True):
@@ -269,7 +269,7 @@ def validation_sources(options: Options, size: int) -> list[tuple[Source, float]
 
 
 def describe(folder: Path, options: Options, config: TrainingConfig, about: str) -> None:
-    """Add the data sets, the settings and the last validation images to the model card in `folder`."""
+    """Add the datasets, the settings and the last validation images to the model card in `folder`."""
     card = ModelCard.load(folder / "README.md")
     start = Path(options.init).name
     if not Path(options.init).exists():

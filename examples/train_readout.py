@@ -3,9 +3,9 @@
     python examples/train_readout.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
         --output_dir out/readout
 
-The model is run on the training split of each data set. The readout is trained on its outputs, and saved in the
-model's folder. The table compares it with decoding by color on the test splits. A run that was stopped continues if it
-is started again with the same options.
+The model is run on the training split of each dataset. The readout is trained on its outputs, and saved in the model's
+folder. The table compares it with decoding by color on the test splits. A run that was stopped continues if it is
+started again with the same options.
 """
 
 import argparse

@@ -114,7 +114,7 @@ def main() -> None:
     rng, examples = random.Random(args.seed), []
     for source in sources:
         found = examples_from(source, args.samples, args.seed)
-        # In random order, because the images of a data set can alternate between kinds.
+        # In random order, because the images of a dataset can alternate between kinds.
         examples += rng.sample(found, len(found))
     tasks = {source.name: first_task(source) for source in sources}
     families = {name: task.family for name, task in tasks.items()}

@@ -58,7 +58,7 @@ def golden_ema_pipe() -> InstructDiffusionPipeline:
 
 @pytest.fixture
 def pipe() -> InstructDiffusionPipeline:
-    """A fresh pipeline of random weights that answers a 32 x 32 picture in milliseconds."""
+    """A fresh pipeline of random weights that answers a 32 x 32 image in milliseconds."""
     return quiet(InstructDiffusionPipeline(**tiny.components()))
 
 

@@ -122,7 +122,7 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
     "image, task", [("photo.jpg", TASKS[0]), (tiny.picture(), "make it winter"), (TASKS[0], tiny.picture())]
 )
 def test_what_is_no_picture_or_no_question_is_refused(pipe, image, task):
-    with pytest.raises(TypeError, match="`image` must be a PIL picture and `task` a task such as"):
+    with pytest.raises(TypeError, match="`image` must be a PIL image and `task` a task such as"):
         ask(pipe, image, task)
 
 
@@ -141,7 +141,7 @@ def test_every_part_of_a_wide_picture_is_seen(pipe):
         return np.asarray(ask(pipe, image, TASKS[0], generator=tiny.generator(), **settings, **FAST).picture)
 
     assert not np.array_equal(picture(wide), picture(changed))
-    with pytest.warns(UserWarning, match="cuts off 36% of the picture"):
+    with pytest.warns(UserWarning, match="cuts off 36% of the image"):
         cropped = picture(wide, resize_mode="crop", resolution=64)
     assert np.array_equal(cropped, picture(changed, resize_mode="crop", resolution=64))
 
@@ -179,7 +179,7 @@ def test_slices_cover_the_picture(size):
 
 @pytest.mark.parametrize("size, center", [((100, 100), (30, 30)), ((160, 100), (122, 74)), ((100, 160), (26, 122))])
 def test_slices_find_what_half_of_them_see(size, center):
-    """The answers are drawn: each view paints the disc where it sees all of it; the whole picture paints nothing."""
+    """The answers are drawn: each view paints the disc where it sees all of it; the whole image paints nothing."""
     image, task = Image.new("RGB", size, (90, 90, 90)), Segmentation({"ball": "red"})
     y, x = np.mgrid[: size[1], : size[0]]
     ball = (x - center[0]) ** 2 + (y - center[1]) ** 2 <= 8**2
@@ -271,7 +271,7 @@ def test_slices_ask_about_the_parts_too(pipe):
     assert calls == [1, 1, 8, 8, 1, 1] and answer.data["cat"].pixels.shape == (32, 32)
     for slices, task, message in (
         (1.0, TASKS[0], "0.1 to below 1; got 1.0"),
-        (0.5, TASKS[1], "only for segmentation tasks; got keypoints"),
+        (0.5, TASKS[1], "must be None for tasks other than segmentation; got keypoints"),
     ):
         with pytest.raises(ValueError, match=message):
             ask(pipe, tiny.picture(), task, slices=slices)
@@ -315,7 +315,7 @@ def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
         assert answer.box == answers[0].box and answer.data == answers[0].data
     with pytest.raises(ValueError, match="with an area"):
         ask_boxes(pipe, image, task, [(5, 5, 5, 9)])
-    with pytest.raises(ValueError, match=r"each from -480 to 480 \(four times the longer side"):
+    with pytest.raises(ValueError, match=r"with values from -480 to 480 \(four times the longer side"):
         ask_boxes(pipe, image, task, [(5, 5, 10, 481)])
     with pytest.raises(TypeError, match="`task` must be Keypoints; got Segmentation"):
         ask_boxes(pipe, image, TASKS[0], boxes)
@@ -344,7 +344,7 @@ def test_one_generator_in_a_list_serves_all_pictures(pipe):
 
 def test_each_box_has_its_own_negative_prompt(pipe):
     image, task, boxes = tiny.picture(width=120, height=90), TASKS[1], [(10, 20, 42, 44), (70, 5, 118, 85)]
-    with pytest.raises(ValueError, match="`negative_prompt` must be one, or as many as the 1 pictures; got 2"):
+    with pytest.raises(ValueError, match=r"`negative_prompt` must have one entry, or one per image \(1\); got 2"):
         ask(pipe, image, task, negative_prompt=["fog", "rain"])
     answers = ask_boxes(
         pipe, image, task, boxes, batch_size=1, negative_prompt=["", "rain"], generator=tiny.generator(), **FAST
@@ -360,7 +360,7 @@ def test_a_schedule_replaces_the_steps_of_the_task(pipe, schedule):
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     answer = ask(pipe, tiny.picture(), TASKS[0], generator=tiny.generator(), **schedule)
     assert pipe.num_timesteps == 3 and "cat" in answer.data
-    with pytest.raises(ValueError, match="Only one of `num_inference_steps`, `timesteps` and `sigmas`"):
+    with pytest.raises(ValueError, match="Exactly one of `num_inference_steps`, `timesteps` and `sigmas`"):
         ask(pipe, tiny.picture(), TASKS[0], num_inference_steps=3, **schedule)
 
 

@@ -104,11 +104,11 @@ def test_output_to_a_full_disk_ends_with_one_line():
 @pytest.mark.parametrize(
     ("argument_type", "text", "told"),
     [
-        (integer(1), "0", "must be at least 1, but is 0"),
-        (integer(0, 9), "10", "must be from 0 to 9, but is 10"),
+        (integer(1), "0", "must be at least 1; got 0"),
+        (integer(0, 9), "10", "must be from 0 to 9; got 10"),
         (integer(1), "1.5", "invalid integer value: '1.5'"),
-        (finite, "nan", "must be a finite number, but is nan"),
-        (finite, "inf", "must be a finite number, but is inf"),
+        (finite, "nan", "must be a finite number; got nan"),
+        (finite, "inf", "must be a finite number; got inf"),
         (finite, "much", "invalid finite value: 'much'"),
     ],
 )
@@ -196,7 +196,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     for name in (*cases, "missing.png", "."):
-        with pytest.raises(UsageError, match=r"^--image: .* cannot be read as a picture"):
+        with pytest.raises(UsageError, match=r"^--image: .* cannot be read as an image"):
             open_image("--image", tmp_path / name)
 
 

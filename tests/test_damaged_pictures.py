@@ -1,4 +1,4 @@
-"""Pictures with damaged bytes: each is opened, or refused with one line that names the option. Seeds are fixed."""
+"""Images with damaged bytes: each is opened, or refused with one line that names the option. Seeds are fixed."""
 
 import io
 import random
@@ -17,7 +17,7 @@ FORMATS = ["png", "jpeg", "webp", "tiff", "gif", "bmp", "ppm", "jpeg2000"]
 
 
 def encoded(kind: str) -> bytes:
-    """A picture with an EXIF block, where the format has one."""
+    """An image with an EXIF block, where the format has one."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter, clockwise
     content = io.BytesIO()
@@ -37,7 +37,7 @@ def test_a_damaged_picture_is_opened_or_refused(kind: str, count: int, tmp_path:
                 assert open_image("--image", path).mode == "RGB"
             outcomes["opened"] += 1
         except UsageError as error:
-            assert str(error).startswith(f"--image: {path} cannot be read as a picture")
+            assert str(error).startswith(f"--image: {path} cannot be read as an image")
             outcomes["refused"] += 1
     print(f"{kind}: {dict(outcomes)}")
     assert outcomes["opened"] and outcomes["refused"]

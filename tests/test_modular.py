@@ -201,7 +201,7 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     assert torch.equal(state.get("latents"), latent)
     alone = modular(pipe, InstructDiffusionVaeDecoderStep())
     assert np.array_equal(alone(latents=latent, output_type="np", output="images"), state.get("images"))
-    # Without the sizes of the inputs, PIL pictures have the working size.
+    # Without the sizes of the inputs, PIL images have the working size.
     assert alone(latents=latent, output="images")[0].size == (32, 32)
 
 
@@ -220,9 +220,9 @@ def test_a_block_can_be_left_out(pipe: InstructDiffusionPipeline) -> None:
 
 def test_the_vae_encoder_alone_needs_a_size(pipe: InstructDiffusionPipeline) -> None:
     alone = modular(pipe, InstructDiffusionVaeEncoderStep())
-    with pytest.raises(ValueError, match="`resolution` must be given: there is no `unet`"):
+    with pytest.raises(ValueError, match="`resolution` must be given, because there is no `unet`"):
         alone(image=tiny.picture())
-    with pytest.raises(ValueError, match='`resize_mode` must be "crop": there is no `unet`'):
+    with pytest.raises(ValueError, match='`resize_mode` must be "crop", because there is no `unet`'):
         alone(image=tiny.picture(), resolution=32, resize_mode="stretch")
     assert alone(image=tiny.picture(), resolution=64, output="image_latents").shape == (1, 4, 32, 32)
 
@@ -330,13 +330,13 @@ def test_faster_cache_is_refused(pipe: InstructDiffusionPipeline) -> None:
         ({"prompt": 5}, "`prompt` must be a text or a non-empty list of texts"),
         ({"negative_prompt": []}, "`negative_prompt` must be a text or a non-empty list"),
         ({"clip_skip": 9}, "`clip_skip` must be an integer of at least 0 and below"),
-        ({"image": "cat.png"}, "`image` must be a PIL picture"),
+        ({"image": "cat.png"}, "`image` must be a PIL image"),
         ({"resolution": 5}, "`resolution` must be 0 .* or an integer"),
         ({"resize_mode": "fit"}, "`resize_mode` must be one of"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer"),
-        ({"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, "`prompt` has 2 entries, but this call has 3 samples"),
+        ({"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, "`prompt` must have one entry, .* got 2"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer"),
-        ({"sigmas": [1.0]}, "Only one of `num_inference_steps`, `timesteps` and `sigmas`"),
+        ({"sigmas": [1.0]}, "Exactly one of `num_inference_steps`, `timesteps` and `sigmas`"),
         ({"strength": 0.0}, "`strength` must be above 0"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"`latents` must have the shape \(1, 4, 16, 16\)"),
         ({"latents": torch.zeros(4, 16, 16)}, "`latents` must be a floating-point tensor .* of shape"),
@@ -370,7 +370,7 @@ def test_a_missing_component_is_named() -> None:
 def test_a_unet_of_another_model_is_refused(pipe: InstructDiffusionPipeline) -> None:
     blocks = modular(pipe)
     blocks.unet.register_to_config(in_channels=4)
-    with pytest.raises(ValueError, match="`unet` must take 8 channels, .* but takes 4"):
+    with pytest.raises(ValueError, match="`unet` must be a UNet of InstructDiffusion with 8 input channels .* got 4"):
         blocks(**tiny.inputs())
     blocks.unet.register_to_config(in_channels=8, encoder_hid_dim_type="ip_image_proj")
     with pytest.raises(ValueError, match="`unet` must not have an IP-Adapter"):
@@ -385,5 +385,5 @@ def test_wrong_scales_are_named(name: str, wrong: Any) -> None:
 
 
 def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="`unet` gave values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="`unet` returned values that are NaN or infinite"):
         modular(pipe, guidance_scale=1e38)(**tiny.inputs())

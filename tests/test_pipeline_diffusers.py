@@ -142,7 +142,7 @@ def test_a_single_original_file_loads_with_a_configuration_at_hand(
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "all of .* final_layer_norm.weight"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "all weights of .* final_layer_norm"),
         ("model.diffusion_model.out.2.bias", "all weights of the VAE and the UNet"),
         ("first_stage_model.decoder.conv_out.weight", "all weights of the VAE and the UNet"),
     ],
@@ -207,7 +207,7 @@ def test_encode_prompt_works_without_the_other_components(pipe: InstructDiffusio
     embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
     expected = answer(pipe, negative_prompt="fog")
     assert difference(answer(without_texts, prompt=None, **embeds), expected) == 0
-    with pytest.raises(ValueError, match="`negative_prompt_embeds` must be given: there is no text encoder"):
+    with pytest.raises(ValueError, match="`negative_prompt_embeds` must be given, because there is no text encoder"):
         answer(without_texts, prompt=None, prompt_embeds=prompt_embeds)
 
 
@@ -325,7 +325,7 @@ def test_several_loras_weigh_as_told(pipe: InstructDiffusionPipeline) -> None:
 
 
 def ip_adapter(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of an IP-Adapter on pooled embeddings of width 32, which shows each picture as 4 tokens."""
+    """Weights of an IP-Adapter on pooled embeddings of width 32, which shows each image as 4 tokens."""
     torch.manual_seed(seed)
     width = unet.config.cross_attention_dim
     attention = {}
@@ -439,7 +439,7 @@ def test_an_adapter_may_be_shown_several_pictures(pipe: InstructDiffusionPipelin
     pipe = load(with_image_encoder(pipe), adapters=2)
     one, two = tiny.picture(seed=8), tiny.picture(seed=9)
     answer(pipe, ip_adapter_image=[[one, two], two])
-    with pytest.raises(ValueError, match="`ip_adapter_image` must have 2 entries, one per IP-Adapter, but has 3"):
+    with pytest.raises(ValueError, match="`ip_adapter_image` must have 2 entries, one per IP-Adapter; got 3"):
         answer(pipe, ip_adapter_image=[one, two, one])
 
 
@@ -473,10 +473,10 @@ def test_ip_adapter_masks_tell_where(pipe: InstructDiffusionPipeline) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "`ip_adapter_image` or `ip_adapter_image_embeds` must be given: an IP-Adapter is loaded"),
-        ({"ip_adapter_image_embeds": [embeds()] * 2}, "must have 1 entries, one per IP-Adapter, but has 2"),
-        ({"ip_adapter_image_embeds": [embeds(rows=3)]}, r"odd number of entries: its shape is \(3, 1, 32\)"),
-        ({"ip_adapter_image_embeds": [embeds(rows=4)]}, "`ip_adapter_image_embeds` has 2 entries, .* has 1 samples"),
+        ({}, "`ip_adapter_image` or `ip_adapter_image_embeds` must be given, because an IP-Adapter is loaded"),
+        ({"ip_adapter_image_embeds": [embeds()] * 2}, "must have 1 entries, one per IP-Adapter; got 2"),
+        ({"ip_adapter_image_embeds": [embeds(rows=3)]}, r"odd number of entries: shape \(3, 1, 32\)"),
+        ({"ip_adapter_image_embeds": [embeds(rows=4)]}, "`ip_adapter_image_embeds` must have one entry, .* got 2"),
         ({"ip_adapter_image": tiny.picture(), "ip_adapter_image_embeds": [embeds()]}, "must not both be given"),
         ({"ip_adapter_image": tiny.picture()}, "`ip_adapter_image` needs an `image_encoder`"),
     ],
@@ -622,7 +622,7 @@ def test_caches_that_cannot_work_are_refused(pipe: InstructDiffusionPipeline) ->
         apply_first_block_cache(pipe.unet, FirstBlockCacheConfig())
     plain = answer(pipe)
     apply_faster_cache(pipe.unet, FasterCacheConfig(tensor_format="BCHW"))
-    with pytest.raises(ValueError, match="`unet` must not have FasterCache: .* Use PyramidAttentionBroadcast"):
+    with pytest.raises(ValueError, match="`unet` must not have FasterCache, .* Use PyramidAttentionBroadcast"):
         answer(pipe)
     pipe.unet._diffusers_hook.remove_hook("faster_cache_denoiser")
     assert difference(answer(pipe), plain) == 0

@@ -1,10 +1,10 @@
-"""The pipeline against the original implementation: the same seed gives the same picture.
+"""The pipeline against the original implementation: the same seed gives the same image.
 
 The original ran on a CPU in float32; its own float64 run is up to 2.1e-4 away from that in the final latents.
 
 Measured, at most over all cases: noise levels 5.0e-5, predictions 1.9e-5, final latents 4.4e-4 (values reach 30),
-pictures one grey level in 0.13 % of the values. Heun, with diffusers' own scheduler: noise levels 3.8e-6, predictions
-4.1e-6, final latents 9.4e-5, one grey level in 0.012 % of the values; so it needs no tolerances of its own.
+images one gray level in 0.13 % of the values. Heun, with diffusers' own scheduler: noise levels 3.8e-6, predictions
+4.1e-6, final latents 9.4e-5, one gray level in 0.012 % of the values; so it needs no tolerances of its own.
 """
 
 import json
@@ -36,7 +36,7 @@ SIGMAS, EPS, FINAL_LATENT, GREY_LEVELS = 7e-5, 3e-5, 1e-3, 1
 
 
 class Run:
-    """One golden case, run by the pipeline: what went through the UNet, the latents, and the picture."""
+    """One golden case, run by the pipeline: what went through the UNet, the latents, and the image."""
 
     def __init__(self, folder: Path, pipe: InstructDiffusionPipeline):
         self.meta = json.loads((folder / "meta.json").read_text())
@@ -50,7 +50,7 @@ class Run:
         self.calls: list[tuple] = []
         self.latents: list[torch.Tensor] = []
         hook = self.unet.register_forward_hook(lambda *call: self.calls.append(call[1:]), with_kwargs=True)
-        # The demo app brings pictures to another size than the command line, and does not fit them back.
+        # The demo app brings images to another size than the command line, and does not fit them back.
         from_command_line = self.meta["resize_back"]
         steps, skipped = self.meta["steps"], self.meta.get("stochastic_steps", 0)
         self.picture = pipe(

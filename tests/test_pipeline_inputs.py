@@ -1,4 +1,4 @@
-"""What a call accepts: kinds and modes of pictures, texts, how lists broadcast, and what each mistake is told."""
+"""What a call accepts: kinds and modes of images, texts, how lists broadcast, and what each mistake is told."""
 
 import io
 import logging
@@ -54,7 +54,7 @@ def test_the_range_of_grey_values_is_recognised(mode: str, scale: float) -> None
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 255.5), ("F", float("nan"))])
 def test_values_that_no_picture_has_are_refused(mode: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"`image` of mode {mode} must hold values from 0 to"):
+    with pytest.raises(ValueError, match=f"`image` of mode {mode} must have values from 0 to"):
         upright_rgb(PIL.Image.new(mode, (3, 2), value))
 
 
@@ -99,7 +99,7 @@ def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
     ],
 )
 def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int) -> None:
-    """At another size a PIL picture is rounded to 8 bits in between, which the others are not."""
+    """At another size a PIL image is rounded to 8 bits in between, which the others are not."""
     picture = tiny.picture(32, 40)
     expected = pipe(**tiny.inputs(image=picture, resolution=resolution)).images
     answer = pipe(**tiny.inputs(image=kind(picture), resolution=resolution)).images
@@ -201,7 +201,7 @@ def test_long_prompts_warn_with_what_was_cut(
 ) -> None:
     with caplog.at_level(logging.WARNING, "instructdiffusion_pipeline"):
         pipe(**tiny.inputs(prompt=["a cat", "a " * 75 + "b c"]))
-        assert "CLIP reads at most 77 tokens; this part of the prompt was cut: 'b c'" in caplog.text
+        assert "CLIP takes at most 77 tokens; this part of the prompt was removed: 'b c'" in caplog.text
         caplog.clear()
         pipe(**tiny.inputs(prompt="a " * 75))
         assert not caplog.records
@@ -214,80 +214,80 @@ LATENTS = torch.zeros(1, 4, 16, 16)
     ("change", "message"),
     [
         ({"prompt": None}, "`prompt` or `prompt_embeds` must be given"),
-        ({"prompt": []}, r"`prompt` must be a text or a non-empty list of texts, .*, but is \[\]"),
-        ({"prompt": 3}, "`prompt` must be a text or a non-empty list of texts, .*, but is 3"),
+        ({"prompt": []}, r"`prompt` must be a text or a non-empty list of texts, .* got \[\]"),
+        ({"prompt": 3}, "`prompt` must be a text or a non-empty list of texts, .* got 3"),
         ({"prompt": ["cat", 3]}, "`prompt` must be a text"),
         ({"prompt_embeds": torch.zeros(1, 77, 32)}, "`prompt` and `prompt_embeds` must not both be given"),
         ({"prompt": None, "prompt_embeds": torch.zeros(77, 32)}, r"`prompt_embeds` must .* \(77, 32\)"),
         ({"negative_prompt": 3}, "`negative_prompt` must be a text"),
         ({"negative_prompt_embeds": torch.zeros(1, 5, 32)}, r"same length .* \(1, 77, 32\) and \(1, 5, 32\)"),
-        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "`prompt` has 2 entries, .* has 3 samples"),
-        ({"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, "`prompt` has 2 entries, .* has 3 samples"),
-        ({"prompt": ["a"] * 3, "image": [tiny.picture()] * 2}, "`image` has 2 entries, .* has 3 samples"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "`prompt` must have one entry, .* got 2"),
+        ({"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, "`prompt` must have one entry, .* got 2"),
+        ({"prompt": ["a"] * 3, "image": [tiny.picture()] * 2}, "`image` must have one entry, .* got 2"),
         ({"image": None}, "`image` must be given"),
-        ({"image": []}, r"`image` must be a PIL picture, .* but holds \[\]"),
-        ({"image": "cat.png"}, "`image` must be a PIL picture, .* but holds 'cat.png'"),
-        ({"image": torch.zeros(5, 5)}, r"`image` must be .* but holds Tensor of shape \(5, 5\)"),
-        ({"image": torch.zeros(1, 5, 8, 8)}, "`image` must have 3 channels, .* but has 5"),
-        ({"image": [tiny.picture(), torch.zeros(4, 16, 16)]}, "`image` must have 3 channels, .* but has 4"),
-        ({"image": np.zeros((16, 16, 4), np.uint8)}, r"`image` must be .* but holds ndarray of shape \(16, 16, 4\)"),
-        ({"image": np.random.rand(16, 16, 4) - 0.5}, r"`image` must be .* but holds ndarray of shape \(16, 16, 4\)"),
-        ({"image": torch.ones(4, 16, 16)}, "`image` must have 3 channels, .* but has 4"),
-        ({"image": torch.rand(1, 4, 16, 16)}, "`image` must have 3 channels, .* but has 4"),
-        ({"image": torch.full((4, 16, 16), 255.0)}, "`image` must have 3 channels, .* but has 4"),
-        ({"image": torch.full((4, 16, 16), 255, dtype=torch.uint8)}, "`image` must have 3 channels, .* but has 4"),
-        ({"image": LATENTS - 1j}, "`image` must have 3 channels, .* but has 4"),
+        ({"image": []}, r"`image` must be a PIL image, .* got \[\]"),
+        ({"image": "cat.png"}, "`image` must be a PIL image, .* got 'cat.png'"),
+        ({"image": torch.zeros(5, 5)}, r"`image` must be .* got Tensor of shape \(5, 5\)"),
+        ({"image": torch.zeros(1, 5, 8, 8)}, "`image` must have 3 channels, .* got 5"),
+        ({"image": [tiny.picture(), torch.zeros(4, 16, 16)]}, "`image` must have 3 channels, .* got 4"),
+        ({"image": np.zeros((16, 16, 4), np.uint8)}, r"`image` must be .* got ndarray of shape \(16, 16, 4\)"),
+        ({"image": np.random.rand(16, 16, 4) - 0.5}, r"`image` must be .* got ndarray of shape \(16, 16, 4\)"),
+        ({"image": torch.ones(4, 16, 16)}, "`image` must have 3 channels, .* got 4"),
+        ({"image": torch.rand(1, 4, 16, 16)}, "`image` must have 3 channels, .* got 4"),
+        ({"image": torch.full((4, 16, 16), 255.0)}, "`image` must have 3 channels, .* got 4"),
+        ({"image": torch.full((4, 16, 16), 255, dtype=torch.uint8)}, "`image` must have 3 channels, .* got 4"),
+        ({"image": LATENTS - 1j}, "`image` must have 3 channels, .* got 4"),
         ({"image": LATENTS - torch.inf}, "`image` must be finite"),
         ({"image": LATENTS + torch.nan}, "`image` must be finite"),
-        ({"latents": LATENTS.long()}, "`latents` must be a floating-point tensor of finite values, .* torch.int64"),
-        ({"latents": LATENTS.bool()}, "`latents` must be a floating-point tensor of finite values, .* torch.bool"),
-        ({"latents": LATENTS * 1j}, "`latents` must be a floating-point tensor of finite values, .* torch.complex64"),
+        ({"latents": LATENTS.long()}, "`latents` must be a floating-point tensor of finite values; .* torch.int64"),
+        ({"latents": LATENTS.bool()}, "`latents` must be a floating-point tensor of finite values; .* torch.bool"),
+        ({"latents": LATENTS * 1j}, "`latents` must be a floating-point tensor of finite values; .* torch.complex64"),
         ({"latents": LATENTS + torch.nan}, "`latents` must be a floating-point tensor of finite values"),
         ({"latents": LATENTS + torch.inf}, "`latents` must be a floating-point tensor of finite values"),
-        ({"image": torch.zeros(3, 0, 8)}, "`image` must be at least 1 x 1 pixel, but is 8 x 0"),
+        ({"image": torch.zeros(3, 0, 8)}, "`image` must be at least 1 x 1 pixel; got 8 x 0"),
         (
             {"image": np.zeros((8, 8, 3), np.uint16)},
-            r"`image` must hold floating-point values in \[0, 1\] .* holds torch.uint16 values",
+            r"`image` must have floating-point values in \[0, 1\] .* got torch.uint16 values",
         ),
-        ({"image": torch.full((3, 8, 8), -0.1)}, r"`image` must hold floating-point values in \[0, 1\] .* from -0.1"),
-        ({"image": torch.full((3, 8, 8), torch.nan)}, r"`image` must hold floating-point values in \[0, 1\] .* nan"),
-        ({"image": LATENTS, "resolution": 64}, "`resolution` must be None or 0 for image latents, but is 64"),
-        ({"image": [LATENTS, LATENTS[..., :8]]}, "`image` must hold image latents of one shape"),
-        ({"resolution": 8}, "`resolution` must be 0 .* or an integer of at least 16 and at most 16384, but is 8"),
-        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, but is 0"),
-        ({"generator": [0]}, r"`generator` must be .* but is \[0\]"),
+        ({"image": torch.full((3, 8, 8), -0.1)}, r"`image` must have floating-point values in \[0, 1\] .* from -0.1"),
+        ({"image": torch.full((3, 8, 8), torch.nan)}, r"`image` must have floating-point values in \[0, 1\] .* nan"),
+        ({"image": LATENTS, "resolution": 64}, "`resolution` must be None or 0 for image latents; got 64"),
+        ({"image": [LATENTS, LATENTS[..., :8]]}, "`image` must have image latents of one shape"),
+        ({"resolution": 8}, "`resolution` must be 0 .* or an integer of at least 16 and at most 16384; got 8"),
+        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them; got 0"),
+        ({"generator": [0]}, r"`generator` must be .* got \[0\]"),
         ({"image": tiny.picture(400, 10), "resolution": 64}, "`image` of 400 x 10 pixels is too elongated"),
         (
             {"num_inference_steps": 0},
-            "`num_inference_steps` must be an integer of at least 1 and at most 1000, but is 0",
+            "`num_inference_steps` must be an integer of at least 1 and at most 1000; got 0",
         ),
         (
             {"num_inference_steps": 2.0},
-            "`num_inference_steps` must be an integer of at least 1 and at most 1000, but is 2.0",
+            "`num_inference_steps` must be an integer of at least 1 and at most 1000; got 2.0",
         ),
         (
             {"num_images_per_prompt": 0},
-            "`num_images_per_prompt` must be an integer of at least 1 and at most 1000, but is 0",
+            "`num_images_per_prompt` must be an integer of at least 1 and at most 1000; got 0",
         ),
-        ({"guidance_scale": "5"}, "`guidance_scale` must be a finite number, but is '5'"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, but is nan"),
-        ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a finite number, but is inf"),
+        ({"guidance_scale": "5"}, "`guidance_scale` must be a finite number; got '5'"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number; got nan"),
+        ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a finite number; got inf"),
         (
             {"clip_skip": 2},
-            "`clip_skip` must be an integer of at least 0 and below the text encoder's 2 layers, but is 2",
+            "`clip_skip` must be an integer of at least 0 and below the text encoder's 2 layers; got 2",
         ),
-        ({"image": torch.zeros(0, 3, 32, 32)}, r"`image` must be .* but holds Tensor of shape \(0, 3, 32, 32\)"),
-        ({"strength": 0}, "`strength` must be above 0 and at most 1, but is 0"),
-        ({"strength": 1.01}, "`strength` must be above 0 and at most 1, but is 1.01"),
+        ({"image": torch.zeros(0, 3, 32, 32)}, r"`image` must be .* got Tensor of shape \(0, 3, 32, 32\)"),
+        ({"strength": 0}, "`strength` must be above 0 and at most 1; got 0"),
+        ({"strength": 1.01}, "`strength` must be above 0 and at most 1; got 1.01"),
         ({"strength": 0.2}, "`strength` of 0.2 leaves none of 2 steps"),
-        ({"output_type": "jpeg"}, "`output_type` must be one of .* but is 'jpeg'"),
+        ({"output_type": "jpeg"}, "`output_type` must be one of .* got 'jpeg'"),
         (
             {"latents": torch.zeros(1, 4, 8, 8)},
-            r"`latents` must have the shape \(1, 4, 16, 16\), but has \(1, 4, 8, 8\)",
+            r"`latents` must have the shape \(1, 4, 16, 16\); got \(1, 4, 8, 8\)",
         ),
-        ({"generator": [tiny.generator()] * 2}, "`generator` must be one or a list of 1, .* but has 2"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be a list of names among .* but is \['noise'\]"),
-        ({"ip_adapter_image": tiny.picture()}, "need an IP-Adapter, but none is loaded"),
+        ({"generator": [tiny.generator()] * 2}, "`generator` must be one or a list of 1, .* got 2"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be a list of names among .* got \['noise'\]"),
+        ({"ip_adapter_image": tiny.picture()}, "must be None, because no IP-Adapter is loaded"),
     ],
 )
 def test_mistakes_are_named(pipe: InstructDiffusionPipeline, change: dict[str, Any], message: str) -> None:
@@ -297,9 +297,9 @@ def test_mistakes_are_named(pipe: InstructDiffusionPipeline, change: dict[str, A
 
 def test_embeddings_that_do_not_fit_are_named(pipe: InstructDiffusionPipeline) -> None:
     for embeds in (torch.zeros(1, 77, 33), torch.zeros(1, 77, 32).long(), torch.full((1, 77, 32), torch.nan)):
-        with pytest.raises(ValueError, match=r"`prompt_embeds` must be .* of shape \(B, 77, 32\), but is Tensor"):
+        with pytest.raises(ValueError, match=r"`prompt_embeds` must be .* of shape \(B, 77, 32\); got Tensor"):
             pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds))
-        with pytest.raises(ValueError, match=r"`negative_prompt_embeds` must be .* of shape \(B, 77, 32\), but is"):
+        with pytest.raises(ValueError, match=r"`negative_prompt_embeds` must be .* of shape \(B, 77, 32\); got"):
             pipe(**tiny.inputs(negative_prompt_embeds=embeds))
 
 
@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_named(pipe: InstructDiffusionPipeline, 
         if "conv_out.w" in name or "fc1.w" in name
     )
     weight.data.view(-1)[0] = value
-    message = rf"`{component}` gave values that are NaN or infinite: its weight {name} is .* \(1 weights are\)"
+    message = rf"`{component}` returned .*: 1 of its weights are NaN or infinite, such as {name}"
     with pytest.raises(ValueError, match=message):
         pipe(**tiny.inputs())
 
@@ -321,7 +321,7 @@ def test_weights_that_are_not_finite_are_named(pipe: InstructDiffusionPipeline, 
 def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline, change: dict, component: str) -> None:
     change = {name: LATENTS + value if name == "latents" else value for name, value in change.items()}
     with pytest.raises(
-        ValueError, match=f"`{component}` gave values that are NaN .* look for large ones in .*`latents`"
+        ValueError, match=f"`{component}` returned values that are NaN .* look for large values in .*`latents`"
     ):
         pipe(**tiny.inputs(**change))
 
@@ -331,7 +331,7 @@ def test_half_precision_that_overflows_is_named(pipe: InstructDiffusionPipeline,
     half = pipe.to(torch.float16)
     layer = half.unet.conv_out if component == "unet" else half.vae.decoder.conv_in
     layer.weight.data.fill_(60000)
-    with pytest.raises(ValueError, match=f"`{component}` gave values .* float16 overflowed; use bfloat16 or float32"):
+    with pytest.raises(ValueError, match=f"`{component}` returned .* float16 overflowed; use bfloat16 or float32"):
         half(**tiny.inputs(num_inference_steps=1))
 
 
@@ -345,7 +345,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(
     name, _ = next(iter(getattr(pipe, component).named_parameters()))
     weights["other"] = weights.pop(name)
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"`{component}` must have all of its weights .* 1 are missing: {name}"):
+    with pytest.raises(ValueError, match=f"must have all weights of `{component}`; 1 are missing: {name}"):
         InstructDiffusionPipeline.from_pretrained(tmp_path)
     given = {component: getattr(pipe, component)}
     assert InstructDiffusionPipeline.from_pretrained(tmp_path, **given).components[component] is given[component]
@@ -382,5 +382,5 @@ def test_variants_and_shards_have_all_weights(pipe: InstructDiffusionPipeline, t
 
 def test_a_unet_that_sees_no_image_is_refused(pipe: InstructDiffusionPipeline) -> None:
     pipe.unet.register_to_config(in_channels=4)
-    with pytest.raises(ValueError, match="`unet` must take 8 channels, .* but takes 4"):
+    with pytest.raises(ValueError, match="`unet` must be a UNet of InstructDiffusion with 8 input channels .* got 4"):
         pipe(**tiny.inputs())

@@ -106,9 +106,9 @@ def test_centre_crop_keeps_the_largest_box() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 5, 512), "`image` must be at least 1 x 1 pixel, but is 0 x 5"),
-        ((5, 5, 15), "`resolution` must be 0 .* at least 16 .*, but is 15"),
-        ((5, 5, 512.0), "`resolution` .* but is 512.0"),
+        ((0, 5, 512), "`image` must be at least 1 x 1 pixel; got 0 x 5"),
+        ((5, 5, 15), "`resolution` must be 0 .* at least 16 .* got 15"),
+        ((5, 5, 512.0), "`resolution` .* got 512.0"),
         ((2000, 30, 512), "`image` of 2000 x 30 pixels is too elongated"),
     ],
 )

@@ -41,7 +41,7 @@ def network(**changes):
 
 
 class Copy(UNet2DModel):
-    """A readout that returns the reading by color."""
+    """A readout that returns the decoding by color."""
 
     def forward(self, sample, timestep):
         share = sample[:, -1:]
@@ -97,7 +97,7 @@ def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
 
 
 def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
-    """The answer shows the middle of a picture twice as wide as high, at half its height."""
+    """The answer shows the middle of an image twice as wide as high, at half its height."""
     image = tiny.picture(256, 128)
     mask = np.zeros((128, 256), bool)
     mask[40:90, 100:160] = True
@@ -150,14 +150,14 @@ def test_another_network_is_refused(scene):
 def test_a_readout_with_a_weight_that_is_not_finite_is_named(task):
     readout, image = network(), Image.new("RGB", (64, 64))
     next(readout.parameters()).data.view(-1)[0] = float("nan")
-    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
         read_with_readout(readout, task, image, image)
 
 
 def test_one_logit_that_is_not_finite_is_named():
     readout, image = network(), Image.new("RGB", (64, 64))
     readout.conv_out.bias.data[HEATMAP] = float("inf")
-    with pytest.raises(ValueError, match="`readout` gave values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
         read_with_readout(readout, Segmentation({"cat": "blue"}), image, image)
 
 

@@ -64,7 +64,7 @@ def components(seed: int = 0) -> dict[str, Any]:
 
 
 def safety_checker(threshold: float) -> dict[str, Any]:
-    """A safety checker that flags every picture if `threshold` is -1 and none if it is 1, with its extractor.
+    """A safety checker that flags every image if `threshold` is -1 and none if it is 1, with its extractor.
 
     Both are arguments of the pipeline.
     """
@@ -117,7 +117,7 @@ def inputs(**changes: Any) -> dict[str, Any]:
     call = {
         "prompt": "tint the cat blue",
         "image": picture(),
-        "resolution": 0,  # the picture's own 32 x 32 pixels
+        "resolution": 0,  # the image's own 32 x 32 pixels
         "num_inference_steps": 2,
         "generator": generator(),
         "output_type": "np",

@@ -1,4 +1,4 @@
-"""Edits of the colors of a whole picture, each with several instructions."""
+"""Edits of the colors of a whole image, each with several instructions."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from instructdiffusion_pipeline.types import Edit
 
 
 def edit_colors(image: Image.Image, rng: random.Random, name: str | None = None) -> Edit:
-    """Apply the edit `name` of `COLOR_EDITS`, by default a random one, to an RGB picture."""
+    """Apply the edit `name` of `COLOR_EDITS`, by default a random one, to an RGB image."""
     function, wordings = COLOR_EDITS[name or rng.choice(list(COLOR_EDITS))]
     pixels = function(np.asarray(image, dtype=np.float32) / 255)
     return Edit(rng.choice(wordings), Image.fromarray(np.round(255 * pixels.clip(0, 1)).astype(np.uint8)))
@@ -27,7 +27,7 @@ def tinted(pixels: np.ndarray, *factors: float) -> np.ndarray:
 
 
 def night(pixels: np.ndarray) -> np.ndarray:
-    """Darken and desaturate the picture, with a blue tint that is strongest in the shadows."""
+    """Darken and desaturate the image, with a blue tint that is strongest in the shadows."""
     return tinted(0.5 * pixels + 0.5 * gray(pixels), 0.3, 0.38, 0.6) + np.array([0, 0, 0.05], np.float32)
 
 
@@ -38,7 +38,7 @@ def autumn(pixels: np.ndarray) -> np.ndarray:
 
 
 def winter(pixels: np.ndarray) -> np.ndarray:
-    """Desaturate and brighten the picture, with a blue tint."""
+    """Desaturate and brighten the image, with a blue tint."""
     return 0.3 + tinted(0.25 * pixels + 0.75 * gray(pixels), 0.75, 0.8, 0.85)
 
 

@@ -7,7 +7,7 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Relative to the picture's shorter side: the standard deviation of a Gaussian, the radius of a disc or half the length
+# Relative to the image's shorter side: the standard deviation of a Gaussian, the radius of a disc or half the length
 # of a line, and the height of letters.
 BLUR_RADII = (0.5 / 64, 3.5 / 64)
 FONT_SIZES = (9 / 64, 20 / 64)
@@ -16,7 +16,7 @@ OVERSAMPLING = 4
 
 
 def add_blur(image: Image.Image, rng: random.Random, radii: tuple[float, float] = BLUR_RADII) -> Image.Image:
-    """Blur a picture with a Gaussian, a disc (out of focus) or a line (motion), at random."""
+    """Blur an image with a Gaussian, a disc (out of focus) or a line (motion), at random."""
     kernel = rng.choice([gaussian, defocus, motion])(rng.uniform(*radii) * min(image.size), rng)
     margin = len(kernel) // 2
     pixels = np.pad(np.asarray(image, dtype=np.float32), ((margin, margin), (margin, margin), (0, 0)), "edge")
@@ -60,7 +60,7 @@ def drawn_kernel(radius: float, draw) -> np.ndarray:
 
 
 def add_watermark(image: Image.Image, rng: random.Random, opacities: tuple[float, float] = OPACITIES) -> Image.Image:
-    """Draw random translucent letters on the picture, once or repeated, at a random size, angle and opacity."""
+    """Draw random translucent letters on the image, once or repeated, at a random size, angle and opacity."""
     letters = string.ascii_uppercase if rng.random() < 0.5 else string.ascii_lowercase
     text = "".join(rng.choices(letters, k=rng.randint(3, 7)))
     side = OVERSAMPLING * max(image.size)

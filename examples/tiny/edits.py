@@ -72,7 +72,7 @@ class Change(NamedTuple):
 
     @property
     def sample(self) -> tuple[Image.Image, Edit]:
-        """The same in the format of the editing data sets."""
+        """The same in the format of the editing datasets."""
         return self.before.image, Edit(self.words, self.after.image)
 
 

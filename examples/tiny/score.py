@@ -44,8 +44,8 @@ from instructdiffusion_pipeline.files import write_text
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-MIN_CHANGE = 16  # grey levels in one channel; pixels that the ground truth changes by less are outside the change
-MIN_PAINTED = 0.01  # share of the picture; smaller masks count as empty
+MIN_CHANGE = 16  # gray levels in one channel; pixels that the ground truth changes by less are outside the change
+MIN_PAINTED = 0.01  # share of the image; smaller masks count as empty
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
 

@@ -1,11 +1,11 @@
-"""Scores of the small model on larger pictures of several shapes, at the pictures' own resolution.
+"""Scores of the small model on larger images of several shapes, at the images' own resolution.
 
     python examples/tiny/score_shapes.py --world out/tiny/world --samples 300 --output out/shapes
 
 The rows are segmentation in four shapes, of objects at the rim, and of two and three objects in one question, and
 edits at 384 pixels. The photographs and the drawing style of the segmentation rows were not trained on.
-`--slices 0.56` asks about overlapping parts of the pictures too. The files are those of an evaluation; table.md has
-the scores. A run that was stopped continues when it is started again.
+`--slices 0.56` asks about overlapping parts of the images too. The files are those of an evaluation; table.md has the
+scores. A run that was stopped continues when it is started again.
 """
 
 import argparse

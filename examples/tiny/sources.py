@@ -1,4 +1,4 @@
-"""Generated data sets of each task family: (image, annotation) by index."""
+"""Generated datasets of each task family: (image, annotation) by index."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
 ABSENT = 10  # names of absent objects in the annotation of a scene
-SIGMAS = (5.0, 60.0)  # of noise, in grey levels
+SIGMAS = (5.0, 60.0)  # of noise, in gray levels
 FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
 # The same share in images for restoration and color edits. It is a separate constant, so that a change of the keypoint
 # training does not change the images on which these tasks are scored.
@@ -36,7 +36,7 @@ OBJECTS_SHARE = 0.3  # share of figures with objects behind them, in training of
 
 @dataclass(frozen=True)
 class GeneratedDataset:
-    """A data set of `length` generated examples. An example is determined by `seed` and its index."""
+    """A dataset of `length` generated examples. An example is determined by `seed` and its index."""
 
     example: Callable[[random.Random], tuple[Image.Image, Any]]
     length: int
@@ -85,7 +85,7 @@ def present(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 
 def annotate(scene: Scene, world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """Return the picture of a scene and masks by referring expression, also for objects outside `world.names`.
+    """Return the image of a scene and masks by referring expression, also for objects outside `world.names`.
 
     `ABSENT` of the other names get an empty mask.
     """
@@ -117,7 +117,7 @@ def picture(world: World, rng: random.Random) -> Image.Image:
 
 
 def noisy(world: World, rng: random.Random, sigmas: tuple[float, float] = SIGMAS) -> tuple[Image.Image, Image.Image]:
-    """Return a picture with white noise, and the clean picture."""
+    """Return an image with white noise, and the clean image."""
     clean = picture(world, rng)
     return add_noise(clean, rng.uniform(*sigmas), np.random.default_rng(rng.getrandbits(32))), clean
 
@@ -125,7 +125,7 @@ def noisy(world: World, rng: random.Random, sigmas: tuple[float, float] = SIGMAS
 def blurred(
     world: World, rng: random.Random, radii: tuple[float, float] = BLUR_RADII
 ) -> tuple[Image.Image, Image.Image]:
-    """Return a blurred picture, and the sharp picture."""
+    """Return a blurred image, and the sharp image."""
     clean = picture(world, rng)
     return add_blur(clean, rng, radii), clean
 
@@ -133,7 +133,7 @@ def blurred(
 def watermarked(
     world: World, rng: random.Random, opacities: tuple[float, float] = OPACITIES
 ) -> tuple[Image.Image, Image.Image]:
-    """Return a picture with a watermark, and the clean picture."""
+    """Return an image with a watermark, and the clean image."""
     clean = picture(world, rng)
     return add_watermark(clean, rng, opacities), clean
 
@@ -146,7 +146,7 @@ def edited(
 
 
 def color_edited(world: World, rng: random.Random) -> tuple[Image.Image, Edit]:
-    """Return a picture and a random edit of its colors."""
+    """Return an image and a random edit of its colors."""
     image = picture(world, rng)
     return image, edit_colors(image, rng)
 
@@ -158,7 +158,7 @@ def recolored_scene(world: World, rng: random.Random) -> tuple[Image.Image, Edit
 
 
 def at_the_rim(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """Make a picture with one object that touches a random side of the picture, and its mask."""
+    """Make an image with one object that touches a random side of the image, and its mask."""
     width, height = world.frame
     x, y = rng.uniform(0, width), rng.uniform(0, height)
     center = rng.choice([(0, y), (width, y), (x, 0), (x, height)])
@@ -218,7 +218,7 @@ TRAINING_SOURCES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
 def source(name: str, world: World, count: int, seed: int) -> Source:
     """Return `count` examples of one of `TRAINING_SOURCES`.
 
-    The name is part of the seed. Otherwise families with similar generators would have the same pictures.
+    The name is part of the seed. Otherwise families with similar generators would have the same images.
     """
     _, example, make_task = TRAINING_SOURCES[name]
     return Source(name, GeneratedDataset(partial(example, world), count, f"{seed} {name}"), make_task)

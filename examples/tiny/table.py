@@ -8,7 +8,7 @@ from held_out import CHANGES, COUNT_ROWS, SIZE_ROWS
 OWN = "what was {}, by the model's own segmentation"  # row of `own_results`
 Scores = Mapping[str, Mapping[str, float]]  # metric -> column -> value
 PCK, MIOU = "PCK@0.05 of the side", "mIoU"
-BY_COLOR = "reading by color"
+BY_COLOR = "decoding by color"
 SEGMENTATION = {
     "segmentation, seen names": "names and styles of training",
     "segmentation, unseen drawing style": "a drawing style not used in training",
@@ -102,7 +102,7 @@ def also_by_color(columns: Mapping[str, float]) -> str:
 def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
     """The line of a restoration row, and for watermarks a second one with PSNR inside and outside the watermark."""
     psnr = scores["PSNR"]
-    others = f"{psnr['input']:.1f} input, {psnr['input through the VAE']:.1f} through the autoencoder"
+    others = f"{psnr['input']:.1f} input, {psnr['input through the VAE']:.1f} through the VAE"
     yield f"| {RESTORED[row]}: PSNR | {decibels(psnr)} | {others}, {psnr['classical']:.1f} {CLASSICAL[row]} |"
     if row == "watermark":
         marked = beyond["PSNR inside the change, input"]

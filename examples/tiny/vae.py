@@ -14,7 +14,7 @@ from world import World
 
 from instructdiffusion_pipeline.files import atomic_write
 
-POOL = 24_000  # number of pictures, which are generated once and used repeatedly
+POOL = 24_000  # number of images, which are generated once and used repeatedly
 BATCH = 16
 STEPS = 6_000
 LEARNING_RATE = 2e-3
@@ -23,7 +23,7 @@ SAVE_EVERY = 500
 
 
 def build(side: int) -> AutoencoderKL:
-    """Build the VAE (0.65 M parameters) for pictures of `side` x `side` pixels.
+    """Build the VAE (0.65 M parameters) for images of `side` x `side` pixels.
 
     Its scaling factor is 1, because `standardize_latents` follows training.
     """
@@ -45,7 +45,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
     """Train a VAE, or continue an interrupted run in `folder`.
 
     Args:
-        world: the source of the pictures.
+        world: the source of the images.
         folder: for checkpoints and the trained VAE.
 
     Returns:
@@ -118,8 +118,8 @@ def draw_pool(world: World) -> np.ndarray:
 def standardize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold mean and deviation of each latent channel into the 1 x 1 convolutions before and after the latents.
 
-    Decoded pictures do not change. The latents have unit variance without a scaling factor. So image latents, which
-    the pipeline does not scale, have the same range as the latents that are denoised.
+    Decoded images do not change. The latents have unit variance without a scaling factor. So image latents, which the
+    pipeline does not scale, have the same range as the latents that are denoised.
     """
     tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tensors.split(100)])

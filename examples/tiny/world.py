@@ -11,7 +11,7 @@ import numpy as np
 from figures import draw_figure
 from PIL import Image, ImageEnhance, ImageOps
 
-OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the picture's side
+OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the image's side
 # number of objects -> probability. Usually several, so that a model that ignores the name gets a high loss.
 OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
 PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
@@ -60,7 +60,7 @@ class Scene:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The RGB picture."""
+        """The RGB image."""
         image = self.background.copy()
         for thing in self.things:
             image.paste(thing.layer, (0, 0), thing.layer)
@@ -107,12 +107,12 @@ class World:
 
     Args:
         folder: see `fetch`.
-        frame: width and height of the pictures, in pixels.
+        frame: width and height of the images, in pixels.
         names: names of the objects, if not all that `fetch` wrote.
         unseen_photographs: use the held-out photographs only.
         unseen_objects: use all objects, with at least one held-out name in every scene.
         styles: drawing styles of the objects.
-        sizes: range of an object's longer side, relative to the picture's shorter side.
+        sizes: range of an object's longer side, relative to the image's shorter side.
         counts: number of objects -> probability.
         figures: share of the scenes with a figure behind the objects.
         varied: mirror half of the drawings and vary their saturation.
@@ -200,7 +200,7 @@ class World:
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
         drawing = ImageOps.mirror(drawing) if self.varied and rng.random() < 0.5 else drawing
         side = side or min(self.frame) * rng.uniform(*self.sizes)
-        # Scaled before and after the rotation, as rotating a small picture takes a fraction of the time.
+        # Scaled before and after the rotation, as rotating a small image takes a fraction of the time.
         sprite = with_longer_side(drawing, side).rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         sprite = with_longer_side(sprite.crop(sprite.getchannel("A").getbbox()), side)
         alpha = sprite.getchannel("A")
@@ -212,7 +212,7 @@ class World:
 
 
 def with_longer_side(picture: Image.Image, side: float) -> Image.Image:
-    """Resize a picture so that its longer side has `side` pixels."""
+    """Resize an image so that its longer side has `side` pixels."""
     scale = side / max(picture.size)
     return picture.resize([max(1, round(length * scale)) for length in picture.size], Image.Resampling.LANCZOS)
 

@@ -1,4 +1,4 @@
-"""Calibrated scores: of the answers with a score of 0.8, 80 % are right (Platt, 1999; Guo et al., 2017)."""
+"""Calibration of scores: a score of 0.8 means a probability of 80 % (Platt, 1999; Guo et al., 2017)."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint
 
-SMALLEST = 1e-3  # raw scores are kept this far from 0 and 1, because their logit must be finite
-BINS = 10  # of equal width, of a reliability curve
+SMALLEST = 1e-3  # minimum distance of raw scores from 0 and 1, so that their logit is finite
+BINS = 10  # of a reliability curve, of equal width
 
 
 class Platt(NamedTuple):
@@ -27,19 +27,19 @@ class Platt(NamedTuple):
 
 
 def logit(score: Any) -> np.ndarray:
-    """The log odds of scores from 0 to 1, kept finite."""
+    """The log odds of scores from 0 to 1, which are clipped to keep the result finite."""
     clipped = np.clip(score, SMALLEST, 1 - SMALLEST)
     return np.log(clipped / (1 - clipped))
 
 
 def fit_platt(scores: Sequence[float], right: Sequence[bool]) -> Platt:
-    """Fit the probability that an answer is right to raw scores, by maximum likelihood.
+    """Fit the probability that a mask or joint is right to raw scores, by maximum likelihood.
 
-    As Platt proposed, the targets are (n + 1) / (n + 2) for the n right answers and 1 / (m + 2) for the m wrong ones,
-    so that the fit exists for scores that separate them.
+    As Platt proposed, the targets are (n + 1) / (n + 2) for the n right ones and 1 / (m + 2) for the m wrong ones, so
+    that the fit exists even if the scores separate them.
 
     Raises:
-        ValueError: there are no right or no wrong answers, or right answers do not have higher scores.
+        ValueError: if none or all are right, or the right ones do not have higher scores.
     """
     hits = np.asarray(right, dtype=bool)
     if hits.all() or not hits.any():
@@ -66,7 +66,7 @@ def fit_platt(scores: Sequence[float], right: Sequence[bool]) -> Platt:
 
 
 def calibrate_answer(data: Any, calibration: Platt) -> Any:
-    """The masks or joints of an answer with calibrated scores. The score of an empty mask is 0."""
+    """The masks or joints with calibrated scores. The score of an empty mask is 0."""
 
     def calibrated(part: Mask | Joint | None) -> Mask | Joint | None:
         if isinstance(part, Mask):
@@ -77,7 +77,7 @@ def calibrate_answer(data: Any, calibration: Platt) -> Any:
 
 
 class Bin(NamedTuple):
-    """Answers with similar scores: their number, their mean score, and the share of them that is right."""
+    """Masks or joints with similar scores: their number, their mean score, and the fraction of them that is right."""
 
     answers: int
     score: float
@@ -85,7 +85,7 @@ class Bin(NamedTuple):
 
 
 def reliability(scores: Sequence[float], right: Sequence[bool]) -> list[Bin]:
-    """The reliability curve: the non-empty ones of `BINS` bins of equal width, by rising score."""
+    """The reliability curve: the non-empty bins of `BINS` bins of equal width, in order of the score."""
     values, hits = np.asarray(scores, dtype=float), np.asarray(right, dtype=float)
     numbers = np.minimum((values * BINS).astype(int), BINS - 1)
     return [
@@ -96,6 +96,6 @@ def reliability(scores: Sequence[float], right: Sequence[bool]) -> list[Bin]:
 
 
 def expected_calibration_error(scores: Sequence[float], right: Sequence[bool]) -> float | None:
-    """ECE: the mean distance of score and share of right answers over the bins, by count; None without answers."""
+    """ECE: the mean of |mean score - fraction right| over the bins, weighted by their numbers; None without scores."""
     bins = reliability(scores, right)
     return sum(part.answers * abs(part.score - part.right) for part in bins) / len(scores) if bins else None

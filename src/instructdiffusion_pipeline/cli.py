@@ -1,4 +1,4 @@
-"""Shared code of the command line scripts: exit statuses, loading models and images, argument checks."""
+"""Shared code of the command-line scripts: exit statuses, loading models and images, argument checks."""
 
 import argparse
 import errno
@@ -25,14 +25,15 @@ FAILED_WRITES = ("No space left on device", "PytorchStreamWriter failed", "unexp
 
 
 class UsageError(ValueError):
-    """A bad command line argument: `run_script` ends with exit status 2."""
+    """An invalid command-line argument: `run_script` ends with exit status 2."""
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, and end the process with a one-line message and an exit status if it fails.
 
-    The statuses are 2 for a bad argument (`UsageError` or argparse's own), 1 for other failures, 130 for Ctrl-C and
-    141 if the output pipe was closed (SIGPIPE). Programming errors, such as TypeError, keep their traceback.
+    The statuses are 2 for an invalid argument (`UsageError`, or an error of argparse), 1 for other failures, 130 for
+    Ctrl-C and 141 if the output pipe was closed (SIGPIPE). Programming errors, such as TypeError, keep their
+    traceback.
 
     ```python
     if __name__ == "__main__":
@@ -45,7 +46,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:
-        # At exit Python flushes the standard output once more.
+        # Python flushes the standard output again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except UsageError as error:
@@ -68,7 +69,7 @@ def fail(message: object, status: int) -> NoReturn:
 def reading(message: str) -> Iterator[None]:
     """Raise a UsageError with `message` and the cause if the block fails.
 
-    For blocks that give a file to a library: with a damaged file, libraries raise exceptions of any class.
+    For blocks that load a file with a library: a damaged file can raise any exception.
     """
     try:
         yield
@@ -91,7 +92,7 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
         value = int(text)
         if value < minimum or (maximum is not None and value > maximum):
             limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, but is {value}")
+            raise argparse.ArgumentTypeError(f"must be {limits}; got {value}")
         return value
 
     return integer
@@ -106,19 +107,19 @@ def finite(text: str) -> float:
     """An argparse type: a finite number."""
     value = float(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, but is {text}")
+        raise argparse.ArgumentTypeError(f"must be a finite number; got {text}")
     return value
 
 
 def add_data_argument(parser: argparse._ActionsContainer, names: Iterable[str], required: bool = True) -> None:
-    """Add the option `--data NAME=FOLDER ...`, with a NAME out of `names`; see `datasets.specs.parse_entries`."""
+    """Add the option `--data NAME=FOLDER ...` with a NAME from `names`; see `datasets.specs.parse_entries`."""
     parser.add_argument(
         "--data",
         action="extend",
         nargs="+",
         required=required,
         metavar="NAME=FOLDER",
-        help=f"data sets; may be repeated; NAME is one of {', '.join(names)}",
+        help=f"datasets; may be repeated; NAME is one of {', '.join(names)}",
     )
 
 
@@ -129,14 +130,14 @@ def check_model_folder(folder: Path) -> None:
 
 
 def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
-    """Load the model that `--model` names: in half precision on a GPU, in float32 on a CPU.
+    """Load the model of the option `--model`: in half precision on a GPU, in float32 on a CPU.
 
     Args:
         model: a folder or a Hub id.
 
     Raises:
-        UsageError: there is no such folder and no such repository, or the model cannot be loaded or run.
-        OSError: the Hub cannot be reached.
+        UsageError: if there is no such folder or repository, or the model cannot be loaded or run.
+        OSError: if the Hub cannot be reached.
     """
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -167,9 +168,9 @@ def load_pipeline(model: str | Path) -> InstructDiffusionPipeline:
 
 
 def check_runs(pipeline: InstructDiffusionPipeline, message: str) -> None:
-    """Run the last of twenty steps on a small picture, and raise a UsageError with `message` if this fails.
+    """Run the last of twenty steps on a small image, and raise a UsageError with `message` if this fails.
 
-    Some wrong values in configurations raise an error only when the model runs.
+    Some invalid values in configurations raise an error only when the model runs.
     """
     progress_bar = pipeline.__dict__.get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
@@ -185,8 +186,8 @@ def open_image(option: str, path: Path) -> Image.Image:
     """Read an image as RGB, with its EXIF orientation applied.
 
     Raises:
-        UsageError: `path`, the value of the command line's `option`, cannot be read as a picture, or is large enough
-            to be a decompression bomb.
+        UsageError: if `path`, the value of the command-line option `option`, cannot be read as an image, or is large
+            enough to be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -194,14 +195,14 @@ def open_image(option: str, path: Path) -> Image.Image:
             return upright_rgb(Image.open(path))
     # Pillow reports a damaged PNG file as a SyntaxError.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UsageError(f"{option}: {path} cannot be read as a picture ({error}).") from error
+        raise UsageError(f"{option}: {path} cannot be read as an image ({error}).") from error
 
 
 def check_output(option: str, path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Check that the file `path`, the value of the command line's `option`, may be written.
+    """Check that the file `path`, the value of the command-line option `option`, may be written.
 
     Raises:
-        UsageError: the folder does not exist, the file is one of `inputs`, or it exists and `overwrite` is False.
+        UsageError: if the folder does not exist, the file is one of `inputs`, or it exists and `overwrite` is False.
     """
     if not path.parent.is_dir():
         raise UsageError(f"{option}: there is no folder {path.parent}.")

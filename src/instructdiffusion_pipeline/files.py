@@ -17,8 +17,8 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` at the end of the block, and removed if the block raises.
 
     The block writes a file or a folder at the temporary path, which has the name of `path` inside a new hidden folder
-    beside it. A process that is killed leaves that folder (`.NAME.*`), which may be deleted. An existing file at
-    `path` is replaced. Raises an OSError if `path` is a folder that is not empty.
+    beside it. If the process is killed, that folder (`.NAME.*`) remains and can be deleted. An existing file at `path`
+    is replaced. Raises an OSError if `path` is a folder that is not empty.
 
     ```python
     with atomic_write("scores.json") as partial:
@@ -26,7 +26,7 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     ```
     """
     path = Path(path)
-    # On the same file system as the target, so that the rename copies nothing.
+    # On the same file system as the target, so that the rename does not copy files.
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield scratch / path.name
@@ -48,6 +48,6 @@ def update_json(path: str | PathLike[str], changes: Mapping[str, Any]) -> None:
 
 
 def save_image(path: str | PathLike[str], image: Image.Image) -> None:
-    """Save a picture through `atomic_write`, in the format that the suffix of `path` names."""
+    """Save an image through `atomic_write`, in the format that the suffix of `path` names."""
     with atomic_write(path) as partial:
         image.save(partial)

@@ -37,7 +37,7 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
 
 
 def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """A hash of all that answers depend on: weights, readout, scheduler, settings, calibration, precision, device."""
+    """A hash of all that outputs depend on: weights, readout, scheduler, settings, calibration, precision, device."""
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     if pipeline.readout is not None:
         parts.append(pipeline.readout)
@@ -50,13 +50,13 @@ def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
 
 
 def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str) -> None:
-    """Write the configuration of a run to the JSON file `name` in `folder`, or compare it with the file that is there.
+    """Write the configuration of a run to the JSON file `name` in `folder`, or compare it with an existing file.
 
     Args:
-        what: what the folder may contain; used in the error message.
+        what: a description of the folder's content for the error message.
 
     Raises:
-        ValueError: the file has another configuration.
+        ValueError: if the file has another configuration.
     """
     written = folder / name
     if not written.exists():

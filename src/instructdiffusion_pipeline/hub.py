@@ -2,7 +2,7 @@
 
 `save_pretrained` writes weights and settings; loading them needs this package. `export` and `push` also write the
 files of the pipeline and of its blocks, and name them in `model_index.json`, `modular_config.json` and
-`modular_model_index.json`, so that loading needs diffusers alone.
+`modular_model_index.json`, so that loading does not need this package.
 """
 
 import json
@@ -21,7 +21,7 @@ from .files import atomic_write
 from .modular_instruct_diffusion import InstructDiffusionBlocks
 from .pipeline_instruct_diffusion import InstructDiffusionPipeline, add_code
 
-# The weight files that diffusers and transformers write in a component's folder, sharded or not.
+# The weight files that diffusers and transformers write to a component's folder, sharded or not.
 _WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetensors|bin|index(\.[^/]+)?\.json)")
 
 _CARD = """
@@ -29,7 +29,7 @@ _CARD = """
 
 An InstructDiffusion model. Its inputs are an image and a text instruction; its output is an image.
 
-Load it with diffusers alone. This runs the file `pipeline_instruct_diffusion.py` of this repository, so read that file
+Load it without this package. This runs the file `pipeline_instruct_diffusion.py` of this repository, so read that file
 before you trust it:
 
 ```python
@@ -62,7 +62,7 @@ def export(
 
     The folder loads with `InstructDiffusionPipeline.from_pretrained(path)`, and without this package with
     `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)` or, as blocks, with
-    `ModularPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is this package's.
+    `ModularPipeline.from_pretrained(path, trust_remote_code=True)`. Its code is that of this package.
 
     Args:
         pipeline: the pipeline to write; the weights keep their precision.
@@ -74,9 +74,9 @@ def export(
         `path`.
 
     Raises:
-        TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
-        ValueError: `pipeline` has LoRA layers or an IP-Adapter.
-        FileExistsError: `path` exists; it is not changed.
+        TypeError: if `pipeline` is not an `InstructDiffusionPipeline`.
+        ValueError: if `pipeline` has LoRA layers or an IP-Adapter.
+        FileExistsError: if `path` exists; it is not changed.
     """
     _check(pipeline)
     path = Path(path)
@@ -102,31 +102,30 @@ def push(
     """Upload weights, settings, code and model card to a model repository on the Hub, in one commit.
 
     A missing repository is created. If the repository already contains a pipeline, the weight files of its components
-    are replaced; with `variant`, those of that variant only. Other files are not changed, and neither is an existing
-    model card.
+    are replaced; with `variant`, only those of that variant. Other files and an existing model card are not changed.
 
     Args:
         pipeline: the pipeline to upload; the weights keep their precision.
-        repo_id: `"owner/name"`, or `"name"` for a repository of your own.
-        private: whether a new repository is private. `None` takes the owner's default.
+        repo_id: `"owner/name"`, or `"name"` for a repository of the token's owner.
+        private: whether a new repository is private. `None` uses the owner's default.
         license: the license of the weights, as the Hub spells it, for a new model card.
         variant: part of the names of the weight files, such as `"fp16"`; loading them needs the same `variant`.
-        token: a token with write access. `None` takes that of `hf auth login` or of the variable `HF_TOKEN`.
+        token: a token with write access. `None` uses that of `hf auth login` or of the variable `HF_TOKEN`.
         revision: the branch to commit to, which must exist. `None` is the main branch.
-        commit_message: the title of the commit. `None` takes that of huggingface_hub.
+        commit_message: the title of the commit. `None` uses that of huggingface_hub.
         create_pr: whether to open a pull request instead of committing to the branch.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        TypeError: `pipeline` is not an `InstructDiffusionPipeline`.
-        ValueError: `pipeline` has LoRA layers or an IP-Adapter.
-        huggingface_hub.errors.HFValidationError: `repo_id` is not a valid name.
-        huggingface_hub.errors.HTTPError: the Hub cannot be reached or rejects the request; no commit was made.
+        TypeError: if `pipeline` is not an `InstructDiffusionPipeline`.
+        ValueError: if `pipeline` has LoRA layers or an IP-Adapter.
+        huggingface_hub.errors.HFValidationError: if `repo_id` is not a valid name.
+        huggingface_hub.errors.HTTPError: if the Hub cannot be reached or rejects the request. No commit is made then.
     """
     _check(pipeline)
-    # Before the weights are written, so that a bad name or token is reported at once.
+    # Before the weights are written, so that an invalid name or token raises an error at once.
     repo_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
     present, weights = _earlier_push(repo_id, revision, token)
     if variant is not None:
@@ -141,14 +140,14 @@ def push(
             commit_message=commit_message,
             create_pr=create_pr,
             ignore_patterns=["README.md"] if "README.md" in present else None,
-            # Weight files with other names (shards, variants, .bin) could be loaded in place of the new ones.
+            # Otherwise weight files with other names (shards, variants, .bin) could be loaded instead of the new ones.
             delete_patterns=weights,
         )
     return commit.pr_url or commit.commit_url
 
 
 def _earlier_push(repo_id: str, revision: str | None, token: str | None) -> tuple[set[str], list[str]]:
-    """All files of a repository, and those of them that are weights of the pipeline in its `model_index.json`."""
+    """All files of a repository, and those that are weights of the pipeline in its `model_index.json`."""
     info = model_info(repo_id, revision=revision, token=token)
     present = {file.rfilename for file in info.siblings or []}
     name = InstructDiffusionPipeline.config_name
@@ -163,7 +162,7 @@ def _earlier_push(repo_id: str, revision: str | None, token: str | None) -> tupl
 
 
 def _check(pipeline: InstructDiffusionPipeline) -> None:
-    # By name: a pipeline loaded with `trust_remote_code=True` has the class of its folder's file.
+    # Compared by name, because a pipeline loaded with `trust_remote_code=True` has the class in its folder's file.
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
         raise TypeError(f"`pipeline` must be an {InstructDiffusionPipeline.__name__}; got {found}.")
@@ -195,7 +194,7 @@ def _write(
     _add_blocks(pipeline, folder, variant, repo_id)
     for file in (folder / pipeline.config_name, *folder.glob("*/config.json")):
         settings = json.loads(file.read_text(encoding="utf-8"))
-        # The path on this machine that the weights were loaded from.
+        # The local path from which the weights were loaded.
         settings.pop("_name_or_path", None)
         if "dtype" in settings:
             # Without `dtype=`, transformers loads a model in this precision, and diffusers loads its own in float32.
@@ -208,7 +207,7 @@ def _write(
 
 
 def _add_blocks(pipeline: InstructDiffusionPipeline, folder: Path, variant: str | None, repo_id: str | None) -> None:
-    """Copy the file of the blocks into a saved model's folder, and write the two files that ModularPipeline reads."""
+    """Copy the file of the blocks into a saved model's folder, and write the two files that ModularPipeline needs."""
     code = Path(modular_instruct_diffusion.__file__)
     shutil.copyfile(code, folder / code.name)
     blocks = InstructDiffusionBlocks()
@@ -219,7 +218,7 @@ def _add_blocks(pipeline: InstructDiffusionPipeline, folder: Path, variant: str 
     for name in blocks.component_names:
         library, kind = saved.get(name, (None, None))
         if library is not None:
-            # A folder's components need no address: diffusers takes those that it finds in the folder itself.
+            # Components in the folder need no path, because diffusers finds them in the folder itself.
             source = {} if repo_id is None else {"pretrained_model_name_or_path": repo_id}
             is_model = isinstance(getattr(pipeline, name), torch.nn.Module)
             names = {"subfolder": name, "variant": variant if is_model else None}

@@ -1,4 +1,4 @@
-"""Grids of labelled pictures."""
+"""Grids of labeled images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ PANEL, MARGIN, FONT_SIZE = 256, 12, 15  # pixels
 
 
 def labeled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> Image.Image:
-    """One row of pictures for each `(title, [(label, picture), ...])`. Each picture is fitted into a square."""
+    """A grid with a row of images for each `(title, [(label, image), ...])`. Each image is fitted into a square."""
     font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + 5
     labels = [[textwrap.fill(label, 2 * PANEL // FONT_SIZE) for label, _ in panels] for _, panels in rows]
     label_lines = max(label.count("\n") + 1 for row in labels for label in row)

@@ -1,7 +1,7 @@
-"""InstructDiffusion for Modular Diffusers: the guidance rule as a guider, the pipeline as blocks.
+"""InstructDiffusion for Modular Diffusers: its guidance as a guider, and its pipeline as blocks.
 
-The blocks call the methods of `InstructDiffusionPipeline`, and so give the same images. Hub repositories carry a copy
-of this file beside that of the pipeline. All blocks are in one file, because diffusers loads the code of all local
+The blocks call the methods of `InstructDiffusionPipeline`, so they return the same images. Hub repositories contain a
+copy of this file and of the pipeline's file. All blocks are in one file, because diffusers loads the code of all local
 folders into one package, where files such as `denoise.py` of two models would replace each other.
 """
 
@@ -47,7 +47,7 @@ from .pipeline_instruct_diffusion import (
     _reset_caches,
 )
 
-# What the UNet gets in the predictions of `Guidance`: both, no_text, no_image. Guiders of diffusers use the first two.
+# Inputs of the UNet for the predictions of `Guidance`: both, no_text, no_image. diffusers' guiders use the first two.
 GUIDER_INPUT_FIELDS = {
     "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds"),
     "image_latents": ("image_latents", "image_latents", "no_image_latents"),
@@ -65,14 +65,14 @@ _COMPONENTS = {
 _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "prompt": (str | list[str], None, "The instruction, or a list of B."),
     "negative_prompt": (str | list[str], None, "Used instead of the empty prompt; one, or a list of B."),
-    "clip_skip": (int, None, "How many of the text encoder's last layers to leave out."),
-    "image": (PipelineImageInput, None, "A picture or a list of B, of the kinds that the pipeline takes."),
-    "resolution": (int, None, "The size to work at in pixels; None is the UNet's, 0 the picture's own."),
+    "clip_skip": (int, None, "How many of the text encoder's last layers to skip."),
+    "image": (PipelineImageInput, None, "An image or a list of B, as in the pipeline."),
+    "resolution": (int, None, "The working size in pixels; None is the UNet's, 0 the image's own."),
     "resize_mode": (str, "crop", "'crop' or 'stretch', see `working_size`."),
     "num_images_per_prompt": (int, 1, "The number of outputs per sample."),
-    "num_inference_steps": (int, None, "Denoising steps; None is the model's default for editing."),
+    "num_inference_steps": (int, None, "The number of denoising steps; None is the model's default for editing."),
     "sigmas": (list[float], None, "Custom noise levels in descending order, instead of `num_inference_steps`."),
-    "strength": (float, 1.0, "The share of the steps to run, in (0, 1]."),
+    "strength": (float, 1.0, "The fraction of the steps to run, in (0, 1]."),
     "generator": (torch.Generator | list[torch.Generator], None, "One generator, or a list of N."),
     "eta": (float, 0.0, "The eta of DDIM (arXiv 2010.02502), in [0, 1]."),
     "output_type": (str, "pil", "'pil', 'np' or 'pt'."),
@@ -82,7 +82,7 @@ _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "answer_sizes": (list[tuple[int, int]], None, "The (width, height) of each input; default: the working size."),
     "timesteps": (torch.Tensor, None, "The timesteps to run (T,)."),
     "latents": (torch.Tensor, None, "Noisy or denoised latents (N, C, h, w), float32."),
-    "images": (list[PIL.Image.Image] | np.ndarray | torch.Tensor, None, "The N outputs, as `output_type` says."),
+    "images": (list[PIL.Image.Image] | np.ndarray | torch.Tensor, None, "The N outputs, of the type `output_type`."),
     "nsfw_content_detected": (list[bool], None, "One value per output; None without a safety checker."),
 }
 
@@ -108,7 +108,7 @@ def _settings() -> list[ConfigSpec]:
 
 
 def _pipeline(components: ModularPipeline, *needed: str) -> InstructDiffusionPipeline:
-    """A pipeline of the components that are loaded.
+    """A pipeline with the loaded components.
 
     Raises:
         ValueError: if one of the `needed` components is not loaded.
@@ -118,7 +118,7 @@ def _pipeline(components: ModularPipeline, *needed: str) -> InstructDiffusionPip
             raise ValueError(
                 f"`{name}` must be loaded before the call: use `load_components()` or `update_components({name}=...)`."
             )
-    # A block alone has none of the other blocks' components.
+    # A single block has only its own components.
     names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
     parts: dict[str, Any] = {name: getattr(components, name, None) for name in names}
     return InstructDiffusionPipeline(**parts, task_settings=components.config.get("task_settings"))
@@ -132,23 +132,23 @@ def _check_latents(name: str, latents: Any) -> None:
 
 
 class InstructDiffusionGuidance(BaseGuidance):
-    """The guidance of InstructDiffusion (arXiv 2309.03895), see `Guidance`: up to three predictions in each step.
+    """The guidance of InstructDiffusion (arXiv 2309.03895), with up to three predictions in each step; see `Guidance`.
 
     Args:
         guidance_scale: guidance scale for the instruction (s_T), any finite number. `None` is the model's default for
-            editing, or 5.0, that of the original code.
-        image_guidance_scale: guidance scale for the input picture (s_I). `None` is the model's default for editing, or
-            1.25.
+            editing, or, if it has none, 5.0 as in the original code.
+        image_guidance_scale: guidance scale for the input image (s_I). `None` is the model's default for editing, or,
+            if it has none, 1.25.
         start, stop: guidance is on from `start` to `stop`, as fractions of the steps from 0 to 1. The other steps use
             plain conditional sampling, one prediction.
         enabled: whether guidance is on.
 
     Raises:
-        ValueError: if a scale is not a finite number, or `start` and `stop` are not from 0 to 1 and in this order.
+        ValueError: if a scale is not a finite number, or `start` and `stop` are not in order and from 0 to 1.
     """
 
     _input_predictions = list(Guidance._fields)
-    # Used for scales that are None. The denoising block sets those of the model.
+    # Used for scales that are None. The denoising block replaces them with the model's.
     default_scales: Mapping[str, Any] = DEFAULT_SETTINGS
 
     @register_to_config
@@ -203,7 +203,7 @@ class InstructDiffusionGuidance(BaseGuidance):
         ]
 
     def forward(self, **predictions: torch.Tensor) -> GuiderOutput:
-        """The guided prediction (N, C, h, w) from those of the step, by name."""
+        """The guided prediction (N, C, h, w) from the predictions of the step, by name."""
         guidance = self.guidance
         return GuiderOutput(
             pred=guidance.combine(torch.cat([predictions[name] for name in guidance.branches])),
@@ -216,7 +216,11 @@ class InstructDiffusionGuidance(BaseGuidance):
 
 
 class InstructDiffusionTextEncoderStep(ModularPipelineBlocks):
-    """Encodes the instruction and the negative prompt. ValueError: a text is wrong, or their numbers differ."""
+    """Encodes the instruction and the negative prompt.
+
+    Raises:
+        ValueError: if `prompt` or `negative_prompt` is invalid, or their lengths differ.
+    """
 
     model_name = "instruct-diffusion"
 
@@ -254,17 +258,19 @@ class InstructDiffusionTextEncoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
-    """Resizes the pictures and encodes them with the VAE.
+    """Resizes the images and encodes them with the VAE.
 
     `resolution=None` and `resize_mode="stretch"` need the configuration of the UNet, which another block loads.
-    ValueError: a picture or an argument is wrong, or the working sizes of the pictures differ.
+
+    Raises:
+        ValueError: if an argument is invalid, or the images have different working sizes.
     """
 
     model_name = "instruct-diffusion"
 
     @property
     def description(self) -> str:
-        return "Resizes the pictures to their working size and encodes them with the VAE."
+        return "Resizes the images to their working size and encodes them with the VAE."
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -292,7 +298,11 @@ class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionInputStep(ModularPipelineBlocks):
-    """Repeats all conditions to one entry per output. ValueError: their numbers do not fit together."""
+    """Repeats all conditions to one entry per output.
+
+    Raises:
+        ValueError: if the conditions have different numbers of entries, other than 1.
+    """
 
     model_name = "instruct-diffusion"
 
@@ -328,7 +338,11 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionSetTimestepsStep(ModularPipelineBlocks):
-    """Sets the timesteps of the scheduler. ValueError: an argument is wrong, or no step is left to run."""
+    """Sets the timesteps of the scheduler.
+
+    Raises:
+        ValueError: if an argument is invalid, or no step is left to run.
+    """
 
     model_name = "instruct-diffusion"
 
@@ -369,7 +383,8 @@ class InstructDiffusionSetTimestepsStep(ModularPipelineBlocks):
 class InstructDiffusionPrepareLatentsStep(ModularPipelineBlocks):
     """Prepares the initial latents: noise, or the noised image latents if `strength` is below 1.
 
-    ValueError: the shape of `latents` or the number of generators is wrong.
+    Raises:
+        ValueError: if the shape of `latents` or the number of generators is wrong.
     """
 
     model_name = "instruct-diffusion"
@@ -409,7 +424,7 @@ class InstructDiffusionPrepareLatentsStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopBeforeDenoiser(ModularPipelineBlocks):
-    """Part of the denoising loop."""
+    """A part of the denoising loop."""
 
     model_name = "instruct-diffusion"
 
@@ -433,7 +448,7 @@ class InstructDiffusionLoopBeforeDenoiser(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopDenoiser(ModularPipelineBlocks):
-    """Part of the denoising loop."""
+    """A part of the denoising loop."""
 
     model_name = "instruct-diffusion"
 
@@ -460,8 +475,8 @@ class InstructDiffusionLoopDenoiser(ModularPipelineBlocks):
         if branches != block.branches:
             _reset_caches(unet)
         block.branches = branches
-        # One call of the UNet for all predictions, as in the pipeline; one for each if the guider changes the UNet
-        # from one to the next, as skip-layer guidance does.
+        # The UNet is called once for all predictions, as in the pipeline. If the guider changes the UNet between
+        # predictions, as skip-layer guidance does, it is called once for each.
         changes_unet = type(guider).prepare_models is not BaseGuidance.prepare_models
         for run in [[batch] for batch in batches] if changes_unet else [batches]:
             guider.prepare_models(unet)
@@ -478,7 +493,7 @@ class InstructDiffusionLoopDenoiser(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopAfterDenoiser(ModularPipelineBlocks):
-    """Part of the denoising loop."""
+    """A part of the denoising loop."""
 
     model_name = "instruct-diffusion"
 
@@ -508,7 +523,11 @@ class InstructDiffusionLoopAfterDenoiser(ModularPipelineBlocks):
 
 
 class InstructDiffusionDenoiseStep(LoopSequentialPipelineBlocks):
-    """Runs the denoising loop. ValueError: the UNet is not one of InstructDiffusion, or its values are not finite."""
+    """Runs the denoising loop.
+
+    Raises:
+        ValueError: if the UNet is not one of InstructDiffusion, or its output is not finite.
+    """
 
     model_name = "instruct-diffusion"
     block_classes = [
@@ -541,12 +560,12 @@ class InstructDiffusionDenoiseStep(LoopSequentialPipelineBlocks):
         channels = block.latents.shape[1] + block.image_latents.shape[1]
         if channels != components.unet.config.in_channels:
             raise ValueError(
-                f"`unet` must take {channels} channels, noisy latents and image latents, but takes"
-                f" {components.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
+                f"`unet` must be a UNet of InstructDiffusion with {channels} input channels (noisy latents and image"
+                f" latents); got {components.unet.config.in_channels} channels."
             )
         if components.unet.config.encoder_hid_dim_type == "ip_image_proj":
             raise ValueError(
-                "`unet` must not have an IP-Adapter: the blocks do not show it pictures. Use the pipeline."
+                "`unet` must not have an IP-Adapter: the blocks do not support IP-Adapters. Use the pipeline."
             )
         _check_caches(components.unet)
         # The inputs may come from blocks that ran on another device.
@@ -572,13 +591,19 @@ class InstructDiffusionDenoiseStep(LoopSequentialPipelineBlocks):
 
 
 class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
-    """Decodes the latents and runs the safety checker, if there is one. ValueError: an argument is wrong."""
+    """Decodes the latents and runs the safety checker, if there is one.
+
+    Raises:
+        ValueError: if an argument is invalid.
+    """
 
     model_name = "instruct-diffusion"
 
     @property
     def description(self) -> str:
-        return "Decodes the latents, runs the safety checker if there is one, and resizes PIL pictures to their input."
+        return (
+            "Decodes the latents, runs the safety checker if there is one, and resizes PIL images to the input size."
+        )
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -612,7 +637,7 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionBlocks(SequentialPipelineBlocks):
-    """All blocks: the same images as `InstructDiffusionPipeline`, without IP-Adapters, LoRA scales and callbacks."""
+    """All blocks. They do what `InstructDiffusionPipeline` does, without IP-Adapters, LoRA scales and callbacks."""
 
     block_classes = [
         InstructDiffusionTextEncoderStep,
@@ -635,7 +660,7 @@ class InstructDiffusionBlocks(SequentialPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return "Applies an instruction to a picture (InstructDiffusion, arXiv 2309.03895)."
+        return "Applies an instruction to an image (InstructDiffusion, arXiv 2309.03895)."
 
     @property
     def outputs(self) -> list[OutputParam]:

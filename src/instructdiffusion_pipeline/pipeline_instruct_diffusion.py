@@ -1,7 +1,7 @@
-"""InstructDiffusion as a diffusers pipeline: a model for many vision tasks, from instruction and image to image.
+"""InstructDiffusion as a diffusers pipeline: one model for many vision tasks, described by instructions.
 
 The method is "InstructDiffusion: A Generalist Modeling Interface for Vision Tasks" (Geng et al., CVPR 2024, arXiv
-2309.03895). This file imports nothing from its package, because Hub repositories carry a copy of it.
+2309.03895). This file imports nothing from its package, because Hub repositories contain a copy of it.
 """
 
 import functools
@@ -57,14 +57,14 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 logger = logging.get_logger(__name__)
 
 Box = tuple[float, float, float, float]
-# For each IP-Adapter: a PIL picture, several, or a tensor of them.
+# For each IP-Adapter: one PIL image, several, or a tensor of them.
 IPAdapterImages = PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image | torch.Tensor | Sequence[PIL.Image.Image]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 RESIZE_MODES = ("crop", "stretch")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_RESOLUTION = 16384
 MAX_IMAGES_PER_PROMPT = 1000
-# torch cannot compare these numbers.
+# torch cannot compare numbers of these types.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 # Arguments of attention processors that the UNet sets; "gligen" needs another UNet.
 SET_BY_UNET = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "gligen")
@@ -87,12 +87,12 @@ EXAMPLE_DOC_STRING = """
 
 
 class Guidance(NamedTuple):
-    """The weights of the three predictions in the guided prediction (arXiv 2309.03895).
+    """The weights of up to three predictions in the guided prediction (arXiv 2309.03895).
 
         eps = 1/2 (no_text + no_image) + s_T (both - no_text) + s_I (both - no_image)
 
-    `both` is conditioned on the instruction and the picture, `no_text` on the picture alone, `no_image` on the
-    instruction alone. The weights sum to 1. Scales of (1/2, 1/2) are plain conditional sampling.
+    `both` is conditioned on the instruction and the image, `no_text` on the image alone, `no_image` on the instruction
+    alone. The weights sum to 1. With both scales at 1/2, only `both` has a weight: plain conditional sampling.
     """
 
     both: float
@@ -106,7 +106,7 @@ class Guidance(NamedTuple):
 
     @property
     def branches(self) -> list[str]:
-        """The predictions with a weight other than zero; the others need not be computed."""
+        """The predictions with a nonzero weight; the others need not be computed."""
         return [name for name, weight in self._asdict().items() if weight != 0]
 
     def combine(self, predictions: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Guidance(NamedTuple):
 
 
 class WorkingSize(NamedTuple):
-    """The size at which the model works, and the part of the picture that its output shows.
+    """The size at which the model works, and the part of the image that its output shows.
 
     `size` is (width, height), `box` is (left, top, right, bottom) in pixels of the input. `box` is for PIL outputs,
     which are resized back to the input size. Outputs of type np, pt and latent show the region
@@ -128,7 +128,7 @@ class WorkingSize(NamedTuple):
 
 
 def center_crop(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """The largest centered box of `size` with the aspect ratio of `target`: the part that `ImageOps.fit` keeps."""
+    """The largest centered box inside `size` with the aspect ratio of `target`: the part that `ImageOps.fit` keeps."""
     width, height = size
     crop_width = min(width, height * target[0] / target[1])
     crop_height = min(height, width * target[1] / target[0])
@@ -149,18 +149,18 @@ def working_size(
     With a `resolution` of 0 both sides are rounded down to a multiple of `vae_scale_factor`, at least one multiple;
     nothing is cropped. Otherwise `resize_mode` decides:
 
-    - "crop", as in the original: `resolution` refers to the long side. Both sides are multiples of 64, and the long
-      side is near `resolution`. The picture is fitted to that size and the output is fitted back. Each fit crops to
-      the center, so the output shows the box that remains after both crops.
+    - "crop", as in the original code: `resolution` refers to the long side. Both sides are multiples of 64, and the
+      long side is near `resolution`. The image is fitted to that size, and the output is fitted back to the input
+      size. Both steps crop to the center, so the output shows the box that remains after both crops.
     - "stretch": `resolution` refers to the short side, which is the multiple of `size_multiple` nearest to it. The
-      long side is the multiple that best preserves the aspect ratio. The whole picture is resized.
+      long side is the multiple that best preserves the aspect ratio. The whole image is resized.
 
     Raises:
         ValueError: if a side or the resolution is too small, the mode is unknown, or the long side would exceed four
             times `resolution` ("crop") or the short side ("stretch").
     """
     if width < 1 or height < 1:
-        raise ValueError(f"`image` must be at least 1 x 1 pixel, but is {width} x {height}.")
+        raise ValueError(f"`image` must be at least 1 x 1 pixel; got {width} x {height}.")
     _check_size(resolution, resize_mode)
     resolution = int(resolution)
     if resolution == 0:
@@ -177,7 +177,7 @@ def working_size(
                 " and no side may exceed four times the other. Crop it."
             )
         return WorkingSize(size, (0.0, 0.0, float(width), float(height)))
-    # Integer arithmetic, because floating-point rounding would make one size in seventeen smaller by 64 pixels.
+    # Integer arithmetic, because floating-point rounding would make one in seventeen sizes too small by 64 pixels.
     short = 64 * -(-short_side * resolution // (64 * long_side))
     long = 64 * (long_side * short // (64 * short_side))
     size = (short, long) if width < height else (long, short)
@@ -193,15 +193,15 @@ def working_size(
 
 
 def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Image:
-    """The picture in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
+    """The image in 8-bit RGB, with its EXIF orientation applied. Transparency is dropped, not blended.
 
     The range of the modes F and I follows from the values: 0 to 1 or 0 to 255 in F, 0 to 255 or 0 to 65535 in I.
 
     Raises:
-        ValueError: if values of the modes F and I are outside of these ranges. It names the argument `name`.
+        ValueError: if values of the modes F and I are outside of these ranges. The message names the argument `name`.
     """
-    picture.load()  # outside of the block below, which must not hide that a file is damaged
-    with suppress(Exception):  # a damaged EXIF block raises nearly anything; its orientation is ignored
+    picture.load()  # outside the block below, so that a damaged file raises an error
+    with suppress(Exception):  # a damaged EXIF block can raise any exception; its orientation is ignored
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         # Pillow opens 16-bit files in modes that start with I, and `convert` would clip values above 255 to white.
@@ -210,8 +210,8 @@ def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Imag
         whites = {"F": (1, 255), "I": (255, 65535)}.get(picture.mode, (65535,))
         if not (lowest >= 0 and highest <= whites[-1]):
             raise ValueError(
-                f"`{name}` of mode {picture.mode} must hold values from 0 to {whites[-1]}, but holds values from"
-                f" {lowest} to {highest}."
+                f"`{name}` of mode {picture.mode} must have values from 0 to {whites[-1]}; got values from {lowest} to"
+                f" {highest}."
             )
         white = next(white for white in whites if highest <= white)
         levels = levels // (white // 255) if white > 255 else np.rint(levels * (255 // white))
@@ -222,33 +222,33 @@ def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Imag
 
 
 def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
-    """The argument `image` as a flat list: PIL pictures unchanged, arrays as tensors (C, H, W)."""
+    """The argument `image` as a flat list: PIL images unchanged, arrays as tensors (C, H, W)."""
     if isinstance(image, PIL.Image.Image):
         return [image]
     if isinstance(image, (list, tuple)) and len(image) > 0:
         return [picture for item in image for picture in _as_pictures(item)]
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3 and _is_numeric(image):
-        # torch takes neither negative strides nor foreign byte orders.
+        # torch supports neither negative strides nor foreign byte orders.
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         image = torch.from_numpy(native).movedim(-1, -3)
     if _is_readable(image) and image.ndim in (3, 4) and len(image) > 0:
         image = image.detach()
         return [image] if image.ndim == 3 else list(image)
     raise ValueError(
-        "`image` must be a PIL picture, a tensor (3, H, W) or (B, 3, H, W), an array (H, W, 3) or (B, H, W, 3), image"
-        f" latents (B, C, h, w), or a non-empty list of these, but holds {_described(image)}."
+        "`image` must be a PIL image, a tensor (3, H, W) or (B, 3, H, W), an array (H, W, 3) or (B, H, W, 3), image"
+        f" latents (B, C, h, w), or a non-empty list of these; got {_described(image)}."
     )
 
 
 def _is_numeric(array: np.ndarray) -> bool:
-    """Whether torch has a type for the array's numbers: not for objects, texts, dates and long doubles."""
+    """Whether torch supports the array's type. It does not support objects, texts, dates and long doubles."""
     return array.dtype.kind in "fiub" and array.dtype.itemsize <= 8
 
 
 def _is_image_latents(picture: Any, channels: int) -> TypeGuard[torch.Tensor]:
-    """Whether an item of `image` is image latents (C, h, w), and not an RGBA picture.
+    """Whether an item of `image` is image latents (C, h, w), and not an RGBA image.
 
-    The values of a picture are in [0, 1] or are 8-bit levels; those of image latents are neither, unless all are zero.
+    The values of an image are in [0, 1] or are 8-bit levels; those of image latents are neither, unless all are zero.
     """
     if not isinstance(picture, torch.Tensor) or picture.shape[0] != channels or not picture.is_floating_point():
         return False
@@ -257,15 +257,15 @@ def _is_image_latents(picture: Any, channels: int) -> TypeGuard[torch.Tensor]:
 
 
 def _require(condition: bool, name: str, expected: str, value: Any) -> None:
-    """Raises a ValueError that names an argument, what it must be and what it is."""
+    """Raises a ValueError with an argument's name, its expected value and its value if `condition` is False."""
     if not condition:
-        raise ValueError(f"`{name}` must be {expected}, but is {_described(value)}.")
+        raise ValueError(f"`{name}` must be {expected}; got {_described(value)}.")
 
 
 def _check_size(resolution: int | None, resize_mode: str) -> None:
-    """Raises a ValueError for a wrong `resolution` or `resize_mode`."""
+    """Raises a ValueError for an invalid `resolution` or `resize_mode`."""
     is_size = _is_integer(resolution, 16, MAX_RESOLUTION) or _is_integer(resolution, 0, 0)
-    expected = f"0 (the picture's own size) or an integer of at least 16 and at most {MAX_RESOLUTION}"
+    expected = f"0 (the image's own size) or an integer of at least 16 and at most {MAX_RESOLUTION}"
     _require(resolution is None or is_size, "resolution", expected, resolution)
     is_mode = isinstance(resize_mode, str) and resize_mode in RESIZE_MODES
     _require(is_mode, "resize_mode", f"one of {RESIZE_MODES}", resize_mode)
@@ -311,14 +311,14 @@ def _is_integer(value: Any, low: int, high: int) -> bool:
 
 
 def _is_number(value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> bool:
-    """Whether a value is an int or float in a range; NaN, infinity and numbers that float32 cannot hold are not."""
+    """Whether a value is an int or float in a range, finite, and not too large for float32."""
     is_real = isinstance(value, (int, float, np.integer, np.float16, np.float32)) and not isinstance(value, bool)
     # Python compares integers of any size with a float exactly.
     return is_real and bool(low <= (value if isinstance(value, int) else float(value)) <= high)
 
 
 def _is_readable(value: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a value is a tensor whose numbers torch can compare: dense, with data, not of 8-bit floats."""
+    """Whether a value is a tensor whose values torch can compare: dense, with data, not of 8-bit floats."""
     is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
     return is_dense and value.dtype not in FLOAT8
 
@@ -333,18 +333,18 @@ def _accepts_step(callback: Any) -> bool:
         return False
     try:
         inspect.signature(callback).bind(None, 0, None, {})
-    except (TypeError, ValueError):  # Other arguments; or built in, without a signature.
+    except (TypeError, ValueError):  # It takes other arguments, or is built in and has no signature.
         return False
     return True
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that has an encoding; unpaired surrogates have none."""
+    """Whether a value is a text without unpaired surrogates, which cannot be encoded."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> torch.Tensor:
-    """A picture tensor (3, H, W) in [0, 1], resized on the CPU to (width, height) with the filter of PIL pictures."""
+    """An image tensor (3, H, W) in [0, 1], resized on the CPU to (width, height) with the filter of PIL images."""
     picture = picture.cpu()
     if (picture.shape[2], picture.shape[1]) == size:
         return picture
@@ -353,7 +353,7 @@ def _resize_tensor(picture: torch.Tensor, size: tuple[int, int], crop: bool) -> 
 
 
 def _resize_picture(picture: PIL.Image.Image, size: tuple[int, int], crop: bool) -> PIL.Image.Image:
-    """The picture in the given (width, height): cropped to the aspect ratio first, or stretched."""
+    """The image in the given (width, height): cropped to the aspect ratio first, or stretched."""
     if crop:
         return ImageOps.fit(picture, size, PIL.Image.Resampling.LANCZOS)
     return picture.resize(size, PIL.Image.Resampling.LANCZOS)
@@ -363,8 +363,7 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
     """Repeats (1 or batch_size, ...) to (batch_size * copies, ...); the copies of one sample are adjacent."""
     if tensor.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"`{name}` has {tensor.shape[0]} entries, but this call has {batch_size} samples: the numbers of `prompt`,"
-            " `negative_prompt` and `image` must be equal or 1."
+            f"`{name}` must have one entry, or one per sample of the call ({batch_size}); got {tensor.shape[0]}."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
 
@@ -373,20 +372,19 @@ def _check_caches(unet: UNet2DConditionModel) -> None:
     """Raises a ValueError if FasterCache is applied to the UNet."""
     if "faster_cache_denoiser" in getattr(getattr(unet, "_diffusers_hook", None), "hooks", {}):
         raise ValueError(
-            "`unet` must not have FasterCache: it approximates one half of a batch by the other, but a batch of this"
-            " pipeline holds one to three predictions; and it finds no attention layers in a UNet. Use"
-            " PyramidAttentionBroadcast."
+            "`unet` must not have FasterCache, which expects two predictions in a batch; this pipeline has one to"
+            " three. Use PyramidAttentionBroadcast."
         )
 
 
 def _reset_caches(unet: UNet2DConditionModel) -> None:
-    """Empty the caches of diffusers' hooks, which hold the attention of an earlier call or of other predictions."""
+    """Empty the caches of diffusers' hooks, which contain the attention of an earlier call or of other predictions."""
     for module in unet.modules():
         if hasattr(module, "_diffusers_hook"):
             module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
-# Ids of the pipelines and schedulers that are running; both store the state of a call.
+# Ids of the pipelines and schedulers that are in a call; both store the state of the call.
 _in_call: set[int] = set()
 _in_call_lock = threading.Lock()
 
@@ -416,7 +414,7 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
-    """The argument `score_calibration` as JSON stores it."""
+    """The argument `score_calibration` in the form that is stored as JSON."""
     value = {} if calibration is None else calibration
     pairs = value.values() if isinstance(value, Mapping) and value.keys() <= {"segmentation", "keypoints"} else [None]
     _require(
@@ -425,21 +423,21 @@ def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
             for pair in pairs
         ),
         "score_calibration",
-        'a mapping of "segmentation" or "keypoints" to a slope above 0 and an intercept, as {"keypoints": [0.9, 0.1]}',
+        'a mapping of "segmentation" or "keypoints" to [slope above 0, intercept], as {"keypoints": [0.9, 0.1]}',
         calibration,
     )
     return {family: [float(number) for number in pair] for family, pair in value.items()}
 
 
 def _missing_weights(model: Any, variant: str | None) -> list[str]:
-    """The names of the parameters of a component that are missing in its files."""
+    """The names of the parameters of a component that its files lack."""
     folder = Path(model.config._name_or_path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     plain = [file for file in files if "." not in file.stem]
     files = [file for file in files if f".{variant}" in file.name] or plain
     stored = {name for file in files for name in _weight_names(file)}
     current = {current_name(name) for name in stored}
-    # Text encoders of transformers before 5.6 have this prefix, and cannot read files without it.
+    # In transformers before 5.6, text encoders have this prefix, and cannot read files without it.
     return [
         name
         for name, _ in model.named_parameters()
@@ -447,12 +445,11 @@ def _missing_weights(model: Any, variant: str | None) -> list[str]:
     ]
 
 
-def _refuse_missing(component: str, missing: list[str], source: str | os.PathLike[str]) -> None:
+def _check_missing(component: str, missing: list[str], source: str | os.PathLike[str]) -> None:
     """Raises a ValueError that names the missing weights, if there are any."""
     if missing:
         raise ValueError(
-            f"`{component}` must have all of its weights in {source}, but {len(missing)} are missing:"
-            f" {', '.join(missing)}."
+            f"{source} must have all weights of `{component}`; {len(missing)} are missing: {', '.join(missing)}."
         )
 
 
@@ -465,21 +462,21 @@ def _weight_names(file: Path) -> list[str]:
 
 
 def current_name(name: str) -> str:
-    """The name of a weight without the differences between versions of diffusers and transformers."""
+    """The name of a weight in current versions of diffusers and transformers, without transformers' prefix."""
     for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
         name = name.replace(old, new)
     return re.sub(r"^((text|vision)_model\.)+", "", name)
 
 
 def add_code(folder: str | os.PathLike[str]) -> None:
-    """Copy this file into a saved model's folder, and name it in the folder's `model_index.json`.
+    """Copy this file into the folder of a saved model, and name it in the folder's `model_index.json`.
 
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then needs diffusers alone.
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then works without this package.
     """
     code, index = Path(__file__), Path(folder, InstructDiffusionPipeline.config_name)
     shutil.copyfile(code, index.with_name(code.name))
     config = json.loads(index.read_text(encoding="utf-8"))
-    # diffusers looks for the class in the folder's own file if the name has the form [file, class].
+    # If the name has the form [file, class], diffusers looks for the class in that file of the folder.
     config["_class_name"] = [code.stem, InstructDiffusionPipeline.__name__]
     index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -505,7 +502,7 @@ def update_blocks_index(folder: str | os.PathLike[str]) -> None:
 class InstructDiffusionPipelineOutput(BaseOutput):
     """
     Args:
-        images: the outputs. A list of PIL pictures, each in the size of its input; or, at working size, an array
+        images: the outputs. A list of PIL images, each in the size of its input; or, at working size, an array
             (N, H, W, 3) or a tensor (N, 3, H, W) in [0, 1]; or latents (N, C, h, w), multiplied by the VAE's scaling
             factor.
         nsfw_content_detected: one `bool` per output, or `None` without a safety checker. Flagged outputs are black.
@@ -531,22 +528,22 @@ class InstructDiffusionPipeline(
 
     Args:
         vae: encodes the input and decodes the output.
-        text_encoder: CLIP text model; the instruction enters as its last hidden state.
+        text_encoder: CLIP text model, whose last hidden state is the embedding of the instruction.
         tokenizer: the tokenizer that belongs to `text_encoder`.
         unet: takes the noisy latents concatenated with the image latents (8 channels for Stable Diffusion 1.5).
-        scheduler: the original uses `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
-        safety_checker: replaces outputs that it classifies as offensive by black images; needs `feature_extractor`.
-        feature_extractor: prepares pictures for `safety_checker` and `image_encoder`.
-        image_encoder: encodes the pictures given to an IP-Adapter.
+        scheduler: the original code uses `EulerAncestralDiscreteScheduler(timestep_spacing="linspace")`.
+        safety_checker: replaces outputs that it classifies as offensive with black images; needs `feature_extractor`.
+        feature_extractor: prepares images for `safety_checker` and `image_encoder`.
+        image_encoder: encodes the images given to an IP-Adapter.
         readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
         task_settings: the steps and guidance scales that suit this model, by task family, for example
             `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
             `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
-        score_calibration: slope and intercept by which `instructdiffusion_pipeline.ask` makes the scores of masks and
-            joints probabilities, as `{"segmentation": [1.2, -0.5], "keypoints": [0.9, 0.1]}`. The script
-            `examples/calibrate.py` fits them. They are saved in `model_index.json`.
+        score_calibration: slope and intercept that `instructdiffusion_pipeline.ask` uses to convert the scores of
+            masks and joints to probabilities, as `{"segmentation": [1.2, -0.5], "keypoints": [0.9, 0.1]}`. The script
+            `examples/calibrate.py` computes them. They are saved in `model_index.json`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->readout"
@@ -573,10 +570,10 @@ class InstructDiffusionPipeline(
         super().__init__()
         if safety_checker is None and requires_safety_checker:
             logger.warning(
-                "`requires_safety_checker` is set but there is no `safety_checker`: outputs are returned unfiltered."
+                "`requires_safety_checker` is True, but there is no `safety_checker`: outputs are returned unfiltered."
             )
         if safety_checker is not None and feature_extractor is None:
-            raise ValueError("`safety_checker` needs a `feature_extractor` to prepare its pictures, but got None.")
+            raise ValueError("`safety_checker` needs a `feature_extractor` to prepare its images; got None.")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -594,8 +591,8 @@ class InstructDiffusionPipeline(
             for settings in task_settings.values()
         ):
             raise ValueError(
-                f"`task_settings` must map task families to values for {', '.join(DEFAULT_SETTINGS)}, as"
-                f' {{"editing": {{"guidance_scale": 4.0}}}} does, but is {task_settings!r}.'
+                f"`task_settings` must map task families to values for {', '.join(DEFAULT_SETTINGS)}, as in"
+                f' {{"editing": {{"guidance_scale": 4.0}}}}; got {task_settings!r}.'
             )
         self.register_to_config(
             requires_safety_checker=requires_safety_checker,
@@ -603,18 +600,18 @@ class InstructDiffusionPipeline(
             score_calibration=_checked_calibration(score_calibration),
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        # `working_size` decides the size; the processor only converts between value ranges.
+        # The processor only converts between value ranges; `working_size` determines the size.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `DiffusionPipeline.from_pretrained`, but weights must not be missing: they would be random numbers.
+        """As in diffusers, but raises an error for missing weights, which diffusers would initialize at random.
 
         Without `dtype`, all models are loaded in float32. diffusers would load its own models in float32, and those of
         transformers in the precision of their files.
 
         Raises:
-            ValueError: if the files of a model lack weights; the message names them.
+            ValueError: if the files of a component lack weights; the message names them.
         """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
@@ -622,29 +619,29 @@ class InstructDiffusionPipeline(
         for component, model in pipe.components.items():
             if isinstance(model, torch.nn.Module) and component not in kwargs:
                 missing = _missing_weights(model, kwargs.get("variant"))
-                _refuse_missing(component, missing, pretrained_model_name_or_path)
+                _check_missing(component, missing, pretrained_model_name_or_path)
         return pipe
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str, **kwargs: Any) -> Any:
-        """As in diffusers, but weights must not be missing: they would be random numbers, or have no values.
+        """As in diffusers, but raises an error if the file lacks weights, which diffusers would leave uninitialized.
 
         Raises:
-            ImportError: if accelerate is not installed; diffusers then does not notice missing weights.
+            ImportError: if accelerate is not installed, because missing weights then cannot be detected.
             ValueError: if the file lacks weights.
         """
         if not is_accelerate_available():
-            raise ImportError("`from_single_file` needs accelerate, to notice weights that the file lacks.")
+            raise ImportError("`from_single_file` needs accelerate, to detect weights that the file lacks.")
         try:
             pipe = super().from_single_file(pretrained_model_link_or_path, **kwargs)
-        except NotImplementedError as error:  # diffusers moved a weight that has no values
+        except NotImplementedError as error:  # diffusers cannot move a weight that has no values
             raise ValueError(
-                f"{pretrained_model_link_or_path} must have all weights of the VAE and the UNet, but some are missing."
+                f"{pretrained_model_link_or_path} must have all weights of the VAE and the UNet; some are missing."
             ) from error
         for component, model in pipe.components.items():
             if isinstance(model, torch.nn.Module):
                 missing = [name for name, weight in model.named_parameters() if weight.is_meta]
-                _refuse_missing(component, missing, pretrained_model_link_or_path)
+                _check_missing(component, missing, pretrained_model_link_or_path)
         return pipe
 
     @classmethod
@@ -659,11 +656,11 @@ class InstructDiffusionPipeline(
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read a model's `model_index.json`, and replace a class name of the form [file, class] by the class alone.
+        """Read a model's `model_index.json`, and replace a class name of the form [file, class] with the class alone.
 
         A folder with that form contains a copy of this file, which diffusers would run only with
-        `trust_remote_code=True`. This class does not need the copy. All ways of loading, from a folder or the Hub, use
-        this method.
+        `trust_remote_code=True`. This class does not need the copy. This method is called whether a model is loaded
+        from a folder or from the Hub.
         """
         settings = super()._dict_from_json_file(json_file)
         name = settings.get("_class_name")
@@ -685,33 +682,33 @@ class InstructDiffusionPipeline(
 
     @property
     def default_settings(self) -> dict[str, Any]:
-        """The steps and scales of a call that gives none: those of the model for "editing", else the original's."""
+        """The steps and scales of a call that gives none: the model's for "editing", or those of the original code."""
         return DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
 
     @property
     def default_resolution(self) -> int:
-        """The size in pixels that the UNet was made for: 512 for Stable Diffusion 1.5."""
+        """The resolution of the UNet in pixels: 512 for Stable Diffusion 1.5."""
         sample_size = None if self.unet is None else self.unet.config.sample_size
         if sample_size is None:
             raise ValueError(
-                "`resolution` must be given: there is no `unet`, or its configuration has no `sample_size`."
+                "`resolution` must be given, because there is no `unet` or its configuration has no `sample_size`."
             )
         return self.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
     @property
     def size_multiple(self) -> int:
-        """Both sides of a stretched picture are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
+        """Both sides of a stretched image are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
 
         Each UNet level except the last halves the latent size.
         """
         if self.unet is None:
-            raise ValueError('`resize_mode` must be "crop": there is no `unet`, whose levels decide the other sizes.')
+            raise ValueError('`resize_mode` must be "crop", because there is no `unet` to determine the size.')
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def working_size(
         self, width: int, height: int, resolution: int | None = None, resize_mode: str = "crop"
     ) -> WorkingSize:
-        """The function `working_size` with this pipeline's multiples. `None` is `default_resolution`."""
+        """The function `working_size` for this pipeline. The default of `resolution` is `default_resolution`."""
         resolution = self.default_resolution if resolution is None else resolution
         multiple = {"size_multiple": self.size_multiple} if resize_mode == "stretch" and resolution else {}
         return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, **multiple)
@@ -728,7 +725,7 @@ class InstructDiffusionPipeline(
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the scales differ from plain conditional sampling, (1/2, 1/2)."""
+        """Whether the scales differ from (1/2, 1/2), which is plain conditional sampling."""
         return (self._guidance_scale, self._image_guidance_scale) != (0.5, 0.5)
 
     @property
@@ -738,7 +735,7 @@ class InstructDiffusionPipeline(
 
     @property
     def num_timesteps(self) -> int:
-        """The number of UNet evaluations of the current call; Heun-like schedulers need several per step."""
+        """The number of timesteps of the current call; Heun-like schedulers have several per step."""
         return self._num_timesteps
 
     @property
@@ -780,59 +777,61 @@ class InstructDiffusionPipeline(
         """
         Applies the instruction `prompt` to `image`.
 
-        Prompts, negative prompts and images may be single or lists of one length; a single one is used for all
-        samples. B is the number of samples of the call, N = B * num_images_per_prompt the number of outputs.
+        Each of prompt, negative prompt and image is a single value or a list. All lists have the same length; a single
+        value is used for all samples. B is the number of samples of the call, N = B * num_images_per_prompt the number
+        of outputs.
 
         Args:
             prompt: the instruction. Longer prompts are truncated to 77 tokens, with a warning that contains the
                 removed text.
             image: one of
 
-                - a PIL picture of any mode: EXIF orientation is applied, transparency is dropped, 16-bit values are
+                - a PIL image of any mode: EXIF orientation is applied, transparency is dropped, 16-bit values are
                   scaled to 8 bits;
                 - a tensor (3, H, W) or (B, 3, H, W) or an array (H, W, 3) or (B, H, W, 3), with floating-point values
                   in [0, 1] or 8-bit values. Values in [-1, 1] raise an error;
                 - a tensor of image latents (B, C, h, w): the mode of the VAE's posterior, not multiplied by its
                   scaling factor. C is 4 for Stable Diffusion 1.5;
                 - a list of these.
-            num_inference_steps: denoising steps, at least 1. If this or a scale is `None`, the value in
-                `pipe.config.task_settings["editing"]` is used, otherwise the default of the original code (100, 5.0
-                and 1.25).
+            num_inference_steps: number of denoising steps, at least 1. If this or a scale is `None`, the value in
+                `pipe.config.task_settings["editing"]` is used, or, if there is none, the default of the original code
+                (100, 5.0 and 1.25).
             guidance_scale: guidance scale for the instruction (s_T). Any finite number; see `Guidance`.
-            image_guidance_scale: guidance scale for the input picture (s_I). If both scales are 0.5, guidance is
+            image_guidance_scale: guidance scale for the input image (s_I). If both scales are 0.5, guidance is
                 disabled.
             negative_prompt: used instead of the empty prompt in the branch without the instruction.
             resolution: the size at which the model works, in pixels; see `working_size`. `None` is
-                `pipe.default_resolution`, 0 the picture's own size, rounded down to a multiple of the VAE's factor.
-                Must be `None` or 0 for image latents.
-            resize_mode: "crop" crops the picture to a size near `resolution`, as the original does; "stretch" resizes
-                the whole picture. No effect for image latents or a `resolution` of 0.
+                `pipe.default_resolution`, 0 the image's own size, rounded down to a multiple of the VAE's factor. Must
+                be `None` or 0 for image latents.
+            resize_mode: "crop" crops the image to a size near `resolution`, as the original code does; "stretch"
+                resizes the whole image. No effect for image latents or a `resolution` of 0.
             timesteps: custom timesteps, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
-            strength: the share of the steps to run, in (0, 1]: the last `round(num_inference_steps * strength)`, from
-                the noised image latents. 1.0 runs all steps from pure noise.
+            strength: the fraction of the steps to run, in (0, 1]. 1.0 runs all steps from pure noise. Below 1.0, the
+                last `round(num_inference_steps * strength)` steps run, starting from the noised image latents.
             num_images_per_prompt: number of outputs per sample.
-            eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; only DDIM-like schedulers use it.
-            generator: one generator for the call, or a list of N. A CPU generator draws the same noise on any device.
+            eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; used by DDIM-like schedulers only.
+            generator: one generator for the call, or a list of N. A CPU generator gives the same noise on any device.
             latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
             prompt_embeds: (1 or B, 77, D), instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
-            ip_adapter_image: for each IP-Adapter, a PIL picture, a list of K PIL pictures, or the feature extractor's
+            ip_adapter_image: for each IP-Adapter, a PIL image, a list of K PIL images, or the feature extractor's
                 tensor (K, 3, H, W).
             ip_adapter_image_embeds: instead of `ip_adapter_image`, one tensor per IP-Adapter, with shape (2, K, D):
-                negative and positive embeddings of K pictures; or (2 * B, K, D), one pair per sample, all negative
+                negative and positive embeddings of K images; or (2 * B, K, D), one pair per sample, all negative
                 embeddings first; or (1, K, D), positive embeddings only (the negative ones are zeros).
-            output_type: "pil" for 8-bit pictures in the size of their input; "np", "pt" or "latent" for working size.
+            output_type: "pil" for 8-bit images in the size of their input; "np", "pt" or "latent" for outputs
+                at working size.
             return_dict: whether to return an [`InstructDiffusionPipelineOutput`] instead of a plain tuple.
-            cross_attention_kwargs: passed to the attention processors. Its "scale" is the scale of LoRA layers, also
-                of those in the text encoder.
+            cross_attention_kwargs: passed to the attention processors. Its "scale" is the scale of LoRA layers,
+                including those in the text encoder.
             clip_skip: how many of the text encoder's last layers to skip.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; returns the
                 tensors to continue with, or `None`. It may set `_guidance_scale`, `_image_guidance_scale` and
                 `_interrupt`.
-            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives, out of
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives, among
                 `_callback_tensor_inputs`: latents and image_latents (N, C, h, w) in float32, prompt_embeds and
                 negative_prompt_embeds (N, 77, D).
 
@@ -842,7 +841,7 @@ class InstructDiffusionPipeline(
             [`InstructDiffusionPipelineOutput`] or `tuple`: the N outputs, and the results of the safety checker.
 
         Raises:
-            ValueError: if an argument is invalid. Pictures of one call must share a working
+            ValueError: if an argument is invalid. All images of a call must have the same working
                 size, which must not be too elongated (see `working_size`).
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -850,7 +849,7 @@ class InstructDiffusionPipeline(
         callbacks = getattr(callback_on_step_end, "callbacks", [callback_on_step_end])
         cuts_off_guidance = any(isinstance(callback, SDCFGCutoffCallback) for callback in callbacks)
 
-        # 0. Resolve the defaults and check inputs, before anything slow runs.
+        # 0. Resolve the defaults and check the inputs, before anything slow runs.
         settings = self.default_settings
         if num_inference_steps is None and timesteps is None and sigmas is None:
             num_inference_steps = settings["num_inference_steps"]
@@ -888,7 +887,7 @@ class InstructDiffusionPipeline(
         self._current_timestep = None
         device = self._execution_device
 
-        # 1. Resize the pictures to their working size: (1 or B, 3, H, W) in [-1, 1].
+        # 1. Resize the images to their working size: (1 or B, 3, H, W) in [-1, 1].
         pixels, answer_sizes = self.preprocess_image(image, resolution, resize_mode)
 
         # 2. Encode the instruction and the negative prompt: (1 or B, 77, D) each.
@@ -913,7 +912,7 @@ class InstructDiffusionPipeline(
         masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
         self._check_masks(masks, [positive.shape[1] for _, positive in ip_adapter_embeds])
 
-        # 4. Encode each picture once with the VAE: (N, C, h, w).
+        # 4. Encode each image once with the VAE: (N, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
         image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
 
@@ -932,13 +931,14 @@ class InstructDiffusionPipeline(
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                # Decided in every step, because callbacks may change the scales. There are K = 1, 2 or 3 branches.
+                # Computed in every step, because callbacks may change the scales. There are K = 1, 2 or 3 branches.
                 guidance = Guidance.from_scales(self.guidance_scale, self.image_guidance_scale)
                 if branches != guidance.branches:
                     _reset_caches(self.unet)
                 branches = guidance.branches
 
-                # Concatenate the K branches: (K * N, 2 * C, h, w), noisy latents first. No image is zeros.
+                # Concatenate the K branches: (K * N, 2 * C, h, w), noisy latents first. Without an image, the latents
+                # are zeros.
                 noisy_latents = self.scheduler.scale_model_input(latents, t)
                 pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
                 texts = [negative_prompt_embeds if b == "no_text" else prompt_embeds for b in branches]
@@ -1029,18 +1029,18 @@ class InstructDiffusionPipeline(
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Raises a ValueError that names the argument, its value and what would be valid."""
+        """Raises a ValueError with the argument's name, expected value and value if an argument is invalid."""
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"The pipeline has no `{name}`.")
         if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
             raise ValueError(
-                f"`unet` must take {2 * self.vae.config.latent_channels} channels, noisy latents and image latents,"
-                f" but takes {self.unet.config.in_channels}: it is not a UNet of InstructDiffusion."
+                f"`unet` must be a UNet of InstructDiffusion with {2 * self.vae.config.latent_channels} input channels"
+                f" (noisy latents and image latents); got {self.unet.config.in_channels} channels."
             )
         _check_caches(self.unet)
 
-        # Texts, pictures and tensors.
+        # Texts, images and tensors.
         self._check_text("prompt", prompt, prompt_embeds)
         self._check_text("negative_prompt", negative_prompt, negative_prompt_embeds)
         if image is None:
@@ -1083,7 +1083,7 @@ class InstructDiffusionPipeline(
         )
 
     def _check_callback(self, changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Raises a ValueError for `tensors` that a callback `changed`, or for a scale that it set."""
+        """Raises a ValueError if a callback `changed` `tensors` to invalid ones, or set an invalid scale."""
         for name in ("guidance_scale", "image_guidance_scale"):
             scale = getattr(self, name)
             _require(_is_number(scale), "callback_on_step_end", f"a callable that sets {name} to a number", scale)
@@ -1116,8 +1116,8 @@ class InstructDiffusionPipeline(
         given = [name for name, value in schedules.items() if value is not None]
         if len(given) != 1:
             raise ValueError(
-                "Only one of `num_inference_steps`, `timesteps` and `sigmas` may be given, but this call has"
-                f" {' and '.join(given)}."
+                "Exactly one of `num_inference_steps`, `timesteps` and `sigmas` must be given; got"
+                f" {' and '.join(given) or 'none of them'}."
             )
         train_steps = self.scheduler.config.num_train_timesteps
         _require(
@@ -1131,7 +1131,9 @@ class InstructDiffusionPipeline(
             if custom is None:
                 continue
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"`{name}` must be None: {type(self.scheduler).__name__} takes no custom {name}.")
+                raise ValueError(
+                    f"`{name}` must be None, because {type(self.scheduler).__name__} does not support it."
+                )
             numbers = custom.tolist() if isinstance(custom, np.ndarray) else custom
             _require(
                 isinstance(numbers, (list, tuple))
@@ -1177,23 +1179,25 @@ class InstructDiffusionPipeline(
         shows_image = image is not None or embeds is not None
         if shows_image and not has_ip_adapter:
             raise ValueError(
-                "`ip_adapter_image` and `ip_adapter_image_embeds` need an IP-Adapter, but none is loaded."
+                "`ip_adapter_image` and `ip_adapter_image_embeds` must be None, because no IP-Adapter is loaded."
             )
         if has_ip_adapter and not shows_image:
-            raise ValueError("`ip_adapter_image` or `ip_adapter_image_embeds` must be given: an IP-Adapter is loaded.")
+            raise ValueError(
+                "`ip_adapter_image` or `ip_adapter_image_embeds` must be given, because an IP-Adapter is loaded."
+            )
         tensors = embeds if isinstance(embeds, list) else [embeds]
         _require(
             embeds is None or all(_is_finite_tensor(tensor) and tensor.ndim >= 3 for tensor in tensors),
             "ip_adapter_image_embeds",
-            f"a list that holds, for each IP-Adapter, {FINITE_TENSOR} of shape (2, K, D)",
+            f"a list with, for each IP-Adapter, {FINITE_TENSOR} of shape (2, K, D)",
             embeds,
         )
 
-    def _check_masks(self, masks: Any, picture_counts: list[int]) -> None:
-        """Raises a ValueError for wrong `ip_adapter_masks`. `picture_counts`: the pictures of each IP-Adapter."""
+    def _check_masks(self, masks: Any, image_counts: list[int]) -> None:
+        """Raises a ValueError for invalid `ip_adapter_masks`. `image_counts`: the images of each IP-Adapter."""
         is_stacked = isinstance(masks, torch.Tensor) and masks.ndim == 4
         listed = list(masks.unsqueeze(1)) if is_stacked else masks
-        shapes = [(1, count) for count in picture_counts]
+        shapes = [(1, count) for count in image_counts]
         _require(
             masks is None
             or isinstance(listed, list)
@@ -1218,33 +1222,33 @@ class InstructDiffusionPipeline(
             if weight.is_floating_point() and not weight.is_meta and not weight.float().isfinite().all()
         ]
         if weights:
-            cause = f"its weight {weights[0]} is NaN or infinite ({len(weights)} weights are)"
+            cause = f"{len(weights)} of its weights are NaN or infinite, such as {weights[0]}"
         elif model.dtype == torch.float16:
             cause = "float16 overflowed; use bfloat16 or float32"
         else:
             cause = (
-                "numbers overflowed; look for large ones in `guidance_scale`, `image_guidance_scale`, `sigmas`,"
+                "values overflowed; look for large values in `guidance_scale`, `image_guidance_scale`, `sigmas`,"
                 " `latents`, `image`, `prompt_embeds`, `negative_prompt_embeds`, `ip_adapter_image`,"
-                " `ip_adapter_image_embeds`, `cross_attention_kwargs`, and in what `callback_on_step_end` returns"
+                " `ip_adapter_image_embeds`, `cross_attention_kwargs`, and the tensors from `callback_on_step_end`"
             )
-        raise ValueError(f"`{name}` gave values that are NaN or infinite: {cause}.")
+        raise ValueError(f"`{name}` returned values that are NaN or infinite: {cause}.")
 
     def preprocess_image(
         self, image: PipelineImageInput, resolution: int | None = None, resize_mode: str = "crop"
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """
-        Resizes pictures to their working size.
+        Resizes images to their working size.
 
         Args:
-            image: one of the kinds `__call__` takes.
+            image: as in `__call__`.
             resolution, resize_mode: see `working_size`; a `resolution` of `None` is `default_resolution`.
 
         Returns:
-            The pictures (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its
+            The images (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its
             PIL output.
 
         Raises:
-            ValueError: if a picture is invalid, or if the working sizes differ.
+            ValueError: if an image is invalid, or if the working sizes differ.
         """
         _check_size(resolution, resize_mode)
         pictures = _as_pictures(image)
@@ -1252,11 +1256,11 @@ class InstructDiffusionPipeline(
         image_latents = [p for p in pictures if _is_image_latents(p, channels)]
         if len(image_latents) == len(pictures):
             if resolution:
-                raise ValueError(f"`resolution` must be None or 0 for image latents, but is {resolution}.")
+                raise ValueError(f"`resolution` must be None or 0 for image latents; got {resolution}.")
             shapes = [tuple(latents.shape) for latents in image_latents]
             if len(set(shapes)) > 1:
-                raise ValueError(f"`image` must hold image latents of one shape, but holds {shapes}.")
-            _require(all(map(_is_finite_tensor, image_latents)), "image", "finite if it holds image latents", image)
+                raise ValueError(f"`image` must have image latents of one shape; got {shapes}.")
+            _require(all(map(_is_finite_tensor, image_latents)), "image", "finite if it is image latents", image)
             height, width = (side * self.vae_scale_factor for side in shapes[0][1:])
             return torch.stack(image_latents), [(width, height)] * len(shapes)
 
@@ -1267,12 +1271,12 @@ class InstructDiffusionPipeline(
                 picture = upright_rgb(picture)
                 answer_sizes.append(picture.size)
             elif picture.shape[0] != 3:
-                raise ValueError(f"`image` must have 3 channels, or be all image latents, but has {picture.shape[0]}.")
+                raise ValueError(f"`image` must have 3 channels, or be all image latents; got {picture.shape[0]}.")
             else:
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
             sizes.append(self.working_size(*answer_sizes[-1], resolution, resize_mode).size)
             if len(set(sizes)) > 1:
-                continue  # The call fails; only the sizes for its message are collected.
+                continue  # This raises an error below; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):
                 fitted = _resize_picture(picture, sizes[0], crop)
                 tensors.append(torch.from_numpy(VaeImageProcessor.pil_to_numpy(fitted)[0]).movedim(-1, 0))
@@ -1280,15 +1284,15 @@ class InstructDiffusionPipeline(
                 tensors.append(_resize_tensor(self._unit_range(picture), sizes[0], crop))
         if len(set(sizes)) > 1:
             raise ValueError(
-                "`image` must hold pictures of one working size, but pictures of"
-                f" {', '.join(f'{w} x {h}' for w, h in answer_sizes)} pixels have the working sizes"
+                "`image` must have images of one working size; got images of"
+                f" {', '.join(f'{w} x {h}' for w, h in answer_sizes)} pixels with the working sizes"
                 f" {', '.join(f'{w} x {h}' for w, h in sizes)}. Pass them in separate calls."
             )
         return self.image_processor.preprocess(torch.stack(tensors)), answer_sizes
 
     @staticmethod
     def _unit_range(picture: torch.Tensor) -> torch.Tensor:
-        """A picture tensor with floating-point values in [0, 1]; 8-bit values are divided by 255."""
+        """Converts an image tensor to floating-point values in [0, 1]: 8-bit values are divided by 255."""
         if picture.dtype == torch.uint8:
             return picture / 255
         if not picture.is_floating_point():
@@ -1298,8 +1302,8 @@ class InstructDiffusionPipeline(
         else:
             return picture
         raise ValueError(
-            "`image` must hold floating-point values in [0, 1] or 8-bit values if it is a tensor or an array, but"
-            f" holds {found}."
+            "`image` must have floating-point values in [0, 1] or 8-bit values if it is a tensor or an array; got"
+            f" {found}."
         )
 
     def encode_prompt(
@@ -1318,27 +1322,27 @@ class InstructDiffusionPipeline(
         Encodes the instruction and the negative prompt.
 
         Args:
-            prompt: the instruction or a list of B; `None` if `prompt_embeds` is given.
+            prompt: the instruction, or a list of B; `None` if `prompt_embeds` is given.
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
             do_classifier_free_guidance: whether to encode the negative prompt too.
             negative_prompt: used instead of the empty prompt; one, or a list of B.
-            prompt_embeds: (B, 77, D), to be used instead of `prompt`.
-            negative_prompt_embeds: (1 or B, 77, D), to be used instead of `negative_prompt`.
+            prompt_embeds: (B, 77, D), used instead of `prompt`.
+            negative_prompt_embeds: (1 or B, 77, D), used instead of `negative_prompt`.
             lora_scale: scale of the text encoder's LoRA layers while it runs.
-            clip_skip: how many of the text encoder's last layers to leave out.
+            clip_skip: how many of the text encoder's last layers to skip.
 
         Returns:
             The embeddings of the instruction and of the negative prompt, (B * num_images_per_prompt, 77, D) each.
-            Without `do_classifier_free_guidance` the second is returned as given.
+            Without `do_classifier_free_guidance`, `negative_prompt_embeds` is returned as it was passed.
 
         Raises:
-            ValueError: if the numbers or shapes of the two do not fit together.
+            ValueError: if the numbers or shapes of the embeddings do not match.
         """
         device = device or self._execution_device
         if prompt_embeds is None:
             if prompt is None:
-                raise ValueError("`prompt` or `prompt_embeds` must be given, but both are None.")
+                raise ValueError("`prompt` or `prompt_embeds` must be given; both are None.")
             prompt_embeds = self._encode_text(prompt, device, lora_scale, clip_skip)
         dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
         batch_size = prompt_embeds.shape[0]
@@ -1347,8 +1351,8 @@ class InstructDiffusionPipeline(
                 negative_prompt_embeds = self._encode_text(negative_prompt or "", device, lora_scale, clip_skip)
             if prompt_embeds.shape[1:] != negative_prompt_embeds.shape[1:]:
                 raise ValueError(
-                    "`prompt_embeds` and `negative_prompt_embeds` must have the same length and width, but have the"
-                    f" shapes {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same length and width; got the shapes"
+                    f" {tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}."
                 )
             batch_size = max(batch_size, negative_prompt_embeds.shape[0])
             negative_prompt_embeds = _expand(
@@ -1360,17 +1364,19 @@ class InstructDiffusionPipeline(
     def _encode_text(
         self, text: str | list[str], device: torch.device, lora_scale: float | None, clip_skip: int | None
     ) -> torch.Tensor:
-        """Hidden states of the text encoder (B, 77, D)."""
+        """The hidden states of the text encoder (B, 77, D)."""
         if self.text_encoder is None:
-            raise ValueError("`prompt_embeds` and `negative_prompt_embeds` must be given: there is no text encoder.")
+            raise ValueError(
+                "`prompt_embeds` and `negative_prompt_embeds` must be given, because there is no text encoder."
+            )
         texts = self.maybe_convert_prompt([text] if isinstance(text, str) else text, self.tokenizer)
         limit = self.tokenizer.model_max_length
         ids = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         for whole in self.tokenizer(texts).input_ids:
             if len(whole) > limit:
-                # The end token takes the last position, so the text is cut from there on.
+                # The end token takes the last position, so the text is truncated there.
                 lost = self.tokenizer.decode(whole[limit - 1 : -1])
-                logger.warning(f"CLIP reads at most {limit} tokens; this part of the prompt was cut: {lost!r}")
+                logger.warning(f"CLIP takes at most {limit} tokens; this part of the prompt was removed: {lost!r}")
         with self._lora_scaled(lora_scale):
             states = self.text_encoder(ids.input_ids.to(device), output_hidden_states=clip_skip is not None)
         self._check_finite("text_encoder", states.last_hidden_state)
@@ -1400,11 +1406,11 @@ class InstructDiffusionPipeline(
         do_classifier_free_guidance: bool = True,
     ) -> list[torch.Tensor]:
         """
-        Encodes the input of the IP-Adapters, for `ip_adapter_image_embeds` of `__call__`.
+        Encodes the images for the IP-Adapters. The result can be passed to `__call__` as `ip_adapter_image_embeds`.
 
         Args:
             ip_adapter_image: as in `__call__`.
-            ip_adapter_image_embeds: embeddings as `__call__` takes them, instead of `ip_adapter_image`.
+            ip_adapter_image_embeds: as in `__call__`, instead of `ip_adapter_image`.
             device: the device to encode on; by default the pipeline's.
             num_images_per_prompt: the number of copies of each embedding.
             do_classifier_free_guidance: whether to return the negative embeddings too.
@@ -1414,7 +1420,7 @@ class InstructDiffusionPipeline(
             without `do_classifier_free_guidance` only the positive ones.
 
         Raises:
-            ValueError: if the number of inputs is not the number of IP-Adapters, or embeddings do not come in pairs.
+            ValueError: if the number of inputs is not the number of IP-Adapters, or the number of embeddings is odd.
         """
         if ip_adapter_image is None and ip_adapter_image_embeds is None:
             return []
@@ -1424,7 +1430,7 @@ class InstructDiffusionPipeline(
         given = given if isinstance(given, list) else [given]
         if len(given) != len(adapters):
             name = "ip_adapter_image" if ip_adapter_image_embeds is None else "ip_adapter_image_embeds"
-            raise ValueError(f"`{name}` must have {len(adapters)} entries, one per IP-Adapter, but has {len(given)}.")
+            raise ValueError(f"`{name}` must have {len(adapters)} entries, one per IP-Adapter; got {len(given)}.")
         if ip_adapter_image_embeds is None:
             given = [
                 self.encode_ip_adapter_image(image, device, pooled=isinstance(adapter, ImageProjection))
@@ -1432,7 +1438,7 @@ class InstructDiffusionPipeline(
             ]
         prepared = []
         for embeds, adapter in zip(given, adapters, strict=True):
-            # Whatever its type, an adapter begins with a linear layer.
+            # Adapters of all types begin with a linear layer.
             width = next(layer.in_features for layer in adapter.modules() if isinstance(layer, torch.nn.Linear))
             shape = ("K", width) if isinstance(adapter, ImageProjection) else ("K", "...", width)
             _require(
@@ -1446,8 +1452,8 @@ class InstructDiffusionPipeline(
                 embeds = torch.cat([torch.zeros_like(embeds), embeds])
             elif len(embeds) % 2 == 1:
                 raise ValueError(
-                    "`ip_adapter_image_embeds` must hold negative embeddings and as many positive ones, but has an odd"
-                    f" number of entries: its shape is {tuple(embeds.shape)}."
+                    "`ip_adapter_image_embeds` must have negative embeddings and as many positive ones; got an odd"
+                    f" number of entries: shape {tuple(embeds.shape)}."
                 )
             embeds = embeds.to(device, self.unet.dtype)
             negative, positive = embeds.repeat_interleave(num_images_per_prompt, dim=0).chunk(2)
@@ -1455,23 +1461,23 @@ class InstructDiffusionPipeline(
         return prepared
 
     def encode_ip_adapter_image(self, image: Any, device: torch.device, pooled: bool) -> torch.Tensor:
-        """Negative and positive embeddings (2, K, ...) of K pictures: pooled, or the penultimate hidden states."""
+        """Negative and positive embeddings (2, K, ...) of K images: pooled ones, or penultimate hidden states."""
         if self.image_encoder is None or self.feature_extractor is None:
-            raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`, but one is None.")
+            raise ValueError("`ip_adapter_image` needs an `image_encoder` and a `feature_extractor`; one is None.")
         side = self.image_encoder.config.image_size
         if not isinstance(image, torch.Tensor):
             pictures = image if isinstance(image, (list, tuple)) else [image]
             _require(
                 len(pictures) > 0 and all(isinstance(p, PIL.Image.Image) and 0 not in p.size for p in pictures),
                 "ip_adapter_image",
-                f"for each IP-Adapter, a PIL picture, a list of them, or a tensor (K, 3, {side}, {side})",
+                f"for each IP-Adapter, a PIL image, a list of them, or a tensor (K, 3, {side}, {side})",
                 image,
             )
             pictures = [upright_rgb(picture, "ip_adapter_image") for picture in pictures]
             image = self.feature_extractor(pictures, return_tensors="pt").pixel_values
             if image.shape[1:] != (3, side, side):
                 raise ValueError(
-                    f"`feature_extractor` must give pictures of {side} x {side} pixels, the size of `image_encoder`;"
+                    f"`feature_extractor` must return images of {side} x {side} pixels, the size of `image_encoder`;"
                     f" got shape {tuple(image.shape)}."
                 )
         _require(
@@ -1488,7 +1494,7 @@ class InstructDiffusionPipeline(
         return torch.stack([self.image_encoder(half, output_hidden_states=True).hidden_states[-2] for half in both])
 
     def encode_image_latents(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Image latents (B, C, h, w) of pictures (B, 3, H, W): the mode of the posterior, unscaled.
+        """Image latents (B, C, h, w) of images (B, 3, H, W): the mode of the posterior, unscaled.
 
         Image latents are returned unchanged.
         """
@@ -1509,13 +1515,13 @@ class InstructDiffusionPipeline(
         """The timesteps to run: those of the last `round(num_inference_steps * strength)` steps."""
         schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         if num_inference_steps is None:
-            # Heun-like schedulers list a timestep for each UNet evaluation; `order` is the evaluations of a step.
+            # Heun-like schedulers list a timestep for each UNet evaluation; a step has `order` evaluations.
             num_inference_steps = -(-len(schedule) // self.scheduler.order)
         kept = round(num_inference_steps * strength)
         if kept == 0:
             raise ValueError(
-                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run; raise it, or give more"
-                " steps in `num_inference_steps`, `timesteps` or `sigmas`."
+                f"`strength` of {strength} leaves none of {num_inference_steps} steps to run. Increase it, or give"
+                " more steps in `num_inference_steps`, `timesteps` or `sigmas`."
             )
         first = (num_inference_steps - kept) * self.scheduler.order
         if first > 0 and hasattr(self.scheduler, "set_begin_index"):
@@ -1535,33 +1541,31 @@ class InstructDiffusionPipeline(
         """
         shape = image_latents.shape
         if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(
-                f"`generator` must be one or a list of {shape[0]}, one per output, but has {len(generator)}."
-            )
+            raise ValueError(f"`generator` must be one or a list of {shape[0]}, one per output; got {len(generator)}.")
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
         elif latents.shape == shape:
             noise = latents.to(image_latents)
         else:
-            raise ValueError(f"`latents` must have the shape {tuple(shape)}, but has {tuple(latents.shape)}.")
+            raise ValueError(f"`latents` must have the shape {tuple(shape)}; got {tuple(latents.shape)}.")
         if start is None:
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(image_latents, noise, start)
 
     def step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
-        """Those of the two arguments that the scheduler's `step` takes."""
+        """The arguments for the scheduler's `step`: `generator` and `eta`, if it takes them."""
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
+        """Images (N, 3, H, W) in [0, 1], float32, from denoised latents (N, C, h, w)."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         pictures = self.vae.decode(latents, return_dict=False)[0]
         self._check_finite("vae", pictures)
         return self.image_processor.postprocess(pictures.float(), "pt")
 
     def run_safety_checker(self, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, list[bool] | None]:
-        """The pictures (N, 3, H, W), offensive ones replaced by black, and the results (None without a checker)."""
+        """The images (N, 3, H, W), offensive ones replaced by black, and the checker's results (or None)."""
         if self.safety_checker is None:
             return images, None
         pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
@@ -1571,13 +1575,13 @@ class InstructDiffusionPipeline(
     def postprocess_image(
         self, images: torch.Tensor, output_type: str, answer_sizes: list[tuple[int, int]], crop: bool
     ) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-        """Converts pictures (N, 3, H, W) in [0, 1] to `output_type`; PIL pictures get the sizes of their inputs."""
+        """Converts images (N, 3, H, W) in [0, 1] to `output_type`; PIL images are resized to their input sizes."""
         if output_type == "pt":
             return images
         arrays = VaeImageProcessor.pt_to_numpy(images)
         if output_type == "np":
             return arrays
-        # Truncate instead of rounding, as the original code does, to reproduce its pictures.
+        # Truncate instead of rounding, as the original code does, to reproduce its outputs.
         levels = (arrays * 255).astype(np.uint8)
         sizes = [answer_sizes[i * len(answer_sizes) // len(levels)] for i in range(len(levels))]
         return [

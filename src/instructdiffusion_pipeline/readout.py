@@ -1,7 +1,8 @@
 """The readout: a small U-Net that decodes masks and joints from output images (Geng et al., CVPR 2024).
 
 The paper used such a network but did not publish it. Decoding by color (`task.read`) assumes that the model paints the
-exact color; a readout is trained on the output images of its model. It is the component `readout` of a pipeline.
+exact color, whereas a readout is trained on the output images of its model. It is the component `readout` of a
+pipeline.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from instructdiffusion_pipeline.types import Joint
 
 MASK, HEATMAP = 0, 1  # output channels
 CHANNELS = 10  # input channels: input image (3), output image (3), requested color (3), coverage by color (1)
-HEATMAP_SIGMA = 1.5  # pixels at working size: standard deviation of the peak at a joint
+HEATMAP_SIGMA = 1.5  # standard deviation of the peak at a joint, in pixels at working size
 # Minimum peak height of a joint. At 0.5 the false-positive rate equals that of decoding by color, with more joints
 # found.
 MIN_PEAK = 0.5
@@ -86,14 +87,14 @@ def run_readout(
     """Run a readout on `answer`, at the size that it was trained for.
 
     Args:
-        readout: a UNet with `CHANNELS` input channels and two output channels, the logits of mask and heatmap.
+        readout: a U-Net with `CHANNELS` input channels and two output channels, the logits of mask and heatmap.
         task, image, answer, box: as in `task.read`.
 
     Returns:
         The frame, and the probabilities of mask and heatmap for each of N names, [N, 2, height, width].
 
     Raises:
-        ValueError: the readout has another number of input or output channels.
+        ValueError: if the readout has another number of input or output channels.
     """
     if (readout.config.in_channels, readout.config.out_channels) != (CHANNELS, 2):
         raise ValueError(
@@ -105,12 +106,12 @@ def run_readout(
     height, width = inputs.shape[-2:]
     multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size
     inputs = torch.nn.functional.pad(inputs, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-    if readout.device.type != "meta":  # sequential offloading moves inputs itself
+    if readout.device.type != "meta":  # with sequential offloading, hooks move the inputs
         inputs = inputs.to(readout.device)
     logits = readout(inputs.to(readout.dtype), timestep=0).sample[..., :height, :width]
     if not logits.isfinite().all():
         raise ValueError(
-            f"`readout` gave values that are NaN or infinite: its weights are, or {readout.dtype} overflowed."
+            f"`readout` returned values that are NaN or infinite: its weights are, or {readout.dtype} overflowed."
         )
     return frame, logits.float().sigmoid().cpu().numpy()
 
@@ -123,7 +124,7 @@ def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:
 
 
 def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch.Tensor:
-    """The network's inputs for each of N colors, [N, CHANNELS, height, width], with values of roughly -1 to 1."""
+    """The network's inputs for each of N colors, [N, CHANNELS, height, width], with values from about -1 to 1."""
     shares, _ = coverage(frame.source, frame.answer, colors, opacity)
     pictures = np.concatenate([frame.source, frame.answer], -1).transpose(2, 0, 1) / 127.5 - 1  # [6, H, W]
     painted = np.broadcast_to(np.array(colors)[:, :, None, None] / 127.5 - 1, (len(colors), 3, *pictures.shape[1:]))
@@ -134,7 +135,7 @@ def readout_inputs(frame: Frame, colors: Sequence[RGB], opacity: float) -> torch
 def heatmap_peak(heatmap: np.ndarray) -> tuple[float, float, float]:
     """The subpixel position of the maximum of a heatmap, and its value."""
     row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    # Keep the window symmetric at the border, because a one-sided window biases the centroid.
+    # The window is kept symmetric at the border, because a one-sided window would bias the centroid.
     reach_y, reach_x = (
         min(round(2 * HEATMAP_SIGMA), place, side - 1 - place)
         for place, side in zip((row, column), heatmap.shape, strict=True)

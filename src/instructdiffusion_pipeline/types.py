@@ -1,11 +1,11 @@
-"""Shared types of data sets, tasks, training and evaluation.
+"""Shared types of datasets, tasks, training and evaluation.
 
-A data set reads `(image, annotation)`. The type of the annotation depends on the task family:
+A dataset returns `(image, annotation)`. The type of the annotation depends on the task family:
 
     keypoints       Joints: joint name -> Joint, or None if it is not visible
     segmentation    Masks: object name -> bool array [height, width]; all False if the object is absent
-    restoration     the clean picture
-    editing         Edit: the instruction and the edited picture
+    restoration     the clean image
+    editing         Edit: the instruction and the edited image
     adaptation      the caption
 
 A task converts it to a `Sample` (see `tasks`).
@@ -21,7 +21,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: `target` is the output for `instruction` and `image` (two RGB images of one size)."""
+    """One training sample: `target` is the output for `instruction` and `image`. Both are RGB images of one size."""
 
     image: Image.Image
     target: Image.Image
@@ -71,9 +71,9 @@ class LabeledMasks(Mapping[str, np.ndarray]):
 class Pose(Mapping[str, Joint | None]):
     """The ground-truth `joints` of a person in pixels, and the area and sigmas that keypoint AP needs.
 
-    `area`, in square pixels, is the area in the JSON file, or a fraction of the person's box if it has none (0.53 in
-    CrowdPose, 1 in AI Challenger); `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed, but
-    not AP.
+    `area`, in square pixels, is the area in the JSON file, or, if that has none, a fraction of the person's box (0.53
+    in CrowdPose, 1 in AI Challenger); `sigmas` maps each joint to its OKS sigma. Without both, PCK can be computed,
+    but not AP.
     """
 
     joints: Joints

@@ -3,7 +3,7 @@
     python tests/cuda/bundle.py --output build/cuda
 
 The folder gets run.sh, wheels for Python 3.12 on x86-64 Linux (PyTorch, transformers, accelerate, scikit-image and
-pytest must be there), and a small data set in COCO-Stuff's layout, of scikit-image's photographs with a sunflower.
+pytest must be there), and a small dataset in COCO-Stuff's layout, of scikit-image's photographs with a sunflower.
 """
 
 import argparse
@@ -26,9 +26,9 @@ sys.path.append(str(ROOT / "examples" / "tiny"))
 from wheels import check_size, download_wheels  # noqa: E402
 
 LIMIT = 20  # MB
-SPLITS = {"train2017": 64, "val2017": 16}  # pictures
+SPLITS = {"train2017": 64, "val2017": 16}  # images
 SIZE = (640, 480)
-LABELS = "0: unlabeled\n1: horse\n2: sunflower\n"  # no picture shows a horse
+LABELS = "0: unlabeled\n1: horse\n2: sunflower\n"  # no image shows a horse
 SUNFLOWER, UNLABELED = 1, 255  # pixel values
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def write_data(folder: Path, splits: dict[str, int]) -> None:
-    """Write a data set in COCO-Stuff's layout: photographs with a sunflower in the middle square."""
+    """Write a dataset in COCO-Stuff's layout: photographs with a sunflower in the middle square."""
     rng = random.Random(0)
     photographs = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0]]
     sprite = Image.open(ROOT / "examples" / "demo" / "sunflower.png").convert("RGBA")

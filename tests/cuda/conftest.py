@@ -35,7 +35,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The data set of the bundle."""
+    """The dataset of the bundle."""
     if "CUDA_BUNDLE_DATA" not in os.environ:
         pytest.skip("needs the bundle, whose run.sh starts these tests")
     return Path(os.environ["CUDA_BUNDLE_DATA"])

@@ -45,7 +45,7 @@ def answer(pipe, scene, seed=0):
 
 
 def levels(picture, other):
-    """Mean difference of two pictures, in grey levels."""
+    """Mean difference of two images, in gray levels."""
     return np.abs(np.asarray(picture, float) - np.asarray(other, float)).mean()
 
 
@@ -160,7 +160,7 @@ def test_a_readout_is_trained_on_the_gpu(load, device, data, tmp_path):
     readout = train_readout(pipe, *groups, tmp_path, config)
     assert pipe.readout is readout and readout.device.type == device and readout.dtype == pipe.unet.dtype
     (row,) = json.loads((tmp_path / "held-out" / "results.json").read_text())["rows"]
-    assert not row["failed"] and row["scores"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
+    assert not row["failed"] and row["scores"]["mIoU"].keys() == {"model", "ceiling", "decoding by color"}
     assert not CUDA or row["scores"]["mIoU"]["model"] > 0.6
 
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts that the sources publish."""
+"""Tiny datasets in the layouts that the sources publish."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def save_image(path: Path, picture: Image.Image | None = None, **kwargs: Any) -> Path:
-    """A picture, noise by default; PNG whatever the name says, so that no pixel changes."""
+    """An image, noise by default; PNG whatever the name says, so that no pixel changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (picture or tiny.picture(40, 30)).save(path, "PNG", **kwargs)
     return path
 
 
 def write_broken(path: Path) -> Path:
-    """A picture cut off in the middle."""
+    """An image cut off in the middle."""
     save_image(path, tiny.picture(40, 30))
     path.write_bytes(path.read_bytes()[:400])
     return path

@@ -1,4 +1,4 @@
-"""Tiny data sets that the paper only evaluates on, in the layouts of published loaders."""
+"""Tiny datasets that the paper only evaluates on, in the layouts of published loaders."""
 
 import json
 import pickle
@@ -37,12 +37,12 @@ ADE_847 = """0:invalid_class_id
 """
 CONTEXT_459 = "1: accordion\n2: aeroplane\n284: person\n308: pottedplant\n431: unknown\n"
 
-# Of a label map: unlabelled top left, then three classes.
+# Of a label map: unlabeled top left, then three classes.
 QUARTERS = np.kron([[0, 1], [2, 3]], np.ones((15, 20), int))
 
 
 def write_label(pictures: Path, labels: Path, values: list[int], kind: type = np.uint8, name: str = "1") -> Path:
-    """A picture and its label map, with the pixel values of `QUARTERS`."""
+    """An image and its label map, with the pixel values of `QUARTERS`."""
     save_image(pictures / f"{name}.jpg", tiny.picture(40, 30))
     path = labels / f"{name}{'.png' if kind is np.uint8 else '.tif'}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write_voc(root: Path, split: str = "train") -> Path:
 
 
 def joints(id: int, image_id: int = 1, **changes: Any) -> dict[str, Any]:
-    """An annotation with 17 joints inside its box; the last is not labelled."""
+    """An annotation with 17 joints inside its box; the last is not labeled."""
     places = [(6 + (5 * joint + 3 * id) % 20, 4 + (7 * joint + id) % 20) for joint in range(16)]
     keypoints = [value for x, y in places for value in (x, y, 2)] + [0, 0, 0]
     item = {"id": id, "image_id": image_id, "category_id": 1, "iscrowd": 0, "bbox": [4, 2, 24, 24], "area": 500}
@@ -118,7 +118,7 @@ def write_ap10k(root: Path, split: str = "train-split1") -> Path:
 
 
 def write_references(root: Path, folder: str, file: str, pictures: str, splits: list[str]) -> None:
-    """One reference of two expressions in each split, with a picture of its own."""
+    """One reference of two expressions in each split, with an image of its own."""
     items, images, objects = [], [], []
     for number, split in enumerate(splits, start=1):
         save_image(root / "images" / pictures / f"{number}.jpg", tiny.picture(40, 30, number))
@@ -138,7 +138,7 @@ def write_pairs(root: Path, degraded: str, clean: str) -> None:
 
 
 def write_paper_data(root: Path) -> None:
-    """The data sets of all tables of the paper but COCO, COCO-Stuff and CLWD."""
+    """The datasets of all tables of the paper but COCO, COCO-Stuff and CLWD."""
     write_humanart(root / "HumanArt", "validation")
     write_ap10k(root / "ap-10k", "test-split1")
     write_ade20k_150(root / "ADEChallengeData2016", "validation")

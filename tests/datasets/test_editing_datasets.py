@@ -126,7 +126,7 @@ def test_lists_that_cannot_be_read_are_named(read, name, tmp_path):
 @pytest.mark.parametrize("read, name", [(gier, "GIER.json"), (magicbrush, "train/edit_turns.json")])
 def test_lists_of_another_shape_are_named(read, name, content, tmp_path):
     write_json(tmp_path / name, content)
-    with pytest.raises(ValueError, match=f"{name} must hold a list of objects; got "):
+    with pytest.raises(ValueError, match=f"{name} must contain a list of objects; got "):
         read(tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_a_malformed_scene_is_skipped(tmp_path):
     }
     write_json(file, json.loads(file.read_text()) | malformed)
     data = gqa_inpaint(tmp_path)
-    assert data.skipped == [(f"picture {number}", "a malformed scene") for number in malformed] and len(data) == 1
+    assert data.skipped == [(f"image {number}", "a malformed scene") for number in malformed] and len(data) == 1
 
 
 def png(picture):
@@ -257,7 +257,7 @@ def test_what_shards_lack_is_named(tmp_path):
     write_shard(tmp_path / "shard-00.zip", *files, *(prompt(f"9{n}") for n in range(3)))
     (tmp_path / "shard-01.zip").write_bytes(b"half a download")
     dataset = InstructPix2Pix(tmp_path)
-    assert dataset.skipped[0][0] == "shard-01.zip" and "broken zip file" in dataset.skipped[0][1]
+    assert dataset.skipped[0][0] == "shard-01.zip" and "damaged zip file" in dataset.skipped[0][1]
     assert dataset.skipped[1:] == [("3/1_1.jpg", "a missing file"), ("5/prompt.json", "a missing file")]
     assert len(dataset) == 4 and is_triple(dataset[0], "make it winter")
     for index, cause in [(1, "1/1_0.jpg: no instruction"), (2, "2/1_0.jpg: JSON"), (3, "shard-00.zip/4/1_0.jpg")]:
@@ -267,7 +267,7 @@ def test_what_shards_lack_is_named(tmp_path):
     with pytest.raises(UnreadableSample, match="0/1_0.jpg"):
         dataset[0]
     (tmp_path / "shard-00.zip").unlink()
-    with pytest.raises(ValueError, match="no usable samples; skipped 1 with a broken zip file"):
+    with pytest.raises(ValueError, match="no usable samples; skipped 1 with a damaged zip file"):
         InstructPix2Pix(tmp_path)
 
 
@@ -494,7 +494,7 @@ def test_tables_in_every_form(tmp_path, own_cache, write):
 def test_an_instruction_that_is_no_text_is_skipped():
     features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
     lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))
-    with pytest.raises(ValueError, match="skipped 3 with an instruction that is not text but list"):
+    with pytest.raises(ValueError, match="skipped 3 with an instruction that is not a text but list"):
         HubTable(lists)
 
 

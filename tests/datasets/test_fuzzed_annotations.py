@@ -241,7 +241,7 @@ def test_a_damaged_annotation_file_is_read_skipped_or_named(name, count, tmp_pat
 
 
 def try_to_read(read, root, transform, seed):
-    """What came of reading a data set and all its items; an exception that names nothing is raised."""
+    """What came of reading a dataset and all its items; an exception that names nothing is raised."""
     try:
         dataset = read(root)
     except ValueError as error:

@@ -38,7 +38,7 @@ def test_person_crop(name, golden, tmp_path):
     rng = Recorded(*choices)
     crop, joints = PersonCrop(half_body=0.3, jitter=case["is_train"])(image, person, rng)
     assert not rng.choices and crop.size == (256, 256)
-    # OpenCV rounds places to 1/32 pixel and mixes the picture's edge with black, Pillow does neither.
+    # OpenCV rounds places to 1/32 pixel and mixes the image's edge with black, Pillow does neither.
     difference = np.abs(np.asarray(crop, int) - np.asarray(source)).max(-1)
     assert difference.mean() < 1 and np.quantile(difference, 0.985) <= 2
 
@@ -57,8 +57,8 @@ def test_coco_stuff(name, golden, tmp_path):
     save_image(tmp_path / "images" / "train2017" / "0.jpg", raw)
     save_image(tmp_path / "annotations" / "train2017" / "0.png", Image.open(folder / case["label"]))
     (tmp_path / "labels.txt").write_text("\n".join(case["labels"]) + "\n")
-    if name == "2_seed1":  # nothing is labelled: the original asks to leave the picture as it is, we ask nothing
-        with pytest.raises(Exception, match="no pixel is labelled"):
+    if name == "2_seed1":  # nothing is labeled: the original asks to leave the image as it is, we ask nothing
+        with pytest.raises(Exception, match="no pixel is labeled"):
             CocoStuff(tmp_path)[0]
         return
     image, masks = CocoStuff(tmp_path)[0]

@@ -174,7 +174,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     content["categories"] += [{"supercategory": "animal"}, {"id": [1], "name": "person"}]
     dataset = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
     assert len(dataset) == 2 and ("000000000003.jpg, annotation 3", "a missing file") in dataset.skipped
-    assert ("image 99, annotation 8", "a picture that the JSON lacks") in dataset.skipped
+    assert ("image 99, annotation 8", "an image that the JSON lacks") in dataset.skipped
     assert ("000000000001.jpg, annotation None", "no 'id'") in dataset.skipped
     assert dataset.skipped[:2] == [("image 5", "no 'file_name'"), ("image 6.jpg", "no 'id'")]
     assert Counter(reasons(dataset)) == {
@@ -187,7 +187,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "a malformed 'keypoints'": 4,
         "a malformed 'width'": 1,
         "a missing file": 1,
-        "a picture that the JSON lacks": 2,
+        "an image that the JSON lacks": 2,
         "an empty box": 2,
         "another category than person": 1,
         "another number of joints than 17": 1,
@@ -198,14 +198,14 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "no 'image_id'": 1,
         "no 'keypoints'": 1,
         "no 'width'": 1,
-        "no labelled joint": 1,
+        "no labeled joint": 1,
     }
     dataset[0]
     with pytest.raises(UnreadableSample, match=r"000000000002.jpg: .*(truncated|Truncated|broken)"):
         dataset[1]
 
     content = people(annotation(3, image_id=3), annotation(4, keypoints=[0] * 51), annotation(5, keypoints=[0] * 51))
-    with pytest.raises(ValueError, match="people.json.*2 with no labelled joint, 1 with a missing file"):
+    with pytest.raises(ValueError, match="people.json.*2 with no labeled joint, 1 with a missing file"):
         CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)
     with pytest.raises(ValueError, match="skipped 1 with another number of joints than 17"):
         CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1, joints=14))), tmp_path)
@@ -242,7 +242,7 @@ def test_annotations_that_cannot_be_read_are_named(read, file, tmp_path):
     ],
 )
 def test_annotations_of_another_shape_are_named(read, content, where, tmp_path):
-    with pytest.raises(ValueError, match=f"people.json must hold a list of objects{where}"):
+    with pytest.raises(ValueError, match=f"people.json must contain a list of objects{where}"):
         read(write_json(tmp_path / "people.json", content), tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_mpii(tmp_path):
         "no 'joints_vis'": 1,
         "no 'scale'": 1,
         "no center": 1,
-        "no labelled joint": 1,
+        "no labeled joint": 1,
         "no scale": 2,
     }
     image, found = dataset[0]

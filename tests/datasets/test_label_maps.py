@@ -82,12 +82,12 @@ def test_what_cannot_be_read_is_named(read, tmp_path):
     kind = np.uint8 if dataset.suffix == ".png" else np.uint16
     unlabeled = np.asarray(Image.open(path))[0, 0]
     for values, why in [
-        (np.full((30, 40), unlabeled, kind), "no pixel is labelled"),
+        (np.full((30, 40), unlabeled, kind), "no pixel is labeled"),
         (
             np.full((30, 40), 254 if kind is np.uint8 else 2000, kind),
-            "holds values that stand for no class, such as 2",
+            "has values that belong to no class, such as 2",
         ),
-        (np.full((30, 20), unlabeled, kind), r"is of \(20, 30\) pixels, its picture of \(40, 30\)"),
+        (np.full((30, 20), unlabeled, kind), r"is of \(20, 30\) pixels, its image of \(40, 30\)"),
         (np.zeros((30, 40, 3), np.uint8), "mode RGB"),
     ]:
         Image.fromarray(values).save(path)
@@ -113,7 +113,7 @@ def test_the_list_of_voc_chooses_its_pictures(tmp_path):
         ("2.jpg", "no label PNG"),
         ("3.png", "a missing file"),
     ]
-    with pytest.raises(ValueError, match="val.txt must be a list of pictures; got FileNotFoundError"):
+    with pytest.raises(ValueError, match="val.txt must be a list of images; got FileNotFoundError"):
         voc(tmp_path, "val")
 
 

@@ -20,7 +20,7 @@ BLUR = FixedTask(Restoration("blur"))
 
 
 class Numbered:
-    """Pictures of one color that says their number; those in `broken` cannot be read."""
+    """Images of one color that says their number; those in `broken` cannot be read."""
 
     def __init__(self, length, broken=()):
         self.length, self.broken, self.skipped = length, set(broken), []
@@ -114,7 +114,7 @@ def test_thousands_of_unreadable_samples_are_counted_and_a_hundred_are_named(cap
 
 
 class Annotated(Numbered):
-    """The same pictures, each with the annotation of its number."""
+    """The same images, each with the annotation of its number."""
 
     def __init__(self, *annotations):
         super().__init__(len(annotations))
@@ -158,7 +158,7 @@ def test_a_source_with_nothing_left_is_fatal():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`sources` must hold at least one"):
+    with pytest.raises(ValueError, match="`sources` must have at least one"):
         Mixture([])
     for weight in (-1, 0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"the weight of a must be finite and above 0; got {weight}"):

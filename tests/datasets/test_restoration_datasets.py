@@ -39,7 +39,7 @@ def test_a_picture_is_paired_by_its_name_whatever_else_lies_there(tmp_path):
         save_image(tmp_path / "val" / "gt" / f"000{number}_GT_SRGB_010.PNG", tiny.picture(40, 30, seed=number))
     dataset = sidd(tmp_path, "val")
     assert len(dataset) == 2 and all(same(*dataset[index]) for index in range(2))
-    assert dataset.skipped == [("input/0001_NOISY_SRGB_010.PNG", "no clean picture")]
+    assert dataset.skipped == [("input/0001_NOISY_SRGB_010.PNG", "no clean image")]
 
 
 def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):
@@ -64,14 +64,14 @@ def test_what_sidd_publishes_for_training_is_no_validation(tmp_path):
 def test_what_lacks_or_breaks_is_named(tmp_path):
     marked, clean = tmp_path / "train" / "Watermarked_image", tmp_path / "train" / "Watermark_free_image"
     save_image(marked / "1.jpg")
-    with pytest.raises(ValueError, match="train: no usable samples; skipped 1 with no clean picture"):
+    with pytest.raises(ValueError, match="train: no usable samples; skipped 1 with no clean image"):
         clwd(tmp_path)
     save_image(marked / "2.jpg")
     write_broken(clean / "2.jpg")
     save_image(marked / "3.jpg", tiny.picture(40, 30))
     save_image(clean / "3.jpg", tiny.picture(30, 40))
     dataset = clwd(tmp_path)
-    assert dataset.skipped == [("Watermarked_image/1.jpg", "no clean picture")]
+    assert dataset.skipped == [("Watermarked_image/1.jpg", "no clean image")]
     with pytest.raises(UnreadableSample, match="Watermark_free_image/2.jpg"):
         dataset[0]
     with pytest.raises(UnreadableSample, match=r"Watermarked_image/3.jpg: is of \(40, 30\) pixels"):

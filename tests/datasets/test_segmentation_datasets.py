@@ -24,7 +24,7 @@ LABELS = """0: unlabeled
 172: wall-concrete
 173: wall-other
 """
-# What COCO's list of 91 things has and its pictures never got, with the numbers of COCO-Stuff's labels.txt.
+# What COCO's list of 91 things has and its images never got, with the numbers of COCO-Stuff's labels.txt.
 NEVER_DRAWN = """12: street sign
 26: hat
 29: shoe
@@ -50,7 +50,7 @@ def test_coco_stuff(tmp_path):
     write_stuff(tmp_path)
     image, masks = CocoStuff(tmp_path)[0]
     assert same(image, tiny.picture(40, 30))
-    # A picture may well show a mirror that nobody drew, so it must not be called absent.
+    # An image may well show a mirror that nobody drew, so it must not be called absent.
     assert set(masks) == {"person", "dog", "sky", "brick wall", "concrete wall", "wall"}
     quarters = {name: mask[::15, ::20].astype(int).tolist() for name, mask in masks.items()}
     assert quarters["person"] == [[1, 0], [0, 0]] and quarters["brick wall"] == [[0, 1], [0, 0]]
@@ -81,7 +81,7 @@ def test_what_coco_stuff_lacks_is_named(tmp_path):
     assert dataset.skipped == [("5.jpg", "no label PNG"), ("6.png", "a missing file")]
     dataset[0]
     for index, cause in [
-        (1, "2.png: no pixel is labelled"),
+        (1, "2.png: no pixel is labeled"),
         (2, "3.jpg"),
         (3, r"4.png: is of \(20, 30\) pixels"),
         (4, "7.png"),
@@ -107,7 +107,7 @@ def test_labels_that_hold_the_numbers_themselves_are_recognised(offset, tmp_path
         _, masks = dataset[index]
         assert masks["dog"][0, 0] and masks["sky"][0, -1] and not any(mask[-1, -1] for mask in masks.values())
         assert masks["sky"][-1, 0] == (index == 3)
-    with pytest.raises(UnreadableSample, match="5.png: holds values that stand for no class, such as 200"):
+    with pytest.raises(UnreadableSample, match="5.png: has values that belong to no class, such as 200"):
         dataset[4]
 
 
@@ -127,7 +127,7 @@ def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
 def test_a_label_of_colors_is_unreadable(mode, tmp_path):
     write_stuff(tmp_path)
     save_image(tmp_path / "annotations" / "train2017" / "1.png", Image.new(mode, (40, 30)))
-    with pytest.raises(UnreadableSample, match=rf"1.png: .*grey \(mode L\) or have a palette \(P\); got mode {mode}"):
+    with pytest.raises(UnreadableSample, match=rf"1.png: .*gray \(mode L\) or have a palette \(P\); got mode {mode}"):
         CocoStuff(tmp_path)[0]
 
 
@@ -221,8 +221,8 @@ def test_what_references_lack_is_named(tmp_path):
     assert ("reference 2", "a missing file") in dataset.skipped
     assert reasons(dataset) == [
         "a missing file",
-        "a picture that instances.json lacks",
-        "an object of another picture",
+        "an image that instances.json lacks",
+        "an object of another image",
         "an object that instances.json lacks",
         "no 'ann_id'",
         "no 'sentences'",
@@ -259,7 +259,8 @@ def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
 def test_references_of_another_shape_are_named(name, under, tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
     write_json(tmp_path / name, {"refs": []})
-    with pytest.raises(ValueError, match=re.escape(f"{name} must hold a list of objects{under}; got {{'refs': []}}")):
+    message = f"{name} must contain a list of objects{under}; got {{'refs': []}}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         ReferringExpressions(path, images)
 
 
@@ -279,7 +280,7 @@ OUTLINES = {
         [[*SQUARE[:-1], float("nan")]], [[*SQUARE[:-1], float("inf")]], [[*SQUARE[:-1], 1e8]], [[*SQUARE[:-1], "5"]],
         [[*SQUARE[:-1], [5]]], [[*SQUARE[:-1], True]], [{"x": 1}], [[*SQUARE[:-1], 10**400]],
     ],
-    "an outline far outside its picture": [[[-50, 5, 20, 5, 20, 15]], [[10, 5, 20, 61, 20, 15]]],
+    "an outline far outside its image": [[[-50, 5, 20, 5, 20, 15]], [[10, 5, 20, 61, 20, 15]]],
     "an outline that covers no pixel": [[[3.2, 3.2, 3.3, 3.2, 3.3, 3.3]], {"size": [30, 40], "counts": [1200]}],
     "malformed run lengths": [
         {}, {"size": [30, 40]}, {"counts": None, "size": [30, 40]}, {"size": [30, 40], "counts": []},
@@ -288,7 +289,7 @@ OUTLINES = {
         {"size": [30, 40], "counts": "P"}, {"size": [30, 40], "counts": "o" * 40}, {"size": [30, 40], "counts": ""},
         {"size": [30, 40], "counts": " "},
     ],
-    "run lengths of another size than their picture": [
+    "run lengths of another size than their image": [
         {"counts": [600, 600]}, {"counts": [600, 600], "size": [40, 30]}, {"counts": [600, 600], "size": "30, 40"},
         {"counts": [600, 5], "size": [30, 40]}, {"counts": [600, 601], "size": [30, 40]},
         {"counts": [0, 2**40], "size": [30, 40]}, {"counts": "0", "size": [30, 40]},

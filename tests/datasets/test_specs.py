@@ -70,7 +70,7 @@ def test_half_bodies_are_cocos_alone_in_three_of_ten_cases():
 
 
 def test_names_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match="`names` must be out of mpii, coco, .*; got COCO, table"):
+    with pytest.raises(ValueError, match="`names` must be from mpii, coco, .*; got COCO, table"):
         original_mixture(tmp_path, ["coco", "COCO", "table"])
 
 
@@ -96,12 +96,12 @@ def test_evaluation_reads_the_other_split_without_flips_and_knows_the_sigmas(tmp
     assert {image.tobytes() for image, _ in reads} == {reads[0][0].tobytes()} and reads[0][0].size == (96, 96)
     assert reads[0][1].sigmas == COCO_SIGMAS and reads[0][1].area > 0
     with pytest.raises(ValueError, match="no usable samples"):
-        load_sources([f"coco={tmp_path}"], 96)  # only val2017 has pictures
+        load_sources([f"coco={tmp_path}"], 96)  # only val2017 has images
 
 
 @pytest.mark.parametrize("key", ["captions", "coco-captions", "preferences"])
 def test_what_is_for_training_only_is_not_evaluated(tmp_path, key):
-    with pytest.raises(ValueError, match=f"--data {key}: this data set can be trained on, but not evaluated on"):
+    with pytest.raises(ValueError, match=f"--data {key}: this dataset is for training only"):
         load_test_sources([f"{key}={tmp_path}"], 64, "train")
 
 
@@ -129,7 +129,7 @@ def test_folders_of_one_data_set_have_names_of_their_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["photos=cats"], "--data must be NAME=FOLDER with a NAME out of mpii, .*; got 'photos=cats'"),
+        (["photos=cats"], "--data must be NAME=FOLDER with a NAME from mpii, .*; got 'photos=cats'"),
         (["cats"], "--data must be NAME=FOLDER .*; got 'cats'"),
         (["table="], "--data must be NAME=FOLDER .*; got 'table='"),
         (["gopro=owner/name"], "--data gopro: there is no folder owner/name"),

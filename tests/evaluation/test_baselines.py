@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 
 def lettered(image):
-    """Half see-through white letters across the picture."""
+    """Half see-through white letters across the image."""
     sheet = image.copy()
     ImageDraw.Draw(sheet).text((48, 48), "PROOF", "white", anchor="mm", font_size=28)
     return Image.blend(image, sheet, 0.5)

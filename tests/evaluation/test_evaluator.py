@@ -215,16 +215,16 @@ def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_
         for number, task in enumerate(example.tasks):
             answer = Image.open(tmp_path / "answers" / f"{index:06d}-{number}.png")
             expected |= task.read(example.image, answer, (0, 0, 64, 64))
-        found = of[name]["reading by color"][kind]
+        found = of[name]["decoding by color"][kind]
         if kind == "joints":
             assert found == {joint: place and list(place) for joint, place in expected.items()}
         else:
             pixels = expected["cat"].pixels
             assert found[0][1:3] == [(pixels & run_tiny.blob(1)).sum(), (pixels | run_tiny.blob(1)).sum()]
-    assert of["noise 1"].keys() == {"model", "ceiling", "answer alone", "input", "input through the VAE"}
+    assert of["noise 1"].keys() == {"model", "ceiling", "output alone", "input", "input through the VAE"}
     columns = {row["row"]: row["scores"] for row in results["rows"]}
-    assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
-    assert "reading by color" in (tmp_path / "table.md").read_text().splitlines()[0]
+    assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "decoding by color"}
+    assert "decoding by color" in (tmp_path / "table.md").read_text().splitlines()[0]
     # The sheet shows the model's reading: everything is the cat.
     (example,) = (lazy.open() for lazy in examples if lazy.name == "cat 1")
     shown = example.tasks[0].overlay(example.image, {"cat": Mask(np.ones((64, 64), bool), 1.0)})
@@ -322,7 +322,7 @@ def shipped() -> InstructDiffusionPipeline:
 
 @torch.no_grad()
 def through_vae(pipeline: InstructDiffusionPipeline, picture: Image.Image) -> Image.Image:
-    """Encode and decode a picture whose sides are multiples of 64."""
+    """Encode and decode an image whose sides are multiples of 64."""
     pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 127.5 - 1
     decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
     return Image.fromarray(((decoded[0].clamp(-1, 1) / 2 + 0.5) * 255).movedim(0, -1).numpy().astype(np.uint8))

@@ -15,7 +15,7 @@ from instructdiffusion_pipeline.types import Joint, Pose
 
 
 class Blobs:
-    """Pictures with one object each; two of them share a name."""
+    """Images with one object each; two of them share a name."""
 
     skipped = []
 

@@ -30,7 +30,7 @@ def tiny_train():
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory):
-    """A folder as `fetch` leaves it, with grey photographs and white discs as objects: white pixels are objects."""
+    """A folder as `fetch` leaves it, with gray photographs and white discs as objects: white pixels are objects."""
     root = tmp_path_factory.mktemp("work") / "world"
     for part in ("photographs", *(f"objects/{style}" for style in (*STYLES, UNSEEN_STYLE))):
         (root / part).mkdir(parents=True)

@@ -230,7 +230,7 @@ def test_an_example_is_answered_and_its_files_are_downloaded(visit, model, pictu
     shown = page.locator("img[src*='/file=']").first
     before = shown.get_attribute("src")
     page.locator("table tbody tr").filter(visible=True).first.click()
-    if picture != "sunflower":  # the first picture of the page
+    if picture != "sunflower":  # the first image of the page
         expect(shown).not_to_have_attribute("src", before)
     press(page, "Run")
     expect(page.get_by_label("instruction").last).to_have_value(task.instruction())

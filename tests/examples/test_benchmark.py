@@ -161,7 +161,7 @@ def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
 
 
 def test_the_parts_of_a_call_are_counted(pipe):
-    """Three branches of two samples, in two steps; a copy of each picture goes through the VAE."""
+    """Three branches of two samples, in two steps; a copy of each image goes through the VAE."""
     pipe.set_progress_bar_config(disable=True)
     calls = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))

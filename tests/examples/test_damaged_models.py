@@ -24,7 +24,7 @@ PARTS = ["*.json", "unet/*", "vae/*", "text_encoder/*", "scheduler/*", "tokenize
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes one step by default, and a picture."""
+    """A model that takes one step by default, and an image."""
     folder = tmp_path_factory.mktemp("good")
     settings = {"editing": {"num_inference_steps": 1}}
     InstructDiffusionPipeline(**tiny.components(), task_settings=settings).save_pretrained(folder / "model")

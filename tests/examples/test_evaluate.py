@@ -1,4 +1,4 @@
-"""The command line of the evaluation on data sets as they lie on disk, with a model of random weights."""
+"""The command line of the evaluation on datasets as they lie on disk, with a model of random weights."""
 
 import importlib.util
 import json
@@ -124,7 +124,7 @@ def test_two_folders_of_one_data_set_are_two_rows(monkeypatch, tmp_path, model, 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("gopr=/x", "--data must be NAME=FOLDER with a NAME out of .*; got 'gopr=/x'"),
+        ("gopr=/x", "--data must be NAME=FOLDER with a NAME from .*; got 'gopr=/x'"),
         ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
         ("gopro=/tmp", "/tmp/test: no samples found"),
         ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),

@@ -1,4 +1,4 @@
-"""`evaluate.py --tables paper` on small data sets in their published layouts, with a model of random weights."""
+"""`evaluate.py --tables paper` on small datasets in their published layouts, with a model of random weights."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ spec.loader.exec_module(evaluate)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model and data: all of the paper's data sets but CLWD, and a COCO whose JSON is damaged."""
+    """A folder with a model and data: all of the paper's datasets but CLWD, and a COCO whose JSON is damaged."""
     work = tmp_path_factory.mktemp("work")
     InstructDiffusionPipeline(**tiny.components()).save_pretrained(work / "model")
     write_paper_data(work / "data")
@@ -177,4 +177,4 @@ def test_data_that_cannot_be_read_at_all_is_a_failure(work, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         call("--model", work / "model", "--output", tmp_path / "out", "--tables", "paper", "--root", tmp_path / "data")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 1 and "no data set of the paper can be read" in error and "FileNotFoundError" in error
+    assert exit.value.code == 1 and "no dataset of the paper can be read" in error and "FileNotFoundError" in error

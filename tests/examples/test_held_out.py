@@ -1,4 +1,4 @@
-"""Scores are of what training never saw: a world whose colors tell what a picture is made of."""
+"""Scores are of what training never saw: a world whose colors tell what an image is made of."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""Training as a new user does it: 200 pictures of mixed kinds, sizes and faults, from a model to the Hub."""
+"""Training as a new user does it: 200 images of mixed kinds, sizes and faults, from a model to the Hub."""
 
 import json
 import os
@@ -35,7 +35,7 @@ answer.images[0].save(sys.argv[2])
 
 
 def save_picture(folder, stem, rng):
-    """A picture of a random kind and size; the name of its file."""
+    """An image of a random kind and size; the name of its file."""
     kind = rng.choice(["jpg", "progressive", "turned", "cmyk", "png", "rgba", "grey", "palette", "sixteen", "webp"])
     width, height = rng.randint(20, 600), rng.randint(20, 600)
     picture = tiny.picture(8, 8, rng.randrange(1000)).resize((width, height), Image.Resampling.BICUBIC)

@@ -23,7 +23,7 @@ from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_fi
 
 @pytest.fixture
 def run_predict(pipe, tmp_path, monkeypatch):
-    """Runs the script as the command line would, on a model of random weights and a folder of four pictures."""
+    """Runs the script as the command line would, on a model of random weights and a folder of four images."""
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -79,7 +79,7 @@ def test_a_run_continues_and_skips_what_cannot_be_read(run_predict, tmp_path, ca
     captured = capsys.readouterr()
     assert "4 of 5 pictures answered" in captured.out and "4.png cannot be read" in captured.out + captured.err
     whole = tiny.contents(tmp_path / "out")
-    # As after a kill: two pictures have no record, one of them not all files.
+    # As after a kill: two images have no record, one of them not all files.
     for path in ("records/1.json", "records/3.json", "1-cat.png", "coco.json"):
         (tmp_path / "out" / path).unlink()
     run_predict(*options)

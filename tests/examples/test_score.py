@@ -40,7 +40,7 @@ def test_every_row_is_scored(world_folder, tiny_recipe, tmp_path, monkeypatch, c
     trained = InstructDiffusionPipeline.from_pretrained(model)
     assert trained.readout.config.sample_size == 64 and trained.config.task_settings == pipeline.config.task_settings
     table = (tmp_path / "readout" / "held-out" / "table.md").read_text()
-    assert "reading by color" in table and "| few keypoints | PCK" in table
+    assert "decoding by color" in table and "| few keypoints | PCK" in table
     with pytest.raises(SystemExit):
         run(readout, "--model", untrained, "--world", world_folder, *folders)
     assert "already exists" in capsys.readouterr().err
@@ -50,7 +50,7 @@ def test_every_row_is_scored(world_folder, tiny_recipe, tmp_path, monkeypatch, c
     assert all(row["samples"] == 2 and not row["failed"] for row in rows)
     for row in rows:
         for values in row["scores"].values():
-            assert ("reading by color" in values) == row["row"].startswith(
+            assert ("decoding by color" in values) == row["row"].startswith(
                 ("segmentation", "one joint", "keypoints", "pose")
             )
             assert ("classical" in values) == (row["row"] in ("noise", "blur", "watermark"))
@@ -67,20 +67,20 @@ def test_every_row_is_scored(world_folder, tiny_recipe, tmp_path, monkeypatch, c
     lines = (output / "scores.md").read_text().splitlines()
     assert {line.count(" | ") for line in lines} == {2}
     (pairs,) = (row["scores"]["mIoU"] for row in rows if row["row"] == "segmentation, left or right of two")
-    ours, ceiling, by_color = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "reading by color"))
+    ours, ceiling, by_color = (f"{pairs[of]:.2f}" for of in ("model", "ceiling", "decoding by color"))
     assert f"| ... mIoU | **{ours}** ({ceiling}) | {by_color} decoded by color |" in lines
     (small,) = (row["scores"]["mIoU"] for row in rows if "0.2 to 0.3" in row["row"])
     (line,) = (line for line in lines if "objects of 0.2 to 0.3" in line)
     assert f"| **{small['model']:.2f}** ({small['ceiling']:.2f}) |" in line and line.endswith(
-        f"{small['reading by color']:.2f} decoded by color |"
+        f"{small['decoding by color']:.2f} decoded by color |"
     )
-    read_twice = [row for row in rows if any("reading by color" in values for values in row["scores"].values())]
+    read_twice = [row for row in rows if any("decoding by color" in values for values in row["scores"].values())]
     assert sum("decoded by color" in line for line in lines) == len(read_twice)
     (noise,) = (row["scores"]["PSNR"] for row in rows if row["row"] == "noise")
     (line,) = (line for line in lines if "noise" in line)
     assert line == (
         f"| noise, sigma 25: PSNR | **{noise['model']:.1f} dB** ({noise['ceiling']:.1f}) | {noise['input']:.1f} input,"
-        f" {noise['input through the VAE']:.1f} through the autoencoder, {noise['classical']:.1f} non-local means |"
+        f" {noise['input through the VAE']:.1f} through the VAE, {noise['classical']:.1f} non-local means |"
     )
 
 

@@ -21,7 +21,7 @@ def test_every_row_is_scored_at_the_resolution_of_its_pictures(world_folder, tin
     assert [row["row"] for row in rows] == [source.name for source in score_shapes.rows(tiny_recipe, world_folder, 1)]
     assert all(row["samples"] == 2 and not row["failed"] for row in rows)
     edited = {row["row"]: row["scores"]["PSNR"] for row in rows if "384" in row["row"]}
-    assert len(edited) == 2 and all({"model", "answer alone", "input"} <= scores.keys() for scores in edited.values())
+    assert len(edited) == 2 and all({"model", "output alone", "input"} <= scores.keys() for scores in edited.values())
     shapes = {
         source.name: source.read(0, None)[0].size for source in score_shapes.rows(tiny_recipe, world_folder, 1)[:4]
     }

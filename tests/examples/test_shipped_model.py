@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def answers(model):
-    """Answers of the model, with its own settings, to one question for each picture."""
+    """Answers of the model, with its own settings, to one question for each image."""
 
     def ask(images, tasks, **settings):
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]

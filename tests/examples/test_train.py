@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Pictures of one's own, as `datasets` reads a folder of them."""
+    """Images of one's own, as `datasets` reads a folder of them."""
     folder, rows = tmp_path_factory.mktemp("pictures"), []
     for number in range(4):
         for name, seed in (("before", number), ("after", 50 + number)):
@@ -317,14 +317,14 @@ def test_some_samples_for_some_epochs(model, table, tmp_path, monkeypatch, capsy
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "table 3 1 100.0%" in out and "3 updates of 2 samples are 2 epochs of 3 samples." in out
     assert any(line.startswith("Memory without activations: 0.0") for line in out)
-    assert any(re.match(r"Disk space: 0\.\d+ GB a checkpoint, .* GB free", line) for line in out)
+    assert any(re.match(r"Disk space: 0\.\d+ GB per checkpoint, .* GB free", line) for line in out)
 
 
 def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, capfd):
     def says(init, data, **settings):
         return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
 
-    assert "--data must be NAME=FOLDER with a NAME out of mpii, " in says(model, "photos=x")
+    assert "--data must be NAME=FOLDER with a NAME from mpii, " in says(model, "photos=x")
     assert "--data table: there is no folder nowhere" in says(model, "table=nowhere")
     twice = says(model, f"table={table}", more=["--data", f"table={table}"])
     assert f"--data table={table} is given twice" in twice

@@ -1,4 +1,4 @@
-"""The script that trains a readout, on data sets as they lie on disk and a model of random weights."""
+"""The script that trains a readout, on datasets as they lie on disk and a model of random weights."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
     asked = json.loads((output / "answers" / "results.json").read_text())
     assert {row["row"]: row["samples"] for row in asked["rows"]} == {"coco-stuff": 2, "coco": 1}
     table = (output / "held-out" / "table.md").read_text()
-    assert "| coco-stuff val2017 | mcIoU" in table and "| coco val2017 | PCK" in table and "reading by color" in table
+    assert "| coco-stuff val2017 | mcIoU" in table and "| coco val2017 | PCK" in table and "decoding by color" in table
     assert table in capsys.readouterr().out
 
     with pytest.raises(SystemExit) as exit:
@@ -69,7 +69,7 @@ def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
     ("options", "told"),
     [
         (["--data", "gopro=."], "--data gopro: a readout is for data sets of masks or joints: mpii, coco, "),
-        (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME out of"),
+        (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),
         (["--data", "coco=.", "--size", "8"], "--size: must be at least 16"),

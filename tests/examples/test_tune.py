@@ -25,7 +25,7 @@ SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
 
 @pytest.fixture
 def gopro(tmp_path):
-    """Blurred and sharp pictures in GoPro's layout."""
+    """Blurred and sharp images in GoPro's layout."""
     root = tmp_path / "gopro"
     for index in range(4):
         sharp = tiny.picture(64, 64, index)

@@ -1,4 +1,4 @@
-"""Photographs that training never saw, random blobs on them, and what happens to pictures on their way."""
+"""Photographs that training never saw, random blobs on them, and what happens to images on their way."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""The adaptation stage's pictures: what the caption names is what is drawn."""
+"""The adaptation stage's images: what the caption names is what is drawn."""
 
 import random
 import re

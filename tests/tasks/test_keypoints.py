@@ -37,7 +37,7 @@ def test_discs_are_drawn_as_the_original_draws_them(golden, name):
     }
     if case["transparency"] == 0:
         drawn = np.asarray(Keypoints(dict(zip(places, colors, strict=True))).draw(source, places))
-    else:  # the original can also mix its discs with the picture, which no published setting does
+    else:  # the original can also mix its discs with the image, which no published setting does
         drawn = np.array(source)
         for joint, color in zip(places.values(), colors, strict=True):
             if joint:
@@ -110,7 +110,7 @@ def test_reading_survives_jpeg(rng):
 
 @pytest.mark.parametrize("seed", [67, 417, 558418])
 def test_the_rim_of_a_disc_after_jpeg_is_no_gray_disc(seed):
-    # In these pictures gray is asked for, not painted, and resembles the mixed hues at the rim of a cyan disc.
+    # In these images gray is asked for, not painted, and resembles the mixed hues at the rim of a cyan disc.
     image, joints, task = question(random.Random(seed))
     absent = {name for name, color in task.colors.items() if color == "gray" and joints[name] is None}
     found = task.read(image, jpeg(task.draw(image, joints)))

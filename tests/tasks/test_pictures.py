@@ -1,4 +1,4 @@
-"""Restoration and editing, whose answers are pictures."""
+"""Restoration and editing, whose answers are images."""
 
 import random
 

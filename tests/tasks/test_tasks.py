@@ -64,7 +64,7 @@ def test_the_colors_of_a_task_stay(make):
 
 
 def with_orientation(orientation):
-    """A picture of 48 x 32 stored pixels with an EXIF orientation, and the same turned by hand."""
+    """An image of 48 x 32 stored pixels with an EXIF orientation, and the same turned by hand."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     tiny.picture(48, 32).save(file, "PNG", exif=exif)

@@ -24,7 +24,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "instructdiffusion-tiny"
 
 @pytest.fixture(scope="module")
 def reconstruct():
-    """Resizes a picture to working size, and encodes and decodes it with the VAE that ships."""
+    """Resizes an image to working size, and encodes and decodes it with the VAE that ships."""
     vae = AutoencoderKL.from_pretrained(MODEL, subfolder="vae", dtype=torch.float32)
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ def sepia(pixels):
 
 
 def pasted(pixels, box, color=(250, 210, 30)):
-    """A ball with a shaded rim over the picture."""
+    """A ball with a shaded rim over the image."""
     side = len(pixels)
     result = pixels.copy()
     result[ellipse(side, box)] = np.array(color) // 2
@@ -112,7 +112,7 @@ def psnr(truth, pixels, mask=None):
 
 
 def case(reconstruct, make, name, factor):
-    """Input, truth, transferred picture, and the answer enlarged."""
+    """Input, truth, transferred image, and the answer enlarged."""
     image, truth = make(photograph(name, factor * WORKING_SIDE))
     answer = reconstruct(truth)
     return image, truth, transfer_change(image, reconstruct(image), answer), enlarged(answer, len(image))

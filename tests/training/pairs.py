@@ -8,7 +8,7 @@ from instructdiffusion_pipeline.types import Edit
 
 
 class Pairs:
-    """`count` noise pictures, each with another one as its edited picture."""
+    """`count` noise images, each with another one as its edited image."""
 
     skipped: list[tuple[str, str]] = []
 

@@ -22,7 +22,7 @@ STEPS, GOOD = 12, 0.6  # denoising steps; an IoU that is worth a pick
 
 
 def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A sunflower over coloured clouds, and its mask."""
+    """A sunflower over colored clouds, and its mask."""
     rng = np.random.default_rng(seed)
     clouds = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
         (64, 64), Image.Resampling.BICUBIC

@@ -175,7 +175,7 @@ def test_lora_is_not_resumed_on_another_model(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_validation_that_is_due_when_a_run_was_killed_is_made(copied, tmp_path, stop):
-    """Between the checkpoint and its pictures; `stop` 2 is the end of the run."""
+    """Between the checkpoint and its images; `stop` 2 is the end of the run."""
     if stop == 1:
         without_the_last(copied)
     sample = pairs()[0]

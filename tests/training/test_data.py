@@ -32,7 +32,7 @@ def test_pictures_of_several_sizes_are_refused(pipe):
         Source(name, Pairs(2, side=side), Editing.from_annotation) for name, side in (("small", 32), ("large", 64))
     ]
     samples = ImageDataset(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
-    with pytest.raises(ValueError, match=r"pictures of one size; .* one of (small|large) has \((32|64)"):
+    with pytest.raises(ValueError, match=r"images of one size; .* an image of (small|large) has \((32|64)"):
         [samples[position] for position in range(4)]
 
 
@@ -91,7 +91,7 @@ def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, ca
     assert caplog.text.count("77 tokens") == 1 and samples.cut.total() == 2, "said once, and counted"
     for position in range(6):
         samples[position]
-    assert caplog.text.count("77 tokens") == 3 and "Others are cut without a warning" in caplog.text
+    assert caplog.text.count("77 tokens") == 3 and "Others are truncated without a warning" in caplog.text
     assert len(samples.cut) == 6 and samples.cut.total() == 8
 
 

@@ -36,7 +36,7 @@ SIZE = 64
 
 
 def scene(seed: int) -> Example:
-    """Soft clouds, and a disc of the picture that is the cat, or a joint. Both are asked for in random colors."""
+    """Soft clouds, and a disc of the image that is the cat, or a joint. Both are asked for in random colors."""
     rng = random.Random(seed)
     clouds = np.random.default_rng(seed).integers(40, 216, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(clouds).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -58,7 +58,7 @@ def faint(example: Example) -> Image.Image:
 
 @pytest.fixture
 def answered(tmp_path):
-    """A data set of faint answers to the scenes of some seeds."""
+    """A dataset of faint answers to the scenes of some seeds."""
 
     def answered(seeds, config):
         (tmp_path / "answers").mkdir()
@@ -176,7 +176,7 @@ def test_asking_training_and_scoring_in_one_run_that_can_be_repeated(pipe, tmp_p
     results = json.loads((tmp_path / "run" / "held-out" / "results.json").read_text())
     (row,) = results["rows"]
     assert row["row"] == "test" and row["samples"] == 3
-    assert row["scores"]["mIoU"].keys() == {"model", "ceiling", "reading by color"}
+    assert row["scores"]["mIoU"].keys() == {"model", "ceiling", "decoding by color"}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/answers/*.png")}
     again = InstructDiffusionPipeline(**tiny.components(), task_settings=pipe.config.task_settings)
     again.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 """One module per dataset format. Datasets return `(image, annotation)`.
 
-`transforms` crops, resizes and flips what was read; `mixture` turns it into training samples; `specs` is the table of
-all data sets that can be trained on and evaluated on.
+`transforms` crops, resizes and flips images with their annotations; `mixture` makes training samples from them;
+`specs` has the table of all datasets for training and evaluation.
 """
 
 import json
@@ -19,12 +19,12 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text, upri
 
 A_co = TypeVar("A_co", covariant=True)
 Skipped = list[tuple[str, str]]
-LARGEST_NUMBER = 1e6  # in an annotation; no picture has as many pixels along a side
-REDUCING_GAP = 2  # a JPEG is decoded with at least so many times the pixels along a side that it is resized to
+LARGEST_NUMBER = 1e6  # in an annotation; no image has that many pixels along a side
+REDUCING_GAP = 2  # minimum ratio of the side at which a JPEG is decoded to the side that it is resized to
 
 
 class UnreadableSample(Exception):
-    """A sample cannot be read. `what` is the file and annotation, `cause` the reason."""
+    """Raised if a sample cannot be read. `what` is the file and annotation, `cause` the reason."""
 
     def __init__(self, what: str | PathLike[str], cause: object):
         super().__init__(str(what), str(cause))
@@ -35,7 +35,7 @@ class UnreadableSample(Exception):
 
 
 class AnnotatedImages(Protocol[A_co]):
-    """A data set as read from disk. See `types` for the annotation of each task family.
+    """A dataset as read from disk. See `types` for the annotation of each task family.
 
     Attributes:
         skipped: (what, why) of each entry that cannot be used, filled on construction.
@@ -46,7 +46,7 @@ class AnnotatedImages(Protocol[A_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, A_co]:
-        """An RGB picture and its annotation. Raises `UnreadableSample` if a file is broken."""
+        """An RGB image and its annotation. Raises an `UnreadableSample` if a file is damaged."""
 
     def name(self, index: int) -> str:
         """The file, and the annotation if a file has several; for reports."""
@@ -59,24 +59,24 @@ def read_image(
     size: tuple[int, int] | None = None,
     resized_to: int | None = None,
 ) -> Image.Image:
-    """Read a picture in 8-bit RGB. Raises an `UnreadableSample` with `name` (default: the path) if it is broken.
+    """Read an image in 8-bit RGB. Raises an `UnreadableSample` with `name` (default: the path) if it is damaged.
 
     By default the EXIF orientation is applied. Use `turn=False` for datasets whose annotations refer to the stored
     pixels (COCO). If `size` is given, an image of another size raises `UnreadableSample`. With `resized_to`, the side
-    in pixels of the square that the picture is resized to, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
-    which is faster; each of its sides is still at least twice that side.
+    in pixels of the square that the image is resized to, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
+    is faster; each of its sides is still at least twice that side.
     """
     try:
         with Image.open(source) as picture:
             if resized_to:
                 picture.draft("RGB", (REDUCING_GAP * resized_to,) * 2)
-            picture.load()  # outside of the block below, which must not hide that the file is damaged
+            picture.load()  # outside the block below, so that a damaged file raises an error
             if not turn:
-                with suppress(Exception):  # a damaged EXIF block raises nearly anything
+                with suppress(Exception):  # a damaged EXIF block can raise any exception
                     picture.getexif().pop(ExifTags.Base.Orientation, None)
             image = upright_rgb(picture)
-            image.info.clear()  # otherwise the caller would apply the EXIF orientation that was ignored here
-    except Exception as error:  # decoders raise nearly anything on a broken file
+            image.info.clear()  # so that the caller does not apply the EXIF orientation that is ignored here
+    except Exception as error:  # a damaged file can raise any exception
         raise UnreadableSample(name or str(source), f"{type(error).__name__}: {error}") from error
     if size and image.size != size:
         raise UnreadableSample(name or str(source), f"is of {image.size} pixels, but of {size} in its annotations")
@@ -84,12 +84,12 @@ def read_image(
 
 
 class ReducibleImages:
-    """A data set whose annotations have no coordinates, so that its pictures may be decoded at a smaller size."""
+    """A dataset whose annotations have no coordinates, so that its images can be decoded at a smaller size."""
 
     _resized_to: int | None = None
 
     def reduce_to(self, size: int) -> None:
-        """Decode large JPEGs at a smaller size; for a transform that resizes pictures to `size` pixels square."""
+        """Decode large JPEGs at a smaller size, for a transform that resizes images to `size` x `size` pixels."""
         self._resized_to = size
 
     def _read_image(self, source: str | PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
@@ -100,7 +100,7 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
     """Read and parse a text file (JSON by default). Raises a ValueError with the description `expected`."""
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # JSON may be nested too deep
+    except (OSError, ValueError, RecursionError) as error:  # too deeply nested JSON
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 
 
@@ -109,29 +109,29 @@ def list_records(content: Any, file: str | PathLike[str], name: str = "") -> lis
     found = (isinstance(content, dict) and content.get(name)) if name else content
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         under = name and f" under {name!r}"
-        raise ValueError(f"{file} must hold a list of objects{under}; got {reprlib.repr(content)}.")
+        raise ValueError(f"{file} must contain a list of objects{under}; got {reprlib.repr(content)}.")
     return found
 
 
 def named_entries(content: Any, file: str | PathLike[str]) -> dict[str, Any]:
-    """The JSON object that a file holds; a ValueError if it holds something else."""
+    """The JSON object in the content of a file. Raises a ValueError if the content is something else."""
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold an object of named entries; got {reprlib.repr(content)}.")
+        raise ValueError(f"{file} must contain an object of named entries; got {reprlib.repr(content)}.")
     return content
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value of a file is an integer of 64 bits, as ids are."""
+    """Whether a value of a file is a 64-bit integer, as ids are."""
     return type(value) is int and abs(value) < 2**63
 
 
 def is_number(value: Any, largest: float = LARGEST_NUMBER) -> bool:
-    """Whether a value of a file is a number from -largest to largest, and not NaN, which JSON may hold."""
+    """Whether a value of a file is a number from -largest to largest, and not NaN, which JSON may contain."""
     return type(value) in (int, float) and abs(value) <= largest
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value of a file can be the width or height of a picture."""
+    """Whether a value of a file can be the width or height of an image."""
     return type(value) is int and 0 < value <= LARGEST_NUMBER
 
 
@@ -141,14 +141,14 @@ def is_list_of(check: Callable[[Any], bool], length: int | None = None) -> Calla
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether a value of a file is the path of a file in the folder that it starts from."""
+    """Whether a value of a file is a relative path that stays in its folder."""
     if not is_text(value) or "\0" in value:
         return False
     return not PurePath(value).is_absolute() and ".." not in PurePath(value).parts
 
 
 def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
-    """The first of some fields that an entry lacks or that fails its check, as a reason to skip it; empty if none."""
+    """The first field that an entry lacks or that fails its check, as a reason to skip the entry; empty if none."""
     for field, check in checks.items():
         if entry.get(field) is None:
             return f"no {field!r}"
@@ -158,7 +158,7 @@ def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
-    """The pictures of a COCO JSON by their ids; entries without id or file name are added to `skipped`."""
+    """The images of a COCO JSON by id; entries without an id or a file name are added to `skipped`."""
     pictures = {}
     for picture in list_records(content, file, "images"):
         if why := wrong_field(picture, id=is_id, file_name=is_file_name):
@@ -169,7 +169,7 @@ def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> 
 
 
 def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skipped) -> None:
-    """Raise a ValueError that counts the reasons in `skipped` if a data set has no `samples`."""
+    """Raise a ValueError that counts the reasons in `skipped` if a dataset has no `samples`."""
     if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())

@@ -1,4 +1,4 @@
-"""Pictures with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
+"""Images with captions, for the adaptation stage: img2dataset's folders (LAION and others) and COCO's captions."""
 
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -23,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class CaptionedPictures(ReducibleImages):
-    """Pictures by their path from `folder`; the annotation is the caption."""
+    """Images with captions as annotations, from pairs of an image path relative to `folder` and a caption."""
 
     def __init__(self, folder: str | PathLike[str], captions: Iterable[tuple[str, Any]]):
         self.folder, self.skipped = Path(folder), Skipped()
@@ -50,14 +50,14 @@ class CaptionedPictures(ReducibleImages):
 
 
 def img2dataset(root: str | PathLike[str]) -> CaptionedPictures:
-    """What img2dataset writes with output_format="files": {shard}/{key}.jpg (.png, .webp) and {key}.txt beside it."""
+    """The output of img2dataset with output_format="files": {shard}/{key}.jpg (.png, .webp) and {shard}/{key}.txt."""
     root = Path(root)
     pictures = sorted(path for path in files_below(root) if path.lower().endswith(SUFFIXES))
     return CaptionedPictures(root, ((path, caption_beside(root / path)) for path in pictures))
 
 
 def caption_beside(picture: Path) -> str:
-    """The text file of a picture; empty where there is none, or none that can be read."""
+    """The text in the file of an image's caption; empty if there is no file, or it cannot be read."""
     try:
         return picture.with_suffix(".txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -65,7 +65,7 @@ def caption_beside(picture: Path) -> str:
 
 
 def coco_captions(root: str | PathLike[str], split: str = "train2017") -> CaptionedPictures:
-    """COCO: annotations/captions_{split}.json; pictures in {split}/ or images/{split}/. One sample per caption."""
+    """COCO: annotations/captions_{split}.json; images in {split}/ or images/{split}/. One sample per caption."""
     root = Path(root)
     file = root / "annotations" / f"captions_{split}.json"
     about = read_annotations(file, "a JSON file of captions")

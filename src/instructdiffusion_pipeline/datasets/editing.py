@@ -1,4 +1,4 @@
-"""A picture, an instruction and the edited picture: InstructPix2Pix, GIER, GQA-Inpaint, MagicBrush, Hub tables."""
+"""An image, an instruction and the edited image: InstructPix2Pix, GIER, GQA-Inpaint, MagicBrush, Hub tables."""
 
 import io
 import json
@@ -31,9 +31,9 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text, upri
 from instructdiffusion_pipeline.types import Edit
 
 T = TypeVar("T")
-BLANK = " \t\r\n\ufeff"  # what is cut off instructions: white space, and the byte order mark of some editors
+BLANK = " \t\r\n\ufeff"  # removed from both ends of instructions; \ufeff is a byte order mark
 
-# InstructPix2Pix and GIER are published without splits; these are the splits of the original.
+# InstructPix2Pix and GIER are published without splits; these are the splits of the original code.
 SHARES = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}
 
 
@@ -46,9 +46,9 @@ def part_of(items: Sequence[T], split: str) -> Sequence[T]:
 
 
 class EditTriples(ReducibleImages):
-    """A data set of (input path, instruction, edited path) triples; paths are relative to `folder`.
+    """A dataset of triples (input path, instruction, edited path), with paths relative to `folder`.
 
-    The pictures of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
+    The images of a triple may differ in size. `pictures` is the number of distinct pairs, because a pair may have
     several instructions. A triple with a missing or malformed entry is skipped.
     """
 
@@ -85,7 +85,7 @@ def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
     """GIER: GIER.json and images/. Each summary, by an expert or an amateur, is a separate instruction.
 
     The published splits (80, 10 and 10 %) are used if {split}_sess_3.json is in the folder or in splits/. Otherwise
-    the input pictures are split (see `part_of`), so that no picture is in two splits.
+    the input images are split, so that no image is in two splits (see `part_of`).
     """
     root = Path(root)
     lists = [folder / f"{split}_sess_3.json" for folder in (root, root / "splits")]
@@ -106,7 +106,7 @@ def gier(root: str | PathLike[str], split: str = "train") -> EditTriples:
 
 
 def summaries(item: dict[str, Any]) -> list[str | None]:
-    """The distinct instructions of an edit of GIER, None for each that is no text; [None] if there are none."""
+    """The distinct instructions of an edit of GIER, with None for one that is not a text; [None] if there are none."""
     fields = (item.get("expert_summary"), item.get("amateur_summary"))
     said = [text for texts in fields if isinstance(texts, list) for text in texts]
     return list(dict.fromkeys(text if is_text(text) else None for text in said)) or [None]
@@ -116,8 +116,8 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> "EditTriples 
     """MagicBrush: train and dev from its table, a folder of parquet files or a Hub id; test from its zip file.
 
     The table's columns are source_img, instruction and target_img. The zip file holds {split}/edit_turns.json (or
-    edit_sessions.json) and {split}/images/. Where `root` has both, that of `split` is read from the zip file's folder.
-    """
+    edit_sessions.json) and {split}/images/. If `root` has both, `split` is read from the zip file's folder if that
+    contains it."""
     folder = Path(root) / split
     turns_file, file = folder / "edit_turns.json", folder / "edit_sessions.json"
     if turns_file.is_file():
@@ -138,7 +138,7 @@ def magicbrush(root: str | PathLike[str], split: str = "train") -> "EditTriples 
 
 
 def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
-    """GQA-Inpaint: objects taken out of GQA's images/{picture}.jpg in images_inpainted/{picture}/{object}.jpg.
+    """GQA-Inpaint: GQA's images/{picture}.jpg, and without an object images_inpainted/{picture}/{object}.jpg.
 
     Splits: train, test. Instructions come from {split}_instructions.json if it exists (test), otherwise from
     {split}_scenes.json. Objects that cannot be identified by name and position are skipped (see `removal`).
@@ -163,7 +163,7 @@ def gqa_inpaint(root: str | PathLike[str], split: str = "train") -> EditTriples:
                     yield f"images/{picture}.jpg", words, f"images_inpainted/{picture}/{id}.jpg"
 
     data = EditTriples(root, triples())
-    data.skipped[:0] = [(f"picture {picture}", "a malformed scene") for picture in malformed]
+    data.skipped[:0] = [(f"image {picture}", "a malformed scene") for picture in malformed]
     return data
 
 
@@ -178,8 +178,8 @@ def is_scene(value: Any) -> bool:
 def removal(scene: dict[str, Any], id: str) -> str | None:
     """The instruction to remove an object of a GQA scene. None if the object cannot be identified.
 
-    As in the published loader, a picture may have two objects of one name if they are in different thirds of it; the
-    instruction then adds "at the left", "at the center" or "at the right".
+    As in the published loader, two objects may have the same name if they are in different thirds of the image; the
+    instruction then ends in "at the left", "at the center" or "at the right".
     """
     objects, positions = scene["objects"], scene.get("image_relative_positions")
     name = objects[id]["name"]
@@ -195,18 +195,18 @@ def removal(scene: dict[str, Any], id: str) -> str | None:
     return f"remove the {name} at the {thirds[id][0]}"
 
 
-LONGEST_NAME = 200  # bytes, of a file in a shard; a longer one is not InstructPix2Pix's
-# The shard of a pair, and the offsets and sizes of prompt, picture and edited picture in it.
+LONGEST_NAME = 200  # maximum bytes of a file in a shard; InstructPix2Pix has no larger ones
+# The shard of a pair, and the offsets and sizes in it of the prompt, the image and the edited image.
 PAIR = np.dtype([("shard", "u2"), ("offsets", "u8", 3), ("sizes", "u4", 3)])
 
 
 class InstructPix2Pix:
     """InstructPix2Pix's generated data in its zip files (shard-00.zip ...); one sample per pair.
 
-    A shard holds folders with a prompt.json (its "edit" is the instruction), metadata.jsonl and pairs {seed}_0.jpg,
+    A shard contains folders with a prompt.json (its "edit" is the instruction), metadata.jsonl and pairs {seed}_0.jpg,
     {seed}_1.jpg. Samples are read from the zip files. Only file offsets are kept in memory, so data loader workers can
-    share the dataset. The split is by prompt, not by pair (see `part_of`). The prompts come in the order of the
-    published seeds.json where that lies beside the zip files, else sorted by name.
+    share the dataset. The split is by prompt, not by pair (see `part_of`). The prompts are in the order of the
+    published seeds.json if it is in the folder of the zip files, otherwise sorted by name.
     """
 
     def __init__(self, root: str | PathLike[str], split: str = "train"):
@@ -214,7 +214,7 @@ class InstructPix2Pix:
         self.shards = sorted(Path(root).glob("shard-*.zip"))
         seeds_file = Path(root) / "seeds.json"
         wanted = read_seeds(seeds_file, split) if seeds_file.is_file() else None
-        # Arrays, because there are a million pairs.
+        # Arrays need less memory than lists; there are a million pairs.
         names, pairs = [np.empty(0, "S1")], [np.empty(0, PAIR)]
         folders: set[bytes] = set()
         incomplete: list[bytes] = []
@@ -222,7 +222,7 @@ class InstructPix2Pix:
             try:
                 files = dict(list_files(shard))
             except (OSError, zipfile.BadZipFile) as error:
-                self.skipped.append((shard.name, f"a broken zip file ({error})"))
+                self.skipped.append((shard.name, f"a damaged zip file ({error})"))
                 continue
             found: list[bytes] = []
             places: list[int] = []
@@ -245,7 +245,7 @@ class InstructPix2Pix:
         order = np.argsort(all_names, kind="stable")
         if wanted is None:
             part = part_of(sorted(folders), split)
-            # "/" is the last byte of each folder, so folders and names are sorted alike.
+            # "/" is the last byte of each folder, so folders have the same order as names.
             edges = np.array([part[0], part[-1] + b"\xff"] if part else [b"", b""])
             order = order[slice(*np.searchsorted(all_names, edges, sorter=order))]
             chosen = set(part)
@@ -270,7 +270,7 @@ class InstructPix2Pix:
         try:
             prompt, before, after = (read_file(self.shards[pair["shard"]], place) for place in places)
             instruction = json.loads(prompt)["edit"]
-        except Exception as error:  # whatever a cut or changed zip file and a broken JSON may raise
+        except Exception as error:  # a damaged zip file or JSON can raise any exception
             raise UnreadableSample(name, f"{type(error).__name__}: {error}") from error
         if not is_text(instruction) or not instruction.strip(BLANK):
             raise UnreadableSample(name, "no instruction")
@@ -282,7 +282,7 @@ class InstructPix2Pix:
 
 
 def folder_of(name: bytes) -> bytes:
-    """The folder of a file in a zip file, with the slash at its end."""
+    """The folder of a file in a zip file, with a slash at the end."""
     return name[: name.rfind(b"/") + 1]
 
 
@@ -310,7 +310,7 @@ def read_seeds(file: Path, split: str) -> np.ndarray:
 
 
 def json_entries(text: str) -> Iterator[Any]:
-    """The entries of a JSON list one by one, because a million prompts and seeds at once take 150 MB."""
+    """The entries of a JSON list one by one, because all million prompts and seeds together take 150 MB."""
     decode, separator = json.JSONDecoder().raw_decode, re.compile(r"\s*([],])\s*")
     start = re.match(r"\s*\[\s*", text)
     if not start:
@@ -335,7 +335,7 @@ def is_prompt(value: Any) -> bool:
 
 
 def places_of(wanted: np.ndarray, names: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-    """Where the `wanted` strings lie in `names`, which `order` sorts, and those of them that are not there."""
+    """The indices of the `wanted` strings in `names`, which `order` sorts, and the strings that are not in `names`."""
     ranks = np.empty(len(wanted), np.int64)
     by_name = np.argsort(wanted, kind="stable")
     ranks[by_name] = np.searchsorted(names, wanted[by_name], sorter=order)
@@ -349,7 +349,7 @@ class HubTable(ReducibleImages):
 
     The columns are named by the arguments; the defaults are those of timbrooks/instructpix2pix-clip-filtered.
     MagicBrush's are source_img, instruction, target_img. Rows are decoded when they are read; a row whose instruction
-    is missing or is not text is skipped.
+    is missing or is not a text is skipped.
     """
 
     def __init__(
@@ -364,13 +364,13 @@ class HubTable(ReducibleImages):
         if unknown:
             raise ValueError(
                 f"`table` has no column {unknown}; it has {', '.join(table.column_names)}. Pass the column names. A"
-                " folder of pictures needs a metadata.jsonl."
+                " folder of images needs a metadata.jsonl."
             )
         self.table = table.select_columns(self.columns)
         rows = []
         for row, text in enumerate(table[instruction]):
             if not isinstance(text, str | None):
-                self.skipped.append((f"row {row}", f"an instruction that is not text but {type(text).__name__}"))
+                self.skipped.append((f"row {row}", f"an instruction that is not a text but {type(text).__name__}"))
             elif text and text.strip(BLANK):
                 rows.append(row)
             else:
@@ -382,7 +382,7 @@ class HubTable(ReducibleImages):
     def load(
         cls, name: str | PathLike[str], split: str = "train", revision: str | None = None, **columns: str
     ) -> Self:
-        """Read a table: a folder of pictures or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
+        """Read a table: a folder of images or parquet files, a parquet file, a folder of `save_to_disk`, a Hub id.
 
         Args:
             name: the folder, file or Hub id.
@@ -391,10 +391,10 @@ class HubTable(ReducibleImages):
             columns: the arguments `image`, `instruction` and `edited` of the class.
 
         Raises:
-            ValueError: the table cannot be read, or has no such split or columns.
-            OSError: the Hub cannot be reached.
+            ValueError: if the table cannot be read, or has no such split or columns.
+            OSError: if the Hub cannot be reached.
         """
-        from datasets import DatasetDict, load_dataset, load_from_disk  # of the extra `data`
+        from datasets import DatasetDict, load_dataset, load_from_disk  # from the extra `data`
         from datasets.exceptions import DatasetGenerationError
 
         path = Path(name)
@@ -405,7 +405,7 @@ class HubTable(ReducibleImages):
                 table = load_dataset("parquet", data_files=str(path), split=split)
             else:
                 table = load_dataset(str(name), split=split, revision=revision)
-        # What `datasets` raises for broken files, and for a folder with a script, which it does not run.
+        # `datasets` raises these for damaged files, and for a folder with a script, which it does not run.
         except (DatasetGenerationError, RuntimeError) as error:
             raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):
@@ -433,11 +433,11 @@ class HubTable(ReducibleImages):
             return self._picture(image, index), Edit(text.strip(BLANK), self._picture(edited, index))
         except UnreadableSample:
             raise
-        except Exception as error:  # decoders raise nearly anything on a broken file
+        except Exception as error:  # a damaged file can raise any exception
             raise UnreadableSample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     def _picture(self, value: Any, index: int) -> Image.Image:
-        """A picture of a row, which is encoded after `reduce_to`."""
+        """An image of a row. After `reduce_to` the value is an encoded image."""
         if not isinstance(value, dict):
             return upright_rgb(value)
         if value["bytes"] is not None:

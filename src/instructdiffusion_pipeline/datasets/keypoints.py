@@ -44,8 +44,8 @@ MPII_JOINTS = (
     "head top", "right wrist", "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist",
 )  # fmt: skip
 
-# OKS sigmas: the standard deviation of annotations of a joint, relative to the square root of the person's area.
-# COCO's, also HumanArt's, are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from
+# OKS sigmas: the standard deviation of annotations of a joint, relative to the square root of the person's area. Those
+# of COCO and HumanArt are from pycocotools. Those of CrowdPose and AI Challenger (the same 14 joints) are from
 # crowdposetools and from AI_Challenger_2017's keypoint_eval.py, which stores 2 * sigma. Those of AP-10K are from its
 # authors' configs/_base_/datasets/ap10k.py (an early version of it in mmpose has COCO's order of joints).
 COCO_SIGMAS: dict[str, float] = {
@@ -72,18 +72,18 @@ AP10K_SIGMAS: dict[str, float] = {
     "right knee": 0.087, "right back paw": 0.089,
 }  # fmt: skip
 
-UNIT = 200  # pixels per unit of `scale`, as in MPII and HRNet
+UNIT = 200  # pixels per unit of `scale` in MPII and HRNet
 CROWDPOSE_FILL = 0.53  # ratio of person area to box area in CrowdPose's evaluation; its JSON has no areas
 AIC_FILL = 1.0  # the same ratio in AI Challenger's evaluation
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person in a picture. Coordinates are in image pixels; (0, 0) is the center of the top-left pixel.
+    """One person in an image. Coordinates are in image pixels; (0, 0) is the center of the top-left pixel.
 
     The person lies in the square around `center` (x, y) whose width and height are `scale`, in units of 200 pixels.
-    `area` is the area of the person's outline (None in MPII, which has none). `image_id` and `id` are those of the
-    JSON (in MPII the index of the entry).
+    `area` is the area of the person's outline (None in MPII, which has no outlines). `image_id` and `id` are those of
+    the JSON (in MPII the index of the entry).
     """
 
     joints: Joints
@@ -106,10 +106,10 @@ class CocoKeypoints:
 
     Args:
         annotations: the JSON file.
-        images: the folder of the pictures.
+        images: the folder of the images.
         joints: names of the joints, in the order of the JSON's `keypoints`.
-        box_fill: ratio of person area to box area, for people without an area in the JSON.
-        category: the category that is read; None: all, such as animals.
+        box_fill: ratio of person area to box area, used for people without an area in the JSON.
+        category: the category to read; None: all.
 
     A joint of visibility 0 is None; occluded joints (1) are included.
     """
@@ -135,9 +135,9 @@ class CocoKeypoints:
                 or (item["category_id"] not in read and f"another category than {category or 'those listed'}")
                 or (item.get("iscrowd") and "a crowd")
                 or wrong_field(item, keypoints=is_list_of(is_number))
-                or (not any(item["keypoints"][2::3]) and "no labelled joint")
+                or (not any(item["keypoints"][2::3]) and "no labeled joint")
                 or (len(item["keypoints"]) != 3 * len(joints) and f"another number of joints than {len(joints)}")
-                or (item["image_id"] not in pictures and "a picture that the JSON lacks")
+                or (item["image_id"] not in pictures and "an image that the JSON lacks")
                 or (item["image_id"] in missing and "a missing file")
                 or wrong_field(pictures[item["image_id"]], width=is_size, height=is_size)
                 or wrong_field(item, bbox=is_list_of(is_number, length=4))
@@ -151,7 +151,7 @@ class CocoKeypoints:
             else:
                 kept.append(item)
         require_samples(annotations, kept, self.skipped)
-        # Arrays, because AI Challenger has 380,000 people.
+        # Arrays need less memory than lists; AI Challenger has 380,000 people.
         self._files = [pictures[item["image_id"]]["file_name"] for item in kept]
         self._sizes = np.array([[pictures[item["image_id"]][side] for side in ("width", "height")] for item in kept])
         self._ids = np.array([(item["image_id"], item["id"]) for item in kept])
@@ -179,7 +179,7 @@ def is_area(value: Any) -> bool:
 
 
 def clean_box(item: dict[str, Any], picture: dict[str, Any]) -> tuple[float, float, float, float] | None:
-    """The annotation's box (left, top, width, height), cut to the picture as the original does; None if empty."""
+    """The annotation's box (left, top, width, height), clipped to the image as in the original code; None if empty."""
     left, top, width, height = item["bbox"]
     left, top = max(0, left), max(0, top)
     right = min(picture["width"] - 1, left + max(0, width - 1))
@@ -202,8 +202,9 @@ def named_joints(names: tuple[str, ...], keypoints: list[list[float]]) -> dict[s
 class MpiiKeypoints:
     """People of an MPII JSON as HRNet and Simple Baselines use it: train.json, valid.json; one sample per person.
 
-    `annotations` is a list of {image, center, scale, joints [16][2], joints_vis [16]}, counted from 1 as in Matlab.
-    The region is moved down by 15 pixels per unit of scale and enlarged by 1.25, so that no limb is cut.
+    `annotations` is a list of {image, center, scale, joints [16][2], joints_vis [16]}, with coordinates from 1 as in
+    Matlab. The region is moved down by 15 pixels per unit of scale and enlarged by 1.25, so that it contains all
+    limbs.
     """
 
     def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
@@ -222,7 +223,7 @@ class MpiiKeypoints:
                 )
                 or (item["center"][0] < 0 and "no center")
                 or (item["scale"] < 1 / UNIT and "no scale")
-                or (not any(item["joints_vis"]) and "no labelled joint")
+                or (not any(item["joints_vis"]) and "no labeled joint")
                 or (not os.path.isfile(self.folder / item["image"]) and "a missing file")
             )
             if why:
@@ -249,7 +250,7 @@ class MpiiKeypoints:
 
 
 def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
-    """COCO: annotations/person_keypoints_{split}.json, and pictures in {split}/ or images/{split}/."""
+    """COCO: annotations/person_keypoints_{split}.json, and images in {split}/ or images/{split}/."""
     root = Path(root)
     folder = root / split if (root / split).is_dir() else root / "images" / split
     return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", folder)
@@ -268,7 +269,7 @@ def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
 
 
 def aic(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:
-    """AI Challenger: annotations/aic_{split}.json and the pictures as published; splits train, val."""
+    """AI Challenger: annotations/aic_{split}.json and the images as published; splits train, val."""
     root = Path(root)
     folders = {
         "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
@@ -301,7 +302,7 @@ def ap10k(root: str | PathLike[str], split: str = "train-split1") -> CocoKeypoin
 def mpii(root: str | PathLike[str], split: str = "train") -> MpiiKeypoints:
     """MPII: annot/{split}.json and images/; splits train, valid, trainval.
 
-    Also mmpose's annotations/mpii_{split}.json, which calls the split valid val.
+    Also mmpose's annotations/mpii_{split}.json, in which the split valid is called val.
     """
     root = Path(root)
     mmpose = root / "annotations" / f"mpii_{'val' if split == 'valid' else split}.json"

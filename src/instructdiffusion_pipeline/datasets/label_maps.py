@@ -1,4 +1,4 @@
-"""Semantic segmentation with one label map per picture: COCO-Stuff, ADE20K, PASCAL-Context, PASCAL VOC."""
+"""Semantic segmentation with one label map per image: COCO-Stuff, ADE20K, PASCAL-Context, PASCAL VOC."""
 
 import os
 import re
@@ -20,9 +20,9 @@ from instructdiffusion_pipeline.datasets import (
 )
 from instructdiffusion_pipeline.types import LabeledMasks
 
-UNLABELED = {1: 255, 0: 0}  # in COCO-Stuff: the value of a pixel, by the offset from values to numbers
+UNLABELED = {1: 255, 0: 0}  # the value of such a pixel in COCO-Stuff, by the offset from values to class numbers
 LAST_NUMBER = 182
-PROBED = 100  # number of label maps that are checked when COCO-Stuff is opened
+PROBED = 100  # number of label maps to check when COCO-Stuff is opened
 # These classes were never annotated (eye glasses, window, mirror ...), so an image may contain them without a label.
 NEVER_LABELED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 READABLE_NAMES = {
@@ -51,19 +51,20 @@ Classes = Mapping[str, set[int]]  # the numbers of each class by its name
 
 
 class LabelMaps:
-    """Pictures {pictures}/*.jpg, each with a label map {labels}/*{suffix}.
+    """Images {pictures}/*.jpg, each with a label map {labels}/*{suffix}.
 
-    A pixel of value v belongs to the class with the number v + `offset`. The annotation has a mask for every class;
-    absent classes share one empty mask.
+    A pixel with the value v belongs to the class with the number v + `offset`. The annotation has a mask for each
+    class; absent classes share one empty mask.
 
     Args:
-        pictures: the folder of the pictures.
-        labels: the folder of the label maps: .png (8 bits, grey or with a palette) or .tif (16 bits).
+        pictures: the folder of the images.
+        labels: the folder of the label maps: .png (8 bits, gray or with a palette) or .tif (16 bits).
         classes: the numbers of each class.
-        unlabeled: values of pixels that belong to no class. Other values make a label map unreadable.
+        unlabeled: values of pixels that belong to no class. Any other value without a class makes a label map
+            unreadable.
         offset: the difference between class number and pixel value.
         suffix: the file name extension of the label maps.
-        stems: the pictures to read, without ".jpg"; None: all of the folder.
+        stems: the images to read, without ".jpg"; None: all of the folder.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class LabelMaps:
         image = read_image(self.folder / f"{self._stems[index]}.jpg", turn=False)
         label = read_label(path)
         if label.shape != (image.height, image.width):
-            raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its picture of {image.size}")
+            raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its image of {image.size}")
         present = set(np.unique(label).tolist()) - self._unlabeled
         if strange := sorted(present.difference(*self._values.values())):
-            raise UnreadableSample(path, f"holds values that stand for no class, such as {strange[0]}")
+            raise UnreadableSample(path, f"has values that belong to no class, such as {strange[0]}")
         if not present:
-            raise UnreadableSample(path, "no pixel is labelled")
+            raise UnreadableSample(path, "no pixel is labeled")
         absent = np.zeros(label.shape, bool)
         masks = {
             name: np.isin(label, list(values)) if values & present else absent for name, values in self._values.items()
@@ -121,8 +122,8 @@ class CocoStuff(LabelMaps):
     """COCO-Stuff: images/{split}/*.jpg, annotations/{split}/*.png, labels.txt; splits train2017, val2017.
 
     A pixel of value v belongs to the class with the number v + 1 in labels.txt; 255 is unlabeled. Label maps that
-    contain the numbers themselves, and 0 for unlabeled, are recognized by the numbers that never occur (`offset` is
-    then 0, not 1). An "-other" class includes its subclasses: "wall" includes brick walls.
+    contain the numbers themselves, with 0 for unlabeled pixels, are also recognized, by the numbers that never occur
+    (`offset` is then 0 instead of 1). An "-other" class includes its subclasses: "wall" includes brick walls.
     """
 
     def __init__(self, root: str | PathLike[str], split: str = "train2017"):
@@ -147,8 +148,8 @@ def ade20k_150(root: str | PathLike[str], split: str = "training") -> LabelMaps:
 def ade20k_847(root: str | PathLike[str], split: str = "training") -> LabelMaps:
     """ADE20K, 847 classes: images_detectron2/{split}/, annotations_detectron2/{split}/*.tif, labels.txt.
 
-    As MaskFormer's prepare_ade20k_full_sem_seg.py converts ADE20K_2021_17_01. labels.txt has lines such as
-    "2:building,edifice", as OpenSeg's ade20k_847.txt. Splits training, validation.
+    The format is that of ADE20K_2021_17_01 converted by MaskFormer's prepare_ade20k_full_sem_seg.py. labels.txt has
+    lines such as "2:building,edifice", like OpenSeg's ade20k_847.txt. Splits training, validation.
     """
     folder = Path(root)
     pictures, labels = (folder / f"{kind}_detectron2" / split for kind in ("images", "annotations"))
@@ -156,7 +157,7 @@ def ade20k_847(root: str | PathLike[str], split: str = "training") -> LabelMaps:
 
 
 def pascal_context_59(root: str | PathLike[str], split: str = "training") -> LabelMaps:
-    """PASCAL-Context, 59 classes: images/{split}/, annotations_ctx59/{split}/*.png, as ODISE converts it.
+    """PASCAL-Context, 59 classes: images/{split}/, annotations_ctx59/{split}/*.png, as converted by ODISE.
 
     Splits training, validation.
     """
@@ -168,8 +169,8 @@ def pascal_context_59(root: str | PathLike[str], split: str = "training") -> Lab
 def pascal_context_459(root: str | PathLike[str], split: str = "training") -> LabelMaps:
     """PASCAL-Context, 459 classes: images/{split}/, annotations_ctx459/{split}/*.tif, labels.txt.
 
-    Label maps as ODISE converts them; labels.txt as published, with lines "2: aeroplane". Its class "unknown" is not a
-    class here. Splits training, validation.
+    Label maps as converted by ODISE; labels.txt as published, with lines such as "2: aeroplane". Its class "unknown"
+    is ignored. Splits training, validation.
     """
     folder = Path(root)
     classes = named_classes(folder)
@@ -184,20 +185,20 @@ def voc(root: str | PathLike[str], split: str = "train") -> LabelMaps:
     """
     folder = Path(root)
     classes = {name: {number} for number, name in enumerate(VOC_CLASSES, start=1)}
-    stems = read_annotations(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "a list of pictures", str.split)
+    stems = read_annotations(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "a list of images", str.split)
     return LabelMaps(folder / "JPEGImages", folder / "SegmentationClass", classes, {0, 255}, stems=stems)
 
 
 def read_label(path: Path) -> np.ndarray:
-    """Pixel values of a label map: of a grayscale PNG, palette indices of a palette PNG, or of a TIFF of 16 bits."""
+    """The values of a label map: of a grayscale PNG, palette indices of a palette PNG, or of a 16-bit TIFF."""
     try:
         with Image.open(path) as label:
             if path.suffix == ".tif" and label.mode != "I;16":
-                raise ValueError(f"a label TIFF must be of 16 bits (mode I;16); got mode {label.mode}")
+                raise ValueError(f"a label TIFF must have 16 bits (mode I;16); got mode {label.mode}")
             if path.suffix == ".png" and label.mode not in ("L", "P"):
-                raise ValueError(f"a label PNG must be grey (mode L) or have a palette (P); got mode {label.mode}")
+                raise ValueError(f"a label PNG must be gray (mode L) or have a palette (P); got mode {label.mode}")
             return np.asarray(label)
-    except Exception as error:  # decoders raise nearly anything on a broken file
+    except Exception as error:  # a damaged file can raise any exception
         raise UnreadableSample(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -209,8 +210,9 @@ def named_classes(folder: Path) -> dict[str, set[int]]:
 def numbered_classes(lines: str) -> dict[str, set[int]]:
     """The number of each class by its name, from lines "2: building, edifice" or rows of ADE20K's table.
 
-    A class is called by its first name. If several classes share that, each is called by its next name that no class
-    has as its first, or keeps it if there is no other. Classes with the same name in the end become one.
+    The name of a class is the first of its names. If several classes have the same first name, each gets its next name
+    that is not the first name of any class, or keeps the first name if there is none. Classes that still have the same
+    name become one.
     """
     synonyms: dict[int, list[str]] = {}
     for match in filter(None, map(CLASS_LINE.fullmatch, lines.splitlines())):
@@ -229,7 +231,7 @@ def numbered_classes(lines: str) -> dict[str, set[int]]:
 
 
 def class_numbers(labels: str) -> dict[str, set[int]]:
-    """The numbers of each class of COCO-Stuff by its readable name, from lines "171: wall-brick"."""
+    """The numbers of each class of COCO-Stuff by its readable name, from lines such as "171: wall-brick"."""
     numbers: dict[str, int] = {}
     for line in labels.splitlines():
         key, _, label = line.partition(": ")
@@ -253,7 +255,7 @@ def readable_name(label: str) -> str:
 
 
 def find_offset(labels: Sequence[Path]) -> int:
-    """From pixel values to class numbers in COCO-Stuff: 1 as published, 0 if more label maps fit that."""
+    """The offset from pixel values to class numbers in COCO-Stuff: 1 as published, 0 if more label maps match that."""
     fits = {1: 0, 0: 0}
     for path in labels[:: max(1, len(labels) // PROBED)]:
         try:
@@ -266,7 +268,7 @@ def find_offset(labels: Sequence[Path]) -> int:
 
 
 def possible_values(offset: int) -> set[int]:
-    """The possible pixel values of COCO-Stuff, if the number of a class is its pixel value + `offset`."""
+    """The pixel values that can occur in COCO-Stuff if the number of a class is its pixel value + `offset`."""
     return {number - offset for number in range(1, LAST_NUMBER + 1) if number not in NEVER_LABELED} | {
         UNLABELED[offset]
     }

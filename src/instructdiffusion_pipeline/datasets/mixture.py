@@ -1,4 +1,4 @@
-"""Training samples from several data sets; order and all random choices depend on one seed."""
+"""Training samples from several datasets. Their order and all random choices depend on one seed."""
 
 import logging
 import math
@@ -16,8 +16,8 @@ from instructdiffusion_pipeline.tasks import EmptyAnnotation, TrainingTask, make
 from instructdiffusion_pipeline.types import Sample
 
 logger = logging.getLogger(__name__)
-SHOWN = 3  # number of entries that a warning names
-WARNINGS = 100  # number of unusable samples that warnings name
+SHOWN = 3  # maximum number of entries in a warning
+WARNINGS = 100  # maximum number of unusable samples with a warning
 
 MakeTask = Callable[[Image.Image, Any, random.Random], TrainingTask]
 Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
@@ -25,7 +25,7 @@ Transform = Callable[[Image.Image, Any, random.Random], tuple[Image.Image, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set with its transform and task.
+    """A dataset with its transform and task.
 
     `transform` crops and flips a sample (see `transforms`); `make_task` chooses the task for the result, for example
     `Segmentation.from_annotation`.
@@ -37,20 +37,20 @@ class Source:
     transform: Transform | None = None
 
     def read(self, index: int, rng: random.Random) -> tuple[Image.Image, Any]:
-        """The transformed picture and annotation. Raises an `UnreadableSample` if a file is broken."""
+        """The transformed image and annotation. Raises an `UnreadableSample` if a file is damaged."""
         image, annotation = self.dataset[index]
         return self.transform(image, annotation, rng) if self.transform else (image, annotation)
 
 
 def check_source_names(names: Iterable[str]) -> None:
-    """Raise a ValueError if two sources have the same name: their losses or scores could not be told apart."""
+    """Raise a ValueError if two sources have the same name, because their scores could not be distinguished."""
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"Sources must have different names; these are used more than once: {', '.join(repeated)}.")
 
 
 @dataclass(frozen=True)
 class FixedTask:
-    """A `make_task` that returns the same task for every picture."""
+    """A `make_task` that returns the same task for every image."""
 
     task: TrainingTask
 
@@ -61,8 +61,8 @@ class FixedTask:
 class Mixture:
     """Weighted mixture of several sources, in an order that depends on `seed`.
 
-    An epoch contains `weight * len(source)` samples of each source. With weight 0.2 each epoch has a different fifth
-    of the source; with weight 20 the source is repeated 20 times. `len(mixture)` is the length of an epoch.
+    An epoch contains `weight * len(source)` samples of each source. With a weight of 0.2 each epoch has a different
+    fifth of the source; with a weight of 20 the source is repeated 20 times. `len(mixture)` is the length of an epoch.
     `mixture[position]` is defined for any position >= 0 and depends only on `seed` and `position`, so positions can be
     distributed freely over processes and workers.
 
@@ -73,7 +73,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[tuple[Source, float]], seed: int = 0):
         if not sources:
-            raise ValueError("`sources` must hold at least one (source, weight); got none.")
+            raise ValueError("`sources` must have at least one (source, weight); got none.")
         for source, weight in sources:
             if not 0 < weight < math.inf:
                 raise ValueError(f"`sources`: the weight of {source.name} must be finite and above 0; got {weight}.")
@@ -106,7 +106,7 @@ class Mixture:
                 return make_sample(source.make_task(image, annotation, rng), image, annotation, rng)
             except (UnreadableSample, EmptyAnnotation) as error:
                 self._skip(name, error)
-            except (ValueError, IndexError) as error:  # a mask of the wrong size raises an IndexError
+            except (ValueError, IndexError) as error:  # a mask of a wrong size raises an IndexError
                 raise ValueError(f"{name}: {error}") from error
         raise ValueError(f"{source.name}: none of the {len(source.dataset)} samples can be used.")
 
@@ -128,7 +128,7 @@ class Mixture:
         """The samples of an epoch as indices into the concatenated sources, [len(self)]."""
         parts = []
         for number, (length, count) in enumerate(zip(self._lengths, self.counts, strict=True)):
-            # Each source is an endless stream of permutations; an epoch takes its next `count` samples.
+            # Each source is an endless sequence of permutations; an epoch takes the next `count` samples.
             first, last = epoch * count, (epoch + 1) * count
             rounds = range(first // length, -(-last // length))
             stream = np.concatenate([self._permutation(length, number + 1, turn) for turn in rounds])

@@ -1,4 +1,4 @@
-"""The outputs of a model that people selected, for the alignment stage; see `training.candidates`."""
+"""Outputs of a model that people have selected, for the alignment stage; see `training.candidates`."""
 
 import json
 from collections.abc import Iterator

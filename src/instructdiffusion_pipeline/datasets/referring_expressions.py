@@ -37,11 +37,12 @@ class ReferringExpressions:
 
     Args:
         references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json, in a folder with instances.json.
-        images: the folder of COCO's train2014 pictures.
-        split: as the references name it: train, val, testA, testB, test. RefCOCO's testA and testB together are test.
+        images: the folder of COCO's train2014 images.
+        split: one of the splits in the references: train, val, testA, testB, test. For RefCOCO, test is testA and
+            testB.
 
-    The annotation maps each expression, in lower case as in the original, to the union of the masks of its objects.
-    The mask is empty if an expression of gRefCOCO has no target. Needs pycocotools.
+    The annotation maps each expression, in lower case as in the original code, to the union of the masks of its
+    objects. The mask is empty if an expression of gRefCOCO has no target. Needs pycocotools.
     """
 
     def __init__(self, references: str | PathLike[str], images: str | PathLike[str], split: str = "train"):
@@ -65,7 +66,7 @@ class ReferringExpressions:
                     reference, ref_id=is_id, ann_id=is_ids, image_id=is_id, split=is_text, sentences=are_sentences
                 )
                 or (not sentences(reference) and "no sentence")
-                or (reference["image_id"] not in self._pictures and "a picture that instances.json lacks")
+                or (reference["image_id"] not in self._pictures and "an image that instances.json lacks")
                 or (reference["image_id"] in missing and "a missing file")
                 or wrong_field(self._pictures[reference["image_id"]], width=is_size, height=is_size)
                 or self._add_outlines(reference, objects)
@@ -77,13 +78,13 @@ class ReferringExpressions:
         require_samples(f"{path}, split {split!r}", self._references, self.skipped)
 
     def _add_outlines(self, reference: dict[str, Any], objects: dict[int, dict[str, Any]]) -> str:
-        """Encode the outlines of a reference's objects; why one of them cannot be used, empty if all can."""
+        """Encode a reference's outlines. Returns the reason if one cannot be used, or an empty string."""
         picture = self._pictures[reference["image_id"]]
         for id in object_ids(reference):
             if id not in objects:
                 return "an object that instances.json lacks"
             if objects[id].get("image_id") != reference["image_id"]:
-                return "an object of another picture"
+                return "an object of another image"
             if id not in self._outlines:
                 try:
                     outline = objects[id].get("segmentation")
@@ -135,9 +136,9 @@ def sentences(reference: dict[str, Any]) -> list[str]:
 
 
 def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
-    """A COCO segmentation (polygons or run lengths) of a picture as COCO's compressed run lengths.
+    """A COCO segmentation (polygons or run lengths) of an image as COCO's compressed run lengths.
 
-    A ValueError says what is wrong with it: pycocotools crashes on what is malformed, so it is checked before.
+    Raises a ValueError if it is malformed, because pycocotools would crash on it.
     """
     from pycocotools import mask
 
@@ -153,21 +154,21 @@ def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
 
 
 def run_lengths(outline: dict[str, Any], width: int, height: int) -> list[int]:
-    """How many pixels are unset, set, unset ... column by column, from run lengths that are compressed or not."""
+    """The run lengths of unset, set, unset ... pixels in column order, from compressed or plain run lengths."""
     counts = outline.get("counts")
     runs: Any = decompress(counts) if isinstance(counts, str) else counts
     if not is_list_of(is_id)(runs) or min(runs, default=-1) < 0:
         raise ValueError("malformed run lengths")
     if outline.get("size") != [height, width] or sum(runs) != width * height:
-        raise ValueError("run lengths of another size than their picture")
+        raise ValueError("run lengths of another size than their image")
     return runs
 
 
 def decompress(counts: str) -> list[int] | None:
-    """Run lengths out of COCO's compressed string; None if it is malformed.
+    """The run lengths in COCO's compressed string; None if it is malformed.
 
-    Each character holds five bits, the lowest first, and a sixth that says whether more follow. From the fourth on a
-    number is the difference to the one before the last.
+    Each character has five bits of a number, the lowest first, and a sixth bit that is set if more follow. From the
+    fourth number on, the difference to the number two before is stored.
     """
     runs: list[int] = []
     value = shift = 0
@@ -185,7 +186,7 @@ def decompress(counts: str) -> list[int] | None:
 
 
 def polygons(outline: Any, width: int, height: int) -> list[list[float]]:
-    """The polygons [x0, y0, x1, y1, ...] with three corners at least."""
+    """The polygons [x0, y0, x1, y1, ...] with at least three corners."""
     if not is_list_of(is_list_of(is_number))(outline) or any(len(polygon) % 2 for polygon in outline):
         raise ValueError("a malformed outline")
     found = [polygon for polygon in outline if len(polygon) >= 6]
@@ -194,7 +195,7 @@ def polygons(outline: Any, width: int, height: int) -> list[list[float]]:
     for polygon in found:
         for places, side in ((polygon[0::2], width), (polygon[1::2], height)):
             if min(places) < -side or max(places) > 2 * side:
-                raise ValueError("an outline far outside its picture")
+                raise ValueError("an outline far outside its image")
     return found
 
 
@@ -204,13 +205,13 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle of lists, dictionaries, strings and numbers, also of Python 2. Anything else is a ValueError."""
+    """Load a pickle of lists, dictionaries, strings and numbers, also of Python 2. Others raise a ValueError."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
-        except Exception as error:  # a broken pickle raises nearly anything
+        except Exception as error:  # a damaged pickle can raise any exception
             raise ValueError(
                 f"{path}: {error}. Only pickles of lists, dictionaries, strings and numbers are read."
             ) from error

@@ -12,13 +12,13 @@ SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 class PairedImages:
-    """Pairs of a degraded picture and its clean picture, which is the annotation.
+    """Pairs of a degraded image and its clean image. The clean image is the annotation.
 
     Args:
         folder: searched recursively.
-        patterns: pairs of a regular expression for the path of a degraded picture, relative to `folder`, with forward
-            slashes, and the path of its clean picture, with \\1, \\2 for the expression's groups. The first pattern
-            whose clean picture exists is used.
+        patterns: pairs of a regular expression for the path of a degraded image, relative to `folder`, with forward
+            slashes, and the path of its clean image, with \\1, \\2 for the expression's groups. The first pattern
+            whose clean image exists is used.
     """
 
     def __init__(self, folder: str | PathLike[str], *patterns: tuple[str, str]):
@@ -31,7 +31,7 @@ class PairedImages:
             if clean_path:
                 self._pairs.append((path, clean_path))
             elif matches:
-                self.skipped.append((path, "no clean picture"))
+                self.skipped.append((path, "no clean image"))
         require_samples(self.folder, self._pairs, self.skipped)
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class PairedImages:
         image, clean = (read_image(self.folder / path) for path in self._pairs[index])
         if image.size != clean.size:
             raise UnreadableSample(
-                self.folder / self._pairs[index][0], f"is of {image.size} pixels, its clean picture of {clean.size}"
+                self.folder / self._pairs[index][0], f"is of {image.size} pixels, its clean image of {clean.size}"
             )
         return image, clean
 
@@ -60,7 +60,7 @@ def gopro(root: str | PathLike[str], split: str = "train", gamma: bool = False) 
 def reds(root: str | PathLike[str], split: str = "train") -> PairedImages:
     """REDS: {split}/{split}_blur/{clip}/*.png and {split}_sharp/; also {split}/blur/ and sharp/.
 
-    Also {split}_blur_jpeg/{clip}/*.jpg, with the same clean pictures. If both folders exist, both are read.
+    Also {split}_blur_jpeg/{clip}/*.jpg, with the same clean images. If both folders exist, both are read.
     """
     blurred = rf"((?:{split}_)?)blur(?:_jpeg)?"
     return PairedImages(

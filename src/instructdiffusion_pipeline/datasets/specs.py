@@ -1,8 +1,8 @@
-"""The data sets that can be trained on and evaluated on, in one table, and the mixture that the original trains on.
+"""The table of all datasets for training and evaluation, and the training mixture of the original code.
 
-The splits, transforms and weights of training are those of the original's published configuration. Of its sixteen
-sources IEIW was never released. RefCOCO+, RefCOCOg, RefClef, HumanArt, AP-10K, ADE20K, PASCAL-Context and PASCAL VOC
-are not among them: the paper evaluates on them only.
+The splits, transforms and weights for training are those of the published configuration of the original code. One of
+its sixteen sources, IEIW, was never released. RefCOCO+, RefCOCOg, RefClef, HumanArt, AP-10K, ADE20K, PASCAL-Context
+and PASCAL VOC are not among them: the paper evaluates on them only.
 """
 
 import re
@@ -54,7 +54,7 @@ Transform = PersonCrop | EvaluationPersonCrop | SquareCrop | Resize
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Reader, transforms, task and splits of a data set.
+    """The reader, transforms, task and splits of a dataset.
 
     Attributes:
         read: reads a split of a folder: `read(folder, split)`.
@@ -62,10 +62,10 @@ class DatasetSpec:
         transform: crops and flips a sample for training.
         test_transform: crops a sample for evaluation, and adds the OKS sigmas of joints; None: no crop.
         train_split: the split to train on.
-        test_split: the split to evaluate on; None: the data set is for training only.
-        weight: multiplies the length of the data set in a mixture.
-        folder: path of the data set's folder below a folder of all data sets, for `original_mixture` and the tables of
-            the paper; None if it is in neither.
+        test_split: the split to evaluate on; None: the dataset is for training only.
+        weight: factor for the length of the dataset in a mixture.
+        folder: path of the dataset relative to a folder of all datasets, for `original_mixture` and the tables of the
+            paper; None if it is in neither.
     """
 
     read: Callable[..., AnnotatedImages[Any]]
@@ -78,11 +78,12 @@ class DatasetSpec:
     folder: str | None = None
 
     def source(self, name: str, folder: Path, size: int = 256, **columns: str) -> tuple[Source, float]:
-        """The training split of `folder` as a source, its pictures `size` pixels square, and its weight."""
+        """The training split of `folder` as a source with images of `size` x `size` pixels, and its weight."""
         dataset = self.read(folder, self.train_split, **columns)
         if isinstance(dataset, ReducibleImages):
             dataset.reduce_to(size)
-        # The original draws one of a pair's instructions at random: a pair with five must not count five times.
+        # The original code draws one of a pair's instructions at random, so a pair with five does not count five
+        # times.
         repeats = len(dataset) / getattr(dataset, "pictures", len(dataset))
         return Source(name, dataset, self.make_task, replace(self.transform, size=size)), self.weight / repeats
 
@@ -90,13 +91,13 @@ class DatasetSpec:
         """The test split of `folder`, or another `split`, as a source called "name split"."""
         chosen = split or self.test_split
         if chosen is None or self.test_split is None:
-            raise ValueError(f"--data {name}: this data set can be trained on, but not evaluated on.")
+            raise ValueError(f"--data {name}: this dataset is for training only.")
         transform = self.test_transform and replace(self.test_transform, size=size)
         return Source(f"{name} {chosen}", self.read(folder, chosen, **columns), self.make_task, transform)
 
 
 def table(folder: Path, default_split: str, split: str | None = None, **options: str) -> HubTable:
-    """Pairs of pictures as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
+    """Pairs of images as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
     return HubTable.load(folder, split or default_split, **options)
 
 
@@ -107,7 +108,7 @@ FLIPPED = SquareCrop(flip=0.5)
 
 
 def referring(name: str, pictures: str = "train2014") -> DatasetSpec:
-    """References in {folder}/{name} to the pictures in {folder}/images/{pictures}."""
+    """References in {folder}/{name} to the images in {folder}/images/{pictures}."""
 
     def read(folder: Path, split: str) -> ReferringExpressions:
         return ReferringExpressions(folder / name, folder / "images" / pictures, split)
@@ -164,7 +165,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "refclef": referring("refclef/refs(unc).p", "saiapr_tc-12"),
     "gopro": DatasetSpec(gopro, DEBLUR, FLIPPED, SquareCrop(), weight=2, folder="GoPro"),
     "reds": DatasetSpec(reds, DEBLUR, FLIPPED, SquareCrop(), test_split="val", weight=0.2, folder="REDS"),
-    # Resizing would remove noise.
+    # Cropped and not resized, because resizing would remove noise.
     "sidd": DatasetSpec(
         sidd, DENOISE, SquareCrop(flip=0.5, resize=False), SquareCrop(resize=False), "train", "val", 20, folder="SIDD"
     ),
@@ -182,11 +183,11 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-ON_HUB = ("table", "magicbrush")  # may be a Hub id instead of a folder
+ON_HUB = ("table", "magicbrush")  # the folder may be a Hub id
 
 
 class Entry(NamedTuple):
-    """A data set of a command line: its key in `DATASETS`, its folder, and a `name` that no other entry has."""
+    """A dataset of a command line: its key in `DATASETS`, its folder, and a unique `name`."""
 
     key: str
     folder: Path
@@ -206,7 +207,7 @@ def parse_entries(entries: Sequence[str]) -> list[Entry]:
     for entry in entries:
         key, _, folder = entry.partition("=")
         if key not in DATASETS or not folder:
-            raise ValueError(f"--data must be NAME=FOLDER with a NAME out of {', '.join(DATASETS)}; got {entry!r}.")
+            raise ValueError(f"--data must be NAME=FOLDER with a NAME from {', '.join(DATASETS)}; got {entry!r}.")
         path = Path(folder).expanduser()
         if not path.exists() and not (key in ON_HUB and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
             raise ValueError(f"--data {key}: there is no folder {folder}.")
@@ -230,7 +231,7 @@ def load_sources(
 
     Args:
         entries: as on the command line.
-        size: side of the training pictures, in pixels.
+        size: side of the training images, in pixels.
         columns: names of the columns of every `table`, by the arguments of `HubTable`.
     """
     return [
@@ -245,7 +246,7 @@ def load_test_sources(
     """The test splits of entries "NAME=FOLDER", or another `split`, as sources called "NAME SPLIT".
 
     `entries` and `columns` are those of `load_sources`; `size` is the working size in pixels. Raises a ValueError for
-    a data set that is for training only.
+    a dataset that is for training only.
     """
     return [
         DATASETS[entry.key].test_source(entry.name, entry.folder, size, split, **columns_of(entry, columns))
@@ -258,7 +259,7 @@ def columns_of(entry: Entry, columns: Mapping[str, str] | None) -> Mapping[str, 
     return (columns or {}) if entry.key == "table" else {}
 
 
-# RefCOCO+ and RefCOCOg are not among the original's sources, but have their format.
+# RefCOCO+ and RefCOCOg are not among the sources of the original code, but have the same format.
 ORIGINAL = (
     "mpii", "coco", "crowdpose", "aic", "coco-stuff", "grefcoco", "refcoco", "refcoco+", "refcocog", "gopro", "reds",
     "sidd", "clwd", "instructpix2pix", "gier", "gqa-inpaint", "magicbrush",
@@ -266,15 +267,15 @@ ORIGINAL = (
 
 
 def original_mixture(root: str | PathLike[str], names: Iterable[str], seed: int = 0) -> Mixture:
-    """The data sets `names` with the sampling weights of the original, at 256 x 256 pixels.
+    """The datasets `names` with the sampling weights of the original code, at 256 x 256 pixels.
 
-    `names` are out of `ORIGINAL`. Each data set lies in the `folder` of its spec below `root`, in the layout that its
-    reader describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
+    `names` are from `ORIGINAL`. Each dataset is in the `folder` of its spec in `root`, in the layout that its reader
+    describes: mpii, coco, crowdpose, aic, coco-stuff, coco_2014 (with refcoco, refcoco+, refcocog,
     grefcoco and images/train2014), GoPro, REDS, SIDD, CLWD, clip-filtered-dataset, GIER_editing_data, gqa-inpaint,
     MagicBrush.
     """
     names = list(names)
     folders = {name: Path(root, str(DATASETS[name].folder)) for name in ORIGINAL}
     if unknown := sorted(set(names) - folders.keys()):
-        raise ValueError(f"`names` must be out of {', '.join(folders)}; got {', '.join(unknown)}.")
+        raise ValueError(f"`names` must be from {', '.join(folders)}; got {', '.join(unknown)}.")
     return Mixture([DATASETS[name].source(name, folders[name]) for name in names], seed)

@@ -25,11 +25,10 @@ LOWER_BODY = {"pelvis", "hip", "knee", "ankle"}
 class PersonCrop:
     """Crops one person to `size` x `size` pixels, and converts a `Person` to its `Joints` in the crop.
 
-    With `jitter`, as in the original: the region is scaled by 0.65 to 1.35 (Gaussian, sigma 0.35), rotated with
+    With `jitter`, as in the original code: the region is scaled by 0.65 to 1.35 (Gaussian, sigma 0.35), rotated with
     probability 0.6 (Gaussian, sigma 45 degrees, at most 90), and flipped with probability 0.5. With probability
-    `half_body`, people with more than eight labelled joints are cropped to the upper or lower body; only used for
-    COCO, as in the original. Raises an `UnreadableSample` if all joints are labelled
-    and none is in the crop.
+    `half_body`, people with more than eight labeled joints are cropped to the upper or lower body; only used for COCO,
+    as in the original code. Raises an `UnreadableSample` if all joints are labeled and none is in the crop.
     """
 
     size: int = 256
@@ -58,7 +57,7 @@ class PersonCrop:
 class EvaluationPersonCrop:
     """Crops one person to `size` x `size` pixels for evaluation, and converts a `Person` to a `Pose`.
 
-    `sigmas` are the OKS sigmas of the data set's joints. Joints without a sigma are left out.
+    `sigmas` are the OKS sigmas of the dataset's joints. Joints without a sigma are left out.
     """
 
     size: int = 256
@@ -73,7 +72,7 @@ class EvaluationPersonCrop:
 
 
 def half_body(joints: Joints, rng: random.Random) -> tuple[tuple[float, float], float] | None:
-    """Center and side, in pixels, of a square around the labelled joints of the upper or the lower body.
+    """Center and side, in pixels, of a square around the labeled joints of the upper or the lower body.
 
     None if the chosen half has fewer than two distinct joints. If both halves have at least three joints, the upper
     half is chosen with probability 0.69.
@@ -103,16 +102,16 @@ def crop_matrix(center: tuple[float, float], side: float, angle: float, size: in
 
 
 def warp(image: Image.Image, matrix: np.ndarray, size: int) -> Image.Image:
-    """`image` under a matrix [2, 3] of pixels to pixels, `size` square, bilinear, black outside."""
+    """Transform `image` by a matrix [2, 3] to `size` x `size` pixels: bilinear, black outside the image."""
     back = np.linalg.inv(np.vstack([matrix, (0, 0, 1)]))[:2]
-    back[:, 2] += 0.5 - back[:, :2].sum(1) / 2  # Pillow counts from the corner of the first pixel, not from its middle
+    back[:, 2] += 0.5 - back[:, :2].sum(1) / 2  # Pillow counts from the corner of the first pixel, not from its center
     return image.transform(
         (size, size), Image.Transform.AFFINE, tuple(back.ravel().tolist()), Image.Resampling.BILINEAR
     )
 
 
 def flip_joints(joints: Joints, width: int) -> dict[str, Joint | None]:
-    """Joints in the mirrored picture: the left wrist becomes the right one."""
+    """Joints in the mirrored image: the left wrist becomes the right one."""
     return {swap_sides(name): joint and joint._replace(x=width - 1 - joint.x) for name, joint in joints.items()}
 
 
@@ -125,9 +124,9 @@ def swap_sides(name: str) -> str:
 class SquareCrop:
     """Random square crop of image and annotation, `size` x `size` pixels.
 
-    The square has the side of the short side and is resized (Lanczos; masks: nearest pixel); with `resize=False` a
-    square of `size` pixels is cropped without resizing. `flip` is the probability of a horizontal flip; nothing is
-    flipped if a mask's name or an instruction contains left or right.
+    The side of the square is the image's short side, and the crop is resized (Lanczos; masks: nearest pixel). With
+    `resize=False` a square of `size` pixels is cropped without resizing. `flip` is the probability of a horizontal
+    flip; nothing is flipped if a mask's name or an instruction contains left or right.
     """
 
     size: int = 256
@@ -139,7 +138,7 @@ class SquareCrop:
         side = min(width, height) if self.resize else min(width, height, self.size)
         left = rng.randint(0, width - side) if width > side else 0
         top = rng.randint(0, height - side) if height > side else 0
-        # The nearest of `side` pixels to the middle of each of `size`, as Pillow finds it.
+        # The pixel among `side` that is nearest to the center of each of `size` pixels, as Pillow computes it.
         nearest = (np.arange(self.size) * 2 + 1) * side // (2 * self.size)
 
         def picture(original: Image.Image) -> Image.Image:
@@ -154,10 +153,9 @@ class SquareCrop:
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizes picture and edited picture to `size` x `size` pixels regardless of aspect ratio, as the original does.
+    """Resizes image and edited image to `size` x `size` pixels regardless of aspect ratio, as in the original code.
 
-    Nothing is cropped, so that everything that the instruction refers to stays in the image. `flip` as in
-    `SquareCrop`.
+    Nothing is cropped, so everything that the instruction refers to stays in the image. `flip` as in `SquareCrop`.
     """
 
     size: int = 256
@@ -169,7 +167,7 @@ class Resize:
 
 
 def random_flip(image: Image.Image, annotation: Any, chance: float, rng: random.Random) -> tuple[Image.Image, Any]:
-    """Flip both with probability `chance`, unless a text of the annotation contains left or right."""
+    """Flip image and annotation with probability `chance`, unless a text of the annotation contains left or right."""
     if rng.random() >= chance or names_a_side(annotation):
         return image, annotation
     return ImageOps.mirror(image), transform_annotation(
@@ -192,7 +190,7 @@ def transform_annotation(
     picture: Callable[[Image.Image], Image.Image],
     mask: Callable[[np.ndarray], np.ndarray],
 ) -> Any:
-    """The annotation of a picture of `size` with its picture or masks transformed; shared masks remain shared."""
+    """The annotation of an image of `size` with its image or masks transformed; shared masks remain shared."""
     if isinstance(annotation, str):
         return annotation
     if isinstance(annotation, Edit):

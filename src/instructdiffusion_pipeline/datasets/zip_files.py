@@ -1,4 +1,4 @@
-"""Offsets of the files in a large zip file. For InstructPix2Pix (2.6 million) `zipfile` is slow and needs 2 GB."""
+"""Offsets of the files in a large zip file. With InstructPix2Pix's 2.6 million files, `zipfile` needs 2 GB."""
 
 import os
 import struct
@@ -7,22 +7,22 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (entry of the list of files), 4.3.14 to 4.3.16 (its end)
+# PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to 4.3.16 (its end)
 LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
 ENTRY = struct.Struct("<4s16xLLHHH8xL")
 END = struct.Struct("<4s8xLLH")
 END_64 = struct.Struct("<4s36xQQ")
 LOCATOR_64 = struct.Struct("<4s4xQ4x")
-LARGEST_FILE = 2**26  # bytes that are read of one file, at most
+LARGEST_FILE = 2**26  # maximum size of a file in bytes
 LONGEST_COMMENT = 65535
-IN_EXTRA_FIELD = 0xFFFFFFFF  # the value of what does not fit 32 bits
+IN_EXTRA_FIELD = 0xFFFFFFFF  # stands for a value that does not fit in 32 bits
 
 
 Place = tuple[int, int]  # where the header of a file starts, and its compressed size in bytes
 
 
 def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
-    """The name and the place of each file of a zip file. Raises `zipfile.BadZipFile` if it is broken."""
+    """The name and position of each file in a zip file. Raises `zipfile.BadZipFile` if it is damaged."""
     try:
         directory = read_central_directory(path)
         start, end, unpack = 0, len(directory), ENTRY.unpack_from
@@ -41,7 +41,7 @@ def list_files(path: Path) -> Iterator[tuple[bytes, Place]]:
 
 
 def read_central_directory(path: Path) -> bytes:
-    """The entries of all files, which lie at the end of a zip file."""
+    """The entries of all files, which are at the end of a zip file."""
     with path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
         tail_start = max(0, length - LONGEST_COMMENT - END.size - LOCATOR_64.size)
@@ -62,7 +62,7 @@ def read_central_directory(path: Path) -> bytes:
 
 
 def sizes_of_64_bits(extra: bytes, *values: int) -> list[int]:
-    """The values of an entry, those of 64 bits out of its extra field."""
+    """The values of an entry; 64-bit values are read from its extra field."""
     while (header := struct.unpack_from("<HH", extra))[0] != 1:
         extra = extra[4 + header[1] :]
     found = list(values)
@@ -73,7 +73,7 @@ def sizes_of_64_bits(extra: bytes, *values: int) -> list[int]:
 
 
 def read_file(path: Path, place: Place) -> bytes:
-    """The content of a file in a zip file. Raises `zipfile.BadZipFile` if it is broken or too large."""
+    """The content of a file in a zip file. Raises `zipfile.BadZipFile` if it is damaged or too large."""
     offset, size = place
     try:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Evaluation: evaluate a model on a dataset and compare with the upper bound given by its VAE.
+"""Evaluation of a model on datasets, compared with the upper bound that its VAE sets.
 
-Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and ground truth, `evaluator` the run,
-`metrics` and `scoring` the scores, `report` the table, `paper` the tables of the paper, and `baselines` classical
+Needs the extra `eval` (pycocotools, scikit-image). `examples` has the inputs and the ground truth, `evaluator` the
+run, `metrics` and `scoring` the scores, `report` the table, `paper` the tables of the paper, and `baselines` classical
 restoration methods.
 """
 

@@ -7,15 +7,15 @@ from skimage.restoration import denoise_nl_means, estimate_sigma, inpaint_biharm
 from instructdiffusion_pipeline.evaluation.examples import Example
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 
-CHANGE_THRESHOLD = 4  # grey levels; a pixel has changed if a channel differs by more
+CHANGE_THRESHOLD = 4  # gray levels; a pixel has changed if a channel differs by more
 
 
 def classical_baseline(example: Example) -> Image.Image | None:
-    """Restore the picture of an example by a method without training. None if the task is not restoration.
+    """Restore the image of an example with a method that needs no training. None if the task is not restoration.
 
-    Noise: non-local means (Buades et al., 2005) with a sigma estimated from the picture. Blur: an unsharp mask.
-    Watermark: biharmonic inpainting of the pixels that differ from the clean picture, so the watermark's place is
-    known. Both pictures must be equal outside the watermark; a JPEG is not.
+    Noise: non-local means (Buades et al., 2005) with a sigma estimated from the image. Blur: an unsharp mask.
+    Watermark: biharmonic inpainting of the pixels that differ from the clean image. So this baseline knows the
+    position of the watermark, and both images must be equal outside of it, as they are not in JPEG files.
     """
     task = example.tasks[0]
     if not isinstance(task, Restoration):
@@ -42,5 +42,5 @@ def inpaint(image: Image.Image, truth: Image.Image) -> Image.Image:
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """An array with values from 0 to 1 as a picture."""
+    """Convert an array with values from 0 to 1 to an image."""
     return Image.fromarray(np.round(255 * pixels.clip(0, 1)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Calibration of the scores of masks and joints on the answers of a model."""
+"""Calibration of the scores of masks and joints on the outputs of a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from instructdiffusion_pipeline.evaluation.scoring import judged
 from instructdiffusion_pipeline.files import update_json, write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 
-FAMILIES = {"masks": "segmentation", "joints": "keypoints"}  # by the kind of measures
+FAMILIES = {"masks": "segmentation", "joints": "keypoints"}  # keys: the kinds of measures
 
 
 def calibrate(
@@ -22,23 +22,23 @@ def calibrate(
     folder: str | PathLike[str],
     batch_size: int = 8,
 ) -> dict[str, Platt]:
-    """Fit the pipeline's `score_calibration` on its answers, and measure it on others.
+    """Fit the pipeline's `score_calibration` on its outputs for `examples`, and measure it on those for `held_out`.
 
     A run that was stopped continues when it is called again with the same arguments.
 
     Args:
-        pipeline: gets the setting `score_calibration`; that of a family without examples stays.
-        examples: with masks or joints. For both, some answers must be right and some wrong.
-        held_out: the same kind, of other pictures.
+        pipeline: its setting `score_calibration` is changed for the families that have examples.
+        examples: with masks or joints. Some of the masks and some of the joints must be right, and some wrong.
+        held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the evaluations in answers/ and held-out/, and reliability.md: the
             reliability curves of the held-out rows.
-        batch_size: questions per call of the pipeline.
+        batch_size: prompts per call of the pipeline.
 
     Returns:
         Slope and intercept by task family.
 
     Raises:
-        ValueError: `folder` has another run, or a fit is impossible (see `fit_platt`).
+        ValueError: if `folder` has another run, or a fit is impossible (see `fit_platt`).
     """
     folder, stored = Path(folder), pipeline.config.get("score_calibration") or {}
     pipeline.register_to_config(score_calibration={})
@@ -60,7 +60,7 @@ def calibrate(
 
 
 def save_calibration(fits: Mapping[str, Platt], model: str | PathLike[str]) -> None:
-    """Write `score_calibration` to the model_index.json of a model. That of a family without a fit stays."""
+    """Write `score_calibration` to the model_index.json of a model. Families without a fit keep their calibration."""
     index = Path(model, "model_index.json")
     stored = json.loads(index.read_text(encoding="utf-8")).get("score_calibration") or {}
     rounded = {family: [round(value, 4) for value in fit] for family, fit in fits.items()}
@@ -68,7 +68,7 @@ def save_calibration(fits: Mapping[str, Platt], model: str | PathLike[str]) -> N
 
 
 def answers_by_row(folder: Path, kind: str) -> dict[str, list[tuple[float, bool]]]:
-    """Score and correctness of the masks or joints (`kind`) that an evaluation in `folder` found, by row."""
+    """Score and correctness of the masks or joints (`kind`) found in an evaluation in `folder`, by row."""
     rows: dict[str, list[tuple[float, bool]]] = {}
     for record in map(json.loads, (folder / "records.jsonl").read_text().splitlines()):
         if kind in record.get("measures", {}).get("model", {}):

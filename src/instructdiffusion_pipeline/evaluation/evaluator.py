@@ -47,8 +47,8 @@ def evaluate(
     """Score a pipeline on `examples`, and write table.md, results.json and a contact sheet for each row of the table.
 
     The column "model" has the data of `ask`, at the resolution of the images. For restored and edited images a column
-    "answer alone" has the output of the model, enlarged. With a readout, the column "model" is decoded by the readout
-    and the column "reading by color" by `task.read`.
+    "output alone" has the output of the model, enlarged. With a readout, the column "model" is decoded by the readout
+    and the column "decoding by color" by `task.read`.
 
     An interrupted run is resumed by calling it again with the same arguments; the results are identical. An example
     that cannot be opened, drawn or scored is counted and listed below the table. An exception of the pipeline ends the
@@ -58,20 +58,20 @@ def evaluate(
         pipeline: an `InstructDiffusionPipeline`.
         examples: see `examples_from`.
         folder: new, or with records of the same run.
-        settings_by_family: arguments of the pipeline's call by task family, which override the model's own.
+        settings_by_family: arguments of the pipeline's call by task family, which override those of the model.
         batch_size: number of tasks per pipeline call, and of examples per write.
         seed: seed of the noise; the noise of a task depends on the seed and the index of its example.
         resolution: working size in pixels; by default the model's own, as in `ask`.
-        resize_mode: "stretch" or, as the original, "crop"; by default the model's own, as in `ask`.
-        clip: adds the CLIP similarity to the scores of edited pictures.
+        resize_mode: "stretch" or, as in the original code, "crop"; by default the model's own, as in `ask`.
+        clip: adds the CLIP similarity to the scores of edited images.
         baselines: other methods, such as `classical_baseline`, by the name of their column.
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValueError: names of examples or sources are not unique, the folder has records of another run, or no example
-            can be scored.
+        ValueError: if names of examples or sources are not unique, the folder has records of another run, or no
+            example can be scored.
     """
     settings = settings_by_family or {}
     if batch_size < 1:
@@ -113,7 +113,7 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
     """The complete batches of records of this `run` in `folder`. An incomplete batch is removed from the file."""
     path = folder / "records.jsonl"
     if path.exists() and not (folder / "run.json").exists():
-        raise ValueError(f"`folder` has {path} without run.json, so its run is unknown. Choose another folder.")
+        raise ValueError(f"`folder` has {path} without run.json, so its settings are unknown. Choose another folder.")
     check_run_config(folder, "run.json", run, "records of the same run")
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
@@ -163,7 +163,7 @@ class Evaluator:
                 truths = [task.draw(example.image, example.truth) for task in example.tasks]
                 if odd := [picture.size for picture in truths if picture.size != example.image.size]:
                     raise ValueError(f"the ground truth must have the image size {example.image.size}; got {odd[0]}.")
-            except Exception as error:  # of any kind, so that one bad example does not end the run
+            except Exception as error:  # any exception, so that one bad example does not end the run
                 records[index]["error"] = one_line(error)
                 continue
             examples[index] = example
@@ -193,7 +193,7 @@ class Evaluator:
         return list(records.values())
 
     def size(self, task: Task) -> dict[str, Any]:
-        """`resolution` and `resize_mode` for a task: those of the run, else those of its settings, else `ask`'s."""
+        """`resolution` and `resize_mode` for a task: of the run, or else of its settings, or else of `ask`."""
         settings = {**settings_of(self.pipeline, task), **self.settings.get(task.family, {})}
         return {
             "resolution": settings.get("resolution") if self.resolution is None else self.resolution,
@@ -213,7 +213,7 @@ class Evaluator:
         )
 
     def score(self, example: Example, answers: Sequence[Answer], ceilings: Sequence[Image.Image]) -> dict[str, Any]:
-        """Measurements per column: model, ceiling, alternative decoding or (for images) the input, baselines."""
+        """Measurements per column: model, ceiling, decoding by color or (for images) output and input, baselines."""
         box, task = answers[0].box, example.tasks[0]
 
         def read_by_color(pictures: Sequence[Image.Image]) -> Any:
@@ -224,14 +224,14 @@ class Evaluator:
         reconstructed = answers[0].reconstruction
         if isinstance(task, PictureTask) and reconstructed is not None:
             readings["ceiling"] = task.transfer(example.image, reconstructed, ceilings[0], box)
-            readings["answer alone"] = task.read(example.image, answers[0].picture, box)
-            # The VAE alone removes some noise. These columns show how much of a score is due to it.
+            readings["output alone"] = task.read(example.image, answers[0].picture, box)
+            # The VAE alone removes some noise. These columns show its effect.
             readings["input"] = example.image
             readings["input through the VAE"] = task.read(example.image, reconstructed, box)
         else:
             readings["ceiling"] = read_by_color(ceilings)
             if self.pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
-                readings["reading by color"] = read_by_color([answer.picture for answer in answers])
+                readings["decoding by color"] = read_by_color([answer.picture for answer in answers])
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading
@@ -246,7 +246,7 @@ def vae_reconstruction(
     resolution: int | None = None,
     resize_mode: str = "stretch",
 ) -> list[Image.Image]:
-    """Encode and decode pictures of one working size, at working size, with the same resizing as in a call."""
+    """Encode and decode images of one working size, with the same resizing as in a call. Results have working size."""
     pixels, _ = pipeline.preprocess_image(list(pictures), resolution, resize_mode)
     return decode_pictures(pipeline, pipeline.encode_image_latents(pixels, pipeline._execution_device))
 

@@ -1,4 +1,4 @@
-"""Examples of an evaluation, opened one at a time, so that a data set need not fit in memory."""
+"""Examples of an evaluation, opened one at a time, so that a dataset need not fit in memory."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -33,8 +33,8 @@ class LazyExample:
 
     Attributes:
         name: unique, and the same in every run.
-        row: the row of the table that it is counted in. The examples of a row are of one family.
-        open: reads the example. If it raises, the example is counted as failed.
+        row: its row in the table. The examples of a row are of one family.
+        open: reads the example. If it raises an exception, the example is counted as failed.
         source: where the example is from, if known. The examples of a row must be from one source.
     """
 
@@ -48,9 +48,9 @@ MakeTasks = Callable[[Image.Image, Any, random.Random], Sequence[Task]]
 
 
 def examples_from(source: Source, count: int, seed: int = 0, make_tasks: MakeTasks | None = None) -> list[LazyExample]:
-    """Choose `count` examples of a source at random, or all if it has fewer. Their row is `source.name`.
+    """Choose `count` examples of a source at random, or all if it has fewer. Their row is named `source.name`.
 
-    `make_tasks` makes the tasks of a picture; by default there is one, from `source.make_task`.
+    `make_tasks` makes the tasks of an image; by default there is one, from `source.make_task`.
     """
     length = len(source.dataset)
     chosen = sorted(random.Random(f"{seed}/{source.name}").sample(range(length), min(count, length)))
@@ -73,18 +73,18 @@ def load_examples(
     test_split: str | None = None,
     seed: int = 0,
 ) -> tuple[list[LazyExample], list[LazyExample]]:
-    """Choose examples of the training splits and of the test splits of data sets "NAME=FOLDER".
+    """Choose examples of the training splits and of the test splits of datasets "NAME=FOLDER".
 
     Args:
         entries: see `datasets.specs.parse_entries`.
-        size: side of the pictures in pixels, for the transforms of the training splits.
-        samples: number of training examples per data set.
-        test_samples: number of test examples per data set.
-        test_split: split to use in place of each data set's own test split.
-        seed: decides which examples are chosen.
+        size: side of the images in pixels, for the transforms of the training splits.
+        samples: number of training examples per dataset.
+        test_samples: number of test examples per dataset.
+        test_split: split to use in place of each dataset's own test split.
+        seed: seed of the choice of examples.
 
     Raises:
-        ValueError: an entry is malformed, or a data set cannot be read.
+        ValueError: if an entry is malformed, or a dataset cannot be read.
     """
     training = [source for source, _ in load_sources(entries, size)]
     test = load_test_sources(entries, size, test_split)
@@ -102,11 +102,11 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
-    """Tasks for all joints of a person, at most `MAX_JOINTS` each, in colors that differ from the picture's."""
+    """Tasks for all joints of a person, with at most `MAX_JOINTS` each, in colors that are not those of the image."""
     return joint_tasks(image, list(joints))
 
 
 def every_object(image: Image.Image, masks: Masks, rng: random.Random) -> list[Segmentation]:
-    """One task for each object in the picture, or for each name if the picture has none of the objects."""
+    """One task for each object in the image, or for each name if the image has none of the objects."""
     present = {name: mask for name, mask in masks.items() if mask.any()}
     return [Segmentation.from_annotation(image, {name: mask}, rng) for name, mask in (present or masks).items()]

@@ -1,4 +1,4 @@
-"""Standard metrics of keypoints, masks and pictures."""
+"""Standard metrics of keypoints, masks and images."""
 
 import contextlib
 import io
@@ -18,15 +18,15 @@ from transformers import CLIPImageProcessor, CLIPModel
 from instructdiffusion_pipeline.tasks.keypoints import coco_keypoints
 from instructdiffusion_pipeline.types import Joint, Joints, Pose
 
-# Stands for a joint that was not found. COCO uses (0, 0), which in a small picture may be near the true joint.
+# Stands for a joint that was not found. COCO uses (0, 0), which may be near the true joint in a small image.
 NOT_FOUND = Joint(-1e4, -1e4, 0.0)
-MAX_PSNR = 100.0  # dB; the PSNR of two equal pictures is infinite, and means must be finite
+MAX_PSNR = 100.0  # dB; the PSNR of two equal images is infinite, and means must be finite
 # Maximum fraction of false-positive pixels that is ignored if the object is absent; VAE artifacts cause a few.
 MAX_STRAY = 0.001
 
 
 def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, float] | None:
-    """COCO's keypoint AP, AP50 and AP75 (0 to 1), with each person in a picture of its own (ground-truth boxes).
+    """COCO's keypoint AP, AP50 and AP75 (0 to 1), with each person in a separate image (ground-truth boxes).
 
     Args:
         poses: the true joints. All must have an area and the same sigmas. Poses without joints are left out.
@@ -52,7 +52,7 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
                 "category_id": 1,
                 "iscrowd": 0,
                 "area": pose.area,
-                "bbox": [0, 0, 0, 0],  # only used for people without joints
+                "bbox": [0, 0, 0, 0],  # used only for people without joints
                 "num_keypoints": sum(map(bool, labelled)),
                 "keypoints": [value for joint in labelled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
             }
@@ -81,15 +81,15 @@ TORSO = ("left shoulder", "right hip")  # PCK of FLIC
 
 
 def length(pose: Joints, ends: tuple[str, str]) -> float | None:
-    """The distance in pixels of two joints, such as `HEAD` or `TORSO`; None if one of them is not labelled."""
+    """The distance in pixels of two joints, such as `HEAD` or `TORSO`; None if one of them is not labeled."""
     first, second = (pose.get(name) for name in ends)
     return float(np.hypot(first.x - second.x, first.y - second.y)) if first and second else None
 
 
 def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
-    """Distances of the labelled joints of `pose` from the joints found, divided by `reference`; infinite if not found.
+    """Distances of the found joints from the labeled joints of `pose`, divided by `reference`; infinite if not found.
 
-    The `reference` of PCK, in pixels, is the picture's side, or the `length` of the head or the torso.
+    The `reference` of PCK, in pixels, is the image's side, or the `length` of the head or the torso.
     """
     steps = []
     for name, joint in pose.items():
@@ -100,12 +100,12 @@ def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
 
 
 def pck(steps: Sequence[float], share: float) -> float | None:
-    """PCK (0 to 1): the share of `distances` that are at most `share`; None if there are no distances."""
+    """PCK (0 to 1): the fraction of `distances` that are at most `share`; None if there are no distances."""
     return sum(step <= share for step in steps) / len(steps) if steps else None
 
 
 class Overlap(NamedTuple):
-    """Intersection, union and true area of a mask and the true mask of the object `name`, in pixels."""
+    """Intersection and union of a mask and the true mask of the object `name`, and area of the latter, in pixels."""
 
     name: str
     intersection: int
@@ -116,7 +116,7 @@ class Overlap(NamedTuple):
     def of(cls, name: str, truth: np.ndarray, found: np.ndarray) -> "Overlap":
         """Compare bool arrays [height, width]. If `truth` is empty, up to `MAX_STRAY` of the pixels are ignored."""
         if truth.shape != found.shape:
-            raise ValueError(f"the true mask of {name!r} must be {found.shape} like its picture; it is {truth.shape}.")
+            raise ValueError(f"the true mask of {name!r} must be {found.shape} like its image; it is {truth.shape}.")
         if not truth.any() and found.mean() <= MAX_STRAY:
             return cls(name, 0, 0, 0)
         return cls(name, int((truth & found).sum()), int((truth | found).sum()), int(truth.sum()))
@@ -133,7 +133,7 @@ def mean_iou(overlaps: Sequence[Overlap]) -> float | None:
 
 
 def cumulated_iou(overlaps: Sequence[Overlap]) -> float | None:
-    """cIoU of referring segmentation: sum of intersections over sum of unions; None if all unions are empty."""
+    """cIoU of referring segmentation: sum of intersections divided by sum of unions; None if all unions are empty."""
     union = sum(overlap.union for overlap in overlaps)
     return sum(overlap.intersection for overlap in overlaps) / union if union else None
 
@@ -148,13 +148,13 @@ def mean_class_iou(overlaps: Iterable[Overlap]) -> float | None:
 
 
 def no_target_accuracy(overlaps: Iterable[Overlap]) -> float | None:
-    """N-acc of gRefCOCO: the share of empty true masks where nothing was found; None if no true mask is empty."""
+    """N-acc of gRefCOCO: the fraction of empty true masks where nothing was found; None if no true mask is empty."""
     unions = [overlap.union for overlap in overlaps if overlap.truth == 0]
     return unions.count(0) / len(unions) if unions else None
 
 
 def psnr(truth: Image.Image, picture: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size, at most `MAX_PSNR`."""
+    """Peak signal-to-noise ratio in dB of two RGB images of one size, at most `MAX_PSNR`."""
     with np.errstate(divide="ignore"):
         return min(MAX_PSNR, float(peak_signal_noise_ratio(np.asarray(truth), np.asarray(picture))))
 
@@ -174,7 +174,7 @@ def ssim(truth: Image.Image, picture: Image.Image) -> float:
 
 
 class ClipSimilarity:
-    """Cosine similarity of the CLIP embeddings of two pictures, -1 to 1 (CLIP-I, as in MagicBrush).
+    """Cosine similarity of the CLIP embeddings of two images, -1 to 1 (CLIP-I, as in MagicBrush).
 
     Args:
         model: folder or Hub id of a CLIP model.

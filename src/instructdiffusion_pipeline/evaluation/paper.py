@@ -1,4 +1,4 @@
-"""The tables of the paper (Geng et al., CVPR 2024, tables 2 to 5): scores of a model beside the paper's figures."""
+"""The tables of the paper (Geng et al., CVPR 2024, tables 2 to 5): scores of a model next to the paper's figures."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 
 
 class Figure(NamedTuple):
-    """A figure of the paper, in percent or dB: the score on a `split` of the data set `key` of `DATASETS`.
+    """A figure of the paper, in percent or dB: the score on a `split` of the dataset `key` of `DATASETS`.
 
     `ceiling` is the score of the ground truth after VAE encoding and decoding, if the paper states it.
     """
@@ -92,14 +92,14 @@ PAPER_TABLES = (
     ),
 )
 PAPER_FOLDERS = sorted({str(DATASETS[figure.key].folder) for table in PAPER_TABLES for figure in table.figures})
-# The paper's OKS on AP-10K has only the joints that COCO has, too. GoPro is scored at its own resolution, not cropped.
+# The paper's OKS on AP-10K uses only the joints of COCO. GoPro is scored at its own resolution, not cropped.
 SHARED_SIGMAS = {name: sigma for name, sigma in AP10K_SIGMAS.items() if name in COCO_SIGMAS}
 TRANSFORMS = {"ap10k": EvaluationPersonCrop(sigmas=SHARED_SIGMAS), "gopro": None}
 OWN_RESOLUTION = ("gopro",)
 ALL_TASKS: dict[Any, MakeTasks] = {KEYPOINTS: whole_person, SEGMENTATION: every_object}
 NOTES = """\
 The ceiling, in parentheses, is the score of the ground truth after VAE encoding and decoding. In table 5 the score and
-its ceiling are those of the restored picture at the resolution of the input, and "output alone" is the PSNR of the
+its ceiling are those of the restored image at the resolution of the input, and "output alone" is the PSNR of the
 model's output. The paper's figures are those of the output alone.
 """
 
@@ -114,16 +114,16 @@ def evaluate_paper(
     seed: int = 0,
     resolution: int | None = None,
 ) -> str:
-    """Score a pipeline on the paper's data sets below `root`, and write their tables to paper.md in `folder`.
+    """Score a pipeline on the paper's datasets below `root`, and write their tables to paper.md in `folder`.
 
-    Each split of a data set is a resumable run of `evaluate` in a folder of its own. There is one question for each
-    expression and for each class that a picture has, and there are questions for all joints. GoPro's pictures are
-    worked on at their own resolution.
+    Each split of a dataset is a resumable run of `evaluate` in a separate folder. There is one prompt for each
+    expression and for each class of an image, and prompts for all joints. GoPro's images are processed at their own
+    resolution.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
-        root: has the folders of the data sets, see `PAPER_FOLDERS`. Data sets that are missing or cannot be read are
-            listed below the tables.
+        root: folder with the folders of the datasets, see `PAPER_FOLDERS`. Datasets that are missing or cannot be read
+            are listed below the tables.
         folder: new, or with results of the same run.
         samples: number of samples of each split, chosen at random.
         settings_by_family, batch_size, seed, resolution: as in `evaluate`.
@@ -132,7 +132,7 @@ def evaluate_paper(
         The content of paper.md.
 
     Raises:
-        ValueError: none of the data sets can be read, or `folder` has results of another run.
+        ValueError: if none of the datasets can be read, or `folder` has results of another run.
     """
     root, folder = Path(root), Path(folder)
     rows: dict[Figure, Mapping[str, Any]] = {}
@@ -158,14 +158,14 @@ def evaluate_paper(
         if rows:
             write_text(folder / "paper.md", paper_tables(rows, missing))
     if not rows:
-        raise ValueError(f"`root`: no data set of the paper can be read in {root}: {'; '.join(missing.values())}")
+        raise ValueError(f"`root`: no dataset of the paper can be read in {root}: {'; '.join(missing.values())}")
     return paper_tables(rows, missing)
 
 
 def open_source(figure: Figure, root: Path, size: int) -> Source:
-    """The samples of a figure, as the paper evaluates them. `size` is the side of crops in pixels.
+    """The samples for a figure, as in the paper's evaluation. `size` is the side of crops in pixels.
 
-    Raises a ValueError if the data set is not in `root` or cannot be read.
+    Raises a ValueError if the dataset is not in `root` or cannot be read.
     """
     spec = DATASETS[figure.key]
     spec = replace(spec, test_transform=TRANSFORMS.get(figure.key, spec.test_transform))
@@ -176,7 +176,7 @@ def open_source(figure: Figure, root: Path, size: int) -> Source:
 
 
 def paper_tables(rows: Mapping[Figure, Mapping[str, Any]], missing: Mapping[Figure, str]) -> str:
-    """The tables in Markdown, from the rows of results.json, followed by what is `missing` and why."""
+    """The tables in Markdown, from the rows of results.json, followed by the `missing` datasets and the reasons."""
     parts = []
     for table in PAPER_TABLES:
         alone = " output alone |" if table.metric == "PSNR" else ""
@@ -185,7 +185,7 @@ def paper_tables(rows: Mapping[Figure, Mapping[str, Any]], missing: Mapping[Figu
         for figure in table.figures:
             row = rows.get(figure)
             values = row["scores"].get(table.metric, {}) if row else {}
-            columns = [values.get(column) for column in ("model", "ceiling", "answer alone")]
+            columns = [values.get(column) for column in ("model", "ceiling", "output alone")]
             score, ceiling, output = (report.format_score(table.metric, value) for value in columns)
             paper = f"{figure.score} ({figure.ceiling})" if figure.ceiling else figure.score
             counts = f"{row['samples']} | {len(row['failed'])}" if row else "- | -"

@@ -19,21 +19,21 @@ from instructdiffusion_pipeline.readout import read_answer
 from instructdiffusion_pipeline.tasks import PictureTask
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
-FIRST = ("model", "ceiling")  # share the first column of scores
+FIRST = ("model", "ceiling")  # both are in the first column of scores
 NOTES = """\
-The ceiling, in parentheses, is an upper bound: the score of the ground truth after VAE encoding and decoding, read by
-color or transferred to the input. AP, PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over labelled
-joints; "side" is the longer side of the image. For samples without the object, up to 0.1 % painted pixels are ignored.
-mIoU is the mean over samples; a sample without the object counts 1 if nothing is painted, otherwise 0. N-acc is the
-fraction of such samples where nothing is painted. ECE is the expected calibration error, in percent, of the scores of
-the masks and joints that were found; a mask is right if its IoU is at least 0.5, a joint if it is within 5 % of the
-side. Masks and joints are scored on the whole input, and those outside the part that the output shows count as missed.
-Images are scored on that part only.
+The ceiling, in parentheses, is an upper bound: the score of the ground truth after VAE encoding and decoding, decoded
+by color or transferred to the input. AP, PCK, IoU and N-acc are in percent, PSNR is in dB. PCK is computed over
+labeled joints; "side" is the longer side of the image. For samples without the object, up to 0.1 % painted pixels are
+ignored. mIoU is the mean over samples; a sample without the object counts 1 if nothing is painted, otherwise 0. N-acc
+is the fraction of such samples where nothing is painted. ECE is the expected calibration error, in percent, of the
+scores of the masks and joints that were found; a mask is right if its IoU is at least 0.5, a joint if it is within 5 %
+of the side. Masks and joints are scored on the whole input, and those outside the part that the output shows count as
+missed. Images are scored on that part only.
 """
 
 
 class NothingScored(ValueError):
-    """No example could be scored."""
+    """Raised if no example could be scored."""
 
 
 def write(
@@ -101,7 +101,7 @@ def contact_sheet(
     records: Sequence[Mapping[str, Any]],
     readout: UNet2DModel | None,
 ) -> Image.Image:
-    """Best, median and worst of `records`, each with input, output images, decoded data and ground truth."""
+    """The best, median and worst of `records`, each with input, output images, decoded data and ground truth."""
     ranked = sorted(records, key=lambda record: -record["score_key"])
     ranks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []
@@ -116,7 +116,7 @@ def contact_sheet(
             else:
                 data = read_answer(task, example.image, answer, tuple(record["box"]), readout)
             overlay = task.overlay(overlay, data)
-        panels += [("reading", overlay), ("truth", draw_truth(example))]
+        panels += [("decoded", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         rows.append((f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
     return labeled_grid(rows)
@@ -126,7 +126,7 @@ def check_examples(examples: Sequence[LazyExample]) -> None:
     """Check the names of the examples and of the rows.
 
     Raises:
-        ValueError: there are no examples, two have the same name, two rows have the same file name, or a row has
+        ValueError: if there are no examples, two have the same name, two rows have the same file name, or a row has
             examples of two sources.
     """
     if not examples:
@@ -157,5 +157,5 @@ def answer_name(index: int, number: int) -> str:
 
 
 def result_name(index: int, number: int) -> str:
-    """The file name of the image that a restoration or an edit returns: the output at the resolution of the input."""
+    """The file name of the result of a restoration or an edit: the image at the resolution of the input."""
     return f"{index:06d}-{number}-result.png"

@@ -1,7 +1,7 @@
-"""Measurements per sample and aggregated scores.
+"""Measurements of samples, and aggregated scores.
 
 Scores are in pixels of the input. Masks and joints are scored on the whole input: objects outside the box that the
-output shows count as missed, for the ceiling too. Images are scored inside the box only.
+output shows count as missed, also for the ceiling. Images are scored inside the box only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
 
     Args:
         example: has the annotation. The ground-truth image is drawn from it by the task's `draw`.
-        reading: an image, or a dictionary of masks or joints. Its type determines the metrics.
+        reading: the decoded data, an image or a dictionary of masks or joints. Its type determines the metrics.
         box: the part of the input that the output shows.
         clip: adds the CLIP similarity of edited images.
 
     Returns:
-        Joints, overlaps of masks, or scores of a picture.
+        Joints, overlaps of masks, or scores of an image.
     """
     if isinstance(reading, Image.Image):
         inner = inner_box(box)
@@ -64,7 +64,7 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
 
 
 def summarize(measures: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores of one row of the table, from `measures` of one kind. None: the score cannot be computed."""
+    """The scores of one row of the table, from `measures` of one kind. A score that cannot be computed is None."""
     if "joints" in measures[0]:
         return _joint_scores(measures)
     if "masks" in measures[0]:

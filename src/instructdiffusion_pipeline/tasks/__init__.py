@@ -12,27 +12,27 @@ Reading = TypeVar("Reading")
 
 
 class TrainingTask(Protocol):
-    """A task that a model can be trained on: an instruction and a target image.
+    """A task for training: an instruction and a target image.
 
-    Classes also have `from_annotation(image, annotation, rng)`, which creates a task from an annotated image, or
+    Each class also has `from_annotation(image, annotation, rng)`, which creates a task from an annotated image, or
     raises `EmptyAnnotation`.
     """
 
     family: ClassVar[str]  # the key of the task in `task_settings`
-    settings: ClassVar[dict[str, float]]  # default call arguments, from the original repository
+    settings: ClassVar[dict[str, float]]  # default call arguments, from the original code
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """The instruction: one of several wordings with `rng`, else always the same."""
+        """The instruction: a random wording with `rng`, otherwise always the same."""
 
     def draw(self, image: Image.Image, annotation: Any) -> Image.Image:
         """The target image of the instruction, for training."""
 
 
 class Task(TrainingTask, Protocol[Reading]):
-    """A task with decoding. `read` is the inverse of `draw`: read(image, draw(image, x)) returns x, up to rounding."""
+    """A task whose outputs can be decoded. `read` is the inverse of `draw`: read(image, draw(image, x)) is about x."""
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Reading:
-        """Decode an output image, in pixels of `image`; `box` is the part of `image` that `answer` shows."""
+        """Decode an output image `answer`, which shows the `box` of `image`. The result is in pixels of `image`."""
 
     def overlay(self, image: Image.Image, reading: Reading) -> Image.Image:
         """The decoded data drawn on the input."""
@@ -40,20 +40,20 @@ class Task(TrainingTask, Protocol[Reading]):
 
 @runtime_checkable
 class PictureTask(Task[Image.Image], Protocol):
-    """A task whose data is a picture, at the resolution of the input."""
+    """A task whose data is an image, at the resolution of the input."""
 
     def transfer(
         self, image: Image.Image, reconstruction: Image.Image, answer: Image.Image, box: Box | None = None
     ) -> Image.Image:
         """Apply what the model changed to `image`, at its own resolution.
 
-        `reconstruction` is `image` after encoding and decoding by the VAE. It and `answer` are of working size, and
-        show the `box` of `image`.
+        `reconstruction` is `image` after encoding and decoding by the VAE. `reconstruction` and `answer` have working
+        size, and show the `box` of `image`.
         """
 
 
 class EmptyAnnotation(ValueError):
-    """An annotation from which no task can be created: it has no object, or no joint inside the image."""
+    """Raised for an annotation from which no task can be created: it has no object, or no joint inside the image."""
 
 
 def make_sample(task: TrainingTask, image: Image.Image, annotation: Any, rng: random.Random) -> Sample:

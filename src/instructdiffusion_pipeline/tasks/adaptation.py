@@ -1,4 +1,4 @@
-"""The adaptation stage: pictures with marks, and captions that name the marks (Geng et al., CVPR 2024, section 3.3).
+"""The adaptation stage: images with marks, and captions that name the marks (Geng et al., CVPR 2024, section 3.3).
 
 In this stage a text-to-image model is trained to draw colored discs, boxes and patches.
 """
@@ -16,9 +16,9 @@ from instructdiffusion_pipeline.tasks.keypoints import RADIUS
 from instructdiffusion_pipeline.tasks.segmentation import OPACITY
 from instructdiffusion_pipeline.tasks.wording import join_words, with_a
 
-MAX_MARKS = 3  # on one picture
-MAX_WORDS = 35  # of a caption, so that the marks come before the 77th token
-SIDES = (0.15, 0.5)  # of boxes and patches, as shares of the picture's
+MAX_MARKS = 3  # on an image
+MAX_WORDS = 35  # of a caption, so that the names of the marks are within the 77 tokens
+SIDES = (0.15, 0.5)  # of boxes and patches, as fractions of the image's sides
 CORNERS = 9  # of a patch's outline
 COLORS = {"disc": KEYPOINT_COLORS, "box": KEYPOINT_COLORS, "patch": MASK_COLORS}
 NOUNS = {
@@ -27,7 +27,7 @@ NOUNS = {
     "patch": ["veil", "patch", "tint"],
 }
 
-# {caption}: the picture's own; {marks}: "a red disc and a yellow box"
+# {caption}: the image's caption; {marks}: "a red disc and a yellow box"
 TEMPLATES = [
     "{caption}, with {marks}",
     "{caption}, with {marks} drawn on it",
@@ -39,7 +39,7 @@ TEMPLATES = [
 
 
 class Mark(NamedTuple):
-    """A disc, box or patch of a named color, and the place that it fills."""
+    """A disc, box or patch of a named color, and the box that it fills."""
 
     kind: str
     color: str
@@ -48,7 +48,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Asks for a picture of `text` with one to three `marks` in different colors.
+    """Asks for an image of `text` with one to three `marks` in different colors.
 
     Discs are drawn as in `Keypoints`, patches are half transparent like masks, and boxes are outlines.
     """
@@ -66,7 +66,7 @@ class Adaptation:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, caption: str, rng: random.Random) -> "Adaptation":
-        """Random marks; visible colors are preferred."""
+        """Choose random marks, preferably in visible colors."""
         image = upright_rgb(image)
         marks: list[Mark] = []
         for _ in range(rng.randint(1, MAX_MARKS)):
@@ -94,7 +94,7 @@ class Adaptation:
 
 
 def random_box(size: tuple[int, int], kind: str, rng: random.Random) -> Box:
-    """A random place for a mark, inside a picture of `size` pixels."""
+    """A random box for a mark inside an image of `size` pixels."""
     sides = [rng.uniform(*SIDES) * length for length in size] if kind != "disc" else [2 * RADIUS * min(size)] * 2
     left, top = (rng.uniform(0, length - side) for length, side in zip(size, sides, strict=True))
     return left, top, left + sides[0], top + sides[1]

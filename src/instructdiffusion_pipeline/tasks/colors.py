@@ -1,4 +1,4 @@
-"""The colors of instructions (Geng et al., CVPR 2024, section 3.1): painting them and estimating what was painted."""
+"""The colors in instructions (Geng et al., CVPR 2024, section 3.1): painting them, and finding painted pixels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,14 +40,14 @@ REACHES = (32, 16, 8, 4, 2, 1, 0)  # radii of the windows in pixels
 SHARE_STEP = 0.15  # standard deviation of the coverage change between two window sizes, relative to the opacity
 NOISE_REACH = 4  # radius in pixels of the window in which the noise is measured
 ROUNDING_NOISE = 0.3  # squared levels: variance of truncation to integers, 1/12 for each of 3 channels, rounded up
-NEIGHBOURS_ALIKE = 4  # number of neighboring pixels with correlated errors (JPEG, VAE); scales the noise variance
+NEIGHBOURS_ALIKE = 4  # number of neighboring pixels with correlated errors (JPEG, VAE); a factor of the noise variance
 
 
 def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RGB]) -> list[str]:
     """Names of the colors that are visible on the RGB `image` under `mask` (bool, height x width).
 
-    A color is visible if nine tenths of the pixels are at least `VISIBLE_DISTANCE` away from it. If there is none, the
-    color that is visible on most pixels is returned. For an empty mask all colors are returned.
+    A color is visible if nine tenths of the pixels are at least `VISIBLE_DISTANCE` away from it. If no color is
+    visible, the one that is visible on most pixels is returned. For an empty mask, all colors are returned.
     """
     if not mask.any():
         return list(colors)
@@ -57,16 +57,16 @@ def visible_colors(image: Image.Image, mask: np.ndarray, colors: Mapping[str, RG
 
 
 def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[str]:
-    """All names in `colors`; those that are visible on the RGB `image` come first (see `visible_colors`)."""
+    """All names in `colors`, with those that are visible on the RGB `image` first (see `visible_colors`)."""
     image = upright_rgb(image)
     visible = visible_colors(image, np.ones((image.height, image.width), bool), colors)
     return sorted(colors, key=lambda name: name not in visible)
 
 
 def assign_colors(image: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
-    """A color for each name. Colors that differ most from the picture come first.
+    """Choose a color for each name, preferably the colors that differ most from the image.
 
-    Raises a ValueError if there are no names, more names than colors, or two equal names.
+    Raises a ValueError if there are no names, more names than colors, or equal names.
     """
     if not 0 < len(set(names)) == len(names) <= len(colors):
         raise ValueError(f"`names` must be 1 to {len(colors)} different names; got {', '.join(names) or 'none'}.")
@@ -88,10 +88,10 @@ class NamedColors(dict[str, str]):
     def __reduce__(self) -> tuple[type, tuple[dict[str, str]]]:
         return type(self), (dict(self),)
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+    def _raise_immutable(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("the colors of a task cannot be changed; make a new task")
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _raise_immutable  # type: ignore[assignment]
 
 
 def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: str = "colors") -> None:
@@ -101,8 +101,8 @@ def check_colors(asked: Mapping[str, str], known: Mapping[str, RGB], argument: s
     used = {color for _, color in named if isinstance(color, str) and color in known}
     if not pairs or len(used) < len(pairs):
         raise ValueError(
-            f"`{argument}` must map at least one name, which is not blank, to a color; the colors must differ and be"
-            f" among {', '.join(known)}; got {asked!r}."
+            f"`{argument}` must map one or more names, which are not blank, to different colors from"
+            f" {', '.join(known)}; got {asked!r}."
         )
 
 
@@ -125,7 +125,7 @@ def coverage(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Estimate how much each pixel of `image` was painted with each of `colors` in `answer`.
 
-    A painted pixel is answer = image + opacity * (color - image). The coverage is the least-squares solution for
+    For a painted pixel, answer = image + opacity * (color - image). The coverage is the least-squares solution for
     opacity, divided by `opacity`: 0 for an unchanged pixel, 1 for a painted pixel.
 
     A pixel that already has the requested color changes little, so an estimate per pixel is noisy. The coverage is
@@ -168,16 +168,16 @@ def coverage(
 
 
 class Integral:
-    """Summed-area table of [N, H, W] (integral image; Viola and Jones, 2001): window sums in constant time."""
+    """Summed-area table of [N, H, W] (integral image; Viola and Jones, 2001), for window sums in constant time."""
 
     def __init__(self, planes: torch.Tensor, furthest: int):
-        self.furthest = furthest  # no window may reach further, in pixels
+        self.furthest = furthest  # maximum reach of a window in pixels
         rim = (furthest + 1, furthest)  # the first row and column of an integral image are empty
         # In double precision, because a window sum is the difference of sums over most of the image.
         self.totals = F.pad(planes, rim + rim).double().cumsum(1).cumsum(2)
 
     def sum(self, reach: int) -> torch.Tensor:
-        """Sums over squares of 2 * reach + 1 pixels around each pixel, as far as they lie inside; [N, H, W]."""
+        """Sums over squares of 2 * reach + 1 pixels around each pixel, clipped to the image; [N, H, W]."""
         sums = self.totals
         for dim in (1, 2):
             length = self.totals.shape[dim] - 2 * self.furthest - 1

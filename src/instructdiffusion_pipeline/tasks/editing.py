@@ -1,4 +1,4 @@
-"""Editing: the answer is the edited picture itself (Geng et al., CVPR 2024, section 3.1)."""
+"""Editing: the output is the edited image itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Editing:
 
     @classmethod
     def from_annotation(cls, image: Image.Image, edit: Edit, rng: random.Random) -> "Editing":
-        """The instruction of the data set."""
+        """The instruction in the dataset."""
         return cls(edit.instruction)
 
     def instruction(self, rng: random.Random | None = None) -> str:
@@ -35,11 +35,11 @@ class Editing:
         return self.text
 
     def draw(self, image: Image.Image, edit: Edit) -> Image.Image:
-        """The edited picture."""
+        """The edited image."""
         return edit.edited
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
-        """The edited image in the size of `image`. Pixels outside the `box` that `answer` shows are unchanged."""
+        """The edited image in the size of `image`. Pixels outside of the `box` that `answer` shows are unchanged."""
         return paste_answer(image, answer, box)
 
     def transfer(
@@ -49,5 +49,5 @@ class Editing:
         return transfer_in_box(transfer_change, image, reconstruction, answer, box)
 
     def overlay(self, image: Image.Image, edited: Image.Image) -> Image.Image:
-        """Left half before, right half after."""
+        """The left half of the input and the right half of the result."""
         return before_and_after(image, edited)

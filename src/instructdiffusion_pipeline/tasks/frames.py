@@ -10,7 +10,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 
 
 class Frame(NamedTuple):
-    """Input and answer resized to one size, and their box in the input.
+    """Input and output image resized to one size, and their box in the input.
 
     `source` and `answer` are [height, width, 3] arrays, 8 bits; `box` (left, top, right, bottom) is in pixels of the
     input, whose (width, height) is `size`.
@@ -49,7 +49,7 @@ class Frame(NamedTuple):
         return (self.box[2] - self.box[0]) / width, (self.box[3] - self.box[1]) / height
 
     def place(self, plane: np.ndarray, outside: float) -> np.ndarray:
-        """Resample a [height, width] array to the input size, as float32. Pixels outside the box are `outside`."""
+        """Resample a [height, width] array to the input size, as float32, with `outside` as value outside the box."""
         x, y = self.scale
         left, top = math.floor(self.box[0]), math.floor(self.box[1])
         right, bottom = math.ceil(self.box[2]), math.ceil(self.box[3])
@@ -65,12 +65,12 @@ class Frame(NamedTuple):
         return placed
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        """A place in pixels of the frame, as one in pixels of the input."""
+        """Convert a position in pixels of the frame to pixels of the input."""
         return self.box[0] + (x + 0.5) * self.scale[0] - 0.5, self.box[1] + (y + 0.5) * self.scale[1] - 0.5
 
 
 def inner_box(box: Box) -> tuple[int, int, int, int]:
-    """The whole pixels inside a box."""
+    """The box of the whole pixels inside a box."""
     left, top, right, bottom = box
     return math.ceil(left), math.ceil(top), math.floor(right), math.floor(bottom)
 

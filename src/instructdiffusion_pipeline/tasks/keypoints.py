@@ -26,14 +26,14 @@ from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import join_words, with_a, with_the
 from instructdiffusion_pipeline.types import Joint, Joints
 
-RADIUS = 10 / 256  # of a disc, as a share of the picture's short side
+RADIUS = 10 / 256  # of a disc, as a fraction of the image's short side
 MAX_JOINTS = 5  # in one instruction
 BOX_PADDING = 1.25  # of the crop around a person, as a multiple of the longer side of the box (MPII, HRNet)
-READING_SIDE = 256  # pixels along the short side, where a disc has its training size
+READING_SIDE = 256  # pixels along the short side, at which a disc has the size of training
 MIN_SCORE = 0.4
 MIN_EVIDENCE = 16  # levels; pixels closer than this to the requested color are ignored
-RIM = 2  # pixels beside another disc whose hue JPEG mixes with that of the disc
-FULL = 0.75  # minimum coverage of a pixel that is certainly inside a disc
+RIM = 2  # pixels; up to this distance, JPEG mixes the hue of a disc with that of its surroundings
+FULL = 0.75  # minimum coverage of a pixel that is surely inside a disc
 
 COCO_JOINTS = (
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
@@ -87,7 +87,7 @@ class Keypoints:
         check_colors(self.colors, KEYPOINT_COLORS)
         object.__setattr__(self, "colors", NamedColors(self.colors))
         if len(self.colors) > MAX_JOINTS:
-            raise ValueError(f"`colors` may ask for at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
+            raise ValueError(f"`colors` must have at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
 
     @classmethod
     def from_annotation(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
@@ -116,7 +116,7 @@ class Keypoints:
         return cls(colors)
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """A random wording of the instruction; without `rng` always the same."""
+        """The instruction: a random wording with `rng`, otherwise always the same."""
         discs = join_words(
             [
                 f"{with_a(color)} {'disc' if index == 0 else 'one'} on {with_the(name)}"
@@ -140,9 +140,9 @@ class Keypoints:
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, Joint | None]:
         """The position of each joint in pixels of `image`, or None if no disc was found.
 
-        `answer` may be of another size; `box` is the part of `image` that it shows (see `working_size`), all of it if
+        `answer` may have another size. It shows the `box` of `image` (see `working_size`), or all of it if `box` is
         None. The score of a joint is the mean coverage inside the disc minus the mean coverage in a ring around it (1
-        for a perfect disc). Discs of which less than 10 % is visible are not detected.
+        for a perfect disc). Discs that are visible to less than 10 % are not detected.
         """
         frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
@@ -155,8 +155,8 @@ class Keypoints:
             gap = np.linalg.norm(frame.answer - np.array(colors[index], np.float32), axis=-1)
             share = np.minimum(shares[index], 1 - gap / evidence[index].clip(min=1))
             others = np.delete(shares, index, 0).max(0, initial=0)
-            # JPEG halves the resolution of hues, so the rim of another disc has a mixed color, which may resemble the
-            # requested one. Only full coverage counts there.
+            # JPEG halves the resolution of hues, so the rim of another disc has a mixed color, which may be similar to
+            # the requested one. Only full coverage counts there.
             rim = beside(others, RIM) & (share < FULL)
             known = (evidence[index] >= MIN_EVIDENCE) & (others <= 0.25) & ~rim
             x, y, score = find_disc(share, known, radius)
@@ -173,7 +173,7 @@ class Keypoints:
                 for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), KEYPOINT_COLORS[color])):
                     pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
                     pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
-                # beside the cross, on the side where there is more room
+                # next to the cross, on the side with more space
                 side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
                 pen.text(
                     (joint.x + side * 1.5 * arm, joint.y),
@@ -188,20 +188,20 @@ class Keypoints:
 
 
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
-    """Tasks for all of `names`, at most `MAX_JOINTS` each, in colors that differ from those of `image`."""
+    """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that differ from those of `image`."""
     groups = np.array_split(list(names), -(-len(names) // MAX_JOINTS))
     return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
 
 
 def disc_radius(size: tuple[int, int]) -> float:
-    """Radius in pixels of the discs in a picture of (width, height)."""
+    """Radius in pixels of the discs in an image of (width, height)."""
     return RADIUS * min(size)
 
 
 def disc(size: tuple[int, int], joint: Joint) -> np.ndarray:
     """The pixels (bool, height x width) within dx^2 + dy^2 <= r^2 + 1 of the joint.
 
-    The position is rounded half up; negative coordinates are truncated toward zero, as in the original.
+    The position is rounded half up; negative coordinates are truncated toward zero, as in the original code.
     """
     width, height = size
     dx = np.arange(width) - int(joint.x + 0.5)
@@ -224,8 +224,8 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
     """The position at which a disc of `radius` pixels fits the coverage [height, width] best: x, y and score.
 
     The fit is the mean coverage inside the disc minus the mean in a ring around it, over `known` pixels only, so
-    partly covered or cut-off discs are detected by their visible part. Positions up to a radius outside the image are
-    tried.
+    partly covered or cut-off discs are detected by their visible part. Positions up to one radius outside the image
+    are tried.
     """
     reach = math.ceil(1.6 * radius) + 1
     offsets = torch.arange(-reach, reach + 1).float()
@@ -239,7 +239,7 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
     sums = torch.fft.irfft2(torch.fft.rfft2(planes, s=full) * torch.fft.rfft2(kernels, s=full), s=full)
     margin = math.ceil(radius)
     tried = slice(reach - margin, margin - reach)
-    sums = sums[..., tried, tried]  # [weight or share, disc or ring, H + 2 margins, W + 2 margins]
+    sums = sums[..., tried, tried]  # [weight or fraction, disc or ring, H + 2 margins, W + 2 margins]
     means = sums[1] / sums[0].clamp(min=1e-3)
     enough = sums[0, 0] >= 0.1 * inside.sum()
     fit = (means[0] - means[1]).where(enough, -1.0)
@@ -248,7 +248,7 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
 
 
 def _peak(line: torch.Tensor, index: int) -> float:
-    """The maximum of the parabola through the highest value of a line and its two neighbours."""
+    """The position of the maximum of the parabola through the highest value of a line and its two neighbors."""
     if not 0 < index < len(line) - 1:
         return float(index)
     before, top, after = line[index - 1 : index + 2].tolist()
@@ -257,7 +257,7 @@ def _peak(line: torch.Tensor, index: int) -> float:
 
 
 def coco_keypoints(joints: Joints, image_id: int, names: tuple[str, ...] = COCO_JOINTS) -> dict[str, Any]:
-    """A keypoint result as COCO's evaluation takes it; joints not found are (0, 0, 0), the score is the mean."""
+    """A keypoint result for COCO's evaluation; joints that were not found are (0, 0, 0), the score is the mean."""
     found = [joints.get(name) for name in names]
     return {
         "image_id": image_id,

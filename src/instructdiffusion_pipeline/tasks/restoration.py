@@ -1,4 +1,4 @@
-"""Restoration: the answer is the clean picture itself (Geng et al., CVPR 2024, section 3.1)."""
+"""Restoration: the output is the clean image itself (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
 from dataclasses import dataclass
@@ -55,12 +55,12 @@ TRANSFERS = {"noise": transfer_denoised, "blur": transfer_sharpened, "watermark"
 
 @dataclass(frozen=True)
 class Restoration:
-    """Asks to remove a `degradation` from a picture. Raises a ValueError for an unknown one."""
+    """Asks to remove a `degradation` from an image. Raises a ValueError for an unknown one."""
 
     degradation: Degradation
 
     family: ClassVar[str] = "restoration"
-    # Settings of the watermark example in the original repository, which has no example for noise or blur.
+    # Settings of the watermark example of the original code, which has no example for noise or blur.
     settings: ClassVar[dict[str, float]] = {
         "num_inference_steps": 100,
         "guidance_scale": 1.0,
@@ -74,12 +74,12 @@ class Restoration:
             )
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """A random wording of the instruction; without `rng` always the same."""
+        """The instruction: a random wording with `rng`, otherwise always the same."""
         templates = TEMPLATES[self.degradation]
         return rng.choice(templates) if rng else templates[0]
 
     def draw(self, image: Image.Image, clean: Image.Image) -> Image.Image:
-        """The clean picture."""
+        """The clean image."""
         return clean
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> Image.Image:
@@ -93,12 +93,12 @@ class Restoration:
         return transfer_in_box(TRANSFERS[self.degradation], image, reconstruction, answer, box)
 
     def overlay(self, image: Image.Image, restored: Image.Image) -> Image.Image:
-        """Left half before, right half after."""
+        """The left half of the input and the right half of the result."""
         return before_and_after(image, restored)
 
 
 def add_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
-    """Add white Gaussian noise of standard deviation `sigma`, in grey levels of 0 to 255, and clip to 8 bits."""
+    """Add white Gaussian noise of standard deviation `sigma`, in gray levels of 0 to 255, and clip to 8 bits."""
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.normal(0, sigma, pixels.shape)
     return Image.fromarray(np.clip(np.round(noisy), 0, 255).astype(np.uint8))

@@ -22,9 +22,9 @@ from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.wording import join_words, with_the
 from instructdiffusion_pipeline.types import Masks
 
-OPACITY = 0.5  # share of the color in a painted pixel
-READING_SIDE = 640  # maximum short side for decoding, in pixels; outputs of models have no finer detail
-MIN_SCORE = 0.3  # minimum score of a mask; VAE artifacts and faint traces of color have lower scores
+OPACITY = 0.5  # fraction of the color in a painted pixel
+READING_SIDE = 640  # maximum short side for decoding, in pixels; outputs of models have no finer details
+MIN_SCORE = 0.3  # minimum score of a mask; VAE artifacts and weak traces of color have lower scores
 ABSENT_SHARE = 0.2  # probability of choosing an absent object, if the annotation has any
 
 # {things}: "the cat in blue and the dogs in red"
@@ -83,12 +83,12 @@ class Segmentation:
         present = [name for name, mask in masks.items() if mask.any()]
         absent = [name for name, mask in masks.items() if not mask.any()]
         if not masks:
-            raise EmptyAnnotation("`masks` must name at least one object; it is empty.")
+            raise EmptyAnnotation("`masks` must have at least one object; got none.")
         name = rng.choice(absent if absent and (not present or rng.random() < ABSENT_SHARE) else present)
         return cls({name: rng.choice(visible_colors(image, masks[name], MASK_COLORS))})
 
     def instruction(self, rng: random.Random | None = None) -> str:
-        """A random wording of the instruction; without `rng` always the same."""
+        """The instruction: a random wording with `rng`, otherwise always the same."""
         things = join_words([f"{with_the(name)} in {color}" for name, color in self.colors.items()])
         if rng is None:
             return LIST_TEMPLATES[0].format(things=things)
@@ -100,7 +100,7 @@ class Segmentation:
     def draw(self, image: Image.Image, masks: Masks) -> Image.Image:
         """Blend each color into `image` where its mask is set; objects without a mask are not painted.
 
-        Where masks overlap, the last one is painted.
+        The last of several overlapping masks is painted.
         """
         source = np.array(upright_rgb(image))
         pixels = source.copy()
@@ -112,10 +112,10 @@ class Segmentation:
         return Image.fromarray(pixels)
 
     def read(self, image: Image.Image, answer: Image.Image, box: Box | None = None) -> dict[str, "Mask"]:
-        """The mask of each object, in pixels of `image`: where the coverage by its color is more than 0.5.
+        """The mask of each object, in pixels of `image`: the pixels whose coverage by its color is more than 0.5.
 
-        A mask with a score below `MIN_SCORE` is returned empty. `answer` may be of another size; `box` is the part of
-        `image` that it shows (see `working_size`), all of it if None. Masks are False outside the box.
+        A mask with a score below `MIN_SCORE` is returned empty. `answer` may have another size. It shows the `box` of
+        `image` (see `working_size`), or all of it if `box` is None. Masks are False outside the box.
         """
         return masks_from_margins(self.margins(image, answer, box))
 
@@ -157,10 +157,10 @@ def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The pixels of an object (bool, height x width), and a score from 0 to 1 for its presence.
+    """The pixels of an object (bool, height x width), and a score from 0 to 1 for the presence of the object.
 
-    The score is the mean of 2 * coverage - 1 over the painted pixels: 1 for full coverage, 0 if no pixel has a
-    coverage above 0.5.
+    The score is the mean of 2 * coverage - 1 over the pixels of the mask: 1 for full coverage. It is 0 for an empty
+    mask.
     """
 
     pixels: np.ndarray

@@ -1,12 +1,12 @@
-"""Transfer what a model changed to the input at the input's own resolution.
+"""Apply the changes by a model to its input at the input's own resolution.
 
-A model works at a small size, and its VAE loses detail there. The difference between its answer and the VAE's own
-reconstruction of the input is what the model changed. These functions apply that difference to the input:
+A model works at a small size, and its VAE loses details. The difference between its output and the VAE's
+reconstruction of the input shows what the model changed. These functions apply that difference to the input:
 
-- where nothing changed, the input's pixels stay as they are;
+- where nothing changed, the input's pixels are kept;
 - where colors changed smoothly, the change is a local affine function of the input's colors (He and Sun, "Fast
   Guided Filter", arXiv 1505.00996), which is evaluated at full resolution;
-- where the content changed, the answer is enlarged and blended in along the edges of the input.
+- where the content changed, the output is enlarged and blended in along the edges of the input.
 """
 
 import math
@@ -21,17 +21,17 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 from instructdiffusion_pipeline.tasks.frames import inner_box
 
 FIT_SIDE = 64  # pixels along the short side at which the color transform is fitted
-FIT_RADIUS = 24  # pixels there: the radius of a fit's window
+FIT_RADIUS = 24  # radius of the fit's window, in pixels at this size
 FIT_ITERATIONS = 6
-FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window; favours no change of color
-EDGE_RADIUS = 3  # working pixels: the window in which a changed region is aligned with the input's edges
-EDGE_CUT = 0.45  # of the fit: below one half, so that the blend covers the mixed pixels along an edge
-CLOSING = 3  # working pixels: holes and gaps in a changed region up to twice as wide are filled
+FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window, to regularize the fit
+EDGE_RADIUS = 3  # working pixels; radius of the window in which a changed region is aligned with the input's edges
+EDGE_CUT = 0.45  # of the fit; below one half, so that the blend covers the mixed pixels along an edge
+CLOSING = 3  # working pixels; holes and gaps in a changed region are filled up to twice this width
 EDGE_RIDGE = 100.0  # squared levels
-STRIP_ROWS = 128  # of the input, computed at a time, which bounds the memory
+STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
-# A region has changed if its change exceeds the lower threshold, and somewhere in the region the upper one. Thresholds
-# are shares of the strongest change, but at least so many levels; a weaker difference is the model's own noise.
+# A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
+# are fractions of the strongest change, with a minimum in levels; weaker differences are noise of the model.
 CONTENT_SHARES, CONTENT_LEVELS = (0.2, 0.4), (30.0, 45.0)
 COLOR_SHARES, COLOR_LEVELS = (0.125, 0.25), (8.0, 14.0)
 
@@ -70,23 +70,23 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     Args:
         image: the input [H, W, 3], 8-bit RGB.
         reconstruction: the VAE's reconstruction of the input at working size [h, w, 3], 8-bit RGB.
-        answer: the model's answer at working size, like `reconstruction`.
+        answer: the model's output at working size, like `reconstruction`.
 
     Returns:
-        The edited picture [H, W, 3], 8-bit RGB. Pixels are those of `image`, bit for bit, from one working pixel
+        The edited image [H, W, 3], 8-bit RGB. Pixels are exactly those of `image` from a distance of one working pixel
         (H / h input pixels) outside of the regions that changed.
     """
     copy, target = _planes(reconstruction), _planes(answer)
     change = target - copy
     strongest = float(_mean(change.norm(dim=0, keepdim=True), 1).quantile(0.995))
 
-    # Smooth changes of color: change = matrix @ color + offset in each window.
+    # Smooth changes of color. In each window: change = matrix @ color + offset.
     matrix, offset = fit_color_transform(copy, change, outlier=max(15.0, 0.1 * strongest))
     explained = torch.einsum("ijhw,jhw->ihw", _enlarge(matrix.flatten(0, 1), copy).unflatten(0, (3, 3)), copy)
     explained = explained + _enlarge(offset, copy)
     color_region = changed_region(_mean(explained.norm(dim=0, keepdim=True), 2), strongest, COLOR_SHARES, COLOR_LEVELS)
 
-    # Changed content: what no such transform explains.
+    # Changed content: changes that no such transform explains.
     content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
     content = _erode(_dilate(content, CLOSING), CLOSING)
@@ -108,7 +108,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     ):
         source, shown = _planes(image[rows]), _planes(enlarged[rows])
         edge = (slope_rows * torch.cat([source, shown])).sum(0, keepdim=True) + intercept_rows
-        # Twice as steep as the fit, which blurs edges; never far outside the region, and always inside of it.
+        # Twice as steep as the fit, because the fit blurs edges; 0 far outside the region, and 1 inside of it.
         blend = (2 * (edge - EDGE_CUT) + 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
         background = _planes(recolored[rows])
         result[rows] = _levels(background + blend * (shown - background))
@@ -116,10 +116,11 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
 
 
 def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Combine a denoised answer with the detail of the noisy input. Arguments as in `transfer_change`.
+    """Combine a denoised output with the details of the noisy input. Arguments as in `transfer_change`.
 
-    Frequencies up to the working size are taken from the answer. Finer detail is taken from the input, attenuated by a
-    local Wiener filter, whose noise level is estimated from the finest detail (Donoho and Johnstone, 1994).
+    Frequencies that the working size can represent are taken from the output. Finer details are taken from the input,
+    attenuated by a local Wiener filter, whose noise level is estimated from the finest details (Donoho and Johnstone,
+    1994).
     """
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
@@ -145,10 +146,10 @@ def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np
 
 
 def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit change = matrix @ color + offset in windows around each pixel, ignoring pixels that no fit explains.
+    """Fit change = matrix @ color + offset in a window around each pixel, and ignore pixels that no fit explains.
 
-    The fit is a guided filter that is repeated with the weights of Geman and McClure (1987). Where the colors of a
-    window are too alike for a matrix, `FIT_RIDGE` makes it zero: a change of the offset alone.
+    The fit is a guided filter that is repeated with the weights of Geman and McClure (1987). If the colors in a window
+    are too similar to determine the matrix, `FIT_RIDGE` makes it zero, so that only the offset changes.
 
     Args:
         copy, change: [3, h, w], in levels of 0 to 255.
@@ -168,7 +169,7 @@ def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float
         shared = _mean(weight * _products(change, copy), FIT_RADIUS) / total - _products(mean_change, mean_copy)
         matrix = _solve(spread, shared, FIT_RIDGE)
         offset = mean_change - torch.einsum("ijhw,jhw->ihw", matrix.unflatten(0, (3, 3)), mean_copy)
-        # Each pixel lies in many windows: their fits are averaged, those with more weight count more.
+        # Each pixel is in many windows, whose fits are averaged with their weights.
         matrix, offset = (_mean(total * plane, FIT_RADIUS) / _mean(total, FIT_RADIUS) for plane in (matrix, offset))
         matrix = matrix.unflatten(0, (3, 3))
         residual = change - torch.einsum("ijhw,jhw->ihw", matrix, copy) - offset
@@ -192,7 +193,7 @@ def fit_edges(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, 
 def changed_region(
     strength: torch.Tensor, strongest: float, shares: tuple[float, float], levels: tuple[float, float]
 ) -> torch.Tensor:
-    """The regions [1, h, w] of ones where `strength` exceeds a lower threshold, and an upper one at some pixel."""
+    """The regions [1, h, w] of ones where `strength` is above a lower threshold, and at some pixel above an upper."""
     lower, upper = (max(share * strongest, level) for share, level in zip(shares, levels, strict=True))
     candidates = (strength > lower).float()
     region = (strength > upper).float()
@@ -204,17 +205,17 @@ def changed_region(
 
 
 def _planes(pixels: np.ndarray) -> torch.Tensor:
-    """8-bit pixels [h, w, 3] as float32 [3, h, w]."""
+    """Convert 8-bit pixels [h, w, 3] to float32 [3, h, w]."""
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
 
 
 def _levels(planes: torch.Tensor) -> np.ndarray:
-    """[3, h, w] in levels as 8-bit pixels [h, w, 3]."""
+    """Convert [3, h, w] in levels to 8-bit pixels [h, w, 3]."""
     return planes.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def _mean(planes: torch.Tensor, radius: int) -> torch.Tensor:
-    """Means over squares of 2 * radius + 1 pixels, as far as they lie inside the picture."""
+    """Means over squares of 2 * radius + 1 pixels, clipped to the image."""
     for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
         planes = F.avg_pool2d(planes[None], kernel, 1, padding, count_include_pad=False)[0]
     return planes
@@ -248,7 +249,7 @@ def _enlarge(planes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _strips(
     size: tuple[int, int], region: torch.Tensor, *planes: torch.Tensor
 ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """Enlarge planes [C, h, w] bilinearly to `size` (height, width), one strip of rows after the other.
+    """Enlarge planes [C, h, w] bilinearly to `size` (height, width), strip by strip.
 
     Strips in which `region` [1, h, w] is zero are skipped.
     """

@@ -1,4 +1,4 @@
-"""Articles and lists, for the instructions of all tasks."""
+"""Articles and lists for the instructions of all tasks."""
 
 from collections.abc import Sequence
 

@@ -23,18 +23,18 @@ SHARD_SIZE = 1024  # samples per file
 
 
 class CachedDataset(Dataset):
-    """The encoded samples in a folder, memory-mapped, in another order each epoch.
+    """The encoded samples in a folder, memory-mapped, in a different order in each epoch.
 
     A sample contains the posterior mode of the input latents, the posterior mean and standard deviation of the target
-    latents (sampled in every epoch), and text embeddings or token ids. They are stored in half precision.
+    latents (sampled again in each epoch), and text embeddings or token ids. They are stored in half precision.
 
     Args:
         folder: written by `cache_samples`.
-        seed: fixes the order.
-        only: names of sources; the samples of other sources are left out.
+        seed: determines the order.
+        only: names of the sources to use; the samples of others are ignored.
 
     Raises:
-        ValueError: `only` names an unknown source.
+        ValueError: if `only` has an unknown name.
     """
 
     def __init__(self, folder: str | PathLike[str], seed: int = 0, only: Collection[str] | None = None):
@@ -76,19 +76,19 @@ def cache_samples(
 ) -> CachedDataset:
     """Encode samples into a folder. An interrupted call is resumed by calling it again.
 
-    If several processes were launched, each encodes a part of the files, and all wait for the last.
+    If several processes were launched, each encodes a part of the files, and all wait until the last one has finished.
 
     Args:
-        samples: the data. Crop and prompt of a sample are fixed when it is cached.
-        count: number of samples to encode, from index 0; may be more than an epoch.
+        samples: the data. The crop and the prompt of a sample are chosen when it is cached.
+        count: number of samples to encode, from index 0; can be more than an epoch.
         pipeline: its VAE and text encoder are used.
         folder: a new folder, or one with a cache of the same samples.
         num_workers: processes that load samples; None as in `TrainingConfig`.
-        embeddings: store text embeddings. False: token ids, for training the text encoder.
-        seed: fixes the order in which the cached samples are shown.
+        embeddings: whether to store text embeddings, or otherwise token ids, for training the text encoder.
+        seed: determines the order of the cached samples in training.
 
     Raises:
-        ValueError: `count` is not above 0, or `folder` has a cache of other samples.
+        ValueError: if `count` is not above 0, or `folder` has a cache of other samples.
     """
     if count < 1:
         raise ValueError(f"`count` must be 1 or more; got {count}.")

@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.types import Sample
 
-# (guidance_scale, image_guidance_scale): twenty pairs around the original's settings for editing and segmentation
+# (guidance_scale, image_guidance_scale): twenty pairs around the original code's settings for editing and segmentation
 GUIDANCE_GRID = tuple((text, image) for text in (3.0, 4.0, 5.0, 6.5, 8.0) for image in (1.0, 1.25, 1.5, 1.75))
 CANDIDATES_PER_ROW = 5  # of the contact sheet
 
@@ -35,21 +35,21 @@ def make_candidates(
     batch_size: int = 4,
     seed: int = 0,
 ) -> None:
-    """Answer each sample at its own size with every guidance setting of `grid`, with different noise.
+    """Run the pipeline on each sample, at its own size, with all guidance settings in `grid` and different noise.
 
     An interrupted call is resumed by calling it again.
 
     Args:
-        pipeline: answers the instructions.
+        pipeline: the pipeline to run.
         samples: inputs and instructions; the targets are shown on the contact sheets.
         folder: gets samples.jsonl, inputs/{sample}.png, candidates/{sample}_{number}_{scales}.png, a contact sheet for
             each sample in sheets/, and an empty folder picks/, into which people move the best candidates.
         grid: pairs of `guidance_scale` and `image_guidance_scale`.
         batch_size: samples per call of the pipeline.
-        seed: fixes the noise.
+        seed: seed of the noise.
 
     Raises:
-        ValueError: there are no samples, or `folder` has candidates of another run.
+        ValueError: if there are no samples, or `folder` has candidates of another run.
     """
     if not samples:
         raise ValueError("`samples` must have at least one sample; got none.")

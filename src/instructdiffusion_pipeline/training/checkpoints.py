@@ -1,4 +1,4 @@
-"""Atomic checkpoints: a model, and the state that is needed to resume the run.
+"""Atomic checkpoints: a model, and the state needed to resume the run.
 
 checkpoint-500/
     config.json                         settings of the run
@@ -30,7 +30,7 @@ from instructdiffusion_pipeline.fingerprint import differences
 
 # Settings that a resumed run may change, because the weights do not depend on them.
 CHANGEABLE_ON_RESUME = {
-    "batch_size",  # only `samples_per_step` must stay
+    "batch_size",  # only `samples_per_step` must not change
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "num_workers",
@@ -40,7 +40,7 @@ CHANGEABLE_ON_RESUME = {
     "logging_steps",
     "report_to",
 }
-# Settings that decide which weights are trained, and what the optimizer keeps of them.
+# Settings that determine which weights are trained, and the state of the optimizer.
 FIXED_ON_RESUME = {"lora_rank", "train_text_encoder", "optimizer"}
 
 
@@ -59,15 +59,15 @@ def save(
     Args:
         trained: the trained weights by name; empty if accelerate saves them (FSDP).
         ema: their moving average.
-        save_model: writes the model that the run would return now to a folder.
+        save_model: writes the current model to a folder, as it would be returned at the end of the run.
 
     Raises:
-        OSError: the disk is full. Earlier checkpoints are not changed.
+        OSError: if the disk is full. Earlier checkpoints are not changed.
     """
     checkpoint = folder / f"checkpoint-{step}"
     try:
         with atomic_write(checkpoint) if accelerator.is_main_process else nullcontext() as partial:
-            (partial,) = broadcast_object_list([partial])  # all processes write into the main one's folder
+            (partial,) = broadcast_object_list([partial])  # all processes write to the folder of the main process
             if accelerator.is_main_process:
                 save_model(partial)
                 (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -79,7 +79,7 @@ def save(
                     save_tensors(partial / "state" / "ema.safetensors", average)
             accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if is_disk_full(error):  # which torch and safetensors report in words of their own
+        if is_disk_full(error):  # torch and safetensors raise other errors for a full disk
             raise OSError(errno.ENOSPC, "No space left on device", str(checkpoint)) from error
         raise
     if accelerator.is_main_process:
@@ -91,7 +91,7 @@ def save(
 def delete_older(folder: Path, limit: int) -> None:
     """Keep the newest `limit` checkpoints."""
     for older in list_checkpoints(folder)[:-limit]:
-        # Moved first, so that a partly deleted folder does not look like a checkpoint.
+        # Moved first, so that a partly deleted folder is not taken for a checkpoint.
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{older.name}.") as trash:
             older.rename(Path(trash) / older.name)
 
@@ -102,7 +102,7 @@ def load(
     """Read the state that `save` wrote. `trained` and the average in `ema` are overwritten in place.
 
     Raises:
-        ValueError: a file is missing or broken, contains code, or has other weights than `trained`.
+        ValueError: if a file is missing or damaged, contains code, or has other weights than `trained`.
     """
     state = checkpoint / "state"
     try:
@@ -123,7 +123,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite `tensors` by those of a file, which must have the same names and shapes and finite values."""
+    """Overwrite `tensors` with those of a file, which must have the same names and shapes, and finite values."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -147,14 +147,14 @@ def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def find(
     folder: Path, resume: str | Path | None, settings: Mapping[str, Any], changes: Collection[str] = ()
 ) -> Path | None:
-    """Return the checkpoint that `resume` names: a folder, or "latest". None if there is nothing to resume.
+    """Return the checkpoint `resume`, a folder or "latest". None if there is nothing to resume.
 
     Args:
         changes: names of `settings` in which the checkpoint may differ.
 
     Raises:
-        ValueError: there is no such checkpoint, it belongs to another run, a newer one is in `folder`, or `folder` has
-            checkpoints although `resume` is None; or `changes` has a name that is unknown or cannot change.
+        ValueError: if there is no such checkpoint, it belongs to another run, `folder` has a newer one, or `folder`
+            has checkpoints although `resume` is None; or if `changes` has a name that is unknown or must not change.
     """
     possible = settings.keys() - FIXED_ON_RESUME
     if unknown := sorted(set(changes) - possible):
@@ -163,7 +163,7 @@ def find(
     if resume is None:
         if found:
             raise ValueError(
-                f'`output_dir` has {found[-1]} of an earlier run. Give resume="latest" to continue that run, or an'
+                f'`output_dir` has {found[-1]} of an earlier run. Use resume="latest" to continue that run, or an'
                 " empty folder."
             )
         return None

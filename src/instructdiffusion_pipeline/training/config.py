@@ -8,10 +8,10 @@ import torch
 from diffusers.optimization import SchedulerType
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Without piecewise_constant, whose steps no setting can name.
+# Without piecewise_constant, because there is no setting for its steps.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 LEARNING_RATE = 1e-4
-LORA_LEARNING_RATE = 1e-3  # at 1e-4 LoRA layers, which start at zero, hardly change
+LORA_LEARNING_RATE = 1e-3  # at 1e-4, LoRA layers, which start at zero, change too slowly
 
 
 def setting(default: Any, help: str) -> Any:
@@ -21,16 +21,16 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of `train`. The defaults are the paper's where it states one (Geng et al., CVPR 2024, section 4.1).
+    """Settings of `train`. The defaults are those of the paper if it states them (Geng et al., section 4.1).
 
     One update uses `batch_size * gradient_accumulation_steps * num_processes` samples.
 
     Raises:
-        ValueError: a setting is out of range, or two settings are incompatible.
+        ValueError: if a setting is out of range, or two settings are incompatible.
     """
 
     max_train_steps: int = setting(None, "total number of updates")
-    num_train_epochs: float | None = setting(None, "length of the run in epochs, in place of max_train_steps")
+    num_train_epochs: float | None = setting(None, "length of the run in epochs, instead of max_train_steps")
     batch_size: int = setting(64, "batch size per device")
     gradient_accumulation_steps: int = setting(1, "batches per update")
     learning_rate: float = setting(
@@ -50,9 +50,9 @@ class TrainingConfig:
     change_weight: float | None = setting(
         None, "loss weight where target and input latents differ, for small models; if not given: off"
     )
-    lora_rank: int | None = setting(None, "train LoRA layers of this rank in the UNet, not all weights")
+    lora_rank: int | None = setting(None, "train LoRA layers of this rank in the UNet instead of all weights")
     train_text_encoder: bool = setting(False, "also train the text encoder; the paper does not")
-    text_to_image: bool = setting(False, "train without input pictures, as in the adaptation stage")
+    text_to_image: bool = setting(False, "train without input images, as in the adaptation stage")
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory; takes more time")
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "no, bf16 or fp16; fp16 needs an accelerator")
     allow_tf32: bool = setting(False, "multiply matrices in TF32 on Ampere GPUs and later")
@@ -74,7 +74,7 @@ class TrainingConfig:
             raise ValueError("Either `max_train_steps` or `num_train_epochs` must be given.")
         if self.learning_rate is None:
             rate = LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE
-            object.__setattr__(self, "learning_rate", rate)  # the dataclass is frozen
+            object.__setattr__(self, "learning_rate", rate)  # because the dataclass is frozen
         counts = (
             "max_train_steps batch_size gradient_accumulation_steps checkpointing_steps checkpoints_total_limit"
             " validation_steps logging_steps"
@@ -104,7 +104,7 @@ class TrainingConfig:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be 1 or more, or None; got {self.lora_rank}.")
         if self.text_to_image and self.change_weight is not None:
-            raise ValueError("`change_weight` must be None with `text_to_image`, which uses no input picture.")
+            raise ValueError("`change_weight` must be None with `text_to_image`, which uses no input image.")
         if self.lora_rank and self.train_text_encoder:
             raise ValueError("`train_text_encoder` must be False with `lora_rank`, which trains the UNet only.")
         for name, known in (
@@ -116,7 +116,7 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
 
     def for_samples(self, epoch: int, processes: int) -> "TrainingConfig":
-        """The same settings with `max_train_steps` in place of `num_train_epochs`, for `epoch` samples an epoch."""
+        """The same settings with `max_train_steps` instead of `num_train_epochs`, for `epoch` samples per epoch."""
         if self.num_train_epochs is None:
             return self
         per_update = self.batch_size * self.gradient_accumulation_steps * processes

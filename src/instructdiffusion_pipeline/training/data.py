@@ -16,15 +16,15 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, check_source_na
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
-FINGERPRINT_SAMPLES = 16  # about as many samples represent a data set
-SHOWN = 3  # instructions that warnings name
-MOST_WORKERS = 8  # of a process, unless more are asked for
+FINGERPRINT_SAMPLES = 16  # number of samples that represent a dataset
+SHOWN = 3  # maximum number of instructions with a warning
+MOST_WORKERS = 8  # of a process, unless more are requested
 
 
 class TrainingSamples(Protocol):
-    """What `train` takes: an `ImageDataset` or a `CachedDataset`.
+    """The type of training data of `train`: an `ImageDataset` or a `CachedDataset`.
 
-    `len` is the length of an epoch; indices beyond it continue with the next epoch.
+    `len` is the length of an epoch. Larger indices continue with the next epoch.
     """
 
     sources: list[str]
@@ -35,16 +35,16 @@ class TrainingSamples(Protocol):
 
 
 class ImageDataset(Dataset):
-    """The samples of a mixture as pictures [3, H, W], 8 bits, and token ids [77].
+    """The samples of a mixture as images [3, H, W], 8 bits, and token ids [77].
 
     An item also has its `position`, the index of its `source` in `sources`, and the number of unreadable samples that
     were `skipped` before it.
 
     Attributes:
-        cut: how often each instruction of more than 77 tokens was cut; of this process alone.
+        cut: how often each instruction of more than 77 tokens was truncated in this process.
 
     Raises:
-        ValueError: two sources have the same name, or pictures differ in size.
+        ValueError: if two sources have the same name, or images differ in size.
     """
 
     def __init__(self, mixture: Mixture, tokenizer: CLIPTokenizer):
@@ -62,7 +62,7 @@ class ImageDataset(Dataset):
         sample, source = self.mixture[position], self.mixture.source_of(position).name
         if sample.image.size != self.size:
             raise ValueError(
-                f"`mixture` must have pictures of one size; its first has {self.size} pixels, one of {source} has"
+                f"`mixture` must have images of one size; its first has {self.size} pixels, an image of {source} has"
                 f" {sample.image.size}. Give all sources a `transform` of the same size."
             )
         return {
@@ -79,20 +79,20 @@ class ImageDataset(Dataset):
         if lost:
             if instruction not in self.cut and len(self.cut) < SHOWN:
                 logger.warning(
-                    "An instruction of more than %d tokens is cut; lost: %r.%s",
+                    "An instruction of more than %d tokens is truncated; removed: %r.%s",
                     self.tokenizer.model_max_length,
                     lost,
-                    " Others are cut without a warning." * (len(self.cut) == SHOWN - 1),
+                    " Others are truncated without a warning." * (len(self.cut) == SHOWN - 1),
                 )
             self.cut[instruction] += 1
         return ids
 
 
 def count_workers(given: int | None, device: torch.device, cached: bool = False) -> int:
-    """The number of processes that load samples for training on `device`: the `given` one, or a default.
+    """The number of processes that load samples for training on `device`: `given`, or a default.
 
-    The default is 0 without CUDA and for `cached` samples. Otherwise the training processes of a machine share its
-    cores evenly, and each leaves one to itself.
+    The default is 0 without CUDA and for `cached` samples. Otherwise each training process of a machine uses an equal
+    part of its cores, except one.
     """
     if given is not None:
         return given
@@ -104,7 +104,7 @@ def count_workers(given: int | None, device: torch.device, cached: bool = False)
 
 
 def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
-    """A hash of some of the first `count` samples, which shows whether a data set has changed."""
+    """A hash of some of the first `count` samples, to detect a changed dataset."""
     digest = hashlib.sha256()
     for position in range(0, count, max(1, count // FINGERPRINT_SAMPLES)):
         for name, tensor in sorted(samples[position].items()):
@@ -114,17 +114,17 @@ def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as a uint8 tensor [3, H, W]."""
+    """An RGB image as a uint8 tensor [3, H, W]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> torch.Tensor:
-    """Token ids [77], padded or cut to the text encoder's length."""
+    """Token ids [77], padded or truncated to the text encoder's length."""
     return split_tokens(tokenizer, text)[0]
 
 
 def split_tokens(tokenizer: CLIPTokenizer, text: str) -> tuple[torch.Tensor, str]:
-    """Token ids [77], padded or cut to the text encoder's length, and the part of `text` that was cut."""
+    """Token ids [77], padded or truncated to the text encoder's length, and the removed part of `text`."""
     longest = tokenizer.model_max_length
     ids = tokenizer(text, padding="max_length", max_length=longest, return_tensors="pt", verbose=False).input_ids[0]
     return torch.cat([ids[: longest - 1], ids[-1:]]), str(tokenizer.decode(ids[longest - 1 : -1]))

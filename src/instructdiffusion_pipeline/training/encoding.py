@@ -1,4 +1,4 @@
-"""The inputs of a training step: encoded pictures and text, noise, and conditioning dropout."""
+"""The inputs of a training step: encoded images and text, noise, and conditioning dropout."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,18 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.utils.data import default_collate
 from transformers import CLIPTextModel
 
-Batch = dict[str, Any]  # tensors; in a batch of the training loop also its StepNoise
+Batch = dict[str, Any]  # tensors; batches of the training loop also have a StepNoise
 
 
 class FrozenEncoders:
-    """A pipeline's VAE and, unless it is trained too, its text encoder, in the precision of a run."""
+    """A pipeline's VAE and, unless it is also trained, its text encoder, in the precision of a run."""
 
     def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel | None):
         self.vae, self.text_encoder = vae, text_encoder
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, with_text: bool = True) -> Self:
-        """The encoders of `pipeline`. A module of another dtype is copied; the pipeline's own is unchanged."""
+        """The encoders of `pipeline`. A module of another dtype is copied, and the pipeline's module is unchanged."""
 
         def frozen(module: Any) -> Any:
             module = module if module.dtype == dtype else copy.deepcopy(module).to(dtype=dtype)
@@ -32,7 +32,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """Return `batch` with its pictures encoded as latents and its token ids as embeddings, all float32.
+        """Return `batch` with its images encoded as latents and its token ids as embeddings, all float32.
 
         `image` and `target` [B, 3, H, W], 8 bits, become `image_latents` (the mode of the input's posterior),
         `target_mean` and `target_std` (the target's posterior), each [B, C, h, w], not scaled. `input_ids` [B, 77]
@@ -41,7 +41,7 @@ class FrozenEncoders:
         """
         batch = dict(batch)
         if "target" in batch:
-            # Two calls: one call for both needs twice the memory and, on a CPU, a third more time.
+            # Two calls, because one call for both needs twice the memory and, on a CPU, a third more time.
             image, target = (
                 self.vae.encode(batch.pop(side).to(self.vae.dtype) / 127.5 - 1).latent_dist
                 for side in ("image", "target")
@@ -63,10 +63,10 @@ class StepNoise(NamedTuple):
     """The random numbers of B samples in a training step.
 
     Attributes:
-        posterior_noise: [B, C, h, w], samples the target's posterior.
-        random_p: [B], uniform in [0, 1), decides on conditioning dropout.
+        posterior_noise: [B, C, h, w], for sampling the target's posterior.
+        random_p: [B], uniform in [0, 1), for conditioning dropout.
         timesteps: [B], integers.
-        noise: [B, C, h, w], is added to the target latents.
+        noise: [B, C, h, w], added to the target latents.
     """
 
     posterior_noise: torch.Tensor
@@ -78,7 +78,7 @@ class StepNoise(NamedTuple):
 def draw_step_noise(
     seed: int, positions: Iterable[int], shape: torch.Size, num_train_timesteps: int, timestep_bias: float = 1.0
 ) -> StepNoise:
-    """Draw the noise of the samples at `positions`, for latents of `shape` [C, h, w], in the original's order.
+    """Draw the noise of the samples at `positions` in the original code's order, for latents of `shape` [C, h, w].
 
     The noise of a sample depends only on `seed` and its position, not on the batch size, processes or workers. With a
     `timestep_bias` other than 1, half of the timesteps are uniform and the other half have the density
@@ -101,7 +101,7 @@ def draw_step_noise(
 
 @dataclass(frozen=True)
 class NoiseCollator:
-    """A `collate_fn` that adds the samples' `StepNoise` as "step_noise", so that data loader workers draw it."""
+    """A `collate_fn` that adds the samples' `StepNoise` as "step_noise"; it runs in the data loader workers."""
 
     seed: int
     latent_shape: torch.Size
@@ -119,8 +119,8 @@ def diffusion_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents of the target and of the input, each [B, C, h, w], of an encoded `batch`.
 
-    The target's are a scaled sample of its posterior; the input's are the mode of its posterior, not scaled, or zero
-    with `text_to_image`.
+    The target latents are a scaled sample of the posterior. The input latents are the mode of the posterior, not
+    scaled, or zero with `text_to_image`.
     """
     latents = scaling_factor * (batch["target_mean"] + batch["target_std"] * noise.posterior_noise)
     return latents, torch.zeros_like(latents) if text_to_image else batch["image_latents"].float()
@@ -133,15 +133,15 @@ def drop_conditioning(
     random_p: torch.Tensor,
     probability: float = 0.075,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditioning dropout for classifier-free guidance: empty the text or zero the image latents of some samples.
+    """Conditioning dropout for classifier-free guidance: for some samples, empty the text or zero the image latents.
 
     Args:
         text: token ids [B, 77] or embeddings [B, 77, d].
         image_latents: [B, C, h, w].
         empty_text: token ids [77] or embeddings [77, d] of the empty text.
         random_p: [B], uniform in [0, 1). Below `probability` the text is emptied, from there to twice as much the
-            image is zeroed; never both, as in the original implementation.
-        probability: from 0 to 0.5; the default is the original's.
+            image is zeroed; never both, as in the original code.
+        probability: from 0 to 0.5; the default is that of the original code.
     """
     empties_text = random_p < probability
     zeroes_image = (random_p >= probability) & (random_p < 2 * probability)

@@ -1,4 +1,4 @@
-"""The training loop, on accelerate."""
+"""The training loop, which uses accelerate."""
 
 import math
 import os
@@ -51,7 +51,7 @@ from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_ima
 from instructdiffusion_pipeline.training.model import Denoiser, save_lora, trainable_parameters
 from instructdiffusion_pipeline.training.validation import SEED, ValidationExample, validation_grid, validation_loss
 
-VALIDATION_SAMPLES = 256  # at most; they are encoded again each time
+VALIDATION_SAMPLES = 256  # maximum number; they are encoded again each time
 SHOWN_LOSSES = 100  # number of updates over which the loss in the progress bar is averaged
 
 
@@ -67,40 +67,41 @@ def train(
 ) -> InstructDiffusionPipeline:
     """Train `pipeline` on `dataset`.
 
-    A resumed run gives the weights of an uninterrupted one; on a CPU they are equal bit by bit. accelerate fixes
-    `mixed_precision` for the whole process at the first call.
+    A resumed run gives the weights of an uninterrupted one, on a CPU bit by bit. accelerate sets `mixed_precision` for
+    the whole process at the first call.
 
     Args:
         pipeline: trained in place, see `load_for_training`.
         dataset: an `ImageDataset` or a `CachedDataset`.
         config: the settings.
-        output_dir: gets checkpoints, validation pictures and logs.
-        resume: "latest", or the folder of a checkpoint, to continue a run.
-        validation: examples whose pictures are saved before the first update and every `validation_steps` updates.
-        validation_dataset: samples that are not trained on, whose mean loss is logged at the same updates. It is
-            that of the EMA weights, for the first 256 samples with fixed noise, and without weights or dropout.
-        resume_changes: names of settings in which the run may differ from the checkpoint that it continues:
-            fields of `config`, or "samples", "sources" and "content" for changed data.
+        output_dir: gets checkpoints, validation images and logs.
+        resume: "latest" or the folder of a checkpoint, to continue a run.
+        validation: examples whose outputs are saved before the first update and every `validation_steps` updates.
+        validation_dataset: samples that are not trained on, whose mean loss is logged at the same updates. The
+            loss is computed with the EMA weights on the first 256 samples, with fixed noise and without loss weights
+            or conditioning dropout.
+        resume_changes: names of settings in which the run may differ from its checkpoint: fields of `config`, or
+            "samples", "sources" and "content" for changed data.
 
     Returns:
         The pipeline with the EMA weights (the last weights if `ema_decay` is 0). With `lora_rank`, the LoRA layers are
-        not fused, and the other weights of the UNet were rounded to `mixed_precision`, see `save_lora`.
+        not fused, and the other weights of the UNet are rounded to `mixed_precision`, see `save_lora`.
 
     Raises:
-        ValueError: the machine or the data do not support the settings, two sources have the same name, or the
+        ValueError: if the machine or the data do not support the settings, two sources have the same name, or the
             checkpoints belong to another run.
-        FloatingPointError: a loss is not finite, or, without loss scaling, a gradient. No checkpoint contains the
-            failed update.
+        FloatingPointError: if a loss is not finite, or, without loss scaling, a gradient is not. No checkpoint
+            contains the failed update.
     """
     # 1. Set up the machine and the modules to train.
     first = dataset[0]
     check_source_names(dataset.sources)
     check_config(config, pipeline, first)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    # On Hopper GPUs cuDNN's attention, the default since PyTorch 2.11, gives gradients that are not numbers where all
-    # attention logits of a query are below -88 (pytorch/pytorch#196678). Flash attention then takes its place.
+    # On Hopper GPUs cuDNN's attention, the default since PyTorch 2.11, returns NaN gradients if all attention logits
+    # of a query are below -88 (pytorch/pytorch#196678). Flash attention is then used instead.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # With `mixed_precision` DeepSpeed would train the weights in half precision, so only the autocast below is used.
+    # With `mixed_precision`, DeepSpeed would train the weights in half precision, so only the autocast below is used.
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
         mixed_precision="no" if deepspeed else config.mixed_precision,
@@ -117,7 +118,7 @@ def train(
     encoders = FrozenEncoders.of(
         pipeline, device, PRECISIONS[config.mixed_precision], with_text=not config.train_text_encoder
     )
-    # LoRA's checkpoints do not have the frozen weights. They are hashed before `Denoiser` rounds them.
+    # Checkpoints of LoRA do not contain the frozen weights, so these are hashed, before `Denoiser` rounds them.
     frozen_unet = fingerprint(pipeline.unet) if config.lora_rank else None
     model = Denoiser(pipeline, config)
     if config.torch_compile:
@@ -130,7 +131,7 @@ def train(
         num_training_steps=config.max_train_steps,
     )
 
-    # 2. Resume. A sample and its noise depend on its position only, so the data needs no state of its own.
+    # 2. Resume. A sample and its noise depend only on its position, so the state of the data need not be saved.
     samples_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     settings = asdict(config) | {
         "samples_per_step": samples_per_step,
@@ -163,28 +164,28 @@ def train(
     parameters = list(trained.values())
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         raise ValueError(
-            f"`gradient_accumulation_steps` is {config.gradient_accumulation_steps}, but it is"
-            f" {accelerator.gradient_accumulation_steps} in accelerate's configuration; they must be equal."
+            f"`gradient_accumulation_steps` must be {accelerator.gradient_accumulation_steps}, as in accelerate's"
+            f" configuration; got {config.gradient_accumulation_steps}."
         )
-    # Trained weights are saved by name, and not with the frozen ones. With FSDP, accelerate saves shards.
+    # The trained weights are saved by name, without the frozen ones. With FSDP, accelerate saves shards.
     sharded = accelerator.distributed_type == DistributedType.FSDP
     saved = {} if sharded else trained
     accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     if sharded and (validation or validation_dataset):
-        accelerator.print("No validation with FSDP, because no process has all weights.")
+        accelerator.print("There is no validation with FSDP, because no process has all weights.")
         validation, validation_dataset = (), None
     ema = make_ema(accelerator, parameters, config.ema_decay)
     if checkpoint:
         checkpoints.load(accelerator, checkpoint, saved, ema)
-        if accelerator.is_main_process:  # the run may have been killed after it wrote a checkpoint
+        if accelerator.is_main_process:  # if the run was killed after writing a checkpoint
             checkpoints.delete_older(folder, config.checkpoints_total_limit)
-        accelerator.step = 0  # counts the batches of an update, whose number may have changed
+        accelerator.step = 0  # counts the batches of an update; their number may have changed
         if resume_changes:
             apply_settings(optimizer, lr_scheduler, config)
 
     def save_model(path: Path) -> None:
-        """Write what the run would return now, to a new folder."""
+        """Write the current model to a new folder, as it would be returned at the end of the run."""
         with ema_weights(ema, parameters):
             if config.lora_rank:
                 save_lora(pipeline, path)
@@ -229,14 +230,14 @@ def train(
                 save_image(path, grid)
                 log_images(accelerator.trackers, grid, step)
 
-    # After a kill between a checkpoint and its validation, the validation is still due.
+    # If the run was killed between a checkpoint and its validation, the validation is done now.
     if checkpoint is None or not validation_path(folder, step).exists():
         validate(step)
     metrics, seen = TrainingMetrics(dataset.sources, device), []
     recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
     bar = tqdm(initial=step, total=config.max_train_steps, desc="training", disable=not accelerator.is_main_process)
     for batch in loader:
-        # a. Target latents: posterior sample, scaled. Image latents: posterior mode, not scaled.
+        # a. Target latents: a scaled sample of the posterior. Image latents: the mode of the posterior, not scaled.
         batch, noise = encoders.encode(batch), batch["step_noise"]
         latents, image_latents = diffusion_latents(batch, noise, scale, config.text_to_image)
         weights = None
@@ -271,7 +272,7 @@ def train(
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 update = accelerator.gather({name: torch.cat([part[name] for part in seen]) for name in seen[0]})
                 seen.clear()
-                # The only values of an update that the host waits for.
+                # The host waits only for these values of an update.
                 unscaled = torch.as_tensor(0.0 if accelerator.scaler or norm is None else norm, device=device)
                 loss, norm, skipped = torch.stack(
                     [update["loss"].mean(), unscaled.float(), update["skipped"].sum().float()]
@@ -287,7 +288,7 @@ def train(
         if ema:
             ema.step(parameters)
 
-        # c. Save checkpoints, log, and make validation pictures.
+        # c. Save checkpoints, log, and make validation images.
         metrics.add(update["loss"], update["source"], int(skipped))
         recent.append(loss)
         bar.update()
@@ -313,13 +314,13 @@ def train(
 
 
 def validation_path(folder: Path, step: int) -> Path:
-    """The file of the validation pictures after `step` updates."""
+    """The file of the validation images after `step` updates."""
     return folder / "validation" / f"step-{step:06d}.png"
 
 
 def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
     """Raise a ValueError if `config` does not fit the machine, the pipeline or `first`, a sample of the data."""
-    # PartialState finds the device as Accelerator does, but does not fix the precision of the process.
+    # PartialState selects the device like Accelerator, but does not set the precision of the process.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device.type
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) != state.num_processes:
@@ -327,18 +328,18 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
             f"{launched} processes were launched, but each would train alone; on CPUs set ACCELERATE_USE_CPU=true."
         )
     if config.mixed_precision == "fp16" and device == "cpu":
-        raise ValueError('`mixed_precision` is "fp16" on a CPU, which does not support it; use "bf16" or "no".')
+        raise ValueError('`mixed_precision` must be "bf16" or "no" on a CPU; got "fp16".')
     if config.mixed_precision == "fp16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
     compiled = config.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor"
     if (device, config.mixed_precision, compiled) == ("cpu", "bf16", True):
         # With inductor and bfloat16 on a CPU, 280 of 326 gradients are zero (torch 2.13).
         raise ValueError(
-            '`mixed_precision` is "bf16" on a CPU, where most gradients are zero with `torch_compile`'
-            ' or ACCELERATE_DYNAMO_BACKEND=inductor; use "no", or do not compile.'
+            '`mixed_precision` must be "no" on a CPU with `torch_compile` or ACCELERATE_DYNAMO_BACKEND=inductor,'
+            ' because most gradients would be zero; got "bf16".'
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
-        raise ValueError(f'`optimizer` is "adamw8bit", which needs CUDA; the device is {device}. Use "adamw".')
+        raise ValueError(f'`optimizer` must be "adamw" on {device}, because "adamw8bit" needs CUDA.')
     check_no_adapters(pipeline)
     expected = 2 * pipeline.vae.config.latent_channels
     if (channels := pipeline.unet.config.in_channels) != expected:
@@ -358,30 +359,28 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         height, width = first["target"].shape[1:]
         factor = pipeline.size_multiple
         if height % factor or width % factor:
-            raise ValueError(
-                f"`dataset` has pictures of {width} x {height} pixels; both must be multiples of {factor}."
-            )
+            raise ValueError(f"`dataset` has images of {width} x {height} pixels; both must be multiples of {factor}.")
 
 
 def describe_size(pipeline: InstructDiffusionPipeline, model: Denoiser, config: TrainingConfig, folder: Path) -> str:
-    """How many parameters are trained, and the memory and disk space that this takes."""
+    """The number of trained parameters, and the memory and disk space that training needs."""
     trained = count(trainable_parameters(model).values())
-    state = 8 if config.optimizer == "adamw" else 2  # bytes of the optimizer for a parameter
+    state = 8 if config.optimizer == "adamw" else 2  # bytes per parameter in the optimizer
     average = 4 if config.ema_decay else 0
     modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     whole = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     written = trained * (4 + state + average) + (4 * trained if config.lora_rank else whole)
-    # The newest checkpoint is written before the oldest is removed, and the model at the end.
+    # A new checkpoint is written before the oldest one is removed; the model is written at the end.
     saves = min(config.checkpoints_total_limit + 1, math.ceil(config.max_train_steps / config.checkpointing_steps))
     room = saves * written + whole
     free = shutil.disk_usage(folder).free
     lines = [
         f"Trained parameters: {trained:,} of {count(model.parameters()):,}",
         f"Memory without activations: {(whole + trained * (4 + state + average)) / 1e9:.2f} GB",
-        f"Disk space: {written / 1e9:.2f} GB a checkpoint, {room / 1e9:.2f} GB in all, of {free / 1e9:.2f} GB free",
+        f"Disk space: {written / 1e9:.2f} GB per checkpoint, {room / 1e9:.2f} GB in all, of {free / 1e9:.2f} GB free",
     ]
     if room > free:
-        lines.append("Warning: the disk space may not suffice; checkpoints_total_limit lowers the need.")
+        lines.append("Warning: the disk space may not suffice; a lower checkpoints_total_limit needs less.")
     return "\n".join(lines)
 
 
@@ -415,15 +414,17 @@ def make_ema(accelerator: Accelerator, parameters: list[torch.nn.Parameter], dec
     if not decay:
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("`ema_decay` must be 0 with FSDP, as a checkpoint would have the average of one shard only.")
+        raise ValueError(
+            "`ema_decay` must be 0 with FSDP, because a checkpoint would have the average of one shard only."
+        )
     return EMAModel(parameters, decay=decay, foreach=True)
 
 
 def apply_settings(
     optimizer: torch.optim.Optimizer, lr_scheduler: AcceleratedScheduler, config: TrainingConfig
 ) -> None:
-    """Replace learning rate and weight decay, which a checkpoint restores, by those of `config`."""
-    schedule = lr_scheduler.scheduler  # a LambdaLR, as all of diffusers' are
+    """Replace learning rate and weight decay, which a checkpoint has restored, with those of `config`."""
+    schedule = lr_scheduler.scheduler  # a LambdaLR, like all of diffusers' schedulers
     schedule.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
         rate = config.learning_rate * factor(schedule.last_epoch)
@@ -445,7 +446,7 @@ def gather_unet(
 
 @contextmanager
 def ema_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Replace the weights by their average inside the block."""
+    """Replace the weights with their average inside the block."""
     if not ema:
         yield
         return
@@ -460,7 +461,7 @@ def ema_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> I
 def not_finite(
     update: Mapping[str, torch.Tensor], norm: float, step: int, folder: Path, sources: Sequence[str]
 ) -> FloatingPointError:
-    """The error about losses or gradients of an update that are not finite. It names the samples of the update."""
+    """The error for losses or gradients of an update that are not finite. It lists the samples of the update."""
     bad = ~torch.isfinite(update["loss"])
     samples = [
         f"{sources[source]} at position {position}"

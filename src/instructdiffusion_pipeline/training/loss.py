@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
-# Root mean square over channels of the difference of two scaled latents; 0 for equal pictures.
+# Root mean square over channels of the difference of two scaled latents; it is 0 for equal images.
 CHANGE_THRESHOLD = 0.1
 
 
@@ -52,7 +52,7 @@ def denoising_loss(
 def loss_weights(target: torch.Tensor, image: torch.Tensor, change_weight: float) -> torch.Tensor:
     """Loss weights [B, 1, h, w] from scaled latents [B, C, h, w], with mean 1 for each image.
 
-    They are `change_weight` where target and input latents differ and 1 elsewhere, before the normalization.
+    Before the normalization, they are `change_weight` where target and input latents differ, and 1 elsewhere.
     """
     changed = (target - image).square().mean(1, keepdim=True).sqrt() > CHANGE_THRESHOLD
     weights = torch.where(changed, change_weight, 1.0)

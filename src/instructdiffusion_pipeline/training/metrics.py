@@ -1,4 +1,4 @@
-"""What is logged during training: losses by source, throughput, memory and validation pictures."""
+"""Logged values of training: losses by source, throughput, memory and validation images."""
 
 import math
 import resource
@@ -31,7 +31,7 @@ class TrainingMetrics:
         Args:
             losses: [N]; stay on their device until `summarize`.
             sources: [N], numbers of the samples' sources.
-            skipped: how many unreadable samples were replaced.
+            skipped: number of unreadable samples that were replaced.
         """
         self.skipped += skipped
         self._updates.append((losses, sources))
@@ -39,8 +39,8 @@ class TrainingMetrics:
     def summarize(self) -> dict[str, float]:
         """Return the metrics since the last call, and reset them.
 
-        Mean loss, of all samples and by source, and samples per second. The number of skipped samples and the peak
-        memory (GB) count from the start of the run.
+        They are the mean loss, of all samples and by source, and the samples per second. The number of skipped samples
+        and the peak memory (GB) are those since the start of the run.
         """
         every, numbers = (torch.cat(column).tolist() for column in zip(*self._updates, strict=True))
         by_source: dict[str, list[float]] = defaultdict(list)
@@ -66,7 +66,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def log_images(trackers: Iterable[GeneralTracker], image: Image.Image, step: int) -> None:
-    """Send the grid of validation pictures to all trackers that support images (trackio does not)."""
+    """Send the grid of validation images to all trackers that support images (trackio does not)."""
     for tracker in trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

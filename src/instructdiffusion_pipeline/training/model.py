@@ -11,18 +11,18 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
 from instructdiffusion_pipeline.training.loss import denoising_loss
 
-# conv_in too: its weights for the image latents are zero in a UNet that was never trained with them.
+# Also conv_in, because its weights for the image latents are zero in a UNet that was not trained with image latents.
 LORA_TARGET_MODULES = ["conv_in", "to_q", "to_k", "to_v", "to_out.0"]
 
 
 def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     """Load a pipeline to train, in float32, from a folder or Hub id of InstructDiffusion or Stable Diffusion.
 
-    If the UNet has no input channels for image latents, they are added (see `expand_conv_in`). The scheduler becomes
-    InstructDiffusion's and keeps the model's `prediction_type`. A safety checker is not loaded.
+    If the UNet has no input channels for image latents, they are added (see `expand_conv_in`). The scheduler is
+    replaced by that of InstructDiffusion with the model's `prediction_type`. A safety checker is not loaded.
 
     Raises:
-        ValueError: the number of UNet input channels is neither C nor 2 * C.
+        ValueError: if the number of UNet input channels is neither C nor 2 * C.
     """
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
     pipeline = InstructDiffusionPipeline.from_pretrained(
@@ -41,7 +41,7 @@ def expand_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     channels is returned unchanged.
 
     Raises:
-        ValueError: the UNet has another number of input channels.
+        ValueError: if the UNet has another number of input channels.
     """
     channels, latent_channels = unet.config.in_channels, unet.config.out_channels
     if channels == 2 * latent_channels:
@@ -65,11 +65,11 @@ def expand_conv_in(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class Denoiser(nn.Module):
-    """The trained modules as one: the UNet or its LoRA layers, and the text encoder if it is trained."""
+    """The trained modules as one module: the UNet or its LoRA layers, and the text encoder if it is trained."""
 
     def __init__(self, pipeline: InstructDiffusionPipeline, config: TrainingConfig):
         super().__init__()
-        # Weights are trained in float32; autocast does the rest in mixed precision.
+        # Weights are trained in float32; other modules are cast, and autocast computes in mixed precision.
         self.unet = pipeline.unet.float().train().requires_grad_(config.lora_rank is None)
         if config.lora_rank:
             lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGET_MODULES)
@@ -107,9 +107,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_lora(pipeline: InstructDiffusionPipeline, folder: str | PathLike[str]) -> None:
-    """Write the LoRA layers of a trained UNet for `load_lora_weights` of the pipeline that they were added to.
+    """Write the LoRA layers of a trained UNet in the format of `load_lora_weights`.
 
-    The weights of `pipeline` itself may have been rounded in training. To fuse the layers, load them into the original
+    The other weights of `pipeline` may have been rounded in training. To fuse the layers, load them into the original
     pipeline: `load_for_training(start)`, `load_lora_weights(folder)`, `fuse_lora()`, `unload_lora_weights()`.
     """
     layers = get_peft_model_state_dict(pipeline.unet)

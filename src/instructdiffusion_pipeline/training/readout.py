@@ -1,7 +1,7 @@
-"""Training of a readout on the answers of its model. Needs the extra `eval`.
+"""Training of a readout on the outputs of its model. Needs the extra `eval`.
 
-The paper (Geng et al., CVPR 2024) reads masks and joints with a light U-Net, and published neither its code nor its
-weights. This one predicts a mask and a heatmap for one color at a time; see `instructdiffusion_pipeline.readout`.
+The paper (Geng et al., CVPR 2024) decodes masks and joints with a light U-Net, whose code and weights were not
+published. This one predicts a mask and a heatmap for one color at a time; see `instructdiffusion_pipeline.readout`.
 """
 
 import json
@@ -30,8 +30,8 @@ from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Joint
 
-WIDTHS = (16, 32, 64)  # of the first levels; deeper ones are as wide as the last
-PEAK_WEIGHT = 20.0  # loss weight at the center of a peak at 64 x 64 pixels; it grows with the area
+WIDTHS = (16, 32, 64)  # of the first levels; deeper levels have the width of the last
+PEAK_WEIGHT = 20.0  # loss weight at the center of a peak at 64 x 64 pixels; proportional to the area
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class ReadoutConfig:
     """Settings of `train_readout`.
 
     Attributes:
-        sample_size: side in pixels at which the readout works; answers are resized to it.
+        sample_size: side of the readout's input in pixels; output images are resized to it.
         max_train_steps: number of updates.
-        batch_size: colors per update. An answer to a question about three joints has three.
+        batch_size: colors per update. An output for three joints has three.
         learning_rate: the highest of a one-cycle schedule.
         num_workers: data loader workers; the result does not depend on them.
         checkpointing_steps: updates between two checkpoints.
-        seed: of the weights, the order of the samples and the flips.
+        seed: seed of the weights, the order of the samples and the flips.
     """
 
     sample_size: int = 256
@@ -65,30 +65,29 @@ def train_readout(
     config: ReadoutConfig,
     batch_size: int = 8,
 ) -> UNet2DModel:
-    """Train a readout for `pipeline`, and compare it with reading by color.
+    """Train a readout for `pipeline`, and compare it with decoding by color.
 
-    The model answers `examples`; a readout is trained on these answers; then the model answers `held_out`. A run that
-    was stopped continues when it is called again with the same arguments.
+    The model is run on `examples`, the readout is trained on the outputs, and then the model is run on `held_out`. A
+    run that was stopped continues when it is called again with the same arguments.
 
     Args:
-        pipeline: gets the readout as its component `readout`, in place of another one, and loses its
-            `score_calibration`.
-        examples: with masks or joints, whose pictures have one size; see `evaluation.examples_from`.
-        held_out: the same kind, of other pictures.
-        folder: new, or of the same run. Gets the answers in answers/ and the evaluation in held-out/: table.md has
-            the scores of the readout in the column "score" and those of reading by color beside them.
-        config: settings of the training.
-        batch_size: questions per call of the pipeline.
+        pipeline: its component `readout` is set to the new readout, and its `score_calibration` is removed.
+        examples: with masks or joints, whose images have one size; see `evaluation.examples_from`.
+        held_out: the same kind, of other images.
+        folder: new, or of the same run. Gets the outputs in answers/ and the evaluation in held-out/, where
+            table.md has the scores of the readout in the column "score", and those of decoding by color next to them.
+        config: settings of training.
+        batch_size: prompts per call of the pipeline.
 
     Returns:
         The readout, on the pipeline's device, in its precision.
 
     Raises:
-        ValueError: `folder` has another run, or no example can be scored.
+        ValueError: if `folder` has another run, or no example can be scored.
     """
     folder = Path(folder)
     pipeline.register_modules(readout=None)
-    pipeline.register_to_config(score_calibration={})  # of another readout
+    pipeline.register_to_config(score_calibration={})  # because it is for another readout
     evaluate(pipeline, examples, folder / "answers", batch_size=batch_size)
     dataset = ReadoutDataset(examples, folder / "answers", config)
     readout = fit(dataset, config, folder, pipeline.device)
@@ -98,17 +97,18 @@ def train_readout(
 
 
 def save_readout(readout: UNet2DModel, model: str | PathLike[str], overwrite: bool = False) -> None:
-    """Put a readout into the folder of a model, as its component `readout`.
+    """Save a readout in the folder of a model, as its component `readout`.
 
     Raises:
-        FileExistsError: the model has a readout, and `overwrite` is False.
+        FileExistsError: if the model has a readout, and `overwrite` is False.
     """
     target, index = Path(model, "readout"), Path(model, "model_index.json")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists.")
     with atomic_write(target) as partial:
         readout.save_pretrained(partial)
-        # A process that is killed from here on leaves a model without a readout. The calibration is of another one.
+        # If the process is killed from here on, the model has no readout. The calibration is removed because it is for
+        # another readout.
         update_json(index, {"readout": [None, None], "score_calibration": {}})
         if target.exists():
             shutil.rmtree(target)
@@ -116,9 +116,9 @@ def save_readout(readout: UNet2DModel, model: str | PathLike[str], overwrite: bo
 
 
 def build_readout(sample_size: int) -> UNet2DModel:
-    """A U-Net without attention, whose lowest level has about 16 pixels a side (0.6 M parameters at 64 pixels).
+    """A U-Net without attention, whose lowest level has about 16 x 16 pixels (0.6 M parameters at 64 x 64 pixels).
 
-    Its timestep is always 0.
+    Its timestep input is always 0.
     """
     levels = max(len(WIDTHS), round(math.log2(sample_size / 16)) + 1)
     return UNet2DModel(
@@ -135,15 +135,15 @@ def build_readout(sample_size: int) -> UNet2DModel:
 
 
 class ReadoutDataset(Dataset):
-    """Inputs and targets of a readout: one item for each color that the tasks of `examples` ask for.
+    """Inputs and targets for a readout: one item for each color in the tasks of `examples`.
 
-    `len` is one epoch; positions go on beyond it. Each epoch has another order, and half of its items are mirrored.
-    The seed and the position determine an item.
+    `len` is the length of an epoch. Larger positions continue with the next epoch. Each epoch has a different order,
+    and half of its items are mirrored. An item is determined by the seed and its position.
 
     Args:
-        examples: as given to `evaluate`. Those that failed there are left out.
-        folder: the one that `evaluate` wrote.
-        config: has the size of the items, and the seed.
+        examples: those passed to `evaluate`. Examples that failed there are left out.
+        folder: the folder written by `evaluate`.
+        config: the size of the items, and the seed.
     """
 
     def __init__(self, examples: Sequence[LazyExample], folder: Path, config: ReadoutConfig):
@@ -182,7 +182,7 @@ class ReadoutDataset(Dataset):
 
 
 def mask_target(mask: np.ndarray | None, frame: Frame) -> np.ndarray:
-    """The share of each pixel of the frame that a mask covers, [height, width]; None is an empty mask."""
+    """The fraction of each pixel of the frame that a mask covers, [height, width]; None is an empty mask."""
     height, width = frame.source.shape[:2]
     if mask is None:
         return np.zeros((height, width))
@@ -249,7 +249,7 @@ def readout_loss(
         channels: [B], the output channel that each target is for.
     """
     logits = readout(inputs, timestep=0).sample[torch.arange(len(inputs), device=inputs.device), channels]
-    # A peak covers few pixels.
+    # Because a peak covers few pixels.
     peak_weight = PEAK_WEIGHT * targets.shape[1:].numel() / 64**2
     weights = torch.where((channels == HEATMAP)[:, None, None], 1 + (peak_weight - 1) * targets, 1.0)
     return F.binary_cross_entropy_with_logits(logits, targets, weights)

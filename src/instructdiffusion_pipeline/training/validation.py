@@ -1,4 +1,4 @@
-"""Validation pictures: the same examples with the same noise at every validation step."""
+"""Validation images: the same examples with the same noise at every validation step."""
 
 import copy
 import random
@@ -69,15 +69,15 @@ def validation_loss(
     scaling_factor: float,
     text_to_image: bool = False,
 ) -> float:
-    """The mean loss of the samples in `batches`, with all of their conditioning and without loss weights."""
+    """The mean loss of the samples in `batches`, without conditioning dropout and loss weights."""
     device, losses = encoders.vae.device, []
     for batch in batches:
         batch = encoders.encode(send_to_device(batch, device))
         noise = batch["step_noise"]
-        # The embeddings of cached samples have half precision.
+        # Embeddings of cached samples have half precision.
         text = batch["prompt_embeds"].float() if model.text_encoder is None else batch["input_ids"]
         latents, image_latents = diffusion_latents(batch, noise, scaling_factor, text_to_image)
-        # Without the compiled call, which the training batches alone need.
+        # The compiled call is for training batches only.
         losses.append(model.forward(scheduler, latents, image_latents, text, noise.noise, noise.timesteps, None))
     return torch.cat(losses).mean().item()
 
@@ -86,8 +86,8 @@ def validation_loss(
 def validation_grid(
     pipeline: InstructDiffusionPipeline, examples: Sequence[ValidationExample], text_to_image: bool = False
 ) -> Image.Image:
-    """A row for each example: input, answer and target. With `text_to_image` the input is zero latents, not shown."""
-    pipeline = copy.copy(pipeline)  # the modules are shared, the progress bar's settings are not
+    """A row for each example: input, output and target. With `text_to_image` the input is zero latents, not shown."""
+    pipeline = copy.copy(pipeline)  # with the same modules, but its own settings of the progress bar
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for example in examples:
@@ -99,7 +99,7 @@ def validation_grid(
             zeros if text_to_image else sample.image,
             generator=torch.Generator().manual_seed(SEED),
             return_dict=False,
-            **{"resolution": 0, **example.settings},  # the size of the training pictures
+            **{"resolution": 0, **example.settings},  # the size of the training images
         )
         panels = [(f'"{sample.instruction}"', answer), ("target", sample.target)]
         rows.append((example.title, panels if text_to_image else [("input", sample.image), *panels]))
