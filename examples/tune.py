@@ -19,7 +19,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -44,7 +44,7 @@ from instructdiffusion_pipeline.cli import (
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
-from instructdiffusion_pipeline.evaluation import LazyExample, evaluate, examples_from
+from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.files import atomic_write, update_json, write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import update_blocks_index
 from instructdiffusion_pipeline.tasks import Task
@@ -167,13 +167,13 @@ class Search:
         return Trial(scheduler, settings, mean(metric["model"] for metric in metrics), json.loads(timing.read_text()))
 
     def seconds(self, examples: Sequence[LazyExample], settings: Mapping[str, Any]) -> float:
-        """Seconds of an answer in a batch."""
-        opened = [example.open() for example in examples[: self.batch_size]]
+        """Seconds per image in a batch of copies of one image, because images of a batch must have one size."""
+        example = next(readable(examples))
         start = time.perf_counter()
-        ask_batch(self.pipeline, [one.image for one in opened], [one.tasks[0] for one in opened], **settings)
+        ask_batch(self.pipeline, [example.image] * self.batch_size, [example.tasks[0]] * self.batch_size, **settings)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / len(opened)
+        return (time.perf_counter() - start) / self.batch_size
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -222,11 +222,17 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
+def readable(examples: Iterable[LazyExample]) -> Iterator[Example]:
+    """Open the examples, and skip those that cannot be read."""
+    for example in examples:
+        with contextlib.suppress(UnreadableSample):
+            yield example.open()
+
+
 def first_task(source: Source) -> Task:
     """The task of the first sample of a dataset that can be read."""
-    for example in examples_from(source, len(source.dataset)):
-        with contextlib.suppress(UnreadableSample):
-            return example.open().tasks[0]
+    for example in readable(examples_from(source, len(source.dataset))):
+        return example.tasks[0]
     raise UsageError(f"--data: no sample of {source.name} can be read.")
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Segmentation, ask
 from instructdiffusion_pipeline.calibration import (
@@ -178,3 +179,16 @@ def test_scores_of_another_decoding_are_not_calibrated(monkeypatch):
 def test_wrong_settings_are_refused_by_name(value):
     with pytest.raises(ValueError, match="`score_calibration` must be a mapping of"):
         InstructDiffusionPipeline(**tiny.components(), score_calibration=value)
+
+
+def test_the_fingerprint_of_a_model_has_the_scale_of_its_lora(pipe):
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    found = set()
+    for weight in (1.0, 0.5):
+        pipe.set_adapters(["style"], [weight])
+        found.add(pipeline_fingerprint(pipe))
+    pipe.disable_lora()
+    found.add(pipeline_fingerprint(pipe))
+    assert len(found) == 3
+    pipe.enable_lora()
+    assert pipeline_fingerprint(pipe) in found

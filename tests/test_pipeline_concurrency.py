@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
@@ -42,6 +43,14 @@ def test_a_pipeline_with_a_scheduler_of_its_own_may_run_meanwhile(pipe):
 
     assert np.array_equal(pipe(**tiny.inputs(callback_on_step_end=callback)).images, expected)
     assert len(found) == 2 and all(np.array_equal(images, expected) for images in found)
+
+
+def test_a_second_pipeline_leaves_the_precision_of_the_first(pipe):
+    pipe.to(torch.bfloat16)
+    other = sibling(pipe)
+    assert other.unet is pipe.unet and {other.unet.dtype, other.vae.dtype, other.text_encoder.dtype} == {
+        torch.bfloat16
+    }
 
 
 def test_threads_get_the_exact_picture_or_an_error(pipe):

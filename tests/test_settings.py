@@ -1,5 +1,6 @@
 """A model knows its own settings: where they come from, which one counts, and that they survive saving."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -7,9 +8,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Restoration, ask
+from instructdiffusion_pipeline import (
+    Editing,
+    InstructDiffusionBlocks,
+    InstructDiffusionPipeline,
+    Restoration,
+    ask,
+    export,
+)
 
 OWN = {"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}, "glow": {"num_inference_steps": 4}}
 
@@ -51,6 +60,14 @@ def test_the_callers_setting_overrides_the_models_and_the_tasks(tuned):
     assert tuned.guidance_scale == 1.0, "the model has none for restoration"
 
 
+def test_none_is_the_default_of_the_task_and_not_that_of_editing(tuned):
+    default = ask(tuned, tiny.picture(), Restoration("blur"), generator=tiny.generator(), num_inference_steps=2)
+    assert (tuned.guidance_scale, tuned.image_guidance_scale) == (1.0, 1.0)
+    unset = {"num_inference_steps": 2, "guidance_scale": None, "image_guidance_scale": None}
+    answer = ask(tuned, tiny.picture(), Restoration("blur"), generator=tiny.generator(), **unset)
+    assert np.array_equal(answer.picture, default.picture)
+
+
 @dataclass(frozen=True)
 class Glow:
     """A fifth task, registered nowhere."""
@@ -86,6 +103,8 @@ def test_settings_and_readout_survive_saving(tuned, tmp_path):
     assert again.config.task_settings == OWN
     assert again.readout.dtype == torch.float16
     assert InstructDiffusionPipeline.from_pipe(again).config.task_settings == OWN
+    assert again.unet.dtype == again.readout.dtype == torch.float16
+    assert InstructDiffusionPipeline.from_pipe(again, dtype=torch.float32).unet.dtype == torch.float32
     bare = InstructDiffusionPipeline.from_pretrained(tmp_path, readout=None)
     assert bare.readout is None
 
@@ -109,3 +128,21 @@ def test_the_default_resolution_is_the_size_the_model_was_made_for(pipe):
 def test_task_settings_hold_the_steps_and_the_scales_alone(settings):
     with pytest.raises(ValueError, match="`task_settings` must map .* guidance_scale, image_guidance_scale"):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
+
+
+def test_settings_saved_in_an_exported_folder_are_those_of_its_blocks_too(pipe, tmp_path):
+    """The folder still has its code, so that it loads where only diffusers is installed."""
+    export(pipe, tmp_path / "model")
+    before = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
+    pipe.register_to_config(task_settings=OWN)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_instruct_diffusion", "InstructDiffusionPipeline"]
+    again = DiffusionPipeline.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert again.config.task_settings == OWN and isinstance(again.scheduler, DDIMScheduler)
+    blocks = InstructDiffusionBlocks().init_pipeline(str(tmp_path / "model"))
+    blocks.load_components()
+    assert blocks.config.task_settings == OWN and isinstance(blocks.scheduler, DDIMScheduler)
+    after = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
+    assert {name for name in after if after[name] != before[name]} == {"task_settings", "scheduler"}

@@ -49,27 +49,26 @@ def segment_slices(
         The margins, and whether the safety checker replaced the output for a slice.
     """
     parts = [crop_view(view, box) for view in views for box in slice_boxes(view.image.size, fraction)]
-    responses = run_in_batches(pipeline, parts, settings)
+    responses = []
+    for start in range(0, len(parts), SLICE_BATCH):
+        responses += run_views(pipeline, parts[start : start + SLICE_BATCH], **settings)
     combined = combine_slices(margins, list(zip(parts, responses, strict=True)), readout)
     for view in views:
         for name in cast(Segmentation, view.task).colors:
-            combined[name] = confirm_regions(pipeline, view, name, margins[name], combined[name], readout, settings)
+            pixels = (Mask.from_margin(margin).pixels for margin in (combined[name], margins[name]))
+            unconfirmed, regions = new_regions(*pixels)
+            margin = np.where(unconfirmed, np.minimum(combined[name], 0), combined[name])
+            for region in regions:
+                crops = [crop_view(view, close_up(region, fraction)) for fraction in CLOSE_UPS]
+                answered = list(zip(crops, run_views(pipeline, crops, **settings), strict=True))
+                margin = confirm_region(margin, name, region, answered, readout)
+            combined[name] = margin
     return combined, any(response.flag for response in responses)
 
 
 def crop_view(view: View, box: tuple[int, int, int, int]) -> View:
     """The part of a view of the whole image in a box (left, top, right, bottom)."""
     return view._replace(image=view.image.crop(box), offset=box[:2])
-
-
-def run_in_batches(
-    pipeline: InstructDiffusionPipeline, views: Sequence[View], settings: dict[str, Any]
-) -> list[Response]:
-    """Outputs for views of one working size, at most `SLICE_BATCH` in each call of the pipeline."""
-    responses = []
-    for start in range(0, len(views), SLICE_BATCH):
-        responses += run_views(pipeline, views[start : start + SLICE_BATCH], **settings)
-    return responses
 
 
 def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, int, int]]:
@@ -129,40 +128,30 @@ def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
     return np.clip(2 * inside / min(view.image.size), 0.1, 1).astype(np.float32)
 
 
-def confirm_regions(
-    pipeline: InstructDiffusionPipeline,
-    view: View,
-    name: str,
-    alone: np.ndarray,
+def confirm_region(
     margin: np.ndarray,
+    name: str,
+    region: np.ndarray,
+    crops: Sequence[tuple[View, Response]],
     readout: UNet2DModel | None,
-    settings: dict[str, Any],
 ) -> np.ndarray:
-    """The margin of an object, without regions that the outputs for crops do not confirm.
+    """The margin [height, width] of an object, with a region if most of the `crops` around it show the object there.
 
-    A region of `margin` that is not in the margin of the whole image (`alone`) is kept if most of its crops confirm
-    it. It then has the pixels that are marked in most of the crops.
+    The region then has the pixels that are marked in most of the crops.
     """
-    pixels = Mask.from_margin(margin).pixels
-    only, regions = new_regions(pixels, Mask.from_margin(alone).pixels)
-    margin = np.where(only, np.minimum(margin, 0), margin)
-    boxes = [close_up(region, fraction) for region in regions for fraction in CLOSE_UPS]
-    views = [crop_view(view, box) for box in boxes]
-    responses = run_in_batches(pipeline, views, settings)
-    for number, region in enumerate(regions):
-        votes, strength = np.zeros_like(margin), np.zeros_like(margin)
-        confirmed = 0
-        for index in range(number * len(CLOSE_UPS), (number + 1) * len(CLOSE_UPS)):
-            if responses[index].flag:  # a black image
-                continue
-            part = view_margins(views[index], responses[index], readout)[name]
-            painted, window = Mask.from_margin(part).pixels, window_of(views[index])
-            votes[window] += painted
-            strength[window] += np.where(painted, part, 0)
-            confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
-        if 2 * confirmed > len(CLOSE_UPS):
-            margin = np.where(2 * votes > len(CLOSE_UPS), np.maximum(margin, strength / votes.clip(min=1)), margin)
-    return margin
+    votes, strength = np.zeros_like(margin), np.zeros_like(margin)
+    confirmed = 0
+    for view, response in crops:
+        if response.flag:  # a black image
+            continue
+        part = view_margins(view, response, readout)[name]
+        painted, window = Mask.from_margin(part).pixels, window_of(view)
+        votes[window] += painted
+        strength[window] += np.where(painted, part, 0)
+        confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
+    if 2 * confirmed <= len(crops):
+        return margin
+    return np.where(2 * votes > len(crops), np.maximum(margin, strength / votes.clip(min=1)), margin)
 
 
 def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:

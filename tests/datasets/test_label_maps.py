@@ -48,6 +48,8 @@ def test_a_mask_is_where_the_label_map_has_the_value_of_its_class(read, tmp_path
     assert len(masks) == count and dataset.name(0) == "1.jpg"
     for quarter, name in enumerate(names, start=1):
         assert name is None or (masks[name] == (quarter == QUARTERS)).all()
+    labeled = np.any([quarter == QUARTERS for quarter, name in enumerate(names, start=1) if name], axis=0)
+    assert np.array_equal(masks.labeled, labeled)
     absent = [mask for name, mask in masks.items() if name not in names]
     assert not any(mask.any() for mask in absent) and len({id(mask) for mask in absent}) <= 1
 

@@ -15,6 +15,7 @@ from instructdiffusion_pipeline.evaluation.calibrate import calibrate, save_cali
 from instructdiffusion_pipeline.evaluation.scoring import judged, measure, summarize
 from instructdiffusion_pipeline.tasks.segmentation import Mask
 from instructdiffusion_pipeline.types import Joint
+from instructdiffusion_pipeline.views import Response
 
 ask_module = import_module("instructdiffusion_pipeline.ask")  # the package has a function of this name
 SQUARE = np.zeros((64, 64), bool)
@@ -33,7 +34,7 @@ def painter(monkeypatch):
             what = {name: SQUARE} if isinstance(view.task, Segmentation) else {name: Joint(32, 32)}
             drawn = view.task.draw(view.image, what)
             shown = Image.blend(view.image, drawn, 1.0 if "clear" in name else 0.8)
-            responses.append(ask_module.Response(shown, None, BOX, False))
+            responses.append(Response(shown, None, BOX, False))
         return responses
 
     monkeypatch.setattr(ask_module, "run_views", run_views)
@@ -97,6 +98,7 @@ def test_answers_that_allow_no_fit_are_named(painter, tmp_path):
     few = [example for example in examples("train", 1) if "clear" in example.name and not example.name.endswith(" 0")]
     with pytest.raises(ValueError, match="the scores of segmentation cannot be calibrated: `right` must have"):
         calibrate(painter, few, few, tmp_path / "run")
+    assert painter.config.score_calibration == {"segmentation": [9, 9]}, "as before"
 
 
 def test_what_counts_as_right():

@@ -21,7 +21,8 @@ from instructdiffusion_pipeline.evaluation.metrics import Overlap, keypoint_ap
 from instructdiffusion_pipeline.evaluation.scoring import measure, summarize
 from instructdiffusion_pipeline.tasks.colors import KEYPOINT_COLORS
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS, Keypoints
-from instructdiffusion_pipeline.types import Joint, Pose
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline.types import Joint, LabeledMasks, Pose
 
 AREA = 3000.0
 
@@ -104,6 +105,27 @@ def test_pck_is_the_share_of_labelled_joints_within_the_threshold():
     assert steps == [0.05, float("inf"), 0.1]
     assert metrics.pck(steps, 0.05) == pytest.approx(1 / 3) and metrics.pck(steps, 0.1) == pytest.approx(2 / 3)
     assert metrics.pck([], 0.1) is None
+
+
+def test_pixels_without_a_label_are_not_scored():
+    """As in the evaluation of PASCAL VOC: a void rim around an object counts neither for nor against an output."""
+    y, x = np.mgrid[:40, :40]
+    distance = np.maximum(abs(x - 20), abs(y - 20))
+    cat, rim = distance < 8, (distance >= 8) & (distance < 12)
+    truth = LabeledMasks({"cat": cat}, ~rim)
+    example = Example(Image.new("RGB", (40, 40)), [Segmentation({"cat": "red"})], truth)
+    for found, score in ((cat | rim, 1.0), (cat, 1.0), (distance < 14, cat.sum() / ((distance < 14) & ~rim).sum())):
+        scores = summarize([measure(example, {"cat": Mask(found, 1.0)}, (0, 0, 40, 40))])
+        assert scores["mcIoU"] == scores["mIoU"] == pytest.approx(score)
+
+
+def test_pckh_leaves_out_pelvis_and_thorax():
+    truth = {"upper neck": Joint(50, 30), "head top": Joint(50, 10), "pelvis": Joint(50, 80), "thorax": Joint(50, 40)}
+    task = Keypoints(dict(zip(truth, KEYPOINT_COLORS, strict=False)))
+    example = Example(Image.new("RGB", (100, 100)), [task], truth)
+    found = truth | {"pelvis": None, "thorax": None, "head top": None}
+    scores = summarize([measure(example, found, (0, 0, 100, 100))])
+    assert scores["PCKh@0.5"] == 0.5 and scores["PCK@0.05 of the side"] == 0.25
 
 
 def test_length_of_head_and_torso():

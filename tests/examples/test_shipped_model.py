@@ -180,3 +180,32 @@ def test_it_edits_colors(answers, photographs):
         for edit, before, answer in zip(edits, photographs, found, strict=True)
     ]
     assert np.mean(gains) > 1
+
+
+def test_slices_of_an_image_do_not_depend_on_the_rest_of_its_batch(model):
+    """Two images of one working size, whose slices have different ones; the objects are at different places."""
+    sunflower = Image.open(SUNFLOWER).convert("RGBA")
+    images, masks = [], []
+    for pixels, size, side, place in (
+        (data.coffee(), (241, 271), 70, (20, 30)),
+        (data.chelsea(), (150, 150), 45, (90, 85)),
+    ):
+        image, flower = Image.fromarray(pixels).resize(size), sunflower.resize((side, side))
+        image.paste(flower, place, flower)
+        mask = Image.new("L", size)
+        mask.paste(flower.getchannel("A"), place)
+        images.append(image)
+        masks.append(np.asarray(mask) > 127)
+    task = Segmentation({"sunflower": "blue"})
+
+    def ask_together(numbers):
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        chosen = [images[number] for number in numbers]
+        return ask_batch(model, chosen, [task] * len(numbers), generator=generators, slices=0.56)
+
+    for number, together in enumerate(ask_together([0, 1])):
+        (alone,) = ask_together([number])
+        found, expected = (answer.data["sunflower"].pixels for answer in (together, alone))
+        # Sums in batches of other sizes round differently.
+        assert expected.any() and (found != expected).mean() < 1e-3
+        assert Overlap.of("sunflower", masks[number], found).iou > 0.6

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from degradations import add_blur
 from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.cli import UsageError
 from instructdiffusion_pipeline.evaluation import Example, LazyExample
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
@@ -188,9 +190,24 @@ def test_seconds_are_those_of_one_answer(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     search = tune.Search(pipe, Restoration("blur"), tmp_path, 2, 0)
     image = tiny.picture(64, 64)
-    examples = [LazyExample(str(i), "row", lambda: Example(image, [Restoration("blur")], image)) for i in range(2)]
+    wide = tiny.picture(96, 64)  # of another working size
+    examples = [
+        LazyExample(str(i), "row", partial(Example, shown, [Restoration("blur")], shown))
+        for i, shown in enumerate((image, wide))
+    ]
     few, many = (
         min(search.seconds(examples, search.own | {"num_inference_steps": steps}) for _ in range(2))
         for steps in (1, 12)
     )
     assert 0 < 2 * few < many
+
+
+def test_images_that_cannot_be_read_are_left_out(run, gopro, tmp_path, capsys):
+    broken = gopro / "test" / "clip" / "blur" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    run("--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1)
+    assert (tmp_path / "out" / "table.md").is_file()
+    for path in gopro.rglob("blur/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UsageError, match="--data: no sample of gopro test can be read"):
+        run("--output", tmp_path / "other", "--output_model", tmp_path / "other-model")

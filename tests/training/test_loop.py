@@ -229,6 +229,18 @@ def test_lora_weights_load_in_a_pipeline_and_change_its_output(pipe, two_samples
     np.testing.assert_allclose(loaded, answer, atol=1e-5)
 
 
+def test_adapters_that_a_pipeline_has_are_not_trained_with_it(pipe, two_samples, tmp_path):
+    trained = train(pipe, two_samples, dataclasses.replace(FEW, lora_rank=2), tmp_path / "lora")
+    for rank in (None, 2):
+        with pytest.raises(ValueError, match="must not have LoRA layers, but its unet has. Call fuse_lora"):
+            train(trained, two_samples, dataclasses.replace(FEW, lora_rank=rank), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    trained.fuse_lora()
+    trained.unload_lora_weights()
+    train(trained, two_samples, FEW, tmp_path / "again")
+    InstructDiffusionPipeline.from_pretrained(tmp_path / "again" / "checkpoint-2")
+
+
 def test_text_to_image_never_sees_the_input(pipe, two_samples, tmp_path):
     config = dataclasses.replace(FEW, text_to_image=True, max_train_steps=4, learning_rate=1e-2, weight_decay=0)
     before = pipe.unet.conv_in.weight.clone()
