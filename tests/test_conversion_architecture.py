@@ -137,7 +137,9 @@ def test_the_original_configuration_gives_schedule_scale_and_heads(small: Shapes
 def test_numbers_out_of_range_are_named(tmp_path: Path, changes: Mapping[str, Any]):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(described(**changes)))
     ((name, value),) = changes.items()
-    with pytest.raises(UsageError, match=rf"model.params.{name} must be a number above 0 and at most .* is {value!r}"):
+    with pytest.raises(
+        UsageError, match=rf"model.params.{name} must be a number above 0 and at most .*; got {value!r}"
+    ):
         read_original_config(tmp_path / "other.yaml")
 
 
@@ -199,7 +201,7 @@ def test_widths_that_are_not_described_are_named(small: Shapes, missing: str):
         ({"num_hidden_layers": 3, "vocab_size": 999}, "num_hidden_layers 3 .*, vocab_size 999"),
         ({"num_attention_heads": 5}, "hidden size .32. is not a multiple of the number of attention heads .5."),
         ({"num_attention_heads": 0}, "no text configuration could be read"),
-        ({"num_attention_heads": -4}, "must have at least one head, but has -4"),
+        ({"num_attention_heads": -4}, "must have at least one head; got -4"),
     ],
     ids=str,
 )
@@ -226,7 +228,7 @@ def test_a_folder_without_config_is_refused(small: Shapes, tmp_path: Path):
 def test_a_weight_that_determines_a_size_is_named(small: Shapes):
     name = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
     without = {key: shape for key, shape in small.items() if key != name}
-    with pytest.raises(UsageError, match=f"must hold an InstructDiffusion .*, but has no {name}"):
+    with pytest.raises(UsageError, match=f"must be an InstructDiffusion .*; there is no {name}"):
         text_config(without, OPTIONS["text_encoder"])
 
 

@@ -111,7 +111,7 @@ def test_a_model_the_original_could_not_run_is_refused():
 def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     call = ["back", "--model_path", str(folder), "--checkpoint_path", str(tmp_path / "back.bin")]
     monkeypatch.setattr("sys.argv", call)
-    with pytest.raises(UsageError, match="--checkpoint_path: must end in .safetensors or .ckpt, but is .*back.bin"):
+    with pytest.raises(UsageError, match="--checkpoint_path: must end in .safetensors or .ckpt; got .*back.bin"):
         main()
 
 

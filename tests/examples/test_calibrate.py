@@ -67,7 +67,7 @@ def test_the_small_model_is_calibrated_on_its_world(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "gopro=."], "--data gopro: scores are for data sets of masks or joints: mpii, coco, "),
+        (["--data", "gopro=."], "--data gopro: there are scores for datasets of masks or joints only: mpii, coco, "),
         (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),

@@ -142,7 +142,7 @@ def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data
     ("name", "message"),
     [
         ("table", "--clip: no CLIP model could be loaded from .*/clip "),
-        ("gopro", "--clip: has an effect on editing only; --data has no data set of edits."),
+        ("gopro", "--clip: has an effect on editing only; --data has no dataset of edits."),
     ],
 )
 def test_a_clip_model_that_cannot_be_used_is_refused(monkeypatch, tmp_path, model, gopro, name, message):

@@ -77,7 +77,7 @@ def test_a_run_continues_and_skips_what_cannot_be_read(run_predict, tmp_path, ca
     options = ("--task", "segmentation", "--objects", "cat")
     run_predict(*options)
     captured = capsys.readouterr()
-    assert "4 of 5 pictures answered" in captured.out and "4.png cannot be read" in captured.out + captured.err
+    assert "4 of 5 images processed" in captured.out and "4.png cannot be read" in captured.out + captured.err
     whole = tiny.contents(tmp_path / "out")
     # As after a kill: two images have no record, one of them not all files.
     for path in ("records/1.json", "records/3.json", "1-cat.png", "coco.json"):
@@ -93,11 +93,11 @@ def test_a_run_continues_and_skips_what_cannot_be_read(run_predict, tmp_path, ca
     ("options", "told"),
     [
         ("--task segmentation", "--objects must be given"),
-        ("--task segmentation --objects cat,cat", "different names, but is 'cat,cat'"),
+        ("--task segmentation --objects cat,cat", "different names; got 'cat,cat'"),
         ("--task editing --instruction x --objects cat", "--objects has no effect with --task editing"),
         ("--task keypoints --joints nose --slices 0.5", "--slices must be"),
         ("--task segmentation --objects cat --images missing", "there is no file or folder missing"),
-        ("--task segmentation --objects cat --images model", "the folder model has no pictures"),
+        ("--task segmentation --objects cat --images model", "the folder model has no images"),
     ],
 )
 def test_a_bad_argument_ends_with_one_line(options, told, run_predict, capsys):
@@ -205,7 +205,7 @@ def test_answers_that_the_safety_checker_replaced_are_counted_and_left_out(run_p
         run_predict("--task", *task)
         said = capsys.readouterr().out
         assert said.count("skipped: the safety checker replaced the answer for photos/") == 4
-        assert "0 of 4 pictures answered" in said
+        assert "0 of 4 images processed" in said
     assert not list(Path("out").glob("*.png"))
     if task[0] == "segmentation":
         assert COCO("out/coco.json").dataset["images"] == []

@@ -68,7 +68,7 @@ def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "gopro=."], "--data gopro: a readout is for data sets of masks or joints: mpii, coco, "),
+        (["--data", "gopro=."], "--data gopro: a readout is for datasets of masks or joints: mpii, coco, "),
         (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),

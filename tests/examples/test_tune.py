@@ -179,7 +179,7 @@ def test_errors_name_the_option(run, options, message):
 
 
 def test_data_sets_of_two_tasks_are_refused(run, coco):
-    with pytest.raises(tune.UsageError, match="data sets of one task"):
+    with pytest.raises(tune.UsageError, match="datasets of one task"):
         run("--data", f"coco={coco}")
 
 
