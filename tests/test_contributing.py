@@ -1,4 +1,4 @@
-"""The worked example in CONTRIBUTING.md works: its two files are all that a fifth task takes."""
+"""The worked example in CONTRIBUTING.md works: a fifth task needs only its two files."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import tiny
 
-# Lets the task's file stand in another folder, as if it lay in the package's.
+# Allows importing the task's file from another folder as if it were in the package.
 CONFTEST = """
 import sys
 from pathlib import Path

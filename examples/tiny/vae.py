@@ -1,4 +1,4 @@
-"""Train the VAE of `instructdiffusion-tiny`: downsampling by 4, eight latent channels, MSE loss and a small KL term."""
+"""Train the VAE of `instructdiffusion-tiny`: downsampling by 4, eight latent channels, MSE and a small KL term."""
 
 from pathlib import Path
 
