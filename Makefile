@@ -1,8 +1,8 @@
-# `make demo` and `make test` work on a fresh machine: they create a virtual environment first.
+# `make demo` and `make test` first create a virtual environment, so they work on a new machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One thread per process: small models gain little from more, and slow down a lot when other processes use the cores.
+# One thread per process: more threads hardly help small models, and are slow when other processes use the cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow test-fuzz test-app bundle quality setup clean
@@ -37,13 +37,13 @@ test-app: $(VENV)-app/.ready
 test-slow: setup
 	$(PYTEST) -m slow -s
 
-# Damaged files, wrong arguments and killed programs, in large numbers; part of `make test-slow`.
+# Many damaged files, invalid arguments and killed programs; part of `make test-slow`.
 test-fuzz: setup
 	$(PYTEST) -m slow -s -n 2 tests/datasets/test_fuzzed_annotations.py tests/test_damaged_pictures.py \
 		tests/test_pipeline_arguments.py tests/test_conversion_fuzz.py tests/examples/test_damaged_models.py \
 		tests/test_killed.py
 
-# What the CUDA acceptance run needs beside a checkout. On a machine with a GPU: bash build/cuda/run.sh
+# The files that the CUDA acceptance run needs besides a checkout. On a machine with a GPU: bash build/cuda/run.sh
 bundle: setup
 	$(BIN)/python tests/cuda/bundle.py --output build/cuda
 

@@ -18,7 +18,7 @@ UNET = r"model\.diffusion_model\."
 VAE = r"first_stage_model\."
 TEXT = r"cond_stage_model\.transformer\.text_model\."
 
-# Weights do not determine head counts. For models with the sizes of Stable Diffusion 1.5, its head counts are used.
+# Weights do not determine head counts. Models with the sizes of Stable Diffusion 1.5 are assumed to have these.
 SD15_UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
 SD15_UNET_HEADS = 8
 SD15_TEXT: dict[str, Any] = {
@@ -32,9 +32,9 @@ SD15_TEXT_HEADS = 12
 
 
 def read_original_config(path: Path) -> dict[str, Any]:
-    """Return `model.params` of a configuration file of the original."""
+    """Return `model.params` of a configuration file of the original code."""
     with reading(
-        f"--original_config_file: {path} is not a YAML file of the original: it must have model.params.unet_config and"
+        f"--original_config_file: {path} is not a YAML file of the original code, with model.params.unet_config and"
         " model.params.first_stage_config"
     ):
         params = yaml.safe_load(path.read_text())["model"]["params"]
@@ -44,7 +44,7 @@ def read_original_config(path: Path) -> dict[str, Any]:
         number = params.get(key, 1)
         if type(number) not in (int, float) or not 0 < number <= limit or (key == "timesteps" and number % 1):
             raise UsageError(
-                f"--original_config_file: model.params.{key} must be a number above 0 and at most {limit}, but is"
+                f"--original_config_file: model.params.{key} must be a number above 0 and at most {limit}; got"
                 f" {number!r} in {path}."
             )
     return params
@@ -67,7 +67,7 @@ def unet_config(shapes: Shapes, original: Mapping[str, Any] | None) -> dict[str,
     """Return the configuration of the UNet.
 
     Args:
-        shapes: the original's name of every weight, and its shape.
+        shapes: the shape of each weight, by its name in the original code.
         original: what `read_original_config` returned, or None for a UNet with the sizes of Stable Diffusion 1.5.
     """
     downsamplers = _numbers(shapes, UNET + r"input_blocks\.(\d+)\.0\.op\.(?:weight|bias)")
@@ -142,7 +142,7 @@ def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
     """Return the configuration of the text encoder.
 
     Args:
-        shapes: the original's name of every weight, and its shape.
+        shapes: the shape of each weight, by its name in the original code.
         source: folder or Hub id with a config.json; None for a text encoder with the sizes of Stable Diffusion 1.5.
     """
     sizes: dict[str, Any] = {
@@ -172,11 +172,9 @@ def text_config(shapes: Shapes, source: str | None) -> CLIPTextConfig:
     ]
     if wrong:
         raise UsageError(f"--text_encoder: {source} describes another text encoder: {', '.join(wrong)}.")
-    # transformers itself refuses other numbers that do not divide the width.
+    # transformers raises an error for other numbers that do not divide the width.
     if config.num_attention_heads < 1:
-        raise UsageError(
-            f"--text_encoder: {source} must have at least one head, but has {config.num_attention_heads}."
-        )
+        raise UsageError(f"--text_encoder: {source} must have at least one head; got {config.num_attention_heads}.")
     return config
 
 
@@ -254,7 +252,7 @@ def _size(shapes: Shapes, pattern: str, dimension: int = 0) -> int:
     counts = Counter(shape[dimension] for shape in named if len(shape) > dimension)
     if not counts:
         raise UsageError(
-            "--checkpoint_path: must hold an InstructDiffusion or Stable Diffusion 1 model, but has no "
+            "--checkpoint_path: must be an InstructDiffusion or Stable Diffusion 1 model; there is no "
             + pattern.replace("\\", "")
         )
     return counts.most_common(1)[0][0]

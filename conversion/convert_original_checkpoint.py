@@ -1,9 +1,9 @@
-"""Convert a checkpoint of the original InstructDiffusion to a folder that `from_pretrained` loads.
+"""Convert a checkpoint of the original code to a folder that `from_pretrained` loads.
 
     python conversion/convert_original_checkpoint.py --checkpoint_path base.ckpt --ema_state state.pth --dump_path out
 
-It reads released weights, base checkpoints with schedule buffers, and training states. A training state has the EMA
-weights of the UNet only; the other weights come from its base checkpoint, which may be Stable Diffusion 1.5.
+It reads released weights, base checkpoints with schedule buffers, and training states. A training state has only the
+EMA weights of the UNet; the other weights are those of its base checkpoint, which can be Stable Diffusion 1.5.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from instructdiffusion_pipeline.files import atomic_write
 
 SD15_TOKENIZER = "openai/clip-vit-large-patch14"
 SD15_VOCABULARY = 49408
-MIN_VOCABULARY = 514  # smallest CLIP vocabulary: 256 bytes, 256 bytes with </w>, 2 special tokens
+MIN_VOCABULARY = 514  # size of the smallest CLIP vocabulary: 256 bytes, 256 bytes with </w>, 2 special tokens
 
 
 def convert(
@@ -44,7 +44,7 @@ def convert(
     checkpoint = OriginalCheckpoint(Path(checkpoint_path), None if ema_state is None else Path(ema_state))
     original = None if original_config_file is None else read_original_config(Path(original_config_file))
 
-    # 1. Infer the configurations, and check that the files have exactly the weights of this model.
+    # 1. Infer the configurations, and check that the files have exactly the weights of such a model.
     text = text_config(checkpoint.shapes, text_encoder)
     with reading(f"--original_config_file: {original_config_file} does not describe a model of the original code"):
         unet, vae = unet_config(checkpoint.shapes, original), vae_config(checkpoint.shapes, original)
@@ -73,13 +73,13 @@ def convert(
 
 
 def rename(component: str, weights: Weights, model: torch.nn.Module) -> Weights:
-    """Rename weights with diffusers' converters, and check the result, because the converters do not."""
+    """Rename weights with diffusers' converters, and check the result, which the converters do not check."""
     if component == "unet":
         converted = convert_ldm_unet_checkpoint(weights, model.config)
     elif component == "vae":
         converted = convert_ldm_vae_checkpoint(weights, model.config)
     else:
-        # transformers 5.6 removed the layer `text_model`, which diffusers' converter still names.
+        # transformers 5.6 removed the layer `text_model`, which is still in the names from diffusers' converter.
         converted = {
             name.removeprefix("text_model."): tensor for name, tensor in convert_ldm_clip_checkpoint(weights).items()
         }
@@ -95,7 +95,7 @@ def load_weights(model: torch.nn.Module, weights: Weights) -> None:
     """Assign weights to a model on the meta device without copying them."""
     model.load_state_dict(weights, assign=True)
     for name, buffer in dict(model.named_buffers()).items():
-        # CLIP's position_ids, the only buffer. Released checkpoints do not have it.
+        # CLIP's position_ids, the only buffer. It is not in released checkpoints.
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[1])[None], persistent=False)
     model.eval()

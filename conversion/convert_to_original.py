@@ -1,4 +1,4 @@
-"""Convert the folder of a pipeline to a checkpoint file of the original, in the layout of its released weights.
+"""Convert the folder of a pipeline to a checkpoint file of the original code, in the layout of the released weights.
 
 python conversion/convert_to_original.py --model_path folder --checkpoint_path instruct.ckpt
 """
@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.cli import UsageError, reading, run_script
 from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import current_name
 
-# Settings that are constant in the original's code and do not follow from names and shapes of weights.
+# Settings that are constant in the original code and not determined by names and shapes of weights.
 REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
     "unet": {
         "norm_num_groups": 32,
@@ -40,7 +40,7 @@ FORMATS = (".safetensors", ".ckpt")
 
 
 def convert_back(model_path: str | Path) -> Weights:
-    """Return the weights of a folder with the original's names and shapes. They are memory-mapped from their files."""
+    """Return the weights of a folder with the original code's names and shapes, memory-mapped from their files."""
     model_path = Path(model_path)
     parts = [f"{component}/config.json" for component in ("unet", "vae", "text_encoder")]
     for part in (*parts, "scheduler/scheduler_config.json"):
@@ -80,14 +80,14 @@ def convert_back(model_path: str | Path) -> Weights:
 
 
 def check_layers(component: str, config: Mapping[str, Any], weights: int) -> None:
-    """Raise a UsageError for more layers than weights: a model of 2**40 layers would be built for ever."""
+    """Raise a UsageError for more layers than weights, because building a model of 2**40 layers would not end."""
     for key, value in config.items():
         if "layers" in key and any(isinstance(n, int) and n > weights for n in np.ravel(value).tolist()):
             raise UsageError(f"--model_path: {component} has {weights} weights, but {key} is {value}.")
 
 
 def read_component(folder: Path) -> Weights:
-    """Return the weights of one component from all its shards, by their names in current versions of its library."""
+    """Return the weights of a component from all shards, by their names in current versions of its library."""
     weights: Weights = {}
     for path in sorted(folder.glob("*.safetensors")):
         shard = {current_name(name): tensor for name, tensor in read_safetensors(path, "--model_path").items()}
@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     target = Path(args.checkpoint_path).resolve()
     if target.suffix not in FORMATS:
-        raise UsageError(f"--checkpoint_path: must end in {' or '.join(FORMATS)}, but is {target}.")
+        raise UsageError(f"--checkpoint_path: must end in {' or '.join(FORMATS)}; got {target}.")
     check_new(target, "--checkpoint_path")
     weights = convert_back(args.model_path)
     target.parent.mkdir(parents=True, exist_ok=True)

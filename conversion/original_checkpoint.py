@@ -1,4 +1,4 @@
-"""Read an original checkpoint: a released or base checkpoint, optionally with the UNet of a training state."""
+"""Read a checkpoint of the original code: a released or base one, optionally with the UNet of a training state."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from weights import Weights, check_names, read_pickle, read_safetensors, read_va
 
 from instructdiffusion_pipeline.cli import UsageError
 
-# Entries that are not parameters. The scheduler recomputes them from its betas.
+# Entries that are not parameters. The scheduler computes them from its betas.
 SCHEDULE_BUFFERS = {
     "betas",
     "alphas_cumprod",
@@ -37,7 +37,7 @@ class OriginalCheckpoint:
     """The files of a checkpoint.
 
     Attributes:
-        shapes: name and shape of every parameter in the base checkpoint.
+        shapes: the shape of each parameter in the base checkpoint, by name.
         extras: the other tensors of the base checkpoint.
         unused: the names of entries that a pipeline does not use.
     """
@@ -56,7 +56,7 @@ class OriginalCheckpoint:
         missing = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in self.shapes)]
         if missing:
             raise UsageError(
-                f"--checkpoint_path: must hold a complete InstructDiffusion or Stable Diffusion 1 model, but "
+                f"--checkpoint_path: must be a complete InstructDiffusion or Stable Diffusion 1 model, but "
                 f"{checkpoint_path} has no weights {', '.join(prefix + '*' for prefix in missing)}."
             )
 
@@ -64,7 +64,7 @@ class OriginalCheckpoint:
         """Compare all names and shapes in the files with `expected`, and the noise schedule with `betas`.
 
         Raises:
-            ValueError: they differ.
+            ValueError: if they differ.
         """
         base, first = dict(expected), expected[FIRST_CONVOLUTION]
         text_to_image = torch.Size((first[0], first[1] // 2, *first[2:]))
@@ -110,7 +110,7 @@ class OriginalCheckpoint:
 
 
 def undotted_names(expected: Shapes) -> dict[str, str]:
-    """Return the names of the UNet's weights in a training state (without dots) -> their full names."""
+    """Map the names of the UNet's weights in a training state, which have no dots, to their full names."""
     return {name.replace(".", ""): name for name in expected if name.startswith(PREFIXES["unet"])}
 
 
@@ -135,9 +135,9 @@ def read_ema_state(path: Path) -> tuple[Weights, list[str]]:
 def _entry(content: Any, key: str, where: str) -> tuple[Weights, list[str]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
         found = list(content) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"{where} must have {key!r} with the weights, but has {found}.")
+        raise UsageError(f"{where} must have {key!r} with the weights; got {found}.")
     entries = content[key].items()
     others = [name for name, value in entries if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
     if others:
-        raise UsageError(f"{where}: {key!r} must contain only named tensors, but has {others}.")
+        raise UsageError(f"{where}: {key!r} must contain only named tensors; got {others}.")
     return content[key], [name for name in content if name != key]

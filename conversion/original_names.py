@@ -1,4 +1,4 @@
-"""The names and shapes of the original's weights. Both conversions use the same table of names."""
+"""The names and shapes of weights in the original code. Both conversions use the same table of names."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.text_model.",
 }
 
-# Modules of one residual block: diffusers' name -> the original's.
+# Modules of a residual block: name in diffusers -> name in the original code.
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -27,9 +27,9 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_modules(config: Any) -> dict[str, str]:
-    """Return diffusers' name of each module of the UNet -> the original's.
+    """Map the name of each module of the UNet in diffusers to its name in the original code.
 
-    The original numbers the blocks of all levels consecutively. An upsampler is part of the block before it.
+    The original code numbers the blocks of all levels consecutively. An upsampler is part of the block before it.
     """
     layers, levels = config.layers_per_block, len(config.block_out_channels)
     modules = {
@@ -42,13 +42,13 @@ def unet_modules(config: Any) -> dict[str, str]:
     }
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     for level in range(levels):
-        first = 1 + level * (layers + 1)  # block 0 is conv_in; a level has its layers and a downsampler
+        first = 1 + level * (layers + 1)  # block 0 is conv_in; each level has its layers and a downsampler
         for layer in range(layers):
             resnets[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{first + layer}.0"
             modules[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{first + layer}.1"
         modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
 
-        first = level * (layers + 1)  # here a level has one layer more; the upsampler is in its last block
+        first = level * (layers + 1)  # here each level has one more layer; the upsampler is in its last block
         for layer in range(layers + 1):
             resnets[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{first + layer}.0"
             modules[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{first + layer}.1"
@@ -58,9 +58,9 @@ def unet_modules(config: Any) -> dict[str, str]:
 
 
 def vae_modules(config: Any) -> dict[str, str]:
-    """Return diffusers' name of each module of the VAE -> the original's.
+    """Map the name of each module of the VAE in diffusers to its name in the original code.
 
-    The original numbers the decoder's levels in reverse order of execution, diffusers in order of execution.
+    The original code numbers the decoder's levels in reverse order of execution, diffusers in order of execution.
     """
     layers, levels = config.layers_per_block, len(config.block_out_channels)
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -83,7 +83,7 @@ def vae_modules(config: Any) -> dict[str, str]:
 
 
 def text_encoder_modules(config: Any) -> dict[str, str]:
-    """Return transformers' name of each module of the text encoder -> the original's, which is the same."""
+    """Map the name of each module of the text encoder in transformers to its name in the original code: the same."""
     return {part: part for part in ("embeddings", "encoder", "final_layer_norm")}
 
 
@@ -91,7 +91,7 @@ MODULES = {"unet": unet_modules, "vae": vae_modules, "text_encoder": text_encode
 
 
 def original_names(component: str, names: Iterable[str], config: Any) -> dict[str, str]:
-    """Return diffusers' name of each weight of one component -> the original's."""
+    """Map the name of each weight of a component in diffusers to its name in the original code."""
     modules = MODULES[component](config)
     table = {}
     for name in names:
@@ -99,23 +99,23 @@ def original_names(component: str, names: Iterable[str], config: Any) -> dict[st
         while module and module not in modules:
             module = module.rpartition(".")[0]
         if not module:
-            raise ValueError(f"{component}: the original has no weight that corresponds to {name}.")
+            raise ValueError(f"{component}: the original code has no weight that corresponds to {name}.")
         table[name] = PREFIXES[component] + modules[module] + name[len(module) :]
     return table
 
 
 def is_pointwise(original_name: str) -> bool:
-    """Whether a weight of the VAE's attention is a 1 x 1 convolution in the original and linear in diffusers."""
+    """Whether a weight of the VAE's attention is a 1 x 1 convolution in the original code and linear in diffusers."""
     return ".mid.attn_1." in original_name and original_name.endswith(".weight") and ".norm." not in original_name
 
 
 def original_shape(original_name: str, shape: torch.Size) -> torch.Size:
-    """Return the shape in the original of a weight that has `shape` in diffusers."""
+    """Return the shape in the original code of a weight that has `shape` in diffusers."""
     return torch.Size((*shape, 1, 1)) if is_pointwise(original_name) else shape
 
 
 def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextConfig) -> dict[str, Any]:
-    """Build the three components on the meta device: names and shapes of weights, without memory."""
+    """Build the three components on the meta device, with names and shapes of weights but without memory."""
     with torch.device("meta"):
         return {
             "unet": UNet2DConditionModel.from_config(unet),
@@ -125,14 +125,14 @@ def build_empty(unet: Mapping[str, Any], vae: Mapping[str, Any], text: CLIPTextC
 
 
 def name_tables(models: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return, for each component, diffusers' name of every weight -> the original's."""
+    """For each component, map the name of each weight in diffusers to its name in the original code."""
     return {
         component: original_names(component, model.state_dict(), model.config) for component, model in models.items()
     }
 
 
 def original_shapes(models: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Return the original's name of every weight of all components -> its shape in the original."""
+    """Map the name of each weight of all components in the original code to its shape there."""
     return {
         table[name]: original_shape(table[name], tensor.shape)
         for component, table in name_tables(models).items()

@@ -1,4 +1,4 @@
-"""Read files of weights memory-mapped and without running code, and check names, shapes and values."""
+"""Read files of weights, memory-mapped and without running code, and check names, shapes and values."""
 
 import pickle
 import re
@@ -16,11 +16,13 @@ from instructdiffusion_pipeline.cli import UsageError, reading
 
 Weights = dict[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Tensors read from one mapping of the file. A small number is slow: opening a file touches a page of every tensor.
+# Number of tensors read from one mapping of the file. A small number is slow, because opening a file reads a page of
+# every tensor.
 TENSORS_PER_MAPPING = 256
 
-# Classes that checkpoints contain besides the weights. Each is read as an empty class of the same name: omegaconf and
-# lightning need not be installed, and none of their code runs. (OmegaConf refers to dict, list and int by name.)
+# Classes that checkpoints contain besides the weights. Each is replaced with an empty class of the same name, so
+# omegaconf and lightning need not be installed, and none of their code runs. (OmegaConf refers to dict, list and int
+# by name.)
 PLACEHOLDER_CLASSES = (
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
@@ -45,12 +47,12 @@ def read_pickle(path: Path, option: str) -> Any:
             with torch.serialization.safe_globals(SAFE_GLOBALS):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            refused = re.search(r"GLOBAL (\S+)", str(error))
-            if refused is None:
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            if code is None:
                 raise
             raise UsageError(
-                f"{option}: {path} was refused, because loading it would run code ({refused[1]}). A checkpoint may"
-                " contain only tensors and plain values."
+                f"{option}: {path} was not loaded, because that would run code ({code[1]}). A checkpoint may contain"
+                " only tensors and plain values."
             ) from error
 
 
@@ -63,7 +65,7 @@ def read_safetensors(path: Path, option: str) -> dict[str, torch.Tensor]:
 
 
 def check_names(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raise a ValueError that lists every missing weight, unexpected weight and weight of a wrong shape."""
+    """Raise a ValueError that lists all missing weights, unexpected weights and weights of a wrong shape."""
     lists = {
         "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
         "unexpected": [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected],
@@ -84,16 +86,16 @@ def read_values(
     """Read weights, rename them and check that all values are finite.
 
     The weights are read in the order of the file, `TENSORS_PER_MAPPING` at a time. With a `dtype`, each mapping is
-    freed after its weights are cast; otherwise the pages of the whole file would stay in memory next to the result.
+    freed after its weights are cast, so that the pages of the whole file do not stay in memory next to the result.
 
     Args:
-        reopen: maps the file and returns all its weights.
-        names: name in the file -> name in the result. Other weights are ignored.
-        dtype: type of the result; None: as stored.
+        reopen: a function that maps the file and returns all its weights.
+        names: maps names in the file to names in the result. Other weights are ignored.
+        dtype: type of the result; None keeps the stored type.
         where: option and path, for the progress bar and errors.
 
     Raises:
-        ValueError: a weight is NaN, infinite or not a float.
+        ValueError: if a weight is NaN, infinite or not a float.
     """
     weights, broken, order = {}, [], [name for name in reopen() if name in names]
     with tqdm(total=len(order), desc=f"Reading {Path(where.split()[-1]).name}", unit="tensor") as bar:
@@ -101,7 +103,7 @@ def read_values(
             stored = reopen()
             for name in order[start : start + TENSORS_PER_MAPPING]:
                 tensor = stored[name]
-                # contiguous() copies only weights that were saved from a channels_last model
+                # contiguous() copies only weights saved from a channels_last model
                 weights[names[name]] = cast = tensor.to(dtype or tensor.dtype).contiguous()
                 if not is_finite(tensor):
                     broken.append(f"{names[name]} ({tensor.dtype})")

@@ -3,8 +3,8 @@
     pip install ".[app]"
     python examples/app.py --model path/to/model
 
-It shows the output image, the masks or joints, and an overlay, and offers the data as files. Several users can ask at
-once; their questions are answered one after another. The server listens on localhost only.
+It shows the output image, the masks or joints, and an overlay, and offers the data as files. Several users can use it
+at once; the model processes one request after the other. The server listens on localhost only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from instructdiffusion_pipeline.tasks.restoration import Degradation, add_noise
 try:
     import gradio as gr
 except ModuleNotFoundError:
-    gr = None  # --help works without it
+    gr = None  # because --help works without gradio
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 DRAWINGS = Path(__file__).parent / "demo"
@@ -64,11 +64,11 @@ def main() -> None:
     if gr is None:
         sys.exit('error: gradio is not installed; `pip install ".[app]"` installs it.')
     build(load_pipeline(args.model)).launch(prevent_thread_lock=True)
-    threading.Event().wait()  # until Ctrl-C
+    threading.Event().wait()  # run until Ctrl-C
 
 
 def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
-    """The page. Each tab is an endpoint of the page's API, named after its task family."""
+    """Build the page. Each tab is an endpoint of the page's API, named after its task family."""
     model, pictures = Model(pipe), example_pictures()
     downloads = tempfile.TemporaryDirectory()  # deleted when the server ends
     with gr.Blocks(title="InstructDiffusion", analytics_enabled=False) as page:
@@ -76,7 +76,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
-                    pictures["sunflower"], type="pil", image_mode=None, format="png", label="picture", height=300
+                    pictures["sunflower"], type="pil", image_mode=None, format="png", label="image", height=300
                 )
                 picture.upload(check_picture, picture, picture, preprocess=False, api_visibility="private")
                 tabs = gr.Tabs()
@@ -108,7 +108,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
                         [instruction, answer, overlay, data, files],
                         api_name=family,
                         show_progress_on=answer,
-                        concurrency_id="model",  # a pipeline's scheduler serves one call at a time
+                        concurrency_id="model",  # the scheduler of a pipeline can run only one call at a time
                     )
                     cancel.click(model.canceller(family), cancels=running, queue=False, api_visibility="private")
                     gr.Examples(tab.examples, [picture, asked], label="examples")
@@ -116,7 +116,7 @@ def build(pipe: InstructDiffusionPipeline) -> gr.Blocks:
 
 
 def check_picture(upload: dict[str, Any]) -> Any:
-    """Remove an uploaded file that is no image, and say so; gradio would only say "Error" after Run."""
+    """Remove an uploaded file that is not an image, with a message; otherwise gradio would show "Error" after Run."""
     try:
         open_image("picture", Path(upload["path"]))
     except UsageError:
@@ -126,11 +126,11 @@ def check_picture(upload: dict[str, Any]) -> Any:
 
 
 class Cancelled(Exception):
-    """The user cancelled the question."""
+    """Raised if the user has canceled the request."""
 
 
 class Model:
-    """A pipeline that answers one question at a time. A question that is cancelled stops after the current step."""
+    """A pipeline that processes one request at a time. A canceled request stops after the current step."""
 
     def __init__(self, pipe: InstructDiffusionPipeline):
         self.pipe = pipe
@@ -138,14 +138,14 @@ class Model:
         self.cancelled: dict[tuple[str | None, str], threading.Event] = {}  # by session and task family
 
     def ask(self, session: str | None, picture: Image.Image, task: Task, **settings: Any) -> Answer:
-        """`ask` for a user. Raises `Cancelled`."""
+        """Call `ask` for a user. Raises `Cancelled`."""
         cancelled = self.cancelled[session, task.family] = threading.Event()
 
         def stop_if_cancelled(*_: Any) -> None:
             if cancelled.is_set():
                 raise Cancelled
 
-        with self.lock:  # gradio starts the next question while a cancelled one is in its last step
+        with self.lock:  # gradio starts the next request while a canceled one is in its last step
             stop_if_cancelled()
             return ask(self.pipe, picture, task, callback_on_step_end=stop_if_cancelled, **settings)
 
@@ -160,7 +160,7 @@ class Model:
 
 
 def example_pictures() -> dict[str, Image.Image]:
-    """The photographs of demo.py: with a sunflower, with a figure, with noise, and one of a cup of coffee."""
+    """The photographs of demo.py: with a sunflower, with a figure, with noise, and of a cup of coffee."""
     from skimage import data
 
     def photograph(pixels: np.ndarray) -> Image.Image:
@@ -175,12 +175,12 @@ def example_pictures() -> dict[str, Image.Image]:
 
 
 class Tab(NamedTuple):
-    """What a tab asks."""
+    """A tab of the page."""
 
     task: type[Task]
-    make_task: Callable[[Image.Image, Any], Task]  # from the image and the user's input
-    component: Callable[[], gr.components.Component]  # for the user's input
-    examples: list[list[Any]]  # images with an input
+    make_task: Callable[[Image.Image, Any], Task]  # makes a task from the image and the user's input
+    component: Callable[[], gr.components.Component]  # makes the component for the user's input
+    examples: list[list[Any]]  # pairs of an image and an input
 
 
 def tabs_of(pictures: Mapping[str, Image.Image]) -> list[Tab]:
@@ -249,7 +249,7 @@ def answer_with(
         except ValueError as error:
             raise gr.Error(str(error)) from error
         if result.nsfw_content_detected:
-            raise gr.Error("The safety checker flagged the output image and replaced it by a black image.")
+            raise gr.Error("The safety checker flagged the output image and replaced it with a black image.")
         files = write_files(Path(tempfile.mkdtemp(dir=downloads.name)), result.data)
         return task.instruction(), result.picture, result.overlay, as_json(result.data), files
 
@@ -257,7 +257,7 @@ def answer_with(
 
 
 def write_files(folder: Path, data: Image.Image | Mapping[str, Mask | Joint | None]) -> list[str]:
-    """Write an image as answer.png; joints as answer.json; masks as answer.json and, in its order, mask-1.png ..."""
+    """Write an image as answer.png, joints as answer.json, or masks as answer.json and mask-1.png ..."""
     if isinstance(data, Image.Image):
         data.save(folder / "answer.png")
     else:

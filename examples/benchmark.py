@@ -8,9 +8,9 @@ Training has three rows: diffusers' recipe; `train` on images; `train` on cached
 same model, images, batch size, precision and optimizer.
 
 Inference has three rows, eager and with the UNet's transformer blocks compiled: diffusers' pipeline; ours with the
-three branches of guidance; ours with the two branches that keypoints need. All share their weights and use the same
-number of denoising steps. One more call of each row is split into UNet, VAE and the rest. The matmul peak is measured
-with products of large matrices.
+three branches of guidance; ours with the two branches that keypoints need. All have the same weights and the same
+number of denoising steps. In one more call of each row, the times of UNet, VAE and the rest are measured. The matmul
+peak is measured with products of large matrices.
 
 The rows run alternately for several rounds. Each ratio is computed within one round, so that other load on the machine
 affects both measurements. On a GPU, wall time is measured, in bfloat16; on a CPU, processor time of this process, in
@@ -83,13 +83,13 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="for inference (default: the GPU if there is one)")
     parser.add_argument(
-        "--size", type=integer(8), help="side of the pictures, in pixels (default: 64 for tiny, 128 otherwise)"
+        "--size", type=integer(8), help="side of the images, in pixels (default: 64 for tiny, 128 otherwise)"
     )
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="NAME=FOLDER",
-        help=f"data sets to train on instead of noise; NAME is one of {', '.join(DATASETS)}",
+        help=f"datasets to train on instead of noise; NAME is one of {', '.join(DATASETS)}",
     )
     parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update or call (default: 8)")
     parser.add_argument("--lora_rank", type=integer(1), help="train LoRA layers of this rank (default: all weights)")
@@ -201,7 +201,7 @@ def compare_inference(
     compiled: bool = False,
     backend: str = "inductor",
 ) -> Iterator[list[dict[str, Any]]]:
-    """Time calls with images of `size` x `size` pixels. Yields the three rows of each batch size.
+    """Time calls with images of `size` x `size` pixels. Yields the three rows for each batch size.
 
     Ratios refer to diffusers' pipeline with the same batch size.
 
@@ -226,7 +226,7 @@ def compare_inference(
         matmul_peak(device, pipeline.dtype),
     )
     if compiled:
-        # Blocks of the same width share one compilation, which serves all batch sizes.
+        # Blocks of the same width have one compilation for all batch sizes.
         pipeline.unet.compile_repeated_blocks(backend=backend, dynamic=True)
     for count in batch_sizes:
         about = {"batch_size": count, "compiled": compiled, "samples_per_second": [], "peak_memory_gb": 0.0}
@@ -243,7 +243,7 @@ def compare_inference(
                 seconds, peak = timed_call(call, pipeline.device)
                 row["samples_per_second"].append(count / seconds)
                 row["peak_memory_gb"] = max(row["peak_memory_gb"], peak / 1e9)
-            turn_about.reverse()  # so that no row always runs first
+            turn_about.reverse()  # so that no row is always the first
         for row, call in zip(rows, calls, strict=True):
             row["ratios"] = ratios(row, rows[0])
             row |= component_seconds(pipeline, call)
@@ -304,9 +304,9 @@ def table(report: dict[str, Any]) -> str:
     columns = ["", "samples per second", "ratio to diffusers", "peak memory, GB"]
     inference = "unet_call_seconds" in report["rows"][0]
     columns += (
-        ["seconds per UNet call", "seconds outside UNet and VAE", "share of matmul peak"]
+        ["seconds per UNet call", "seconds outside UNet and VAE", "fraction of matmul peak"]
         if inference
-        else ["share of bf16 peak"]
+        else ["fraction of bf16 peak"]
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
@@ -329,7 +329,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-    """What was measured, for the table and the plot."""
+    """The name of a row in the table and the plot."""
     if "batch_size" not in row:
         return row["name"]
     return f"{row['name']}, batch {row['batch_size']}, {'compiled' if row['compiled'] else 'eager'}"
@@ -382,7 +382,7 @@ def train_recipe(pipeline: InstructDiffusionPipeline, samples: ImageDataset, con
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
     lr_scheduler = get_scheduler(config.lr_scheduler, optimizer)
-    endless = range(config.max_train_steps * config.batch_size)  # no pause between epochs, as in `train`
+    endless = range(config.max_train_steps * config.batch_size)  # without pauses between epochs, as in `train`
     loader = DataLoader(
         samples,
         config.batch_size,
@@ -467,7 +467,7 @@ class Timed(Exception):
 def timed(turn: Callable[[], Any], updates: int, device: torch.device) -> tuple[float, int]:
     """Seconds of `updates` updates of `turn` after a warm-up, and the peak memory in bytes.
 
-    On a GPU, memory that was allocated before, such as that of the model that `turn` copies, is left out.
+    On a GPU, memory that was allocated before, such as that of the model that `turn` copies, is not counted.
     """
     first, made, stamps = 1 + updates // 3, 0, []
 
@@ -504,7 +504,7 @@ def timed_call(call: Callable[[], Any], device: torch.device) -> tuple[float, in
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: wall time once a GPU has finished its work, otherwise processor time of this process."""
+    """Seconds: wall time after a GPU has finished its work, or without a GPU processor time of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -601,7 +601,7 @@ def build(model: str) -> InstructDiffusionPipeline:
 
 
 def copy_of(pipeline: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
-    """A copy of the model for one measurement, which trains, moves and casts it."""
+    """A copy of the model for a measurement that trains, moves and casts it."""
     return type(pipeline)(**copy.deepcopy(pipeline.components))
 
 

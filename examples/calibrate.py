@@ -1,4 +1,4 @@
-"""Calibrate the scores of a model's masks and joints, so that 80 % of the answers with a score of 0.8 are right.
+"""Calibrate the scores of a model's masks and joints, so that 80 % of those with a score of 0.8 are right.
 
     python examples/calibrate.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
         --output_dir out/calibration
@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; model_index.json is changed")
     add_data_argument(parser, MASKS_OR_JOINTS)
     parser.add_argument(
-        "--samples", type=integer(1), default=1000, help="training samples per data set (default: %(default)s)"
+        "--samples", type=integer(1), default=1000, help="training samples per dataset (default: %(default)s)"
     )
     parser.add_argument(
-        "--test_samples", type=integer(1), default=500, help="test samples per data set (default: %(default)s)"
+        "--test_samples", type=integer(1), default=500, help="test samples per dataset (default: %(default)s)"
     )
-    parser.add_argument("--test_split", help="split for reliability.md (default: that of each data set)")
+    parser.add_argument("--test_split", help="split for reliability.md (default: that of each dataset)")
     parser.add_argument(
         "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
     )
@@ -45,7 +45,7 @@ def main() -> None:
     for entry in args.data:
         if (name := entry.partition("=")[0]) in DATASETS and name not in MASKS_OR_JOINTS:
             raise UsageError(
-                f"--data {name}: scores are for data sets of masks or joints: {', '.join(MASKS_OR_JOINTS)}."
+                f"--data {name}: there are scores for datasets of masks or joints only: {', '.join(MASKS_OR_JOINTS)}."
             )
 
     pipeline = load_pipeline(args.model)

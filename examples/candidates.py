@@ -1,4 +1,4 @@
-"""Make candidates for the alignment stage: many output images per sample, from which people pick the best.
+"""Make candidates for the alignment stage: many output images per sample, from which people select the best.
 
     python examples/candidates.py --model out/run/model --data table=my-pictures --samples 1000 --output out/candidates
 
@@ -32,7 +32,7 @@ def main() -> None:
         action="append",
         required=True,
         metavar="NAME=FOLDER",
-        help=f"data set with pictures and instructions; may be repeated; NAME is one of {', '.join(DATASETS)}",
+        help=f"dataset with images and instructions; may be repeated; NAME is one of {', '.join(DATASETS)}",
     )
     parser.add_argument("--samples", type=integer(1), default=1000, help="number of samples (default: 1000)")
     parser.add_argument(
@@ -48,7 +48,7 @@ def main() -> None:
             type=finite,
             nargs="+",
             default=scales,
-            help=f"{what}; all combinations of both options are run (default: {' '.join(map(str, scales))})",
+            help=f"{what}; all combinations of the two options are run (default: {' '.join(map(str, scales))})",
         )
     parser.add_argument("--steps", type=integer(1), default=100, help="number of denoising steps (default: 100)")
     parser.add_argument("--batch_size", type=integer(1), default=4, help="samples per pipeline call (default: 4)")

@@ -39,7 +39,7 @@ def main() -> None:
     pipe = load_pipeline(TINY_MODEL)
     sunflower = with_overlay(square(data.chelsea(), SIDE), "sunflower", (10, 10))
     figure = with_overlay(square(data.rocket(), SIDE), "figure", (0, 0))
-    # Noise is added at the working size of the model; resizing afterwards would remove it.
+    # Noise is added at the working size of the model, because resizing would remove it.
     noisy = add_noise(square(data.astronaut(), pipe.default_resolution), NOISE_SIGMA, np.random.default_rng(0))
     questions: list[tuple[Image.Image, Task]] = [
         (figure, Keypoints({"left wrist": "red", "right wrist": "blue", "left knee": "yellow"})),
@@ -58,19 +58,19 @@ def main() -> None:
 
 
 def square(pixels: np.ndarray, side: int) -> Image.Image:
-    """The middle square of a photograph, resized to `side` pixels."""
+    """The center square of a photograph, resized to `side` pixels."""
     return ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
 
 
 def with_overlay(image: Image.Image, name: str, place: tuple[int, int]) -> Image.Image:
-    """The image with one of the `OVERLAYS` on it, whose top left corner is at `place`."""
+    """The image with one of the `OVERLAYS` pasted onto it, with its top left corner at `place`."""
     image, overlay = image.copy(), Image.open(OVERLAYS / f"{name}.png").convert("RGBA")
     image.paste(overlay, place, overlay)
     return image
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """The image with its pixels shown as squares."""
+    """Enlarge an image without interpolation."""
     return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         "--model", default=TINY_MODEL, help="folder or Hub id (default: examples/instructdiffusion-tiny)"
     )
     parser.add_argument("--output", type=Path, default=Path("edited.png"), help="output file (default: edited.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist; never the input")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files, but never the input")
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0, help="seed of the noise (default: 0)")
     own = "(default: the model's `task_settings`)"
     parser.add_argument("--steps", type=integer(1), help=f"number of denoising steps {own}")
@@ -52,7 +52,7 @@ def main() -> None:
 
     # Check all arguments before the model is loaded.
     if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
-        parser.error(f"--output: must have an image file extension such as .png, but is {args.output}")
+        parser.error(f"--output: must have an image file extension such as .png; got {args.output}")
     image = open_image("--image", args.image)
     side_by_side = args.output.with_stem(args.output.stem + "-side-by-side")
     for path in (args.output, side_by_side):

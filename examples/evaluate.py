@@ -4,7 +4,7 @@
     python examples/evaluate.py --tables paper --root /data --samples 500 --output out/paper
 
 The second command scores every dataset of the paper that is in /data, and writes the paper's tables with the paper's
-figures beside the scores. An interrupted run is resumed when the same command is started again. docs/datasets.md
+figures next to the scores. An interrupted run is resumed when the same command is started again. docs/datasets.md
 describes the layouts.
 """
 
@@ -30,16 +30,16 @@ def main() -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     add_data_argument(what, TESTABLE, required=False)
-    what.add_argument("--tables", choices=["paper"], help="score the data sets of the paper's tables, in --root")
+    what.add_argument("--tables", choices=["paper"], help="score the datasets of the paper's tables, in --root")
     parser.add_argument(
         "--root", type=Path, help=f"folder with the folders {', '.join(PAPER_FOLDERS)}, or some of them"
     )
-    parser.add_argument("--split", help="split of all data sets (default: the validation or test split of each)")
-    parser.add_argument("--image_column", help="column of a table with the input pictures")
+    parser.add_argument("--split", help="split of all datasets (default: the validation or test split of each)")
+    parser.add_argument("--image_column", help="column of a table with the input images")
     parser.add_argument("--instruction_column", help="column of a table with the instructions")
-    parser.add_argument("--target_column", help="column of a table with the edited pictures")
+    parser.add_argument("--target_column", help="column of a table with the edited images")
     parser.add_argument(
-        "--samples", type=integer(1), default=500, help="number of samples per data set (default: %(default)s)"
+        "--samples", type=integer(1), default=500, help="number of samples per dataset (default: %(default)s)"
     )
     parser.add_argument(
         "--steps", type=integer(1), help="number of denoising steps (default: the model's `task_settings`)"
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
     parser.add_argument("--resolution", type=integer(16), help="in pixels (default: the model's resolution)")
-    parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited pictures")
+    parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited images")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="output folder (default: %(default)s)")
     args = parser.parse_args()
     options = {"image": args.image_column, "instruction": args.instruction_column, "edited": args.target_column}
@@ -77,7 +77,7 @@ def main() -> None:
     except ValueError as error:
         raise UsageError(error) from error
     if args.clip and not any(source.make_task == Editing.from_annotation for source in sources):
-        raise UsageError("--clip: has an effect on editing only; --data has no data set of edits.")
+        raise UsageError("--clip: has an effect on editing only; --data has no dataset of edits.")
     with reading(f"--clip: no CLIP model could be loaded from {args.clip}"):
         clip = ClipSimilarity(args.clip, pipeline.device) if args.clip else None
     for source in sources:

@@ -1,4 +1,4 @@
-"""Run a model for one task on many images, and write the results as files.
+"""Run a model for one task on many images, and write the results to files.
 
     python examples/predict.py --task segmentation --objects "sunflower, dog" --images photos --output out
     python examples/predict.py --task keypoints --joints "left wrist, nose" --images photos --output out
@@ -95,7 +95,7 @@ def main() -> None:
     settings = {} if args.steps is None else {"num_inference_steps": args.steps}
 
     open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
-    with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="pictures") as bar:
+    with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="images") as bar:
         for batch in batches(pipe, open_paths, args.batch_size, bar):
             tasks = [make_tasks(args.task, question, image) for image in batch.values()]
             answers = [
@@ -104,7 +104,7 @@ def main() -> None:
                     list(batch.values()),
                     column,
                     slices=args.slices,
-                    # The noise depends on the image, and not on its batch.
+                    # The noise depends on the image, not on its batch.
                     generator=[seeded(args.seed, numbers[path]) for path in batch],
                     **settings,
                 )
@@ -121,10 +121,10 @@ def main() -> None:
     flagged = [path for path, record in done.items() if record.get("nsfw_content_detected")]
     for path in flagged:
         del done[path]
-        print(f"skipped: the safety checker replaced the answer for {path}")
+        print(f"skipped: the safety checker replaced the output for {path}")
     if args.task in ("segmentation", "keypoints"):
         write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done), indent=1) + "\n")
-    print(f"{len(done)} of {len(paths)} pictures answered: {args.output}")
+    print(f"{len(done)} of {len(paths)} images processed: {args.output}")
 
 
 def check_question(args: argparse.Namespace) -> Any:
@@ -143,18 +143,18 @@ def check_question(args: argparse.Namespace) -> Any:
     names = split_names(value)
     limit = len(MASK_COLORS) if wanted == "objects" else 100
     if not 0 < len(set(names)) == len(names) <= limit:
-        raise UsageError(f"--{wanted} must be one to {limit} different names, but is {value!r}.")
+        raise UsageError(f"--{wanted} must be one to {limit} different names; got {value!r}.")
     return names
 
 
 def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
-    """The image files among `entries` and directly in folders among them, each once."""
+    """The image files among `entries` and directly in the folders among `entries`, each once."""
     found: dict[Path, None] = {}
     for entry in entries:
         if entry.is_dir():
             inside = sorted(path for path in entry.iterdir() if path.suffix.lower() in SUFFIXES)
             if not inside:
-                raise UsageError(f"--images: the folder {entry} has no pictures ({', '.join(sorted(SUFFIXES))}).")
+                raise UsageError(f"--images: the folder {entry} has no images ({', '.join(sorted(SUFFIXES))}).")
             found |= dict.fromkeys(inside)
         elif entry.is_file():
             found[entry] = None
@@ -164,7 +164,7 @@ def find_pictures(entries: Iterable[Path]) -> Iterator[Path]:
 
 
 def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The name of each image's output files: its stem, with its number where several have the same."""
+    """The name for the output files of each image: its stem, and its number if several images have the same stem."""
     counts = Counter(path.stem for path in paths)
     names = {path: path.stem for path in paths if counts[path.stem] == 1}
     taken = set(names.values())
@@ -207,7 +207,7 @@ def batches(
             bar.update()
             continue
         waiting[size][path] = image
-        # With many different sizes, incomplete batches are used, so that few images are kept in memory.
+        # If there are many different sizes, incomplete batches are returned, so that few images are in memory.
         if len(waiting[size]) == batch_size or sum(map(len, waiting.values())) == 4 * batch_size:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
     yield from waiting.values()
@@ -223,14 +223,14 @@ def make_tasks(task: str, question: Any, image: Image.Image) -> list[Task]:
 
 
 def seeded(seed: int, number: int) -> torch.Generator:
-    """A generator for one image of a run."""
+    """The random generator for an image of a run."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
 
 
 def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
     """Write the result images of one input image, and return its record for coco.json.
 
-    If the safety checker replaced an answer, no images are written.
+    If the safety checker has replaced an output, no images are written.
     """
     (answer, *_) = answers
     record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}

@@ -2,7 +2,7 @@
 
     python examples/push_to_hub.py --model path/to/model --repo_id you/your-model
 
-Log in first (`hf auth login`), or set HF_TOKEN. The model then loads wherever diffusers is installed:
+Log in first (`hf auth login`), or set HF_TOKEN. The model can then be loaded with diffusers alone:
 
     DiffusionPipeline.from_pretrained("you/your-model", trust_remote_code=True)
 """

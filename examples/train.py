@@ -74,17 +74,17 @@ class FirstSamples:
 
 
 def option(help: str, action: str = "store", **others: Any) -> Any:
-    """Dataclass field for a command-line option; `others` are arguments of `field`."""
+    """A dataclass field for a command-line option; `others` are arguments of `field`."""
     return field(metadata={"help": help, "action": action}, **others)
 
 
 @dataclass
 class Options:
-    """The model that a run starts from, its data, and where it writes."""
+    """The initial model of a run, its data, and its output."""
 
     init: str = option("folder or Hub id of InstructDiffusion or Stable Diffusion 1.5, or an original checkpoint")
     data: list[str] = option(
-        f"data sets as NAME=FOLDER, one or several. NAME is one of {', '.join(DATASETS)}", action="extend"
+        f"datasets as NAME=FOLDER, one or several. NAME is one of {', '.join(DATASETS)}", action="extend"
     )
     output_dir: Path = option("folder for checkpoints, validation images, logs, and the trained model (in model/)")
     recipe: str = option(f"default settings for a stage of the paper: {', '.join(RECIPES)}", default="multitask")
@@ -92,17 +92,17 @@ class Options:
         "side of the training images in pixels (default: 256, or the model's resolution if it is smaller)",
         default=None,
     )
-    image_column: str = option("column of the input pictures in every table", default="original_image")
+    image_column: str = option("column of the input images in every table", default="original_image")
     instruction_column: str = option("column of the instructions in every table", default="edit_prompt")
-    target_column: str = option("column of the edited pictures in every table", default="edited_image")
+    target_column: str = option("column of the edited images in every table", default="edited_image")
     split: str = option("split of every table in --data", default="train")
     revision: str | None = option("branch, tag or commit of tables on the Hub", default=None)
     random_flip: bool = option(
         "flip half of the samples of tables; not for instructions that say left or right", default=False
     )
-    max_train_samples: int | None = option("use only the first N samples of every data set", default=None)
+    max_train_samples: int | None = option("use only the first N samples of every dataset", default=None)
     validation_data: list[str] = option(
-        "data sets as in --data, for the validation loss and images: the test split of published data sets, and"
+        "datasets as in --data, for the validation loss and images: the test split of published datasets, and"
         " --validation_split of tables. Without it the images are of training samples",
         "extend",
         default_factory=list,
@@ -159,7 +159,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         raise UsageError(f"--init: there is no file or folder {options.init}.")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if options.push_to and state.is_main_process:
-        create_repo(options.push_to, exist_ok=True)  # fail before training if the repository cannot be created
+        create_repo(options.push_to, exist_ok=True)  # now, so that an error is raised before training
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
     with reading(f"--init: no pipeline could be loaded from {start}") if Path(start).exists() else nullcontext():
@@ -209,7 +209,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         pipeline.load_lora_weights(options.output_dir / "lora")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    # Atomic, so that a run that is killed here can be resumed.
+    # Written atomically, so that a run killed here can be resumed.
     with atomic_write(model) as partial:
         export(pipeline, partial)
         describe(partial, options, config, about)
@@ -225,12 +225,12 @@ def run(options: Options, config: TrainingConfig) -> None:
 
 
 def train_split(key: str, options: Options) -> str:
-    """The split of a dataset that is trained on."""
+    """The split of a dataset for training."""
     return options.split if key == "table" else DATASETS[key].train_split
 
 
 def validation_split(key: str, options: Options) -> str:
-    """The split of a dataset that the run is validated on."""
+    """The split of a dataset for validation."""
     spec = DATASETS[key]
     return options.validation_split if key == "table" else spec.test_split or spec.train_split
 
@@ -246,7 +246,7 @@ def table_options(options: Options, split: str) -> dict[str, str]:
 
 
 def training_sources(options: Options, size: int) -> list[tuple[Source, float]]:
-    """The sources of --data with their weights, images `size` pixels square."""
+    """The sources of --data, with images of `size` x `size` pixels, and their weights."""
     sources = []
     loaded = load_sources(options.data, size, table_options(options, options.split))
     for entry, (source, weight) in zip(parse_entries(options.data), loaded, strict=True):
@@ -259,7 +259,7 @@ def training_sources(options: Options, size: int) -> list[tuple[Source, float]]:
 
 
 def validation_sources(options: Options, size: int) -> list[tuple[Source, float]]:
-    """The sources of --validation_data with their weights, cropped as those of --data."""
+    """The sources of --validation_data, cropped like those of --data, and their weights."""
     sources = []
     for entry in parse_entries(options.validation_data):
         spec = replace(DATASETS[entry.key], train_split=validation_split(entry.key, options))
@@ -292,7 +292,7 @@ Trained from `{start}` with `examples/train.py`.
     if pictures.is_file():
         shutil.copyfile(pictures, folder / "validation.png")
         kind = "held-out" if options.validation_data else "training"
-        text += f"\nInput, answer and target of {kind} samples:\n\n![Validation pictures](validation.png)\n"
+        text += f"\nInput, output and target of {kind} samples:\n\n![Validation images](validation.png)\n"
     card.text += text
     card.save(folder / "README.md")
 
@@ -304,12 +304,12 @@ def summary(
     processes: int,
     cached: int | None,
 ) -> str:
-    """A table of the sources with their samples, weights and shares, and the number of epochs."""
+    """A table of the sources with their samples, weights and fractions, and the number of epochs."""
     width = max(6, *(len(source.name) for source, _ in sources))
-    lines = [f"{'source':{width}}     samples    weight    share"]
+    lines = [f"{'source':{width}}     samples    weight fraction"]
     for (source, weight), count in zip(sources, mixture.counts, strict=True):
-        share = count / len(mixture)
-        lines.append(f"{source.name:{width}}{len(source.dataset):12,}{weight:10.3g}{share:9.1%}")
+        fraction = count / len(mixture)
+        lines.append(f"{source.name:{width}}{len(source.dataset):12,}{weight:10.3g}{fraction:9.1%}")
     per_update = config.batch_size * config.gradient_accumulation_steps * processes
     epoch = cached or len(mixture)
     lines.append(

@@ -32,16 +32,16 @@ def main() -> None:
         "--samples",
         type=integer(1),
         default=2000,
-        help="number of training samples per data set (default: %(default)s)",
+        help="number of training samples per dataset (default: %(default)s)",
     )
     parser.add_argument(
         "--test_samples",
         type=integer(1),
         default=200,
-        help="number of test samples per data set, for the table (default: %(default)s)",
+        help="number of test samples per dataset, for the table (default: %(default)s)",
     )
     parser.add_argument(
-        "--test_split", help="split for the table (default: the validation or test split of each data set)"
+        "--test_split", help="split for the table (default: the validation or test split of each dataset)"
     )
     parser.add_argument(
         "--size",
@@ -67,7 +67,7 @@ def main() -> None:
     for entry in args.data:
         if (name := entry.partition("=")[0]) in DATASETS and name not in MASKS_OR_JOINTS:
             raise UsageError(
-                f"--data {name}: a readout is for data sets of masks or joints: {', '.join(MASKS_OR_JOINTS)}."
+                f"--data {name}: a readout is for datasets of masks or joints: {', '.join(MASKS_OR_JOINTS)}."
             )
 
     pipeline = load_pipeline(args.model)

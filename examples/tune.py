@@ -5,11 +5,11 @@
 
 First the guidance scales are compared, with the model's own number of steps; then the numbers of denoising steps and
 the schedulers, with the best scales. The settings with the best score are compared with the model's own on images that
-were not used for the choice. If they are at least as good there, --output_model gets a copy of the model in which they
-are the default settings of the task (`task_settings`). A scheduler is used for all tasks of a model.
+were not used for the choice. If their score is at least as good, a copy of the model in which they are the default
+settings of the task (`task_settings`) is written to --output_model. The scheduler is used for all tasks of a model.
 
-OUTPUT/table.md and OUTPUT/scores.png have all scores and the seconds that an answer takes. An interrupted run is
-resumed when it is started again. Needs `pip install ".[eval]"`.
+OUTPUT/table.md and OUTPUT/scores.png have all scores and the seconds per output. An interrupted run is resumed when it
+is started again. Needs `pip install ".[eval]"`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ SCALES = "guidance_scale", "image_guidance_scale"
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried, with their score (higher is better) and the seconds of an answer in a batch."""
+    """Settings that were tried, with their score (higher is better) and the seconds per output in a batch."""
 
     scheduler: str
     settings: Mapping[str, Any]
@@ -83,7 +83,7 @@ def main() -> None:
         "--samples",
         type=integer(2),
         default=100,
-        help="number of samples per data set; the settings are chosen on one half (default: %(default)s)",
+        help="number of samples per dataset; the settings are chosen on one half (default: %(default)s)",
     )
     parser.add_argument("--guidance_scale", type=finite, nargs="+", default=[1.0, 3.0, 5.0, 7.5], help="to compare")
     parser.add_argument("--image_guidance_scale", type=finite, nargs="+", default=[0.5, 1.0, 1.5], help="to compare")
@@ -95,7 +95,7 @@ def main() -> None:
         "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for scores and answers")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores and outputs")
     parser.add_argument("--output_model", type=Path, help="new folder for the model with the settings")
     args = parser.parse_args()
     check_model_folder(args.model)
@@ -114,12 +114,12 @@ def main() -> None:
     rng, examples = random.Random(args.seed), []
     for source in sources:
         found = examples_from(source, args.samples, args.seed)
-        # In random order, because the images of a dataset can alternate between kinds.
+        # In random order, because different kinds of images can alternate in a dataset.
         examples += rng.sample(found, len(found))
     tasks = {source.name: first_task(source) for source in sources}
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
-        raise UsageError(f"--data: must be data sets of one task; got {families}.")
+        raise UsageError(f"--data: must be datasets of one task; got {families}.")
     search = Search(pipeline, next(iter(tasks.values())), args.output, args.batch_size, args.seed)
 
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
@@ -129,7 +129,7 @@ def main() -> None:
     chosen = best(trials)
     for scheduler, steps in itertools.product([search.scheduler, *args.scheduler], args.steps):
         trials.append(search.run(choice, {**chosen.settings, "num_inference_steps": steps}, scheduler))
-    trials = list({trial.name: trial for trial in trials}.values())  # the model's own settings can be there twice
+    trials = list({trial.name: trial for trial in trials}.values())  # the model's own settings can be listed twice
     chosen = best(trials)
     before, after = search.run(held_out, search.own), search.run(held_out, chosen.settings, chosen.scheduler)
     text = report(trials, before, after)
@@ -137,14 +137,14 @@ def main() -> None:
     plot(trials, args.output / "scores.png")
     print(text)
     if after.score < before.score:
-        print("The model's own settings are better on the held-out images. They remain.")
+        print("The model's own settings are better on the held-out images and are kept.")
     elif args.output_model:
         save(args.model, args.output_model, search, chosen)
         print(f"{args.output_model} has the settings of {chosen.name} for {search.family}.")
 
 
 class Search:
-    """Scores settings of the family of `task` with `evaluate`; `own` are those that `ask` uses."""
+    """Scores settings of the family of `task` with `evaluate`; `own` are the settings that `ask` uses."""
 
     def __init__(self, pipeline: InstructDiffusionPipeline, task: Task, folder: Path, batch_size: int, seed: int):
         self.pipeline, self.family, self.folder = pipeline, task.family, folder
@@ -153,7 +153,7 @@ class Search:
         self.scheduler, self.scheduler_config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
 
     def run(self, images: Images, settings: Mapping[str, Any], scheduler: str = "") -> Trial:
-        """The mean of the first metric of each row. Settings that were scored before are not scored again."""
+        """The mean of the first metric of each row. Settings are not scored twice."""
         scheduler = scheduler or self.scheduler
         self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(self.scheduler_config)
         values = "-".join(f"{settings[name]:g}" for name in ("num_inference_steps", *SCALES))
@@ -177,12 +177,12 @@ class Search:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest score; of equal ones the fastest."""
+    """The trial with the highest score, or the fastest of several with the same score."""
     return max(trials, key=lambda trial: (trial.score, -trial.seconds))
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other one beats in score and seconds, from the fastest to the best."""
+    """The trials for which no other is better in both score and seconds, from the fastest to the best."""
     return sorted(
         (trial for trial in trials if best([each for each in trials if each.seconds <= trial.seconds]) is trial),
         key=lambda trial: trial.seconds,
@@ -190,22 +190,22 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def report(trials: Sequence[Trial], before: Trial, after: Trial) -> str:
-    """All trials as a Markdown table, those of the front in bold, and the scores on held-out images."""
+    """All trials as a Markdown table, with those of the front in bold, and the scores on held-out images."""
     bold = {id(trial) for trial in front(trials)}
-    lines = ["| settings | score | seconds an answer |", "| --- | --- | --- |"]
+    lines = ["| settings | score | seconds per output |", "| --- | --- | --- |"]
     for trial in trials:
         name = f"**{trial.name}**" if id(trial) in bold else trial.name
         lines.append(f"| {name} | {trial.score:.4f} | {trial.seconds:.3f} |")
     lines += ["", "Bold: no other settings are better and at least as fast.", ""]
     lines += ["On images that were not used for the choice:", ""]
-    lines += ["| settings | score | seconds an answer |", "| --- | --- | --- |"]
+    lines += ["| settings | score | seconds per output |", "| --- | --- | --- |"]
     for label, trial in (("the model's own", before), ("chosen", after)):
         lines.append(f"| {label}: {trial.name} | {trial.score:.4f} | {trial.seconds:.3f} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(trials: Sequence[Trial], path: Path) -> None:
-    """Draw score against seconds, a color for each scheduler, with a line through the front."""
+    """Draw score against seconds, with a color for each scheduler and a line through the front."""
     figure, axes = plt.subplots(figsize=(9, 6))
     line = front(trials)
     axes.plot([trial.seconds for trial in line], [trial.score for trial in line], color="gray", zorder=0)
@@ -216,7 +216,7 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         steps = trial.settings["num_inference_steps"]
         axes.annotate(f"{steps}", (trial.seconds, trial.score), (0, 5), textcoords="offset points", ha="center")
     axes.margins(0.15)
-    axes.set(xlabel="seconds an answer (numbers: denoising steps)", ylabel="score")
+    axes.set(xlabel="seconds per output (numbers: denoising steps)", ylabel="score")
     axes.legend(loc="lower right")
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

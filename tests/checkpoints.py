@@ -1,4 +1,4 @@
-"""Checkpoints of the original for the tests: the golden model in every form in which such files are met."""
+"""Checkpoints of the original code for the tests: the golden model in all forms of such files."""
 
 import gzip
 import io
@@ -20,13 +20,13 @@ OPTIONS: dict[str, Any] = {
 
 
 def base_weights() -> dict[str, torch.Tensor]:
-    """673 entries: the parameters as the original had them, in float32, the schedule and position_ids."""
+    """673 entries: the parameters of the original code in float32, the schedule and position_ids."""
     stored = load_file(MODEL / "tiny-original.safetensors")
     return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in stored.items()}
 
 
 def released_weights() -> dict[str, torch.Tensor]:
-    """The 660 parameters alone."""
+    """Only the 660 parameters."""
     base = base_weights()
     return {
         name: base[name] for name in json.loads(gzip.decompress((MODEL / "tiny-released.keys.json.gz").read_bytes()))
@@ -34,15 +34,15 @@ def released_weights() -> dict[str, torch.Tensor]:
 
 
 def ema_weights() -> dict[str, torch.Tensor]:
-    """The averaged weights of the UNet in float32, with their two counters, under names without dots."""
+    """The averaged weights of the UNet in float32, with their two counters, with names without dots."""
     stored = torch.load(MODEL / "tiny-ema-state-fp16.pth", weights_only=True)["model_ema"]
     return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in stored.items()}
 
 
 def write_training_state(path: Path) -> Path:
-    """A training state as the original wrote it: its very pickle, OmegaConf objects and all, and the weights' bytes.
+    """A training state of the original code: its pickle, with the OmegaConf objects, and the bytes of the weights.
 
-    The pickle refers to the weights by number; kept apart from them it is 24 KB instead of 5 MB.
+    The pickle refers to the weights by number. Stored without them, it has 24 KB instead of 5 MB.
     """
     pickled = gzip.decompress((MODEL / "tiny-ema-state.data.pkl.gz").read_bytes())
     with zipfile.ZipFile(path, "w") as archive:
@@ -60,7 +60,7 @@ def write_ckpt(path: Path, weights: dict[str, Any], **beside: Any) -> Path:
 
 
 def code_that_runs(module: str, name: str) -> bytes:
-    """A checkpoint whose pickle asks for a function by name."""
+    """A checkpoint whose pickle refers to a function by name."""
     archive = io.BytesIO()
     torch.save({"state_dict": {}}, archive)
     with zipfile.ZipFile(archive) as good:

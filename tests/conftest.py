@@ -1,4 +1,4 @@
-"""What the tests share: no network, the golden model, and components small enough to run in a blink."""
+"""Shared fixtures of the tests: no network, the golden model, and small components that run in milliseconds."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline
 
 sys.path.insert(0, str(tiny.ROOT / "conversion"))
 
-# A busy machine takes longer than the 200 ms that an example may take by default.
+# On a busy machine, an example may need more than hypothesis' default of 200 ms.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
@@ -26,14 +26,14 @@ GOLDEN_MODEL = GOLDEN / "model"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Data recorded from the original implementation on a CPU in float32, with a tiny model."""
+    """Data recorded from the original code on a CPU in float32, with a tiny model."""
     return GOLDEN
 
 
 def convert_golden(ema_state: Path | None = None) -> InstructDiffusionPipeline:
     from convert_original_checkpoint import convert
 
-    # Stored in half precision, which holds every weight of it exactly; the original ran in float32.
+    # Stored in half precision, which represents all of its weights exactly; the original code ran in float32.
     pipe = convert(
         GOLDEN_MODEL / "tiny-original.safetensors",
         ema_state=ema_state,
@@ -46,19 +46,19 @@ def convert_golden(ema_state: Path | None = None) -> InstructDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def golden_pipe() -> InstructDiffusionPipeline:
-    """The golden model, converted. Shared, so a test that changes it works on `copy_of(golden_pipe)`."""
+    """The converted golden model. It is shared, so a test that changes it must use `copy_of(golden_pipe)`."""
     return convert_golden()
 
 
 @pytest.fixture(scope="session")
 def golden_ema_pipe() -> InstructDiffusionPipeline:
-    """The same with the averaged weights of a training state laid over it."""
+    """The golden model with the averaged weights of a training state."""
     return convert_golden(GOLDEN_MODEL / "tiny-ema-state-fp16.pth")
 
 
 @pytest.fixture
 def pipe() -> InstructDiffusionPipeline:
-    """A fresh pipeline of random weights that answers a 32 x 32 image in milliseconds."""
+    """A new pipeline with random weights, which processes a 32 x 32 image in milliseconds."""
     return quiet(InstructDiffusionPipeline(**tiny.components()))
 
 

@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface, with the routes that huggingface_hub calls to push and load a model."""
+"""A Hub on the loopback interface, with the routes that huggingface_hub needs to push and load a model."""
 
 import base64
 import hashlib
@@ -17,14 +17,14 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content, of the main branch
+        self.files: dict[str, dict[str, bytes]] = {}  # repository -> path -> content of the main branch
         self.revisions: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, branch or commit) -> files
-        self.messages: list[str] = []  # of the commits
-        self.token: str | None = None  # requests about repositories with another token are answered with status 401
+        self.messages: list[str] = []  # messages of the commits
+        self.token: str | None = None  # requests with another token get the status 401
         self.private: dict[str, bool] = {}
         self.uploads: dict[str, bytes] = {}  # sha256 -> content, uploaded through LFS
         self.requests: list[str] = []
-        self.refused: str | None = None  # requests that start with this are answered with status 403
+        self.refused: str | None = None  # requests that start with this get the status 403
 
     def tree(self, repo: str, revision: str) -> dict[str, bytes] | None:
         return self.files[repo] if revision == "main" else self.revisions.get((repo, revision))
@@ -156,7 +156,7 @@ def _git_oid(data: bytes) -> str:
 
 @contextmanager
 def running_hub() -> Iterator[HubServer]:
-    """Serve on a free port of the loopback interface for the length of a `with` block."""
+    """Serve on a free port of the loopback interface during a `with` block."""
     with HubServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

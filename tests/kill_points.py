@@ -1,4 +1,4 @@
-"""Kill a program at many points, let it go on, and compare: kill_points.py OPERATION COUNT FOLDER.
+"""Kill a program at many points, resume it, and compare its files: kill_points.py OPERATION COUNT FOLDER.
 
 Each run is a forked process. It is killed just before its n-th change of the file system (an audit event of Python),
 and at other audit events if it makes fewer changes than COUNT. Then it is started again and not killed.
@@ -33,7 +33,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, export  # noqa
 from instructdiffusion_pipeline.training import ImageDataset, TrainingConfig, cache_samples, train  # noqa: E402
 from instructdiffusion_pipeline.training import cache as cache_module  # noqa: E402
 
-# Logs, and states that training does not use, differ from run to run.
+# Logs, and states that training does not use, differ between runs.
 LEFT_OUT = (*tiny.HIDDEN, "logs", "random_states")
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 PIPELINE = InstructDiffusionPipeline(**tiny.components())
@@ -90,7 +90,7 @@ OPERATIONS = {
 
 
 def is_change(event: str, arguments: tuple[Any, ...], folder: Path) -> bool:
-    """Whether an audit event tells of a change of the file system in `folder`."""
+    """Whether an audit event is a change of the file system in `folder`."""
     writes = event in CHANGES or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     return bool(writes) and str(arguments[0]).startswith(str(folder))
 
@@ -102,7 +102,7 @@ def fork(operation: Callable[[Path], None], folder: Path, kind: str = "", number
         counts = {"changes": 0, "events": 0}
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "os.kill":  # of this hook itself
+            if event == "os.kill":  # from this hook itself
                 return
             for counted in ("events", *(["changes"] if is_change(event, arguments, folder) else [])):
                 if counted == kind and counts[counted] == number:

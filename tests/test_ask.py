@@ -26,7 +26,7 @@ TASKS = [Segmentation({"cat": "red"}), Keypoints({"nose": "blue"}), Restoration(
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
-def test_every_family_gives_a_typed_answer_in_pixels_of_the_input(pipe, task):
+def test_each_family_returns_its_type_of_data_in_pixels_of_the_input(pipe, task):
     image = tiny.picture(width=150, height=100).convert("RGBA")
     answer = ask(pipe, image, task, resolution=64, generator=tiny.generator(), **FAST)
     assert answer.instruction == task.instruction()
@@ -40,7 +40,7 @@ def test_every_family_gives_a_typed_answer_in_pixels_of_the_input(pipe, task):
         assert isinstance(answer.data, Image.Image) and answer.data.size == (150, 100)
 
 
-def test_it_asks_what_a_user_of_the_pipeline_would(pipe):
+def test_the_prompt_and_the_output_are_those_of_the_pipeline(pipe):
     image, task = tiny.picture(), Segmentation({"cat": "red"})
     asked = ask(pipe, image, task, generator=tiny.generator(), num_inference_steps=2)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -58,7 +58,7 @@ def test_it_asks_what_a_user_of_the_pipeline_would(pipe):
     assert np.array_equal(asked.data["cat"].pixels, task.read(image, direct)["cat"].pixels)
 
 
-def test_own_words_and_own_settings_come_first(pipe):
+def test_a_given_instruction_and_settings_override_the_defaults(pipe):
     image, task = tiny.picture(), Restoration("blur")
     own = ask(pipe, image, task, instruction="sharpen", guidance_scale=3.0, generator=tiny.generator(), **FAST)
     direct = pipe(
@@ -73,7 +73,7 @@ def test_own_words_and_own_settings_come_first(pipe):
     assert np.array_equal(own.picture, direct)
 
 
-def test_a_batch_answers_each_question(pipe):
+def test_a_batch_has_an_answer_for_each_task(pipe):
     images = [tiny.picture(seed=seed) for seed in range(2)]
     tasks = [Segmentation({"cat": "red"}), Segmentation({"dog": "blue"})]
     words = [task.instruction(random.Random(0)) for task in tasks]
@@ -93,12 +93,12 @@ def test_a_batch_answers_each_question(pipe):
         ({"return_dict": True}, "return_dict"),
     ],
 )
-def test_settings_that_change_the_form_of_the_answer_are_refused(pipe, settings, message):
+def test_settings_that_ask_sets_itself_raise_errors(pipe, settings, message):
     with pytest.raises(ValueError, match=message):
         ask(pipe, tiny.picture(), TASKS[0], **settings)
 
 
-def test_batches_that_do_not_fit_together_are_refused(pipe):
+def test_inconsistent_batches_raise_errors(pipe):
     image = tiny.picture()
     with pytest.raises(ValueError, match="must have the same length, at least one; got 1, 1 and 0"):
         ask_batch(pipe, [image], [TASKS[0]], [])
@@ -109,18 +109,18 @@ def test_batches_that_do_not_fit_together_are_refused(pipe):
 @pytest.mark.parametrize(
     "image, task", [("photo.jpg", TASKS[0]), (tiny.picture(), "make it winter"), (TASKS[0], tiny.picture())]
 )
-def test_what_is_no_picture_or_no_question_is_refused(pipe, image, task):
+def test_arguments_of_wrong_types_raise_errors(pipe, image, task):
     with pytest.raises(TypeError, match="`image` must be a PIL image and `task` a task such as"):
         ask(pipe, image, task)
 
 
-def test_a_resolution_of_zero_keeps_the_pictures_own_size(pipe):
+def test_a_resolution_of_zero_keeps_the_image_size(pipe):
     answer = ask(pipe, tiny.picture(width=50, height=34), TASKS[2], resolution=0, generator=tiny.generator(), **FAST)
     assert answer.box == (0, 0, 50, 34)
 
 
-def test_every_part_of_a_wide_picture_is_seen(pipe):
-    """What changes at the rim changes the answer; with the crop it does not."""
+def test_a_wide_image_is_used_completely(pipe):
+    """A change at the rim changes the output, but not with "crop"."""
     wide = tiny.picture(width=100, height=64)
     changed = wide.copy()
     changed.paste("red", (0, 0, 16, 64))
@@ -134,7 +134,7 @@ def test_every_part_of_a_wide_picture_is_seen(pipe):
     assert np.array_equal(cropped, picture(changed, resize_mode="crop", resolution=64))
 
 
-def test_several_objects_are_asked_about_one_at_a_time_in_one_call(pipe):
+def test_each_of_several_objects_has_a_prompt_in_one_call(pipe):
     image, task = tiny.picture(width=48, height=32), Segmentation({"cat": "red", "dog": "blue"})
     latents = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1))
     steps = []
@@ -147,7 +147,7 @@ def test_several_objects_are_asked_about_one_at_a_time_in_one_call(pipe):
     assert together.instruction == "mark both"
 
 
-def test_a_pixel_claimed_twice_goes_to_the_clearer_object():
+def test_a_pixel_of_two_objects_belongs_to_the_one_with_the_higher_margin():
     cat, dog = np.full((4, 4), -0.5, np.float32), np.full((4, 4), -0.5, np.float32)
     cat[:, :3], dog[:, 2:] = 0.3, 0.5
     masks = masks_from_margins({"cat": cat, "dog": dog})
@@ -155,8 +155,8 @@ def test_a_pixel_claimed_twice_goes_to_the_clearer_object():
     assert masks["dog"].pixels[:, 2:].all() and not masks["dog"].pixels[:, :2].any()
 
 
-def test_pictures_come_back_at_their_own_resolution(pipe):
-    """With the input's own latents as the answer nothing has changed."""
+def test_result_images_have_the_resolution_of_the_input(pipe):
+    """If the output is the input's own latents, nothing has changed."""
     image = tiny.picture(width=150, height=100)
 
     def unchanged(pipe, step, timestep, tensors):
@@ -167,7 +167,7 @@ def test_pictures_come_back_at_their_own_resolution(pipe):
     assert np.array_equal(answer.data, image) and not np.array_equal(answer.picture, image)
 
 
-def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
+def test_joints_of_each_box_are_in_pixels_of_the_image(pipe):
     image, task = tiny.picture(width=120, height=90), Keypoints({"nose": "blue", "left wrist": "red"})
     boxes = [(10, 20, 42, 44), (70, 5, 118, 85), (0, 0, 16, 16)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
@@ -204,7 +204,7 @@ def test_each_box_is_asked_about_in_pixels_of_the_picture(pipe):
         ask_boxes(pipe, image, TASKS[0], boxes)
 
 
-def test_settings_for_each_picture_follow_it_to_its_views(pipe):
+def test_settings_of_each_image_are_used_for_all_its_views(pipe):
     images = [tiny.picture(seed=seed) for seed in range(2)]
     tasks = [Segmentation({"cat": "red", "dog": "blue"}), Segmentation({"owl": "green", "bell": "white"})]
     words = ["fog", "rain"]
@@ -213,13 +213,13 @@ def test_settings_for_each_picture_follow_it_to_its_views(pipe):
     for number, answer in enumerate(together):
         alone = {"negative_prompt": [words[number]], "generator": [tiny.generator(number)]}
         expected = ask(pipe, images[number], tasks[number], slices=0.7, **alone, **FAST)
-        # Sums in batches of other sizes round differently.
+        # Sums in batches of other sizes have other rounding errors.
         difference = np.asarray(answer.picture, float) - np.asarray(expected.picture, float)
         assert np.abs(difference).mean() < 0.5
         assert all((answer.data[name].pixels != expected.data[name].pixels).mean() < 0.01 for name in answer.data)
 
 
-def test_one_generator_in_a_list_serves_all_pictures(pipe):
+def test_a_list_of_one_generator_is_used_for_all_images(pipe):
     images, tasks = [tiny.picture(seed=seed) for seed in range(2)], [TASKS[3]] * 2
     answers = ask_batch(pipe, images, tasks, generator=[tiny.generator()], **FAST)
     assert len(answers) == 2
@@ -248,7 +248,7 @@ def test_a_schedule_replaces_the_steps_of_the_task(pipe, schedule):
 
 
 class FlagsLaterCalls(StableDiffusionSafetyChecker):
-    """Replaces all images from the second call on: those of the slices."""
+    """Replaces all images from the second call on, which are those of the slices."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""Calibrated scores: the fit, its measure, and the setting of the model that `ask` applies."""
+"""Calibrated scores: the fit, its error, and the setting of the model that `ask` applies."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def answers(slope, intercept, count=4000, seed=0):
 
 
 @pytest.mark.parametrize("slope, intercept", [(1, 0), (0.5, 1), (3, -2)])
-def test_the_fit_agrees_with_gradient_descent_on_the_same_loss_and_with_what_made_the_answers(slope, intercept):
+def test_the_fit_agrees_with_gradient_descent_and_the_true_parameters(slope, intercept):
     scores, right = answers(slope, intercept)
     odds = torch.tensor(np.log(scores / (1 - scores)))
     positive, negative = right.sum(), (~right).sum()
@@ -57,7 +57,7 @@ def test_the_fit_agrees_with_gradient_descent_on_the_same_loss_and_with_what_mad
     assert fit == pytest.approx((slope, intercept), abs=0.25)
 
 
-def test_the_fit_brings_the_error_of_other_answers_down():
+def test_the_fit_reduces_the_calibration_error_on_other_scores():
     fit = fit_platt(*answers(3, -2))
     scores, right = answers(3, -2, seed=1)
     assert expected_calibration_error(scores, right) > 0.1
@@ -78,7 +78,7 @@ def test_scores_that_separate_right_from_wrong_have_a_finite_fit():
         ([0.9, 0.8, 0.1, 0.2], [False, False, True, True], "`scores` must be higher for right answers"),
     ],
 )
-def test_answers_that_allow_no_fit_are_refused(scores, right, told):
+def test_scores_that_cannot_be_fitted_raise_errors(scores, right, told):
     with pytest.raises(ValueError, match=told):
         fit_platt(scores, right)
 
@@ -102,7 +102,7 @@ def test_the_reliability_curve_and_its_error():
     assert expected_calibration_error([], []) is None and reliability([], []) == []
 
 
-def test_what_is_absent_has_score_zero():
+def test_absent_masks_and_joints_have_the_score_zero():
     pixels = np.ones((4, 4), bool)
     masks = {"cat": Mask(pixels, 0.8), "dog": Mask(~pixels, 0.25)}
     found = calibrate_answer(masks, Platt(1, 1))
@@ -112,7 +112,7 @@ def test_what_is_absent_has_score_zero():
     assert joints == {"nose": pytest.approx((1, 2, 1 / (1 + math.exp(-1)))), "left ear": None}
 
 
-def test_ask_applies_the_setting_of_the_model_and_the_setting_survives_saving(monkeypatch, tmp_path):
+def test_ask_applies_the_calibration_of_the_model_which_is_saved(monkeypatch, tmp_path):
     pipe = InstructDiffusionPipeline(**tiny.components())
     fits = {"segmentation": Platt(1.5, -0.5), "keypoints": Platt(0.7, 0.25)}
     assert pipe.config.score_calibration == {}
@@ -176,7 +176,7 @@ def test_scores_of_another_decoding_are_not_calibrated(monkeypatch):
         {1: [1, 0]},
     ],
 )
-def test_wrong_settings_are_refused_by_name(value):
+def test_invalid_settings_raise_errors(value):
     with pytest.raises(ValueError, match="`score_calibration` must be a mapping of"):
         InstructDiffusionPipeline(**tiny.components(), score_calibration=value)
 

@@ -1,4 +1,4 @@
-"""Files that would run code if they were trusted: conversion and loading without trust never run it."""
+"""Files that run code if they are trusted. Conversion, and loading without trust, must not run it."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ BASE = MODEL / "tiny-original.safetensors"
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -53,7 +53,7 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def test_the_canaries_sing_where_files_are_trusted(tmp_path: Path, canary: Path) -> None:
+def test_the_files_run_code_if_they_are_trusted(tmp_path: Path, canary: Path) -> None:
     for path in (zipped(tmp_path / "x.ckpt", canary), bare(tmp_path / "y.ckpt", canary)):
         with contextlib.suppress(Exception):
             torch.load(path, weights_only=False)
@@ -113,28 +113,28 @@ LOADERS = [InstructDiffusionPipeline.from_pretrained, DiffusionPipeline.from_pre
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_a_folder_with_code_of_its_own_does_not_run_it(folder: Path, canary: Path, load: Callable) -> None:
+def test_code_in_a_folder_is_not_run(folder: Path, canary: Path, load: Callable) -> None:
     (folder / "pipeline_instruct_diffusion.py").write_text(code(canary))
     change_index(folder, _class_name=["pipeline_instruct_diffusion", "InstructDiffusionPipeline"])
-    with contextlib.suppress(ValueError):  # diffusers asks for trust; this package has the code already.
+    with contextlib.suppress(ValueError):  # diffusers asks for trust; this package does not need the code.
         assert isinstance(load(folder), InstructDiffusionPipeline)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("load", [ModularPipeline.from_pretrained, InstructDiffusionBlocks().init_pipeline])
-def test_blocks_of_a_folder_do_not_run(
+def test_blocks_in_a_folder_are_not_run(
     pipe: InstructDiffusionPipeline, tmp_path: Path, canary: Path, load: Callable
 ) -> None:
     export(pipe, tmp_path / "exported")
     for file in (tmp_path / "exported").glob("*.py"):
         file.write_text(code(canary))
-    with contextlib.suppress(ValueError):  # diffusers asks for trust; this package has the code already.
+    with contextlib.suppress(ValueError):  # diffusers asks for trust; this package does not need the code.
         load(str(tmp_path / "exported")).load_components()
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_a_component_with_code_of_its_own_does_not_run_it(folder: Path, canary: Path, load: Callable) -> None:
+def test_code_of_a_component_is_not_run(folder: Path, canary: Path, load: Callable) -> None:
     (folder / "unet" / "code.py").write_text(code(canary))
     change_index(folder, unet=["code", "InstructDiffusionPipeline"])
     with pytest.raises(Exception):  # noqa: B017 (diffusers raises errors of several classes)
@@ -164,7 +164,7 @@ def test_pickled_weights_of_a_component_run_no_code(
 
 @pytest.mark.parametrize("write", [zipped, bare])
 @pytest.mark.parametrize("load", ["load_lora_weights", "load_textual_inversion", "load_ip_adapter"])
-def test_pickled_additions_run_no_code(
+def test_pickled_lora_weights_and_embeddings_run_no_code(
     pipe: InstructDiffusionPipeline, tmp_path: Path, canary: Path, write: Callable[[Path, Path], Path], load: str
 ) -> None:
     write(tmp_path / "weights.bin", canary)
@@ -175,7 +175,9 @@ def test_pickled_additions_run_no_code(
 
 
 @pytest.mark.parametrize("write", [zipped, bare])
-def test_the_way_back_runs_no_code(folder: Path, canary: Path, write: Callable[[Path, Path], Path]) -> None:
+def test_conversion_to_the_original_format_runs_no_code(
+    folder: Path, canary: Path, write: Callable[[Path, Path], Path]
+) -> None:
     (weights,) = (folder / "unet").glob("*.safetensors")
     write(weights, canary)
     with pytest.raises(ValueError, match="--model_path: "):

@@ -58,7 +58,7 @@ def raiser(error):
         ),
     ],
 )
-def test_a_failure_ends_with_one_line_and_a_status(error, status, message, capsys):
+def test_a_failure_ends_with_a_one_line_message_and_a_status(error, status, message, capsys):
     with pytest.raises(SystemExit) as exit:
         run_script(raiser(error))
     assert exit.value.code == status
@@ -80,7 +80,7 @@ def test_a_bad_argument_of_argparse_has_status_2():
     assert exit.value.code == 2
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_output_pipe_ends_with_status_141():
     code = "from instructdiffusion_pipeline.cli import run_script\nrun_script(lambda: print('x' * 10**6))"
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=write, stderr=subprocess.PIPE)
@@ -91,7 +91,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device that is always full")
-def test_output_to_a_full_disk_ends_with_one_line():
+def test_a_full_disk_ends_with_a_one_line_message():
     code = "from instructdiffusion_pipeline.cli import run_script\nrun_script(lambda: print('done'))"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -120,7 +120,7 @@ def test_numbers_are_checked(argument_type, text, told, capsys):
     assert exit.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_limits_are_allowed():
+def test_numbers_at_their_limits_are_accepted():
     assert [integer(1, 9)("1"), integer(1, 9)("9"), integer(0)("123"), finite("-1e3")] == [1, 9, 123, -1000]
 
 
@@ -134,7 +134,7 @@ def test_a_model_is_loaded_in_float32_on_a_cpu(pipe, tmp_path):
 
 @pytest.mark.parametrize("scheduler", sorted(each.__name__ for each in EulerAncestralDiscreteScheduler().compatibles))
 def test_models_of_all_schedulers_are_loaded(scheduler, pipe, tmp_path):
-    """PNDM cannot make a single step."""
+    """PNDM cannot run a single step."""
     if scheduler == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
@@ -143,7 +143,7 @@ def test_models_of_all_schedulers_are_loaded(scheduler, pipe, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["no-such-folder", "no/such/folder", "nobody/nothing", "bad name", "", "empty"])
-def test_an_unknown_model_is_named(model, tmp_path, monkeypatch):
+def test_an_unknown_model_raises_a_usage_error(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=rf"^--model: must be .*{model}"):
@@ -160,29 +160,29 @@ def load_from(endpoint, tmp_path):
     )
 
 
-def test_a_hub_without_the_model_is_a_bad_argument(tmp_path):
+def test_a_model_that_is_not_on_the_hub_raises_a_usage_error(tmp_path):
     with running_hub() as hub:
         result = load_from(hub.url, tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: --model: must be a folder or a Hub id")
 
 
-def test_a_hub_that_cannot_be_reached_is_not_a_bad_argument(tmp_path):
+def test_an_unreachable_hub_raises_an_os_error(tmp_path):
     result = load_from("http://127.0.0.1:9", tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "Connection refused" in result.stderr.splitlines()[-1]
 
 
-def test_a_picture_is_upright_rgb(tmp_path):
+def test_an_opened_image_is_upright_rgb(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter, clockwise
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
     stored = tiny.picture(96, 64)
     stored.save(tmp_path / "photo.png", exif=exif)
     expected = np.rot90(np.asarray(stored), -1)
     np.testing.assert_array_equal(open_image("--image", tmp_path / "photo.png"), expected)
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
+def test_files_that_are_not_images_raise_errors(tmp_path):
     whole = tmp_path / "whole.png"
     tiny.picture(64, 64).save(whole)
     damaged = bytearray(whole.read_bytes())
@@ -200,15 +200,15 @@ def test_what_is_no_picture_is_refused(tmp_path):
             open_image("--image", tmp_path / name)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_decompression_bomb_raises_an_error(tmp_path, monkeypatch):
     tiny.picture(64, 64).save(tmp_path / "large.png")
-    for limit in (64 * 63, 64 * 31):  # Pillow warns above the limit, and raises above twice the limit
+    for limit in (64 * 63, 64 * 31):  # Pillow warns above the limit, and raises an error above twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UsageError, match="decompression bomb"):
             open_image("--image", tmp_path / "large.png")
 
 
-def test_a_file_may_be_written_if_it_is_new_or_overwritten(tmp_path):
+def test_an_output_file_must_be_new_or_be_overwritten(tmp_path):
     (tmp_path / "old").write_text("")
     check_output("--output", tmp_path / "new", overwrite=False)
     check_output("--output", tmp_path / "old", overwrite=True)
@@ -216,7 +216,7 @@ def test_a_file_may_be_written_if_it_is_new_or_overwritten(tmp_path):
         check_output("--output", tmp_path / "old", overwrite=False)
 
 
-def test_no_file_is_written_where_it_cannot_be(tmp_path):
+def test_invalid_output_paths_raise_errors(tmp_path):
     with pytest.raises(UsageError, match="there is no folder"):
         check_output("--output", tmp_path / "missing" / "new", overwrite=True)
     with pytest.raises(UsageError, match="is a folder"):
@@ -224,7 +224,7 @@ def test_no_file_is_written_where_it_cannot_be(tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["input", "sub/../input", "symbolic", "hard"])
-def test_an_input_is_never_overwritten(spelling, tmp_path):
+def test_an_input_file_is_never_overwritten(spelling, tmp_path):
     source = tmp_path / "input"
     source.write_text("")
     (tmp_path / "sub").mkdir()

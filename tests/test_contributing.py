@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its example of a fifth task works as it stands, and the code has the layers of its table."""
+"""CONTRIBUTING.md: a fifth task needs only the two files of its example, and the code has the layers of its table."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiny
 
-# Lets the task's file stand in another folder, as if it lay in the package's.
+# Allows importing the task's file from another folder as if it were in the package.
 CONFTEST = """
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""All forms of the original's checkpoints are converted to the same pipeline.
+"""All forms of the original code's checkpoints are converted to the same pipeline.
 
-test_pipeline_golden.py compares the outputs of a converted pipeline with the original's.
+test_pipeline_golden.py compares the outputs of a converted pipeline with those of the original code.
 """
 
 import json
@@ -47,7 +47,7 @@ def assert_same(ours: Pipe, theirs: Pipe, components: tuple[str, ...] = ("unet",
         assert all(mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_released_layout_becomes_the_whole_pipeline(reference: Pipe):
+def test_the_released_layout_is_converted_to_a_complete_pipeline(reference: Pipe):
     counts = [len(getattr(reference, part).state_dict()) for part in ("unet", "vae", "text_encoder")]
     assert sum(counts) == 660
     assert reference.unet.config.in_channels == 8
@@ -57,7 +57,7 @@ def test_released_layout_becomes_the_whole_pipeline(reference: Pipe):
     assert not any(tensor.is_meta for tensor in reference.text_encoder.buffers())
 
 
-def test_scheduler_is_the_originals(reference: Pipe):
+def test_the_scheduler_is_that_of_the_original_code(reference: Pipe):
     scheduler = reference.scheduler
     assert isinstance(scheduler, EulerAncestralDiscreteScheduler)
     torch.testing.assert_close(scheduler.betas, base_weights()["betas"])
@@ -66,7 +66,7 @@ def test_scheduler_is_the_originals(reference: Pipe):
 
 
 def test_from_single_file_finds_the_same_weights(reference: Pipe, released: Path, tmp_path: Path):
-    """diffusers' own reader of such files is the oracle; it needs the configuration we wrote."""
+    """The reference is diffusers' reader of such files, which needs the converted configuration."""
     reference.save_pretrained(tmp_path / "pipe")
     oracle = StableDiffusionInstructPix2PixPipeline.from_single_file(
         str(released), config=str(tmp_path / "pipe"), local_files_only=True
@@ -92,7 +92,7 @@ def test_base_with_buffers_and_ema_weights(reference: Pipe, tmp_path: Path, suff
 
 @pytest.mark.parametrize("channels", [4, 8])
 def test_training_state_replaces_the_unet_of_a_base(reference: Pipe, tmp_path: Path, channels: int, capsys):
-    """The base is an InstructDiffusion model, or Stable Diffusion 1.5 with a first convolution of 4 channels."""
+    """The base is an InstructDiffusion model, or Stable Diffusion 1.5, whose first convolution has 4 channels."""
     weights = base_weights()
     weights[FIRST_CONVOLUTION] = weights[FIRST_CONVOLUTION][:, :channels].clone()
     base = write_ckpt(tmp_path / "base.ckpt", weights)
@@ -126,7 +126,7 @@ def test_training_state_with_a_gradient_scaler(tmp_path: Path):
 
 
 def test_lightning_classes_are_read_without_lightning(reference: Pipe, tmp_path: Path):
-    """Stable Diffusion's own .ckpt names a callback class; the class is not needed and its code does not run."""
+    """The .ckpt of Stable Diffusion refers to a callback class, which is not needed and whose code does not run."""
     checkpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
     parts = "pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"
     sys.modules |= {name: types.ModuleType(name) for name in parts}

@@ -1,4 +1,4 @@
-"""The configurations that conversion infers, and what it refuses because the files do not fit each other."""
+"""The configurations that conversion infers, and errors for files that do not fit each other."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ SD15_SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def full_size() -> Shapes:
-    """The shapes of InstructDiffusion's weights, as the original's code creates them."""
+    """The shapes of InstructDiffusion's weights in the original code."""
     keys = json.loads(gzip.decompress((MODEL / "full-size.keys.json.gz").read_bytes()))
     return {name: torch.Size(shape) for name, (shape, _) in keys.items()}
 
@@ -73,7 +73,7 @@ def small() -> Shapes:
     return {name: tensor.shape for name, tensor in released_weights().items()}
 
 
-def test_without_files_the_configurations_are_those_of_stable_diffusion(full_size: Shapes):
+def test_default_configurations_are_those_of_stable_diffusion(full_size: Shapes):
     assert unet_config(full_size, None) == SD15_UNET
     assert vae_config(full_size, None) == SD15_VAE
     text = text_config(full_size, None).to_dict()
@@ -134,10 +134,12 @@ def test_the_original_configuration_gives_schedule_scale_and_heads(small: Shapes
     ],
     ids=str,
 )
-def test_numbers_out_of_range_are_named(tmp_path: Path, changes: Mapping[str, Any]):
+def test_numbers_out_of_range_raise_errors(tmp_path: Path, changes: Mapping[str, Any]):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(described(**changes)))
     ((name, value),) = changes.items()
-    with pytest.raises(UsageError, match=rf"model.params.{name} must be a number above 0 and at most .* is {value!r}"):
+    with pytest.raises(
+        UsageError, match=rf"model.params.{name} must be a number above 0 and at most .*; got {value!r}"
+    ):
         read_original_config(tmp_path / "other.yaml")
 
 
@@ -147,7 +149,7 @@ def test_numbers_at_their_limits_are_read(tmp_path: Path):
     assert read_original_config(tmp_path / "other.yaml").items() >= changes.items()
 
 
-def test_the_text_width_alone_tells_another_unet(full_size: Shapes):
+def test_a_unet_with_another_text_width_needs_its_configuration(full_size: Shapes):
     wider = {
         name: torch.Size((shape[0], 1024)) if re.search(r"attn2\.to_[kv]\.weight$", name) else shape
         for name, shape in full_size.items()
@@ -156,7 +158,7 @@ def test_the_text_width_alone_tells_another_unet(full_size: Shapes):
         unet_config(wider, None)
 
 
-def test_a_weight_of_a_wrong_shape_does_not_decide_a_size(full_size: Shapes):
+def test_a_weight_of_a_wrong_shape_does_not_change_the_inferred_size(full_size: Shapes):
     name = next(name for name in full_size if name.endswith("attn2.to_k.weight"))
     assert unet_config(full_size | {name: torch.Size((320,))}, None) == SD15_UNET
 
@@ -185,7 +187,7 @@ def test_heads_must_divide_all_widths(small: Shapes, changes: dict[str, int], he
 
 
 @pytest.mark.parametrize("missing", ["ch", "ch_mult"])
-def test_widths_that_are_not_described_are_named(small: Shapes, missing: str):
+def test_a_configuration_without_widths_raises_an_error(small: Shapes, missing: str):
     original = described()["model"]["params"]
     del original["first_stage_config"]["params"]["ddconfig"][missing]
     with pytest.raises(UsageError, match=r"ch times ch_mult None \(the weights: \(32, 64, 32, 32\)\)"):
@@ -199,11 +201,11 @@ def test_widths_that_are_not_described_are_named(small: Shapes, missing: str):
         ({"num_hidden_layers": 3, "vocab_size": 999}, "num_hidden_layers 3 .*, vocab_size 999"),
         ({"num_attention_heads": 5}, "hidden size .32. is not a multiple of the number of attention heads .5."),
         ({"num_attention_heads": 0}, "no text configuration could be read"),
-        ({"num_attention_heads": -4}, "must have at least one head, but has -4"),
+        ({"num_attention_heads": -4}, "must have at least one head; got -4"),
     ],
     ids=str,
 )
-def test_the_configuration_of_another_text_encoder_is_refused(
+def test_the_configuration_of_another_text_encoder_raises_an_error(
     small: Shapes, tmp_path: Path, changes: dict[str, int], message: str
 ):
     content = json.loads((MODEL / "text_encoder" / "config.json").read_text())
@@ -212,25 +214,25 @@ def test_the_configuration_of_another_text_encoder_is_refused(
         text_config(small, str(tmp_path))
 
 
-def test_one_head_is_possible(small: Shapes, tmp_path: Path):
+def test_a_single_head_is_accepted(small: Shapes, tmp_path: Path):
     content = json.loads((MODEL / "text_encoder" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"num_attention_heads": 1}))
     assert text_config(small, str(tmp_path)).num_attention_heads == 1
 
 
-def test_a_folder_without_config_is_refused(small: Shapes, tmp_path: Path):
+def test_a_folder_without_config_raises_an_error(small: Shapes, tmp_path: Path):
     with pytest.raises(UsageError, match="--text_encoder: .* has no config.json"):
         text_config(small, str(tmp_path))
 
 
-def test_a_weight_that_determines_a_size_is_named(small: Shapes):
+def test_a_missing_weight_that_determines_a_size_is_reported(small: Shapes):
     name = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
     without = {key: shape for key, shape in small.items() if key != name}
-    with pytest.raises(UsageError, match=f"must hold an InstructDiffusion .*, but has no {name}"):
+    with pytest.raises(UsageError, match=f"must be an InstructDiffusion .*; there is no {name}"):
         text_config(without, OPTIONS["text_encoder"])
 
 
-def test_tokenizers_that_do_not_fit_are_named(small: Shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tokenizers_that_do_not_fit_raise_errors(small: Shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = text_config(small, OPTIONS["text_encoder"])
     assert len(load_tokenizer(OPTIONS["tokenizer"], text)) == text.vocab_size == 1000
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Conversion to the original's layout and back is exact, for the golden model and for other sizes."""
+"""Conversion to the layout of the original code and back is exact, for the golden model and for other sizes."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_there_and_back(folder: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_round_trip_is_exact(folder: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "new" / "folder" / f"back{suffix}"
     monkeypatch.setattr("sys.argv", ["back", "--model_path", str(folder), "--checkpoint_path", str(target)])
     main()
@@ -57,7 +57,7 @@ def test_shards_and_half_precision(tmp_path: Path):
     )
 
 
-def test_names_of_earlier_versions_are_read(folder: Path, tmp_path: Path):
+def test_weights_with_names_of_earlier_versions_are_read(folder: Path, tmp_path: Path):
     shutil.copytree(folder, tmp_path / "pipe")
     for component, prefix in (("vae", ""), ("text_encoder", "text_model.")):
         (file,) = (tmp_path / "pipe" / component).glob("*.safetensors")
@@ -65,7 +65,7 @@ def test_names_of_earlier_versions_are_read(folder: Path, tmp_path: Path):
     assert_identical(convert_back(tmp_path / "pipe"), released_weights())
 
 
-def test_faults_are_named(folder: Path, tmp_path: Path):
+def test_faults_of_a_folder_raise_errors(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="--model_path: .* has no unet/config.json"):
         convert_back(tmp_path)
     InstructDiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_faults_are_named(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layers", [2**40, [2, 2**40]])
-def test_more_layers_than_weights_are_refused(folder: Path, tmp_path: Path, layers: int | list[int]):
+def test_more_layers_than_weights_raise_an_error(folder: Path, tmp_path: Path, layers: int | list[int]):
     shutil.copytree(folder, tmp_path / "pipe")
     config = tmp_path / "pipe" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": layers}))
@@ -95,23 +95,23 @@ def test_more_layers_than_weights_are_refused(folder: Path, tmp_path: Path, laye
         convert_back(tmp_path / "pipe")
 
 
-def test_a_layer_the_original_does_not_have_is_refused():
+def test_a_layer_missing_in_the_original_code_raises_an_error():
     unet = components()["unet"]
     with pytest.raises(ValueError, match="unet: .* no weight that corresponds to class_embedding.weight"):
         original_names("unet", ["conv_in.weight", "class_embedding.weight"], unet.config)
 
 
-def test_a_model_the_original_could_not_run_is_refused():
+def test_a_model_unsupported_by_the_original_code_raises_an_error():
     shipped = Path(__file__).parent.parent / "examples" / "instructdiffusion-tiny"
     with pytest.raises(ValueError, match="vae has norm_num_groups 8 instead of 32; vae has mid_block") as error:
         convert_back(shipped)
     assert "scheduler has prediction_type 'v_prediction' instead of 'epsilon'" in str(error.value)
 
 
-def test_wrong_suffix(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_suffix_raises_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     call = ["back", "--model_path", str(folder), "--checkpoint_path", str(tmp_path / "back.bin")]
     monkeypatch.setattr("sys.argv", call)
-    with pytest.raises(UsageError, match="--checkpoint_path: must end in .safetensors or .ckpt, but is .*back.bin"):
+    with pytest.raises(UsageError, match="--checkpoint_path: must end in .safetensors or .ckpt; got .*back.bin"):
         main()
 
 
@@ -128,7 +128,7 @@ widths = st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3)
     attends=st.lists(st.booleans(), min_size=3, max_size=3),
     heads=st.sampled_from([{"num_heads": 4}, {"num_heads": -1, "num_head_channels": 16}]),
 )
-def test_other_sizes(
+def test_round_trips_of_other_sizes(
     unet: list[int],
     vae: list[int],
     unet_layers: int,
@@ -138,7 +138,7 @@ def test_other_sizes(
     heads: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ):
-    """Models of all sizes that the original can build survive a round trip. diffusers' converters are the oracle."""
+    """A round trip is exact for all sizes that the original code supports. The reference are diffusers' converters."""
     path = tmp_path_factory.mktemp("sizes")
     attends = attends[: len(unet)]
     channels = [32 * factor for factor in unet]

@@ -1,4 +1,4 @@
-"""Damaged files of every kind: a conversion succeeds, or ends with one line that names an option. Seeds are fixed."""
+"""Damaged files of all kinds: a conversion succeeds, or ends with one line that names an option. Seeds are fixed."""
 
 import io
 import json
@@ -24,7 +24,7 @@ BASE = str(MODEL / "tiny-original.safetensors")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good files of every kind."""
+    """Undamaged files of all kinds."""
     folder = tmp_path_factory.mktemp("good")
     write_ckpt(folder / "base.ckpt", released_weights())
     save_file(released_weights(), folder / "base.safetensors")
@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Bits flipped, bytes cut out or put in, mostly near the start, or the end lost."""
+    """Flip bits, remove or insert bytes, mostly near the start, or remove the end."""
     damaged = bytearray(content)
     place = rng.randrange(rng.choice([min(200, len(content)), len(content)]))
     kind = rng.choice(["flip", "cut", "insert", "truncate"])
@@ -49,7 +49,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_values(content: Any, rng: random.Random) -> Any:
-    """One entry of a nested structure removed or replaced by a value of another kind."""
+    """Remove an entry of a nested structure, or replace it with a value of another type."""
     if not isinstance(content, (dict, list)) or not content or rng.random() < 0.1:
         return rng.choice(JUNK)
     place = rng.choice(list(content) if isinstance(content, dict) else range(len(content)))
@@ -61,7 +61,7 @@ def damage_values(content: Any, rng: random.Random) -> Any:
 
 
 def damage_pickle(content: bytes, rng: random.Random) -> bytes:
-    """The pickle inside of a good archive damaged."""
+    """Damage the pickle inside an otherwise undamaged archive."""
     archive = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as good, zipfile.ZipFile(archive, "w") as bad:
         for name in good.namelist():
@@ -95,7 +95,7 @@ def copied(
 
 
 def command(kind: str, files: Path, folder: Path, rng: random.Random) -> dict[str, Any]:
-    """The options of a conversion of which one names a damaged file."""
+    """The options of a conversion, one of which is the path of a damaged file."""
     good: dict[str, Any] = {"checkpoint_path": BASE, **OPTIONS, "dump_path": folder / "out"}
     match kind:
         case "ckpt" | "safetensors":
@@ -127,7 +127,7 @@ SEEDS = [pytest.param(range(5), id="few"), pytest.param(range(5, 100), id="many"
 
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files_end_with_one_line(
+def test_damaged_files_end_with_a_one_line_message(
     files: Path,
     tmp_path: Path,
     kind: str,

@@ -1,4 +1,4 @@
-"""README and docs: their Python blocks run as they stand, their links lead somewhere, and they agree with the code."""
+"""README and docs: their Python blocks run, their link targets exist, and they agree with the code."""
 
 import configparser
 import os
@@ -41,7 +41,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, after_the_demo: Path) -> None:
+def test_the_python_blocks_of_a_page_run_in_order(page: Path, after_the_demo: Path) -> None:
     code = "\n".join(blocks(page, "python"))
     if code:
         run([sys.executable, "-c", code], after_the_demo)
@@ -62,7 +62,7 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", [*PAGES, CARD, tiny.ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
         link = target[0] or target[1]
         if link.startswith("http"):
@@ -75,13 +75,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert fragment in map(anchor, headings), link
 
 
-def test_the_readme_is_short_and_the_version_is_one() -> None:
+def test_the_readme_is_short_and_versions_agree() -> None:
     assert len((tiny.ROOT / "README.md").read_text().splitlines()) <= 130
     metadata = configparser.ConfigParser()
     metadata.read(tiny.ROOT / "setup.cfg")
     assert metadata["metadata"]["version"] == instructdiffusion_pipeline.__version__
 
 
-def test_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     for name in instructdiffusion_pipeline.__all__:
         assert getattr(instructdiffusion_pipeline, name) is not None

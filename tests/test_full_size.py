@@ -1,4 +1,4 @@
-"""The model at its real size, with random weights: it converts in little memory, loads, and runs."""
+"""The model at full size with random weights is converted in little memory, loads, and runs."""
 
 import gzip
 import json
@@ -17,8 +17,8 @@ from tiny import ROOT, picture
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
-MEMORY_BOUND = 1.3  # peak of the conversion, in sizes of the file
-# Linux's own mark for the process: ru_maxrss would begin at the peak of the test that started it.
+MEMORY_BOUND = 1.3  # peak memory of the conversion, in sizes of the file
+# The value that Linux reports for the process; ru_maxrss would start at the peak of the parent process.
 MEASURE = (
     "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, 'conversion')\n"
     "runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -28,7 +28,7 @@ MEASURE = (
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """A value for each of the 1,143 entries; small ones, so that two steps stay finite in bfloat16."""
+    """Values for each of the 1,143 entries, which are small, so that two steps are finite in bfloat16."""
     entries = json.loads(gzip.decompress((MODEL / "full-size.keys.json.gz").read_bytes()))
     generator = torch.Generator().manual_seed(0)
     weights = {
@@ -40,9 +40,9 @@ def random_weights() -> dict[str, torch.Tensor]:
 
 
 def convert_measured(checkpoint: Path, target: Path, *options: str) -> float:
-    """Runs the script as a user does; its peak memory, in sizes of the file."""
+    """Run the script, and return its peak memory in sizes of the file."""
     script = ["conversion/convert_original_checkpoint.py", "--checkpoint_path", str(checkpoint)]
-    # CLIP's own vocabulary is not at hand without a network. The tiny one gives valid ids, and fewer of them.
+    # CLIP's vocabulary is not available without a network. The tiny one has valid ids, but fewer of them.
     script += ["--tokenizer", OPTIONS["tokenizer"], "--dump_path", str(target), *options]
     done = subprocess.run([sys.executable, "-c", MEASURE, *script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
@@ -54,7 +54,7 @@ def convert_measured(checkpoint: Path, target: Path, *options: str) -> float:
 
 @pytest.mark.slow
 def test_full_size_converts_loads_and_runs(tmp_path: Path):
-    """Writes up to 13 GB under the temporary folder, and takes them away."""
+    """Writes up to 13 GB to the temporary folder, and removes them."""
     weights = random_weights()
     assert len(weights) == 1143
     checkpoints = tmp_path / "full.ckpt", tmp_path / "full.safetensors"

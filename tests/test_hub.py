@@ -1,4 +1,4 @@
-"""The ways to save, push and load a model, each in a fresh process with empty caches and without a network."""
+"""All ways to save, push and load a model, each in a new process with empty caches and without a network."""
 
 import json
 import os
@@ -92,7 +92,7 @@ class Fresh:
         )
 
     def report(self, script: str, *arguments: object, hub: HubServer | None = None, blocked: bool = False) -> dict:
-        """What `script` reports. Its `sys.argv[1:]` are `arguments`; `blocked` hides the package."""
+        """Run `script` with `arguments`, and return its report. `blocked` makes the package impossible to import."""
         code = (BLOCKED if blocked else "") + PRELUDE + dedent(script)
         done = self.run("-c", code, *map(str, arguments), hub=hub)
         found = re.search(r"^REPORT(.*)$", done.stdout, flags=re.MULTILINE)
@@ -125,7 +125,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(root: Path, fresh: Fresh) -> list:
-    """The answer of the saved model. Also loads the export in both ways, and saves and exports it again."""
+    """The output of the saved model. Also loads the export in both ways, and saves and exports it again."""
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, export
     root = Path(sys.argv[1])
@@ -202,7 +202,7 @@ WITHOUT_CODE = ("saved", "saved from explicit")
 WITH_CODE = ("exported", "exported from explicit", "exported from own code", "saved from own code")
 
 
-def test_with_the_package_our_class_loads_every_folder_without_trust(root: Path, reference: list, fresh: Fresh):
+def test_with_the_package_our_class_loads_all_folders_without_trust(root: Path, reference: list, fresh: Fresh):
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline
     answers = {}
@@ -232,7 +232,7 @@ def test_with_the_package_diffusers_loads_what_it_saved_without_trust(root: Path
         np.testing.assert_allclose(answer, reference, atol=1e-5, err_msg=name)
 
 
-def test_without_the_package_diffusers_loads_every_folder_with_code(root: Path, reference: list, fresh: Fresh):
+def test_without_the_package_diffusers_loads_all_folders_with_code(root: Path, reference: list, fresh: Fresh):
     script = """
     from diffusers.utils import HF_MODULES_CACHE
     pipes = {}
@@ -289,7 +289,7 @@ def test_pushed_and_loaded_by_id_in_three_ways(root: Path, reference: list, fres
     assert sum(request.startswith("PUT") for request in hub.requests) == len(weights) == 4
     assert ModelCard(hub.files["me/tiny"]["README.md"].decode()).data.license == "cc-by-4.0"
 
-    # The second way is for what `save_pretrained` wrote.
+    # The second way is for folders written by `save_pretrained`.
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline
     pipe = InstructDiffusionPipeline.from_pretrained("me/tiny")
@@ -318,7 +318,7 @@ def test_pushed_and_loaded_by_id_in_three_ways(root: Path, reference: list, fres
 
 def test_the_examples_of_a_model_card_run(root: Path, fresh: Fresh, hub: HubServer):
     hub.files["me/tiny"] = {path: (root / "exported" / path).read_bytes() for path in files(root / "exported")}
-    # The card of an export names its folder.
+    # The card of an export contains the name of its folder.
     card = hub.files["me/tiny"]["README.md"].decode().replace('"exported"', '"me/tiny"')
     alone, with_package = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     picture = 'Image.new("RGB", (32, 32)).save("photo.jpg")\n'
@@ -375,9 +375,7 @@ def test_push_deletes_nothing_where_no_pipeline_was(root: Path, fresh: Fresh, hu
 
 
 @pytest.mark.parametrize("lost", ["GET /api/models/me/tiny", "HEAD /me/tiny/resolve"])
-def test_a_repository_that_cannot_be_read_is_not_taken_for_an_empty_one(
-    root: Path, fresh: Fresh, hub: HubServer, lost: str
-):
+def test_a_repository_that_cannot_be_read_raises_an_error(root: Path, fresh: Fresh, hub: HubServer, lost: str):
     hub.files["me/tiny"] = before = {"README.md": b"mine", "model_index.json": b'{"unet": ["diffusers", "x"]}'}
     hub.refused = lost
     script = """
@@ -417,7 +415,7 @@ def test_a_hub_that_cannot_be_reached_is_reported(root: Path, fresh: Fresh):
     assert all("Connection refused" in error for error in errors), errors
 
 
-def test_push_to_hub_ends_with_one_line_and_an_exit_status(root: Path, fresh: Fresh, tmp_path: Path):
+def test_push_to_hub_ends_with_a_one_line_message_and_an_exit_status(root: Path, fresh: Fresh, tmp_path: Path):
     with running_hub() as closed:
         pass
     saved = str(root / "saved")
@@ -482,12 +480,12 @@ def test_an_export_is_a_saved_folder_with_code_and_card(root: Path):
     assert (card.library_name, card.pipeline_tag, card.license) == ("diffusers", "image-to-image", "mit")
 
 
-def test_an_export_does_not_say_where_its_weights_came_from(root: Path):
+def test_an_export_does_not_contain_the_path_of_its_source(root: Path):
     texts = [path for path in (root / "exported").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     assert [path for path in texts if str(root) in path.read_text(encoding="utf-8")] == []
 
 
-def test_export_leaves_what_is_there_alone(pipe: InstructDiffusionPipeline, tmp_path: Path):
+def test_export_does_not_change_an_existing_folder(pipe: InstructDiffusionPipeline, tmp_path: Path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "notes").write_text("mine")
@@ -511,7 +509,7 @@ def test_export_writes_the_weights_once(
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
 
 
-def test_a_failed_export_leaves_nothing(
+def test_a_failed_export_leaves_no_files(
     pipe: InstructDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*_: object) -> None:
@@ -539,14 +537,14 @@ def test_a_killed_export_leaves_no_folder_of_that_name(root: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("write", [export, push])
-def test_another_pipeline_is_refused(write: Callable, tmp_path: Path):
+def test_another_pipeline_raises_an_error(write: Callable, tmp_path: Path):
     with pytest.raises(TypeError, match="`pipeline` must be an InstructDiffusionPipeline; got str"):
         write("a string", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("write", [export, push])
-def test_a_pipeline_with_lora_layers_is_refused(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
+def test_a_pipeline_with_lora_layers_raises_an_error(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="`pipeline` must not have LoRA layers, but its unet has"):
         write(pipe, tmp_path / "model")
@@ -577,7 +575,7 @@ def test_importing_the_package_adds_one_name_to_diffusers_and_no_more(fresh: Fre
 # --- variant, token, revision, message, pull request ----------------------------------------------------------------
 
 
-def test_a_variant_is_exported_and_loaded_in_every_way(fresh: Fresh, tmp_path: Path):
+def test_a_variant_is_exported_and_loaded_in_all_ways(fresh: Fresh, tmp_path: Path):
     export(model(seed=0).to(torch.float16), tmp_path / "half", variant="fp16")
     weights = [path for path in files(tmp_path / "half") if path.endswith(".safetensors")]
     assert len(weights) == 4 and all(".fp16." in path for path in weights)
@@ -629,9 +627,7 @@ def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub:
     assert found["fp16"] != found["None"]
 
 
-def test_a_given_token_opens_a_repository_that_the_own_does_not(
-    root: Path, reference: list, fresh: Fresh, hub: HubServer
-):
+def test_a_given_token_is_used_instead_of_the_saved_one(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     hub.token = "hf_given"
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
@@ -689,7 +685,7 @@ def test_a_commit_has_its_message_and_branch(root: Path, fresh: Fresh, hub: HubS
     assert found["url"].endswith(hub.commit_hash("me/tiny", "dev"))
 
 
-def test_a_pull_request_leaves_the_branch_alone(root: Path, fresh: Fresh, hub: HubServer):
+def test_a_pull_request_does_not_change_the_branch(root: Path, fresh: Fresh, hub: HubServer):
     hub.files["me/tiny"] = {"README.md": b"main"}
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
@@ -700,7 +696,7 @@ def test_a_pull_request_leaves_the_branch_alone(root: Path, fresh: Fresh, hub: H
     assert set(hub.revisions["me/tiny", "refs/pr/1"]) == files(root / "exported")
 
 
-def test_a_revision_is_loaded_in_every_way(root: Path, reference: list, fresh: Fresh, hub: HubServer):
+def test_a_revision_is_loaded_in_all_ways(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push
     first, second = (InstructDiffusionPipeline.from_pretrained(Path(sys.argv[1], name)) for name in ("saved", "other"))

@@ -1,4 +1,4 @@
-"""Programs that are killed and started again: the same files as in one go, and the user's files stay."""
+"""Programs that are killed and started again write the same files, and keep the user's files."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ OPERATIONS = ["export", "conversion", "evaluation", "caching", "training", "pred
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_at_50_points_it_ends_with_the_same_files(operation: str, tmp_path: Path) -> None:
+def test_a_program_killed_at_50_points_ends_with_the_same_files(operation: str, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "tests" / "kill_points.py", operation, "50", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The blocks give the images of the pipeline, bit by bit; each runs alone; guiders can be exchanged."""
+"""The blocks return exactly the images of the pipeline, each can run alone, and guiders can be exchanged."""
 
 import copy
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def named(scales: tuple[float, float]) -> dict[str, float]:
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.family)
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("branches", SCALES)
-def test_the_image_is_that_of_the_pipeline(
+def test_the_blocks_return_the_image_of_the_pipeline(
     pipe: InstructDiffusionPipeline, task: Any, samples: int, branches: int
 ) -> None:
     prompts, images = [task.instruction(), "a dog"], [tiny.picture(seed=1), tiny.picture(seed=2)]
@@ -108,7 +108,7 @@ def test_the_image_is_that_of_the_pipeline(
     ],
     ids=lambda call: "-".join(call),
 )
-def test_every_argument_does_what_it_does_in_the_pipeline(pipe: InstructDiffusionPipeline, call: dict) -> None:
+def test_all_arguments_work_as_in_the_pipeline(pipe: InstructDiffusionPipeline, call: dict) -> None:
     expected = pipe(**tiny.inputs(**call)).images
     found = modular(pipe)(**tiny.inputs(**call), output="images")
     for one, other in zip(found, expected, strict=True):
@@ -116,20 +116,20 @@ def test_every_argument_does_what_it_does_in_the_pipeline(pipe: InstructDiffusio
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_every_scheduler_runs_as_in_the_pipeline(pipe: InstructDiffusionPipeline, kind: type) -> None:
+def test_all_schedulers_work_as_in_the_pipeline(pipe: InstructDiffusionPipeline, kind: type) -> None:
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     call = {"num_inference_steps": 4, "strength": 0.75, "eta": 0.5}
     expected = pipe(**tiny.inputs(**call)).images
     assert np.array_equal(modular(pipe)(**tiny.inputs(**call), output="images"), expected)
 
 
-def test_half_precision_runs_as_in_the_pipeline(pipe: InstructDiffusionPipeline) -> None:
+def test_half_precision_works_as_in_the_pipeline(pipe: InstructDiffusionPipeline) -> None:
     pipe.to(torch.bfloat16)
     expected = pipe(**tiny.inputs()).images
     assert np.array_equal(modular(pipe)(**tiny.inputs(), output="images"), expected)
 
 
-def test_defaults_are_those_of_the_model_for_editing(pipe: InstructDiffusionPipeline) -> None:
+def test_the_defaults_are_the_settings_of_the_model_for_editing(pipe: InstructDiffusionPipeline) -> None:
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0}
     pipe.register_to_config(task_settings={"editing": settings})
     blocks = modular(pipe)
@@ -149,7 +149,9 @@ def test_the_safety_checker_runs(pipe: InstructDiffusionPipeline, threshold: flo
 
 
 @pytest.mark.parametrize("write", [InstructDiffusionPipeline.save_pretrained, export])
-def test_a_folder_loads_without_trust(pipe: InstructDiffusionPipeline, tmp_path: Path, write: Callable) -> None:
+def test_a_folder_loads_without_trust_remote_code(
+    pipe: InstructDiffusionPipeline, tmp_path: Path, write: Callable
+) -> None:
     pipe.register_to_config(task_settings={"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}})
     write(pipe, tmp_path / "model")
     blocks = InstructDiffusionBlocks().init_pipeline(str(tmp_path / "model"))
@@ -160,7 +162,7 @@ def test_a_folder_loads_without_trust(pipe: InstructDiffusionPipeline, tmp_path:
     assert np.array_equal(blocks(**call | {"generator": tiny.generator()}, output="images"), expected)
 
 
-def test_blocks_that_were_saved_load_again(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+def test_saved_blocks_can_be_loaded(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
     blocks = modular(pipe, guidance_scale=2.0, image_guidance_scale=1.0)
     blocks.save_pretrained(str(tmp_path))
     loaded = InstructDiffusionBlocks().init_pipeline(str(tmp_path))
@@ -173,7 +175,7 @@ def test_blocks_that_were_saved_load_again(pipe: InstructDiffusionPipeline, tmp_
 
 
 def test_each_block_runs_alone_with_its_own_components(pipe: InstructDiffusionPipeline) -> None:
-    """A block's outputs are the next one's inputs; each has a pipeline of its own."""
+    """The outputs of each block are the inputs of the next one, which has a separate pipeline."""
     expected = pipe(**tiny.inputs(num_images_per_prompt=2)).images
     steps = [
         (InstructDiffusionTextEncoderStep(), {"text_encoder", "tokenizer"}),
@@ -205,7 +207,7 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     assert alone(latents=latent, output="images")[0].size == (32, 32)
 
 
-def test_a_block_can_be_left_out(pipe: InstructDiffusionPipeline) -> None:
+def test_a_block_can_be_omitted(pipe: InstructDiffusionPipeline) -> None:
     blocks = InstructDiffusionBlocks()
     blocks.sub_blocks.pop("text_encoder")
     assert {"prompt_embeds", "negative_prompt_embeds"} <= set(blocks.required_inputs)
@@ -218,7 +220,7 @@ def test_a_block_can_be_left_out(pipe: InstructDiffusionPipeline) -> None:
     assert np.array_equal(without_text(**call, **embeds, output="images"), expected)
 
 
-def test_the_vae_encoder_alone_needs_a_size(pipe: InstructDiffusionPipeline) -> None:
+def test_the_vae_encoder_alone_needs_a_resolution(pipe: InstructDiffusionPipeline) -> None:
     alone = modular(pipe, InstructDiffusionVaeEncoderStep())
     with pytest.raises(ValueError, match="`resolution` must be given, because there is no `unet`"):
         alone(image=tiny.picture())
@@ -249,7 +251,7 @@ def test_the_guider_follows_the_formula_of_the_paper(text: float, image: float, 
 GUIDER = InstructDiffusionGuidance()
 
 
-def test_guidance_can_be_off_for_a_part_of_the_steps(pipe: InstructDiffusionPipeline) -> None:
+def test_guidance_can_be_disabled_for_some_steps(pipe: InstructDiffusionPipeline) -> None:
     batches: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     blocks = modular(pipe, start=0.25, stop=0.75)
@@ -267,7 +269,7 @@ def test_the_guider_saves_and_loads_its_scales(tmp_path: Path) -> None:
 
 
 def test_classifier_free_guidance_of_diffusers_can_be_used(pipe: InstructDiffusionPipeline) -> None:
-    """Its formula, no_text + s (both - no_text), is that of our scales (s - 1/2, 1/2)."""
+    """Its formula, no_text + s (both - no_text), is that of `Guidance` with the scales (s - 1/2, 1/2)."""
     batches: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     blocks = modular(pipe)
@@ -281,7 +283,7 @@ def test_classifier_free_guidance_of_diffusers_can_be_used(pipe: InstructDiffusi
     assert np.array_equal(blocks(**tiny.inputs(), output="images"), pipe(**tiny.inputs(**named(SCALES[1]))).images)
 
 
-def test_a_guider_that_changes_the_unet_gets_a_call_for_each_prediction(pipe: InstructDiffusionPipeline) -> None:
+def test_the_unet_is_called_for_each_prediction_if_the_guider_changes_it(pipe: InstructDiffusionPipeline) -> None:
     batches: list[int] = []
     skipped: list[bool] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
@@ -294,9 +296,10 @@ def test_a_guider_that_changes_the_unet_gets_a_call_for_each_prediction(pipe: In
     )
     blocks.update_components(guider=guider)
     blocks(**tiny.inputs(num_inference_steps=4))
-    # The first step does not skip (diffusers' rule: only after `start`), the others have a third prediction.
+    # The first step does not skip layers (in diffusers, skipping begins after `start`). The others have a third
+    # prediction.
     assert batches == [1] * (2 + 3 * 3)
-    assert len(skipped) == 2 * 4  # and the third skips the attention of the block
+    assert len(skipped) == 2 * 4  # and the third prediction skips the attention of the block
 
 
 # --- caches and wrong inputs ----------------------------------------------------------------------------------------
@@ -314,10 +317,10 @@ def test_pyramid_attention_broadcast_works_as_in_the_pipeline(pipe: InstructDiff
     current["of"] = lambda: blocks.guider.get_state()["timestep"]
     assert np.array_equal(blocks(**tiny.inputs(num_inference_steps=6), output="images"), expected)
     blocks.update_components(guider=InstructDiffusionGuidance(stop=0.5))
-    blocks(**tiny.inputs(num_inference_steps=6))  # the cache is emptied as the number of predictions changes
+    blocks(**tiny.inputs(num_inference_steps=6))  # the cache is emptied when the number of predictions changes
 
 
-def test_faster_cache_is_refused(pipe: InstructDiffusionPipeline) -> None:
+def test_faster_cache_raises_an_error(pipe: InstructDiffusionPipeline) -> None:
     apply_faster_cache(pipe.unet, FasterCacheConfig(tensor_format="BCHW"))
     with pytest.raises(ValueError, match="`unet` must not have FasterCache"):
         modular(pipe)(**tiny.inputs())
@@ -346,12 +349,12 @@ def test_faster_cache_is_refused(pipe: InstructDiffusionPipeline) -> None:
         ({"output_type": "latent"}, r"`output_type` must be one of \('pil', 'np', 'pt'\)"),
     ],
 )
-def test_wrong_inputs_are_named(pipe: InstructDiffusionPipeline, call: dict, message: str) -> None:
+def test_invalid_inputs_raise_errors(pipe: InstructDiffusionPipeline, call: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         modular(pipe)(**tiny.inputs(**call))
 
 
-def test_wrong_tensors_between_blocks_are_named(pipe: InstructDiffusionPipeline) -> None:
+def test_invalid_tensors_between_blocks_raise_errors(pipe: InstructDiffusionPipeline) -> None:
     step = modular(pipe, InstructDiffusionInputStep())
     good = {"prompt_embeds": torch.zeros(1, 77, 32), "negative_prompt_embeds": torch.zeros(1, 77, 32)}
     good["image_latents"] = torch.zeros(1, 4, 8, 8)
@@ -362,12 +365,12 @@ def test_wrong_tensors_between_blocks_are_named(pipe: InstructDiffusionPipeline)
             step(**{key: tensor for key, tensor in good.items() if key != name})
 
 
-def test_a_missing_component_is_named() -> None:
+def test_a_missing_component_is_reported() -> None:
     with pytest.raises(ValueError, match="`text_encoder` must be loaded before the call: use `load_components"):
         InstructDiffusionBlocks().init_pipeline()(**tiny.inputs())
 
 
-def test_a_unet_of_another_model_is_refused(pipe: InstructDiffusionPipeline) -> None:
+def test_a_unet_of_another_model_raises_an_error(pipe: InstructDiffusionPipeline) -> None:
     blocks = modular(pipe)
     blocks.unet.register_to_config(in_channels=4)
     with pytest.raises(ValueError, match="`unet` must be a UNet of InstructDiffusion with 8 input channels .* got 4"):
@@ -379,11 +382,11 @@ def test_a_unet_of_another_model_is_refused(pipe: InstructDiffusionPipeline) -> 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "image_guidance_scale"])
 @pytest.mark.parametrize("wrong", ["5", float("nan"), True, 1e300])
-def test_wrong_scales_are_named(name: str, wrong: Any) -> None:
+def test_invalid_scales_raise_errors(name: str, wrong: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number or None"):
         InstructDiffusionGuidance(**{name: wrong})
 
 
-def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline) -> None:
+def test_overflowing_values_raise_errors(pipe: InstructDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="`unet` returned values that are NaN or infinite"):
         modular(pipe, guidance_scale=1e38)(**tiny.inputs())

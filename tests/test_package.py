@@ -1,4 +1,4 @@
-"""The wheel and the sdist: complete, accepted by PyPI's check, and usable with nothing else of this repository."""
+"""The wheel and the sdist are complete, pass PyPI's check, and work without this repository."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def test_the_wheel_has_every_module_and_nothing_else(dist: Path) -> None:
     assert names == expected
 
 
-def test_the_wheel_alone_loads_a_model_by_id_and_answers(dist: Path, tmp_path: Path) -> None:
-    """In an environment that has the dependencies of this one, but not the package of this repository."""
+def test_the_wheel_alone_loads_a_model_by_id_and_runs_it(dist: Path, tmp_path: Path) -> None:
+    """The environment has the dependencies of this one, but not the package of this repository."""
     (wheel,) = dist.glob("*.whl")
     environment = tmp_path / "environment"
     venv.create(environment, symlinks=True)

@@ -1,4 +1,4 @@
-"""Values of every type for every argument of a call: the answer is finite, or the error names the argument."""
+"""Values of all types for all arguments of a call: the output is finite, or the error names the argument."""
 
 import decimal
 import fractions
@@ -37,7 +37,7 @@ ARRAYS = [np.float16, np.longdouble, np.int64, np.uint8, bool, complex, ">f4", "
 
 
 def values() -> list[Any]:
-    """Fresh values, as a call may change them."""
+    """New values, because a call may change them."""
     numbers = [True, 0, 1, -1, 0.5, 10**30, 10**400, 1e30, -1e30, 1e300, float("nan"), float("inf"), -float("inf")]
     numbers += [1j, decimal.Decimal(1), fractions.Fraction(1, 2), np.int8(1), np.True_, np.float16(0.5)]
     numbers += [np.longdouble(0.5), np.float32("nan"), np.float32("inf"), np.array(1.0), torch.tensor(1)]
@@ -65,7 +65,7 @@ def values() -> list[Any]:
 
 
 def returned() -> list[Any]:
-    """What a callback may return by mistake."""
+    """Invalid results of a callback."""
     latents, texts = torch.rand(1, 4, 16, 16), torch.rand(1, 77, 32)
     tensors: list[Any] = [
         None,
@@ -83,7 +83,7 @@ def returned() -> list[Any]:
 
 
 def attention_settings() -> list[Any]:
-    """Values of the entries of `cross_attention_kwargs` that the UNet sets or that an IP-Adapter takes."""
+    """Values for the entries of `cross_attention_kwargs` that the UNet sets or an IP-Adapter uses."""
     mask = torch.ones(1, 1, 16, 16)
     masks = [None, 5, "x", [], [1], [None], mask, [mask], [mask[0]], [mask, mask], [mask.repeat(1, 2, 1, 1)]]
     masks += [[mask * torch.nan], mask[:, 0], torch.tensor(1.0)]
@@ -92,7 +92,7 @@ def attention_settings() -> list[Any]:
 
 
 def check(call: Callable[..., Any], argument: str, value: Any) -> None:
-    """Call it; an answer must be finite, and an error must be of the two kinds and name the argument."""
+    """Run a call. The output must be finite; an error must have one of two types and name the argument."""
     names = [argument, argument.removesuffix("_embeds"), argument.removesuffix("s")]
     try:
         with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def check(call: Callable[..., Any], argument: str, value: Any) -> None:
 
 
 def pipeline_call(pipe: InstructDiffusionPipeline, argument: str) -> Callable[..., Any]:
-    """A call of `pipe` that the argument can be added to."""
+    """A call of `pipe` to which the argument can be added."""
     instead = {"timesteps": "num_inference_steps", "sigmas": "num_inference_steps", "prompt_embeds": "prompt"}
     call = tiny.inputs(num_inference_steps=1)
     call.pop(instead.get(argument, ""), None)
@@ -118,17 +118,17 @@ def pipeline_call(pipe: InstructDiffusionPipeline, argument: str) -> Callable[..
 
 
 def some(candidates: list[Any], count: int | None, seed: str) -> list[Any]:
-    """A sample, the same in every run; None: all."""
+    """A sample, the same in each run; None: all."""
     return candidates if count is None else random.Random(seed).sample(candidates, min(count, len(candidates)))
 
 
-# A few of the values in the usual suite, all of them in the slow one.
+# A few of the values in the default suite, all of them in the slow one.
 few_and_all = pytest.mark.parametrize("count", [25, pytest.param(None, marks=pytest.mark.slow)])
 
 
 @few_and_all
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_every_type_of_an_argument(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
+def test_all_types_of_an_argument(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
     call = pipeline_call(pipe, argument)
     for value in some(values(), count, argument):
         check(call, argument, value)
@@ -136,7 +136,7 @@ def test_every_type_of_an_argument(pipe: InstructDiffusionPipeline, argument: st
 
 @few_and_all
 @pytest.mark.parametrize("argument", ["ip_adapter_image", "ip_adapter_image_embeds"])
-def test_every_type_shown_to_an_ip_adapter(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
+def test_all_types_of_ip_adapter_arguments(pipe: InstructDiffusionPipeline, argument: str, count: int | None) -> None:
     call = tiny.inputs(num_inference_steps=1)
     pipe = load(with_image_encoder(pipe))
     pictures = [tiny.picture(), PIL.Image.new("F", (9, 7), 300.0), torch.rand(1, 3, 32, 32), torch.rand(1, 3, 33, 31)]
@@ -148,7 +148,7 @@ def test_every_type_shown_to_an_ip_adapter(pipe: InstructDiffusionPipeline, argu
 
 
 @pytest.mark.parametrize("shows", [True, False])
-def test_every_setting_of_the_attention(pipe: InstructDiffusionPipeline, shows: bool) -> None:
+def test_all_settings_of_attention_processors(pipe: InstructDiffusionPipeline, shows: bool) -> None:
     call = tiny.inputs(num_inference_steps=1)
     if shows:
         load(pipe)
@@ -158,7 +158,7 @@ def test_every_setting_of_the_attention(pipe: InstructDiffusionPipeline, shows: 
 
 
 @few_and_all
-def test_everything_that_a_callback_may_do(pipe: InstructDiffusionPipeline, count: int | None) -> None:
+def test_all_types_of_results_of_a_callback(pipe: InstructDiffusionPipeline, count: int | None) -> None:
     def setter(name: str, value: Any) -> Callable[..., Any]:
         return lambda pipe, *_: setattr(pipe, name, value)
 
@@ -194,7 +194,7 @@ OF_ASK += [(ask, name) for name in ARGUMENTS if name not in SET_BY_ASK]
 
 @few_and_all
 @pytest.mark.parametrize(("function", "argument"), OF_ASK)
-def test_every_type_of_an_argument_of_ask(
+def test_all_types_of_an_argument_of_ask(
     pipe: InstructDiffusionPipeline, function: Callable[..., Any], argument: str, count: int | None
 ) -> None:
     call: dict[str, Any] = {"pipeline": pipe, "resolution": 64}

@@ -21,12 +21,12 @@ from transformers import CLIPConfig
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, InstructDiffusionPipelineOutput
 
-# The one left out needs the package torchsde.
+# The omitted scheduler needs the package torchsde.
 SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name != "DPMSolverSDEScheduler"]
 
 
 class TrainingMetrics:
-    """A callback that records what it is handed."""
+    """A callback that records its arguments."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -41,7 +41,7 @@ class TrainingMetrics:
 
 
 def first_sample(pipe: InstructDiffusionPipeline, **changes: Any) -> torch.Tensor:
-    """What the UNet sees first in a call, before the scheduler scaled it: (1, 4, h, w)."""
+    """The first input of the UNet in a call, before the scheduler scales it: (1, 4, h, w)."""
     seen: list[torch.Tensor] = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     pipe(**tiny.inputs(**changes))
@@ -52,7 +52,7 @@ def first_sample(pipe: InstructDiffusionPipeline, **changes: Any) -> torch.Tenso
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 8), (0.95, 8), (0.9, 7), (0.5, 4), (0.1, 1)])
-def test_strength_is_the_share_of_the_steps(pipe: InstructDiffusionPipeline, strength: float, steps: int) -> None:
+def test_strength_is_the_fraction_of_the_steps(pipe: InstructDiffusionPipeline, strength: float, steps: int) -> None:
     watch = TrainingMetrics()
     pipe(**tiny.inputs(num_inference_steps=8, strength=strength, callback_on_step_end=watch))
     assert watch.steps == list(range(steps))
@@ -60,13 +60,13 @@ def test_strength_is_the_share_of_the_steps(pipe: InstructDiffusionPipeline, str
     assert pipe.num_timesteps == steps
 
 
-def test_full_strength_starts_from_noise_without_the_picture(pipe: InstructDiffusionPipeline) -> None:
+def test_full_strength_starts_from_pure_noise(pipe: InstructDiffusionPipeline) -> None:
     noise = torch.randn(1, 4, 16, 16, generator=tiny.generator(3))
     start = first_sample(pipe, latents=noise)
     assert torch.allclose(start, noise * pipe.scheduler.sigmas[0], atol=1e-5)
 
 
-def test_less_strength_starts_from_the_unscaled_image_latents(pipe: InstructDiffusionPipeline) -> None:
+def test_lower_strength_starts_from_the_unscaled_image_latents(pipe: InstructDiffusionPipeline) -> None:
     noise, image = torch.randn(2, 1, 4, 16, 16, generator=tiny.generator(3))
     start = first_sample(pipe, latents=noise, image=image, num_inference_steps=4, strength=0.5)
     assert torch.allclose(start, image + noise * pipe.scheduler.sigmas[2], atol=1e-5)
@@ -96,7 +96,7 @@ def test_other_schedulers_work(pipe: InstructDiffusionPipeline, name: str, stren
     assert np.isfinite(answer).all()
 
 
-def test_eta_reaches_ddim_and_nothing_else(pipe: InstructDiffusionPipeline) -> None:
+def test_eta_is_passed_to_ddim_only(pipe: InstructDiffusionPipeline) -> None:
     plain, with_eta = (pipe(**tiny.inputs(eta=eta)).images for eta in (0.0, 1.0))
     assert np.array_equal(plain, with_eta)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -104,8 +104,8 @@ def test_eta_reaches_ddim_and_nothing_else(pipe: InstructDiffusionPipeline) -> N
     assert abs(plain - with_eta).max() > 1e-4
 
 
-def test_a_seed_draws_the_start_and_then_every_step(pipe: InstructDiffusionPipeline) -> None:
-    """The draws of the original: nothing else takes a number from the generator, the VAE's posterior least of all."""
+def test_the_generator_draws_the_initial_noise_and_then_that_of_each_step(pipe: InstructDiffusionPipeline) -> None:
+    """As in the original code, nothing else draws from the generator, in particular not the VAE's posterior."""
     generator = tiny.generator(5)
     pipe(**tiny.inputs(generator=generator, num_inference_steps=3))
     other = tiny.generator(5)
@@ -115,7 +115,7 @@ def test_a_seed_draws_the_start_and_then_every_step(pipe: InstructDiffusionPipel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_draws_the_same_noise_and_answers_alike(
+def test_half_precision_has_the_same_noise_and_a_similar_output(
     pipe: InstructDiffusionPipeline, dtype: torch.dtype
 ) -> None:
     expected = pipe(**tiny.inputs()).images
@@ -137,7 +137,7 @@ def test_components_may_differ_in_precision(pipe: InstructDiffusionPipeline) -> 
     assert abs(pipe(**tiny.inputs()).images - expected).mean() < 0.02
 
 
-def test_callbacks_see_every_tensor_they_ask_for(pipe: InstructDiffusionPipeline) -> None:
+def test_callbacks_receive_the_requested_tensors(pipe: InstructDiffusionPipeline) -> None:
     watch = TrainingMetrics()
     asked = pipe._callback_tensor_inputs
     pipe(**tiny.inputs(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=asked, num_images_per_prompt=2))
@@ -151,7 +151,7 @@ def test_callbacks_see_every_tensor_they_ask_for(pipe: InstructDiffusionPipeline
 
 
 @pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"])
-def test_callbacks_change_every_tensor(pipe: InstructDiffusionPipeline, name: str) -> None:
+def test_callbacks_can_change_all_tensors(pipe: InstructDiffusionPipeline, name: str) -> None:
     def erase(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(tensors[name])}
 
@@ -162,7 +162,7 @@ def test_callbacks_change_every_tensor(pipe: InstructDiffusionPipeline, name: st
     assert name != "latents" or erased.abs().max() == 0
 
 
-def test_callback_classes_of_diffusers_bring_their_tensors(pipe: InstructDiffusionPipeline) -> None:
+def test_callback_classes_of_diffusers_set_their_tensor_inputs(pipe: InstructDiffusionPipeline) -> None:
     class Keep(PipelineCallback):
         tensor_inputs = ["image_latents"]
         seen: list = []
@@ -175,7 +175,7 @@ def test_callback_classes_of_diffusers_bring_their_tensors(pipe: InstructDiffusi
     assert Keep.seen == [{"image_latents"}] * 4
 
 
-def test_interrupting_leaves_out_the_rest_once(pipe: InstructDiffusionPipeline) -> None:
+def test_an_interruption_skips_the_remaining_steps_of_one_call(pipe: InstructDiffusionPipeline) -> None:
     watch = TrainingMetrics()
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,7 +197,7 @@ def test_clip_skip_takes_an_earlier_layer(pipe: InstructDiffusionPipeline) -> No
     assert abs(pipe(**tiny.inputs(clip_skip=1)).images - pipe(**tiny.inputs()).images).max() > 1e-5
 
 
-def test_outputs_agree(pipe: InstructDiffusionPipeline) -> None:
+def test_all_output_types_agree(pipe: InstructDiffusionPipeline) -> None:
     array = pipe(**tiny.inputs()).images
     tensor = pipe(**tiny.inputs(output_type="pt")).images
     pictures = pipe(**tiny.inputs(output_type="pil")).images
@@ -221,7 +221,7 @@ def test_tuple_and_dictionary_outputs_agree(pipe: InstructDiffusionPipeline) -> 
 
 @pytest.mark.parametrize("threshold", [1.0, -1.0])
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
-def test_the_safety_checker_blackens_what_it_detects(
+def test_the_safety_checker_replaces_detected_outputs_with_black(
     pipe: InstructDiffusionPipeline, threshold: float, output_type: str
 ) -> None:
     unchecked = pipe(**tiny.inputs(output_type=output_type)).images
@@ -248,7 +248,7 @@ def test_a_missing_safety_checker_warns_only_if_required(
     assert "`requires_safety_checker` is True, but there is no `safety_checker`" in caplog.text
 
 
-def test_a_call_changes_no_component(pipe: InstructDiffusionPipeline) -> None:
+def test_a_call_does_not_change_components(pipe: InstructDiffusionPipeline) -> None:
     before = {name: component.state_dict() for name, component in models(pipe).items()}
     before = {name: {key: value.clone() for key, value in state.items()} for name, state in before.items()}
     configs = {name: dict(component.config) for name, component in pipe.components.items() if name in ("unet", "vae")}
@@ -264,7 +264,7 @@ def models(pipe: InstructDiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.slow
-def test_a_generator_on_the_cpu_gives_the_same_answer_on_cuda(pipe: InstructDiffusionPipeline) -> None:
+def test_a_cpu_generator_gives_the_same_output_on_cuda(pipe: InstructDiffusionPipeline) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     expected = pipe(**tiny.inputs()).images
@@ -277,7 +277,7 @@ def test_custom_timesteps_and_sigmas_replace_the_number_of_steps(pipe: InstructD
     timesteps, sigmas = pipe.scheduler.timesteps.tolist(), pipe.scheduler.sigmas.tolist()
     for custom in ({"timesteps": [round(t) for t in timesteps]}, {"sigmas": sigmas}, {"sigmas": np.array(sigmas)}):
         images = pipe(**tiny.inputs(num_inference_steps=None, **custom)).images
-        # The scheduler finds timesteps of sigmas, and sigmas of timesteps, by interpolation.
+        # The scheduler computes timesteps from sigmas, and sigmas from timesteps, by interpolation.
         assert np.abs(images - expected).max() <= 1 / 255 / 2 and pipe.num_timesteps == 4
     pipe(**tiny.inputs(num_inference_steps=None, sigmas=sigmas, strength=0.5))
     assert pipe.num_timesteps == 2
@@ -294,13 +294,13 @@ def test_custom_timesteps_and_sigmas_replace_the_number_of_steps(pipe: InstructD
         ({"num_inference_steps": None, "timesteps": [500, 1]}, "EulerAncestralDiscreteScheduler does not support it"),
     ],
 )
-def test_schedules_that_contradict_are_refused(pipe: InstructDiffusionPipeline, change: Any, message: str) -> None:
+def test_contradictory_schedules_raise_errors(pipe: InstructDiffusionPipeline, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe(**tiny.inputs(**change))
 
 
 @pytest.mark.parametrize("wrong", [[], 5, "abc"])
-def test_schedules_that_are_none_are_refused(pipe: InstructDiffusionPipeline, wrong: Any) -> None:
+def test_invalid_schedules_raise_errors(pipe: InstructDiffusionPipeline, wrong: Any) -> None:
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="`sigmas` must be a non-empty list of numbers"):
         pipe(**tiny.inputs(num_inference_steps=None, sigmas=wrong))

@@ -1,4 +1,4 @@
-"""A pipeline and its scheduler keep the state of one call: a second one at the same time is refused."""
+"""A pipeline and its scheduler have the state of one call, so a second call at the same time raises an error."""
 
 import threading
 
@@ -17,7 +17,7 @@ def sibling(pipe: InstructDiffusionPipeline) -> InstructDiffusionPipeline:
     return other
 
 
-def test_a_call_inside_its_own_callback_is_refused_and_the_pipeline_works_on(pipe):
+def test_a_call_in_its_own_callback_raises_and_later_calls_work(pipe):
     expected = pipe(**tiny.inputs()).images
 
     def callback(pipeline, step, timestep, tensors):
@@ -28,14 +28,14 @@ def test_a_call_inside_its_own_callback_is_refused_and_the_pipeline_works_on(pip
     assert np.array_equal(pipe(**tiny.inputs()).images, expected)
 
 
-def test_two_pipelines_of_one_scheduler_are_refused(pipe):
+def test_concurrent_calls_with_one_scheduler_raise_an_error(pipe):
     other = InstructDiffusionPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
     with pytest.raises(RuntimeError, match="its scheduler is already running"):
         pipe(**tiny.inputs(callback_on_step_end=lambda *_: other(**tiny.inputs()) and {}))
 
 
-def test_a_pipeline_with_a_scheduler_of_its_own_may_run_meanwhile(pipe):
+def test_concurrent_calls_with_separate_schedulers_work(pipe):
     expected, other, found = pipe(**tiny.inputs()).images, sibling(pipe), []
 
     def callback(pipeline, step, timestep, tensors):
@@ -53,7 +53,7 @@ def test_a_second_pipeline_leaves_the_precision_of_the_first(pipe):
     }
 
 
-def test_threads_get_the_exact_picture_or_an_error(pipe):
+def test_calls_in_threads_return_the_exact_image_or_raise_an_error(pipe):
     expected, wrong, refused = pipe(**tiny.inputs()).images, [], []
 
     def call() -> None:

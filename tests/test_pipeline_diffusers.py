@@ -1,6 +1,6 @@
-"""What diffusers' mixins promise of a pipeline: loading, saving, LoRA, IP-Adapters, textual inversion, memory savers.
+"""The features of diffusers' mixins: loading, saving, LoRA, IP-Adapters, textual inversion, memory savers.
 
-Each is checked by what it does to the answer, with real components; nothing of diffusers is taken on trust.
+Each is checked by its effect on the output, with real components.
 """
 
 import ast
@@ -52,7 +52,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 # --- the class ------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_shows_one_pipeline_class() -> None:
+def test_the_file_has_one_pipeline_class() -> None:
     assert find_pipeline_class(module) is InstructDiffusionPipeline
     pipelines = [
         value
@@ -98,7 +98,7 @@ def test_the_constructor_is_that_of_instruct_pix2pix(pipe: InstructDiffusionPipe
 # --- loading and saving ---------------------------------------------------------------------------------------------
 
 
-def test_saving_and_loading_keep_the_answer(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+def test_saving_and_loading_keep_the_output(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     loaded = InstructDiffusionPipeline.from_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.bin"))
@@ -117,7 +117,7 @@ def test_components_can_be_replaced_while_loading(pipe: InstructDiffusionPipelin
     assert difference(answer(loaded), answer(pipe)) == 0
 
 
-def test_half_precision_survives_saving(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+def test_half_precision_is_kept_by_saving(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
     pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert all(".fp16." in path.name for path in tmp_path.rglob("*.safetensors"))
     loaded = InstructDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16, variant="fp16")
@@ -125,7 +125,7 @@ def test_half_precision_survives_saving(pipe: InstructDiffusionPipeline, tmp_pat
     assert difference(answer(loaded), answer(pipe)) == 0
 
 
-def test_a_single_original_file_loads_with_a_configuration_at_hand(
+def test_a_single_file_of_the_original_code_loads_with_a_local_configuration(
     golden: Path, golden_pipe: InstructDiffusionPipeline, tmp_path: Path
 ) -> None:
     golden_pipe.save_pretrained(tmp_path / "config")
@@ -147,7 +147,7 @@ def test_a_single_original_file_loads_with_a_configuration_at_hand(
         ("first_stage_model.decoder.conv_out.weight", "all weights of the VAE and the UNet"),
     ],
 )
-def test_a_single_file_that_lacks_a_weight_is_refused(
+def test_a_single_file_that_lacks_a_weight_raises_an_error(
     golden: Path, golden_pipe: InstructDiffusionPipeline, tmp_path: Path, name: str, told: str
 ) -> None:
     golden_pipe.save_pretrained(tmp_path / "config")
@@ -161,14 +161,14 @@ def test_a_single_file_that_lacks_a_weight_is_refused(
 
 
 def test_a_single_file_needs_accelerate(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, diffusers does not notice missing weights."""
+    """Without it, missing weights are not detected."""
     monkeypatch.setattr("diffusers.utils.import_utils._accelerate_available", False)
     with pytest.raises(ImportError, match="`from_single_file` needs accelerate"):
         InstructDiffusionPipeline.from_single_file(str(golden / "model" / "tiny-original.safetensors"))
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE])
-def test_other_autoencoders_fit_in(pipe: InstructDiffusionPipeline, kind: type) -> None:
+def test_other_autoencoder_classes_can_be_used(pipe: InstructDiffusionPipeline, kind: type) -> None:
     torch.manual_seed(0)
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     halves = {"down_block_out_channels": (32, 64), "up_block_out_channels": (32, 64), "down_block_types": down}
@@ -217,14 +217,14 @@ def test_encode_prompt_returns_arguments_of_the_call() -> None:
     assert [name.id for name in returned.elts] == ["prompt_embeds", "negative_prompt_embeds"]
 
 
-def test_encode_prompt_repeats_for_several_images(pipe: InstructDiffusionPipeline) -> None:
+def test_encode_prompt_repeats_embeddings_for_several_images(pipe: InstructDiffusionPipeline) -> None:
     once = pipe.encode_prompt(["a cat", "a dog"])
     twice = pipe.encode_prompt(["a cat", "a dog"], num_images_per_prompt=2)
     for one, two in zip(once, twice, strict=True):
         assert torch.equal(two, one.repeat_interleave(2, dim=0))
 
 
-def test_textual_inversions_of_several_vectors_reach_both_texts(pipe: InstructDiffusionPipeline) -> None:
+def test_textual_inversions_of_several_vectors_work_in_both_prompts(pipe: InstructDiffusionPipeline) -> None:
     plain = answer(pipe, prompt="a <thing>", negative_prompt="a cat")
     vectors = torch.randn(3, 32, generator=tiny.generator(1))
     pipe.load_textual_inversion({"<thing>": vectors}, token="<thing>")
@@ -256,7 +256,9 @@ def add_lora(pipe: InstructDiffusionPipeline, parts: tuple[str, ...], name: str 
 
 
 @pytest.mark.parametrize("parts", LORA_PARTS)
-def test_lora_scale_reaches_text_encoder_and_unet(pipe: InstructDiffusionPipeline, parts: tuple[str, ...]) -> None:
+def test_the_lora_scale_applies_to_text_encoder_and_unet(
+    pipe: InstructDiffusionPipeline, parts: tuple[str, ...]
+) -> None:
     plain = answer(pipe)
     add_lora(pipe, parts)
     full = answer(pipe)
@@ -266,7 +268,7 @@ def test_lora_scale_reaches_text_encoder_and_unet(pipe: InstructDiffusionPipelin
     assert difference(half, plain) > 1e-4
     assert difference(half, full) > 1e-4
     assert difference(none, plain) <= 1e-5
-    assert difference(answer(pipe), full) <= 1e-6  # and nothing of a call's scale stays behind
+    assert difference(answer(pipe), full) <= 1e-6  # and the scale of a call has no effect on later calls
 
 
 def test_lora_scale_of_the_text_encoder_is_undone_after_an_error(pipe: InstructDiffusionPipeline) -> None:
@@ -302,7 +304,7 @@ def test_lora_saves_loads_fuses_and_unloads(
     assert difference(answer(pipe), full) <= 1e-4
 
 
-def test_several_loras_weigh_as_told(pipe: InstructDiffusionPipeline) -> None:
+def test_several_loras_have_the_given_weights(pipe: InstructDiffusionPipeline) -> None:
     parts = ("unet", "text_encoder")
     plain = answer(pipe)
     add_lora(pipe, parts, "one", seed=1)
@@ -325,7 +327,7 @@ def test_several_loras_weigh_as_told(pipe: InstructDiffusionPipeline) -> None:
 
 
 def ip_adapter(unet: UNet2DConditionModel, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of an IP-Adapter on pooled embeddings of width 32, which shows each image as 4 tokens."""
+    """Weights of an IP-Adapter for pooled embeddings of width 32, with 4 tokens per image."""
     torch.manual_seed(seed)
     width = unet.config.cross_attention_dim
     attention = {}
@@ -365,7 +367,7 @@ def test_an_ip_adapter_loads_from_a_file(pipe: InstructDiffusionPipeline, tmp_pa
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-def test_ip_adapters_answer_by_their_scale(pipe: InstructDiffusionPipeline, adapters: int) -> None:
+def test_the_scale_of_ip_adapters_changes_the_output(pipe: InstructDiffusionPipeline, adapters: int) -> None:
     plain = answer(pipe)
     load(pipe, adapters)
     shown = [embeds(seed) for seed in range(adapters)]
@@ -413,7 +415,7 @@ def with_image_encoder(pipe: InstructDiffusionPipeline) -> InstructDiffusionPipe
     return pipe
 
 
-def test_pictures_and_their_embeddings_answer_alike(pipe: InstructDiffusionPipeline) -> None:
+def test_images_and_their_embeddings_give_the_same_output(pipe: InstructDiffusionPipeline) -> None:
     pipe = load(with_image_encoder(pipe))
     picture = tiny.picture(40, 32, seed=9)
     with torch.no_grad():
@@ -435,7 +437,7 @@ def test_pictures_and_their_embeddings_answer_alike(pipe: InstructDiffusionPipel
     assert difference(other, expected) > 1e-3
 
 
-def test_an_adapter_may_be_shown_several_pictures(pipe: InstructDiffusionPipeline) -> None:
+def test_an_ip_adapter_can_have_several_images(pipe: InstructDiffusionPipeline) -> None:
     pipe = load(with_image_encoder(pipe), adapters=2)
     one, two = tiny.picture(seed=8), tiny.picture(seed=9)
     answer(pipe, ip_adapter_image=[[one, two], two])
@@ -457,7 +459,7 @@ def test_ip_adapter_embeddings_in_batches(pipe: InstructDiffusionPipeline) -> No
         assert abs(answer(pipe, **call)[0] - picture).max() <= 1e-4
 
 
-def test_ip_adapter_masks_tell_where(pipe: InstructDiffusionPipeline) -> None:
+def test_ip_adapter_masks_restrict_the_region(pipe: InstructDiffusionPipeline) -> None:
     load(pipe)
     call = {"ip_adapter_image_embeds": [embeds()]}
     unmasked = answer(pipe, **call)
@@ -481,7 +483,9 @@ def test_ip_adapter_masks_tell_where(pipe: InstructDiffusionPipeline) -> None:
         ({"ip_adapter_image": tiny.picture()}, "`ip_adapter_image` needs an `image_encoder`"),
     ],
 )
-def test_mistakes_with_ip_adapters_are_named(pipe: InstructDiffusionPipeline, call: dict, message: str) -> None:
+def test_invalid_arguments_for_ip_adapters_raise_errors(
+    pipe: InstructDiffusionPipeline, call: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         answer(load(pipe), **call)
 
@@ -490,7 +494,7 @@ def test_mistakes_with_ip_adapters_are_named(pipe: InstructDiffusionPipeline, ca
 
 
 @pytest.mark.parametrize("size", ["auto", "max", 1, 2])
-def test_attention_slicing_changes_nothing(pipe: InstructDiffusionPipeline, size: str | int) -> None:
+def test_attention_slicing_does_not_change_the_output(pipe: InstructDiffusionPipeline, size: str | int) -> None:
     plain = answer(pipe)
     pipe.enable_attention_slicing(size)
     assert difference(answer(pipe), plain) <= 1e-5
@@ -498,14 +502,14 @@ def test_attention_slicing_changes_nothing(pipe: InstructDiffusionPipeline, size
     assert difference(answer(pipe), plain) <= 1e-5
 
 
-def test_slicing_the_vae_changes_nothing(pipe: InstructDiffusionPipeline) -> None:
+def test_slicing_the_vae_does_not_change_the_output(pipe: InstructDiffusionPipeline) -> None:
     call = {"image": [tiny.picture(seed=seed) for seed in range(3)]}
     plain = answer(pipe, **call)
     pipe.vae.enable_slicing()
     assert difference(answer(pipe, **call), plain) <= 1e-5
 
 
-def test_tiling_the_vae_changes_little(pipe: InstructDiffusionPipeline) -> None:
+def test_tiling_the_vae_changes_the_output_little(pipe: InstructDiffusionPipeline) -> None:
     call = {"image": tiny.picture(64, 48)}
     plain = answer(pipe, **call)
     pipe.vae.enable_tiling()
@@ -514,7 +518,7 @@ def test_tiling_the_vae_changes_little(pipe: InstructDiffusionPipeline) -> None:
     assert 0 < difference(tiled, plain) < 0.5
 
 
-def test_freeu_and_fused_projections(pipe: InstructDiffusionPipeline) -> None:
+def test_freeu_and_fused_projections_work(pipe: InstructDiffusionPipeline) -> None:
     plain = answer(pipe)
     pipe.fuse_qkv_projections()
     assert difference(answer(pipe), plain) <= 1e-4
@@ -525,13 +529,13 @@ def test_freeu_and_fused_projections(pipe: InstructDiffusionPipeline) -> None:
     assert difference(answer(pipe), plain) <= 1e-6
 
 
-def test_moving_to_a_precision_moves_every_model(pipe: InstructDiffusionPipeline) -> None:
+def test_changing_the_precision_changes_all_models(pipe: InstructDiffusionPipeline) -> None:
     pipe.to(dtype=torch.bfloat16)
     assert {model.dtype for model in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
     assert pipe.dtype == torch.bfloat16
 
 
-def test_weights_may_be_stored_in_eight_bits(pipe: InstructDiffusionPipeline) -> None:
+def test_weights_can_be_stored_in_eight_bits(pipe: InstructDiffusionPipeline) -> None:
     pipe.to(torch.bfloat16)
     plain = answer(pipe)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
@@ -539,8 +543,8 @@ def test_weights_may_be_stored_in_eight_bits(pipe: InstructDiffusionPipeline) ->
 
 
 @pytest.mark.parametrize("offload", ["model", "group"])
-def test_offloading_changes_nothing(pipe: InstructDiffusionPipeline, offload: str) -> None:
-    """Onto the device that it starts from, which runs the same hooks as an accelerator would."""
+def test_offloading_does_not_change_the_output(pipe: InstructDiffusionPipeline, offload: str) -> None:
+    """The model is offloaded to the CPU on which it runs, which uses the same hooks as an accelerator."""
     plain = answer(pipe, clip_skip=1)
     if offload == "model":
         pipe.enable_model_cpu_offload(device="cpu")
@@ -550,7 +554,7 @@ def test_offloading_changes_nothing(pipe: InstructDiffusionPipeline, offload: st
     assert difference(answer(pipe, clip_skip=1), plain) <= 1e-6
 
 
-def test_the_offload_sequence_names_every_model(pipe: InstructDiffusionPipeline) -> None:
+def test_the_offload_sequence_has_all_models(pipe: InstructDiffusionPipeline) -> None:
     named = set(pipe.model_cpu_offload_seq.split("->")) | set(pipe._exclude_from_cpu_offload)
     annotations = inspect.signature(InstructDiffusionPipeline.__init__).parameters
     assert named == set(annotations) - {
@@ -564,7 +568,7 @@ def test_the_offload_sequence_names_every_model(pipe: InstructDiffusionPipeline)
     }
 
 
-def test_the_factor_of_the_vae_is_its_number_of_levels(pipe: InstructDiffusionPipeline) -> None:
+def test_the_vae_scale_factor_depends_on_the_number_of_levels(pipe: InstructDiffusionPipeline) -> None:
     assert pipe.vae_scale_factor == 2
     deeper = AutoencoderKL(
         block_out_channels=(32,) * 3,
@@ -578,7 +582,7 @@ def test_the_factor_of_the_vae_is_its_number_of_levels(pipe: InstructDiffusionPi
 
 
 def broadcast_attention(pipe: InstructDiffusionPipeline) -> list[str]:
-    """Applies PyramidAttentionBroadcast to self-attention; the list grows by a name for each attention computed."""
+    """Applies PyramidAttentionBroadcast to self-attention; the list gets a name for each computed attention."""
     computed: list[str] = []
     for name, layer in pipe.unet.named_modules():
         if name.endswith(("attn1.to_q", "attn2.to_q")):
@@ -590,7 +594,9 @@ def broadcast_attention(pipe: InstructDiffusionPipeline) -> list[str]:
     return computed
 
 
-def test_pyramid_attention_broadcast_skips_attention_and_forgets_after_a_call(pipe: InstructDiffusionPipeline) -> None:
+def test_pyramid_attention_broadcast_skips_attention_and_is_reset_after_a_call(
+    pipe: InstructDiffusionPipeline,
+) -> None:
     plain = answer(pipe, num_inference_steps=6)
     layers = sum(name.endswith("attn1") for name, _ in pipe.unet.named_modules())
     computed = broadcast_attention(pipe)
@@ -598,13 +604,13 @@ def test_pyramid_attention_broadcast_skips_attention_and_forgets_after_a_call(pi
     # Timesteps 999, 799.2, 599.4, 399.6, 199.8 and 0: in the range (100, 800) every other one is skipped.
     assert computed.count("attn2") == 6 * layers and computed.count("attn1") == 4 * layers
     assert 0 < difference(found, plain) < 0.1
-    # An odd number of steps, so that what it leaves would change which steps the next call skips.
+    # An odd number of steps, so that a remaining state would change the steps that the next call skips.
     answer(pipe, image=[tiny.picture(seed=1), tiny.picture(seed=2)], num_inference_steps=5)
     assert difference(answer(pipe, num_inference_steps=6), found) == 0
 
 
-def test_pyramid_attention_broadcast_follows_the_number_of_predictions(pipe: InstructDiffusionPipeline) -> None:
-    """Scales that change between two predictions of the same number change which predictions they are."""
+def test_pyramid_attention_broadcast_is_reset_if_the_predictions_change(pipe: InstructDiffusionPipeline) -> None:
+    """Other scales can have the same number of predictions, but other predictions."""
     broadcast_attention(pipe)
     schedule = [(6.0, 0.5), (6.0, 0.5), (0.5, 3.0), (0.5, 0.5), (5.0, 1.25)]
 
@@ -617,8 +623,8 @@ def test_pyramid_attention_broadcast_follows_the_number_of_predictions(pipe: Ins
     assert batches == [3, 2, 2, 2, 1, 3]
 
 
-def test_caches_that_cannot_work_are_refused(pipe: InstructDiffusionPipeline) -> None:
-    with pytest.raises(IndexError):  # by diffusers: a UNet has no list of transformer blocks
+def test_caches_that_cannot_work_raise_errors(pipe: InstructDiffusionPipeline) -> None:
+    with pytest.raises(IndexError):  # an error of diffusers, because a UNet has no list of transformer blocks
         apply_first_block_cache(pipe.unet, FirstBlockCacheConfig())
     plain = answer(pipe)
     apply_faster_cache(pipe.unet, FasterCacheConfig(tensor_format="BCHW"))

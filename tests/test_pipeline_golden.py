@@ -1,10 +1,10 @@
-"""The pipeline against the original implementation: the same seed gives the same image.
+"""The pipeline compared with the original code: the same seed gives the same image.
 
-The original ran on a CPU in float32; its own float64 run is up to 2.1e-4 away from that in the final latents.
+The original code ran on a CPU in float32; its final latents in float64 differ by up to 2.1e-4.
 
-Measured, at most over all cases: noise levels 5.0e-5, predictions 1.9e-5, final latents 4.4e-4 (values reach 30),
+Largest differences over all cases: noise levels 5.0e-5, predictions 1.9e-5, final latents 4.4e-4 (values reach 30),
 images one gray level in 0.13 % of the values. Heun, with diffusers' own scheduler: noise levels 3.8e-6, predictions
-4.1e-6, final latents 9.4e-5, one gray level in 0.012 % of the values; so it needs no tolerances of its own.
+4.1e-6, final latents 9.4e-5, one gray level in 0.012 % of the values; so it needs no separate tolerances.
 """
 
 import json
@@ -36,7 +36,7 @@ SIGMAS, EPS, FINAL_LATENT, GREY_LEVELS = 7e-5, 3e-5, 1e-3, 1
 
 
 class Run:
-    """One golden case, run by the pipeline: what went through the UNet, the latents, and the image."""
+    """A golden case, run by the pipeline: inputs and outputs of the UNet, latents, and image."""
 
     def __init__(self, folder: Path, pipe: InstructDiffusionPipeline):
         self.meta = json.loads((folder / "meta.json").read_text())
@@ -50,7 +50,7 @@ class Run:
         self.calls: list[tuple] = []
         self.latents: list[torch.Tensor] = []
         hook = self.unet.register_forward_hook(lambda *call: self.calls.append(call[1:]), with_kwargs=True)
-        # The demo app brings images to another size than the command line, and does not fit them back.
+        # The demo app resizes images to another size than the command line, and does not fit them back.
         from_command_line = self.meta["resize_back"]
         steps, skipped = self.meta["steps"], self.meta.get("stochastic_steps", 0)
         self.picture = pipe(
@@ -68,7 +68,7 @@ class Run:
         hook.remove()
         self.sigmas = pipe.scheduler.sigmas[skipped:]
         if self.meta["sampler"] == "sample_heun":
-            self.sigmas = torch.cat([self.sigmas[:1], self.sigmas[1::2]])  # diffusers has each in between twice
+            self.sigmas = torch.cat([self.sigmas[:1], self.sigmas[1::2]])  # diffusers has each of the others twice
 
     def watch(self, pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         self.latents.append(tensors["latents"])
@@ -104,7 +104,7 @@ def test_conditions(run: Run) -> None:
     assert distance(run.conditions["image_latents"], run.golden["image_latents"]) <= 1e-5
 
 
-def test_start(run: Run) -> None:
+def test_initial_latents(run: Run) -> None:
     (sample, _), _, _ = run.calls[0]
     noisy, sigma = run.golden["first.x"], run.golden["sigmas"][0]
     assert distance(sample[:1, :4] * (sigma**2 + 1) ** 0.5, noisy) <= 1e-4
@@ -112,7 +112,7 @@ def test_start(run: Run) -> None:
 
 @pytest.mark.parametrize("call", ["first", "last"])
 def test_predictions_of_each_branch(run: Run, call: str) -> None:
-    """Where the original stood, under the conditions that the pipeline gave the UNet. The order is the same."""
+    """The predictions at the original code's latents, with the conditions of the pipeline. The order is the same."""
     (sample, timestep), conditions, _ = run.calls[0 if call == "first" else -1]
     branches = len(sample)
     assert branches == (2 if run.meta["cfg_image"] == 0.5 else 3)
@@ -125,11 +125,11 @@ def test_predictions_of_each_branch(run: Run, call: str) -> None:
     assert distance(predictions[0], run.golden[f"{call}.eps"][:branches]) <= EPS
 
 
-def test_final_latent(run: Run) -> None:
+def test_final_latents(run: Run) -> None:
     assert distance(run.latents[-1], run.golden["final_latent"]) <= FINAL_LATENT
 
 
-def test_picture(run: Run) -> None:
+def test_output_image(run: Run) -> None:
     assert run.picture.size == run.golden_picture.size
     ours, theirs = (np.asarray(picture).astype(int) for picture in (run.picture, run.golden_picture))
     assert np.abs(ours - theirs).max() <= GREY_LEVELS

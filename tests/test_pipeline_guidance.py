@@ -1,4 +1,4 @@
-"""Guidance: the weights, which branches run, and that leaving one out changes nothing."""
+"""Guidance: the weights, the branches that run, and that omitting branches does not change the output."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_weights_sum_to_one(text: float, image: float) -> None:
 
 
 @given(scales, scales, st.integers(0, 2**32 - 1))
-def test_combination_is_that_of_the_paper(text: float, image: float, seed: int) -> None:
+def test_the_combination_matches_the_formula_of_the_paper(text: float, image: float, seed: int) -> None:
     predictions = torch.randn(3, 1, 4, 2, 2, generator=tiny.generator(seed), dtype=torch.float64)
     both, no_text, no_image = predictions
     expected = (no_text + no_image) / 2 + text * (both - no_text) + image * (both - no_image)
@@ -31,12 +31,12 @@ def test_combination_is_that_of_the_paper(text: float, image: float, seed: int) 
     assert torch.allclose(guidance.combine(torch.cat(running)), expected, atol=1e-9)
 
 
-def test_half_and_half_is_plain_sampling() -> None:
+def test_scales_of_one_half_disable_guidance() -> None:
     assert Guidance.from_scales(0.5, 0.5) == (1, 0, 0)
 
 
 def unet_batches(pipe: InstructDiffusionPipeline) -> list[int]:
-    """Grows by the batch of each call of the UNet."""
+    """A list that gets the batch size of each call of the UNet."""
     batches: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     return batches
@@ -44,7 +44,7 @@ def unet_batches(pipe: InstructDiffusionPipeline) -> list[int]:
 
 @pytest.mark.parametrize(("scales", "branches"), BRANCHES)
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_branch_without_weight_does_not_run(
+def test_branches_of_zero_weight_do_not_run(
     pipe: InstructDiffusionPipeline, scales: tuple[float, float], branches: int, samples: int
 ) -> None:
     batches = unet_batches(pipe)
@@ -52,7 +52,7 @@ def test_a_branch_without_weight_does_not_run(
     assert batches == [branches * samples] * 2
 
 
-def test_callbacks_change_the_scales_half_way(pipe: InstructDiffusionPipeline) -> None:
+def test_callbacks_can_change_the_scales(pipe: InstructDiffusionPipeline) -> None:
     batches = unet_batches(pipe)
     schedule = iter([(6.0, 0.5), (0.5, 0.5), (5.0, 1.25), (1.0, 1.0)])
 
@@ -64,7 +64,7 @@ def test_callbacks_change_the_scales_half_way(pipe: InstructDiffusionPipeline) -
     assert batches == [3, 2, 1, 3]
     assert (pipe.guidance_scale, pipe.image_guidance_scale) == (1.0, 1.0)
     pipe(**tiny.inputs(num_inference_steps=1))
-    assert batches[4:] == [3]  # The next call starts from its own scales.
+    assert batches[4:] == [3]  # The next call starts with its own scales.
 
 
 @pytest.mark.parametrize("prompts", [["tint the cat blue"], ["tint the cat blue", "make it winter", "remove it"]])
@@ -72,7 +72,7 @@ def test_callbacks_change_the_scales_half_way(pipe: InstructDiffusionPipeline) -
 def test_the_cutoff_callback_of_diffusers_ends_guidance(
     pipe: InstructDiffusionPipeline, prompts: list[str], several: bool
 ) -> None:
-    """After the cutoff one branch runs, each sample with its own prompt, as a callback of our own would have it."""
+    """After the cutoff one branch runs, with each sample's own prompt, as with a custom callback."""
     batches = unet_batches(pipe)
     callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     call = {"prompt": prompts, "num_inference_steps": 3}
@@ -89,10 +89,10 @@ def test_the_cutoff_callback_of_diffusers_ends_guidance(
 
 
 @pytest.mark.parametrize(("scales", "branches"), BRANCHES)
-def test_leaving_branches_out_changes_nothing(
+def test_omitting_branches_does_not_change_the_output(
     pipe: InstructDiffusionPipeline, scales: tuple[float, float], branches: int
 ) -> None:
-    """Against scales a hair away, at which all three branches run."""
+    """Compared with slightly different scales, for which all three branches run."""
     with_elision = pipe(**tiny.inputs(guidance_scale=scales[0], image_guidance_scale=scales[1])).images
     batches = unet_batches(pipe)
     text, image = (scale + 1e-9 if scale == 0.5 else scale for scale in scales)
@@ -102,13 +102,13 @@ def test_leaving_branches_out_changes_nothing(
 
 
 @pytest.mark.parametrize("small", [(1.0, 1.0), (0.9, 0.2), (0.0, 0.0), (-1.0, 0.5)])
-def test_small_scales_guide_too(pipe: InstructDiffusionPipeline, small: tuple[float, float]) -> None:
+def test_scales_below_one_guide(pipe: InstructDiffusionPipeline, small: tuple[float, float]) -> None:
     plain = pipe(**tiny.inputs(guidance_scale=0.5, image_guidance_scale=0.5)).images
     guided = pipe(**tiny.inputs(guidance_scale=small[0], image_guidance_scale=small[1])).images
     assert abs(plain - guided).max() > 1e-4
 
 
-def test_what_each_branch_sees(pipe: InstructDiffusionPipeline) -> None:
+def test_inputs_of_each_branch(pipe: InstructDiffusionPipeline) -> None:
     calls: list[tuple] = []
     pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     pipe(**tiny.inputs(negative_prompt="a dog"))

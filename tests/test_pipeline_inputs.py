@@ -1,4 +1,4 @@
-"""What a call accepts: kinds and modes of images, texts, how lists broadcast, and what each mistake is told."""
+"""Arguments of a call: types and modes of images, texts, broadcasting of lists, and messages for invalid ones."""
 
 import io
 import logging
@@ -21,13 +21,13 @@ MODES += ["I;16", "I;16L", "I;16B"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_of_pillow_is_read(pipe: InstructDiffusionPipeline, mode: str) -> None:
+def test_images_of_all_modes_of_pillow_are_converted(pipe: InstructDiffusionPipeline, mode: str) -> None:
     answer = pipe(**tiny.inputs(image=PIL.Image.new(mode, (32, 32)), num_inference_steps=1)).images
     assert answer.shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "RGBX", "LA", "CMYK", "I", "F", "I;16", "I;16B"])
-def test_white_is_read_as_white_and_black_as_black(mode: str) -> None:
+def test_white_and_black_are_kept_in_all_modes(mode: str) -> None:
     white = {"I": 65535, "I;16": 65535, "I;16B": 65535, "F": 255.0, "CMYK": (0, 0, 0, 0), "LA": (255, 0)}
     picture = PIL.Image.new(mode, (3, 2), white.get(mode, "white"))
     assert upright_rgb(picture).getpixel((1, 1)) == (255, 255, 255)
@@ -44,7 +44,7 @@ def test_sixteen_bits_are_scaled_down_and_not_clipped() -> None:
 
 
 @pytest.mark.parametrize(("mode", "scale"), [("F", 1 / 255), ("F", 1), ("I", 1), ("I", 257), ("I;16", 257)])
-def test_the_range_of_grey_values_is_recognised(mode: str, scale: float) -> None:
+def test_the_range_of_gray_values_is_recognized(mode: str, scale: float) -> None:
     grey = np.arange(256).reshape(16, 16)
     types = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
     picture = PIL.Image.fromarray((grey * scale).astype(types[mode]))
@@ -53,7 +53,7 @@ def test_the_range_of_grey_values_is_recognised(mode: str, scale: float) -> None
 
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 255.5), ("F", float("nan"))])
-def test_values_that_no_picture_has_are_refused(mode: str, value: float) -> None:
+def test_values_out_of_range_raise_errors(mode: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"`image` of mode {mode} must have values from 0 to"):
         upright_rgb(PIL.Image.new(mode, (3, 2), value))
 
@@ -64,7 +64,7 @@ def test_transparency_is_dropped() -> None:
 
 def test_exif_orientation_is_applied(pipe: InstructDiffusionPipeline) -> None:
     turned = tiny.picture(32, 48).transpose(PIL.Image.Transpose.ROTATE_90)
-    turned.getexif()[0x0112] = 6  # "turn clockwise to show"
+    turned.getexif()[0x0112] = 6  # "rotate clockwise for display"
     by_hand = pipe(**tiny.inputs(image=tiny.picture(32, 48), output_type="pil")).images[0]
     by_exif = pipe(**tiny.inputs(image=turned, output_type="pil")).images[0]
     assert turned.size == (48, 32)
@@ -98,28 +98,28 @@ def as_tensor(picture: PIL.Image.Image) -> torch.Tensor:
         lambda picture: np.asfortranarray(as_array(picture)),
     ],
 )
-def test_kinds_of_pictures_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int) -> None:
-    """At another size a PIL image is rounded to 8 bits in between, which the others are not."""
+def test_all_types_of_images_are_equivalent(pipe: InstructDiffusionPipeline, kind: Any, resolution: int) -> None:
+    """At another size, a PIL image is rounded to 8 bits before it is converted, unlike the others."""
     picture = tiny.picture(32, 40)
     expected = pipe(**tiny.inputs(image=picture, resolution=resolution)).images
     answer = pipe(**tiny.inputs(image=kind(picture), resolution=resolution)).images
     assert abs(answer - expected).max() <= (1e-6 if resolution == 0 else 2e-2)
 
 
-def test_integers_of_numpy_count(pipe: InstructDiffusionPipeline) -> None:
+def test_numpy_integers_are_accepted(pipe: InstructDiffusionPipeline) -> None:
     expected = pipe(**tiny.inputs(resolution=64)).images
     numbers = {"num_inference_steps": np.int64(2), "resolution": np.int32(64), "guidance_scale": np.float32(5.0)}
     assert np.array_equal(pipe(**tiny.inputs(**numbers, num_images_per_prompt=np.int64(1))).images, expected)
 
 
 @pytest.mark.parametrize("name", ["vae", "unet", "scheduler"])
-def test_a_missing_component_is_named(name: str) -> None:
+def test_a_missing_component_is_reported(name: str) -> None:
     pipe = InstructDiffusionPipeline(**(tiny.components() | {name: None}))
     with pytest.raises(ValueError, match=f"has no `{name}`"):
         pipe(**tiny.inputs())
 
 
-def test_a_tensor_answers_in_its_own_size_as_pil(pipe: InstructDiffusionPipeline) -> None:
+def test_a_pil_output_for_a_tensor_has_the_size_of_the_tensor(pipe: InstructDiffusionPipeline) -> None:
     image = as_tensor(tiny.picture(33, 50))
     assert pipe(**tiny.inputs(image=image, resolution=64, output_type="pil")).images[0].size == (33, 50)
     assert pipe(**tiny.inputs(image=image, output_type="pil")).images[0].size == (33, 50)
@@ -140,7 +140,7 @@ PROMPTS = ["tint the cat blue", "remove the dog", "make it night"]
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_lists_broadcast_and_each_sample_equals_a_call_of_its_own(
+def test_lists_broadcast_and_each_sample_equals_a_separate_call(
     pipe: InstructDiffusionPipeline, texts: int, negatives: int, images: int, copies: int
 ) -> None:
     samples = max(texts, negatives, images)
@@ -168,20 +168,20 @@ def test_lists_broadcast_and_each_sample_equals_a_call_of_its_own(
         assert abs(answer - alone).max() <= 1e-4
 
 
-def test_answers_to_a_list_have_the_sizes_of_their_inputs(pipe: InstructDiffusionPipeline) -> None:
+def test_outputs_for_a_list_have_the_sizes_of_their_inputs(pipe: InstructDiffusionPipeline) -> None:
     pictures = [tiny.picture(32, 33), tiny.picture(33, 32)]
     answers = pipe(**tiny.inputs(image=pictures, output_type="pil", num_images_per_prompt=2)).images
     assert [answer.size for answer in answers] == [(32, 33), (32, 33), (33, 32), (33, 32)]
 
 
-def test_one_generator_serves_a_batch_in_order(pipe: InstructDiffusionPipeline) -> None:
+def test_one_generator_draws_the_noise_of_a_batch_in_order(pipe: InstructDiffusionPipeline) -> None:
     noise = torch.randn(2, 4, 16, 16, generator=tiny.generator())
     drawn = pipe(**tiny.inputs(num_images_per_prompt=2, num_inference_steps=1)).images
     given = pipe(**tiny.inputs(num_images_per_prompt=2, num_inference_steps=1, latents=noise, generator=None)).images
     assert np.array_equal(drawn, given)
 
 
-def test_embeddings_stand_in_for_texts(pipe: InstructDiffusionPipeline) -> None:
+def test_embeddings_can_replace_texts(pipe: InstructDiffusionPipeline) -> None:
     expected = pipe(**tiny.inputs(prompt=PROMPTS[:2], negative_prompt="fog")).images
     embeds, negative_embeds = pipe.encode_prompt(PROMPTS[:2], negative_prompt="fog")
     answer = pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds)).images
@@ -196,7 +196,7 @@ def test_a_negative_prompt_replaces_the_empty_text(pipe: InstructDiffusionPipeli
     assert abs(pipe(**tiny.inputs(negative_prompt="fog")).images - plain).max() > 1e-4
 
 
-def test_long_prompts_warn_with_what_was_cut(
+def test_long_prompts_are_truncated_with_a_warning(
     pipe: InstructDiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "instructdiffusion_pipeline"):
@@ -290,12 +290,12 @@ LATENTS = torch.zeros(1, 4, 16, 16)
         ({"ip_adapter_image": tiny.picture()}, "must be None, because no IP-Adapter is loaded"),
     ],
 )
-def test_mistakes_are_named(pipe: InstructDiffusionPipeline, change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_errors(pipe: InstructDiffusionPipeline, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe(**tiny.inputs(**change))
 
 
-def test_embeddings_that_do_not_fit_are_named(pipe: InstructDiffusionPipeline) -> None:
+def test_embeddings_that_do_not_fit_raise_errors(pipe: InstructDiffusionPipeline) -> None:
     for embeds in (torch.zeros(1, 77, 33), torch.zeros(1, 77, 32).long(), torch.full((1, 77, 32), torch.nan)):
         with pytest.raises(ValueError, match=r"`prompt_embeds` must be .* of shape \(B, 77, 32\); got Tensor"):
             pipe(**tiny.inputs(prompt=None, prompt_embeds=embeds))
@@ -305,7 +305,9 @@ def test_embeddings_that_do_not_fit_are_named(pipe: InstructDiffusionPipeline) -
 
 @pytest.mark.parametrize("component", ["text_encoder", "vae", "unet"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_named(pipe: InstructDiffusionPipeline, component: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_reported(
+    pipe: InstructDiffusionPipeline, component: str, value: float
+) -> None:
     name, weight = next(
         (name, weight)
         for name, weight in getattr(pipe, component).named_parameters()
@@ -318,7 +320,7 @@ def test_weights_that_are_not_finite_are_named(pipe: InstructDiffusionPipeline, 
 
 
 @pytest.mark.parametrize(("change", "component"), [({"guidance_scale": 1e30}, "unet"), ({"latents": 1e30}, "unet")])
-def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline, change: dict, component: str) -> None:
+def test_overflowing_values_raise_errors(pipe: InstructDiffusionPipeline, change: dict, component: str) -> None:
     change = {name: LATENTS + value if name == "latents" else value for name, value in change.items()}
     with pytest.raises(
         ValueError, match=f"`{component}` returned values that are NaN .* look for large values in .*`latents`"
@@ -327,7 +329,7 @@ def test_numbers_that_overflow_are_named(pipe: InstructDiffusionPipeline, change
 
 
 @pytest.mark.parametrize("component", ["vae", "unet"])
-def test_half_precision_that_overflows_is_named(pipe: InstructDiffusionPipeline, component: str) -> None:
+def test_an_overflow_of_float16_is_reported(pipe: InstructDiffusionPipeline, component: str) -> None:
     half = pipe.to(torch.float16)
     layer = half.unet.conv_out if component == "unet" else half.vae.decoder.conv_in
     layer.weight.data.fill_(60000)
@@ -336,7 +338,7 @@ def test_half_precision_that_overflows_is_named(pipe: InstructDiffusionPipeline,
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_a_folder_that_lacks_a_weight_is_refused(
+def test_a_folder_that_lacks_a_weight_raises_an_error(
     pipe: InstructDiffusionPipeline, tmp_path: Path, component: str
 ) -> None:
     pipe.save_pretrained(tmp_path)
@@ -351,8 +353,8 @@ def test_a_folder_that_lacks_a_weight_is_refused(
     assert InstructDiffusionPipeline.from_pretrained(tmp_path, **given).components[component] is given[component]
 
 
-def test_old_names_of_weights_count(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
-    """Those of the attention in the VAE of Stable Diffusion 1.5, and of text encoders before transformers 5.6."""
+def test_old_names_of_weights_are_accepted(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+    """Names of attention weights in the VAE of Stable Diffusion 1.5, and of text encoders before transformers 5.6."""
     pipe.save_pretrained(tmp_path)
     for component, prefix in (("vae", ""), ("text_encoder", "text_model.")):
         (file,) = (tmp_path / component).glob("*.safetensors")
@@ -361,8 +363,8 @@ def test_old_names_of_weights_count(pipe: InstructDiffusionPipeline, tmp_path: P
     assert np.array_equal(loaded(**tiny.inputs()).images, pipe(**tiny.inputs()).images)
 
 
-def test_text_encoders_of_earlier_transformers_need_files_of_theirs(tmp_path: Path) -> None:
-    """Before 5.6 their weights have a prefix; a file without it, of a later version, would be ignored."""
+def test_text_encoders_of_earlier_transformers_need_the_prefix(tmp_path: Path) -> None:
+    """Before 5.6 their weights have a prefix, and weights of a file without it would be ignored."""
     encoder = torch.nn.ModuleDict({"text_model": torch.nn.Linear(2, 2)})
     encoder.config = SimpleNamespace(_name_or_path=str(tmp_path))
     weights = encoder.state_dict()
@@ -373,14 +375,14 @@ def test_text_encoders_of_earlier_transformers_need_files_of_theirs(tmp_path: Pa
     assert _missing_weights(encoder, None) == []
 
 
-def test_variants_and_shards_have_all_weights(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
+def test_variants_and_shards_are_checked_for_missing_weights(pipe: InstructDiffusionPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
     assert len(list(tmp_path.glob("unet/*.fp16-*"))) > 1
     loaded = InstructDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
     assert np.array_equal(loaded(**tiny.inputs()).images, pipe(**tiny.inputs()).images)
 
 
-def test_a_unet_that_sees_no_image_is_refused(pipe: InstructDiffusionPipeline) -> None:
+def test_a_unet_without_image_channels_raises_an_error(pipe: InstructDiffusionPipeline) -> None:
     pipe.unet.register_to_config(in_channels=4)
     with pytest.raises(ValueError, match="`unet` must be a UNet of InstructDiffusion with 8 input channels .* got 4"):
         pipe(**tiny.inputs())

@@ -1,4 +1,4 @@
-"""The working size, the box an answer shows, and the way there and back."""
+"""The working size, the box that an output shows, and resizing to it and back."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ sides = st.integers(1, 5000)
 resolutions = st.integers(16, 1024)
 
 
-def test_sizes_are_those_of_the_original_but_where_its_floating_point_went_astray(golden: Path) -> None:
+def test_sizes_match_the_original_except_for_its_rounding_errors(golden: Path) -> None:
     table = json.loads((golden / "inference" / "resize_table.json").read_text())
     refused, astray, astray_to_zero = 0, 0, 0
     for width, height, resolution, cli_width, cli_height, _, _ in table["rows"]:
@@ -35,22 +35,22 @@ def test_sizes_are_those_of_the_original_but_where_its_floating_point_went_astra
 @pytest.mark.parametrize(
     ("width", "height", "expected"), [(71, 82, (448, 512)), (197, 1576, (64, 512)), (1, 1, (512, 512))]
 )
-def test_sizes_on_the_edge_of_a_block(width: int, height: int, expected: tuple[int, int]) -> None:
+def test_sizes_at_multiples_of_64(width: int, height: int, expected: tuple[int, int]) -> None:
     assert working_size(width, height, 512).size == expected
 
 
-def test_the_box_of_the_answer_to_a_full_hd_picture() -> None:
+def test_the_box_for_a_full_hd_image() -> None:
     size, box = working_size(1920, 1080, 512)
     assert size == (512, 320)
     assert box == pytest.approx((96, 54, 1824, 1026))
 
 
 @given(sides, sides, resolutions)
-def test_the_box_lies_centred_in_the_picture_and_has_its_proportions(width: int, height: int, resolution: int) -> None:
+def test_the_box_is_centered_and_has_the_aspect_ratio_of_the_image(width: int, height: int, resolution: int) -> None:
     try:
         size, (left, top, right, bottom) = working_size(width, height, resolution)
     except ValueError:
-        assert 4 * max(width, height) > 4 * min(width, height)  # never a square
+        assert 4 * max(width, height) > 4 * min(width, height)  # never square
         return
     assert all(side > 0 and side % 64 == 0 for side in size)
     assert max(size) <= 4 * resolution
@@ -61,7 +61,7 @@ def test_the_box_lies_centred_in_the_picture_and_has_its_proportions(width: int,
 
 
 @given(sides, sides, resolutions)
-def test_a_turned_picture_has_the_turned_size_and_box(width: int, height: int, resolution: int) -> None:
+def test_a_transposed_image_has_the_transposed_size_and_box(width: int, height: int, resolution: int) -> None:
     try:
         size, box = working_size(width, height, resolution)
     except ValueError:
@@ -83,8 +83,8 @@ def test_at_its_own_size_nothing_is_cropped(width: int, height: int, factor: int
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (100, 150), (97, 130)])
-def test_the_box_is_what_both_fits_leave(size: tuple[int, int]) -> None:
-    """Two ramps tell each pixel where in the input it comes from."""
+def test_the_box_is_the_part_that_remains_after_both_crops(size: tuple[int, int]) -> None:
+    """Two ramps show for each pixel its position in the input."""
     x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     worked, box = working_size(*size, 512)
     for ramp, low, high, axis in ((x, box[0], box[2], 0), (y, box[1], box[3], 1)):
@@ -97,7 +97,7 @@ def test_the_box_is_what_both_fits_leave(size: tuple[int, int]) -> None:
         assert middle == pytest.approx(expected, abs=0.1)
 
 
-def test_centre_crop_keeps_the_largest_box() -> None:
+def test_center_crop_keeps_the_largest_box() -> None:
     assert center_crop((100, 50), (10, 10)) == (25, 0, 75, 50)
     assert center_crop((50, 100), (10, 10)) == (0, 25, 50, 75)
     assert center_crop((30, 20), (300, 200)) == (0, 0, 30, 20)
@@ -112,7 +112,7 @@ def test_centre_crop_keeps_the_largest_box() -> None:
         ((2000, 30, 512), "`image` of 2000 x 30 pixels is too elongated"),
     ],
 )
-def test_errors(arguments: tuple, message: str) -> None:
+def test_invalid_sizes_raise_errors(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         working_size(*arguments)
 
@@ -133,7 +133,7 @@ def test_defaults_are_the_multiples_of_stable_diffusion() -> None:
 
 @pytest.mark.parametrize("resolution", [0, 64])
 @pytest.mark.parametrize("size", [(33, 50), (64, 64), (1, 1), (70, 30)])
-def test_pil_answers_have_the_size_of_their_input_and_arrays_the_working_size(
+def test_pil_outputs_have_the_input_size_and_arrays_the_working_size(
     pipe: InstructDiffusionPipeline, size: tuple[int, int], resolution: int
 ) -> None:
     call = tiny.inputs(image=tiny.picture(*size), num_inference_steps=1, resolution=resolution)
@@ -149,7 +149,7 @@ def test_pil_answers_have_the_size_of_their_input_and_arrays_the_working_size(
     assert latent.shape == (1, 4, height // 2, width // 2)
 
 
-def test_pil_answers_cut_the_fraction_off_and_are_then_fitted_back(pipe: InstructDiffusionPipeline) -> None:
+def test_pil_outputs_are_truncated_to_8_bits_and_fitted_back(pipe: InstructDiffusionPipeline) -> None:
     call = tiny.inputs(image=tiny.picture(60, 40), resolution=64)
     array = pipe(**call | {"generator": tiny.generator()}).images[0]
     (answer,) = pipe(**call | {"generator": tiny.generator(), "output_type": "pil"}).images
@@ -158,7 +158,7 @@ def test_pil_answers_cut_the_fraction_off_and_are_then_fitted_back(pipe: Instruc
     assert np.array_equal(np.asarray(answer), np.asarray(ImageOps.fit(cut, (60, 40), PIL.Image.Resampling.LANCZOS)))
 
 
-def test_pictures_of_one_call_share_a_working_size(pipe: InstructDiffusionPipeline) -> None:
+def test_images_of_one_call_must_have_one_working_size(pipe: InstructDiffusionPipeline) -> None:
     pictures = [tiny.picture(60, 40), tiny.picture(64, 60), tiny.picture(66, 57)]
     answers = pipe(**tiny.inputs(image=pictures, resolution=64, output_type="pil")).images
     assert [answer.size for answer in answers] == [(60, 40), (64, 60), (66, 57)]

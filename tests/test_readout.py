@@ -1,4 +1,4 @@
-"""The readout: its inputs, its outputs, and its place in a pipeline."""
+"""The readout: its inputs, its outputs, and its use as a component of a pipeline."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def scene():
     return tiny.picture(64, 64), mask
 
 
-def test_a_readout_that_copies_the_reading_by_colour_gives_its_masks(by_color, scene):
+def test_a_readout_that_copies_decoding_by_color_returns_its_masks(by_color, scene):
     image, mask = scene
     task = Segmentation({"cat": "blue", "dog": "red"})
     answer = task.draw(image, {"cat": mask, "dog": ~mask})
@@ -72,7 +72,7 @@ def test_a_readout_that_copies_the_reading_by_colour_gives_its_masks(by_color, s
     assert (found["dog"].pixels == ~mask).mean() > 0.98
 
 
-def test_joints_come_back_where_the_discs_are(by_color, scene):
+def test_joints_are_decoded_at_the_discs(by_color, scene):
     image, _ = scene
     task = Keypoints({"nose": "red", "left wrist": "green", "right wrist": "blue"})
     joints = {"nose": Joint(20, 31), "left wrist": Joint(50, 12), "right wrist": None}
@@ -82,7 +82,7 @@ def test_joints_come_back_where_the_discs_are(by_color, scene):
         assert np.hypot(found[name].x - joints[name].x, found[name].y - joints[name].y) < 1
 
 
-def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
+def test_low_probabilities_give_empty_masks_and_no_joints(by_color, scene):
     image, mask = scene
     cat, nose = Segmentation({"cat": "blue"}), Keypoints({"nose": "red"})
     painted, marked = cat.draw(image, {"cat": mask}), nose.draw(image, {"nose": Joint(20, 31)})
@@ -96,8 +96,8 @@ def test_what_the_network_is_unsure_of_is_nothing(by_color, scene):
     assert unsure is None and sure is not None
 
 
-def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
-    """The answer shows the middle of an image twice as wide as high, at half its height."""
+def test_decoded_data_is_in_pixels_of_the_input_inside_the_box(by_color):
+    """The output shows the center of an image twice as wide as high, at half its height."""
     image = tiny.picture(256, 128)
     mask = np.zeros((128, 256), bool)
     mask[40:90, 100:160] = True
@@ -111,13 +111,13 @@ def test_readings_are_in_pixels_of_the_input_and_of_the_box_alone(by_color):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (300, 200)])
-def test_any_size_can_be_read(size):
+def test_outputs_of_any_size_can_be_decoded(size):
     image = tiny.picture(*size)
     found = read_with_readout(network(), Segmentation({"cat": "blue"}), image, image)
     assert found["cat"].pixels.shape == size[::-1]
 
 
-def test_it_is_given_both_pictures_the_colour_and_the_reading_by_colour(scene):
+def test_its_inputs_are_both_images_the_color_and_the_coverage_by_color(scene):
     image, mask = scene
     task = Segmentation({"cat": "yellow"})
     answer = task.draw(image, {"cat": mask})
@@ -131,7 +131,7 @@ def test_it_is_given_both_pictures_the_colour_and_the_reading_by_colour(scene):
 
 
 @pytest.mark.parametrize(("x", "y"), [(20.0, 30.0), (20.4, 30.7), (0.0, 0.0), (1.3, 62.0), (63.0, 40.5)])
-def test_a_peak_is_found_to_a_fraction_of_a_pixel(x, y):
+def test_a_peak_is_found_with_subpixel_accuracy(x, y):
     rows, columns = np.indices((64, 64))
     found = heatmap_peak(np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 4.5))
     assert found[:2] == pytest.approx((x, y), abs=0.35), "half a pixel at the rim, where one side cannot be seen"
@@ -140,21 +140,21 @@ def test_a_peak_is_found_to_a_fraction_of_a_pixel(x, y):
     assert 0.8 < found[2] <= 1
 
 
-def test_another_network_is_refused(scene):
+def test_another_network_raises_an_error(scene):
     image, _ = scene
     with pytest.raises(ValueError, match="must have 10 input channels and 2 output channels; got 3 and 2"):
         read_with_readout(network(in_channels=3), Segmentation({"cat": "blue"}), image, image)
 
 
 @pytest.mark.parametrize("task", [Segmentation({"cat": "blue"}), Keypoints({"nose": "red"})])
-def test_a_readout_with_a_weight_that_is_not_finite_is_named(task):
+def test_a_readout_with_a_weight_that_is_not_finite_raises_an_error(task):
     readout, image = network(), Image.new("RGB", (64, 64))
     next(readout.parameters()).data.view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
         read_with_readout(readout, task, image, image)
 
 
-def test_one_logit_that_is_not_finite_is_named():
+def test_a_logit_that_is_not_finite_raises_an_error():
     readout, image = network(), Image.new("RGB", (64, 64))
     readout.conv_out.bias.data[HEATMAP] = float("inf")
     with pytest.raises(ValueError, match="`readout` returned values that are NaN or infinite"):
@@ -162,7 +162,7 @@ def test_one_logit_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize("size", [(61, 47), (130, 70)])
-def test_a_readout_of_five_levels_reads_any_size(size):
+def test_a_readout_of_five_levels_decodes_any_size(size):
     image, readout = tiny.picture(*size), build_readout(256).eval()
     assert len(readout.config.block_out_channels) == 5
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_readout_of_five_levels_reads_any_size(size):
     assert found["cat"].pixels.shape == size[::-1] and found["cat"].pixels.all()
 
 
-def test_ask_reads_with_the_pipelines_readout_unless_told_otherwise(pipe, by_color):
+def test_ask_uses_the_readout_of_the_pipeline_by_default(pipe, by_color):
     image, task = tiny.picture(150, 100), Keypoints({"nose": "red"})
     settings = {"resolution": 64, "num_inference_steps": 2}
     pipe.register_modules(readout=by_color)
@@ -181,14 +181,14 @@ def test_ask_reads_with_the_pipelines_readout_unless_told_otherwise(pipe, by_col
     assert plain.picture == answer.picture and plain.data == task.read(image, answer.picture, answer.box)
 
 
-def test_pictures_are_read_by_their_task(pipe):
+def test_images_are_decoded_by_their_task(pipe):
     pipe.register_modules(readout=network())
     answer = ask(pipe, tiny.picture(64, 64), Restoration("noise"), num_inference_steps=2, generator=tiny.generator())
     assert answer.data == answer.picture
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_it_follows_the_precision_of_its_pipeline(pipe, scene, dtype):
+def test_it_has_the_precision_of_its_pipeline(pipe, scene, dtype):
     image, mask = scene
     pipe.register_modules(readout=network())
     task = Segmentation({"cat": "blue"})
@@ -199,7 +199,7 @@ def test_it_follows_the_precision_of_its_pipeline(pipe, scene, dtype):
     assert half.pixels.shape == exact.pixels.shape and half.score == pytest.approx(exact.score, abs=0.05)
 
 
-def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
+def test_it_is_saved_and_loaded_as_a_component(pipe, tmp_path, scene):
     image, _ = scene
     pipe.register_modules(readout=network())
     pipe.save_pretrained(tmp_path)
@@ -212,7 +212,7 @@ def test_it_is_a_component_like_any_other(pipe, tmp_path, scene):
 
 
 @pytest.mark.parametrize("offload", ["model", "group"])
-def test_it_works_offloaded(pipe, scene, offload):
+def test_it_works_with_offloading(pipe, scene, offload):
     image, _ = scene
     pipe.register_modules(readout=network())
     task, settings = Segmentation({"cat": "blue"}), {"num_inference_steps": 2}
@@ -227,8 +227,8 @@ def test_it_works_offloaded(pipe, scene, offload):
         assert before.data["cat"].score == pytest.approx(after.data["cat"].score)
 
 
-def test_it_works_offloaded_layer_by_layer(scene):
-    """Its weights are on the device "meta" until they are needed, so its device says nothing of where inputs go."""
+def test_it_works_with_sequential_offloading(scene):
+    """Its weights are on the device "meta" until they are needed, so the device for its inputs is another one."""
     from accelerate import cpu_offload
 
     image, _ = scene

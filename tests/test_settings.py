@@ -1,4 +1,4 @@
-"""A model knows its own settings: where they come from, which one counts, and that they survive saving."""
+"""The settings of a model: where they come from, which of them apply, and that they are saved."""
 
 import json
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ def run(pipe: InstructDiffusionPipeline, **settings: Any) -> np.ndarray:
     return pipe(**{name: inputs[name] for name in inputs if name != "num_inference_steps" or name in settings}).images
 
 
-def test_a_call_takes_the_models_own_settings_then_the_papers(tuned, pipe):
+def test_a_call_uses_the_settings_of_the_model_or_else_of_the_original_code(tuned, pipe):
     assert np.array_equal(run(tuned), run(pipe, num_inference_steps=3, guidance_scale=2.0, image_guidance_scale=1.25))
     assert np.array_equal(run(tuned, guidance_scale=7.0), run(pipe, num_inference_steps=3, guidance_scale=7.0))
     pipe(**tiny.inputs(num_inference_steps=None))
     assert pipe.num_timesteps == 100 and (pipe.guidance_scale, pipe.image_guidance_scale) == (5.0, 1.25)
 
 
-def test_a_zero_is_a_setting(tuned):
+def test_a_setting_of_zero_is_used(tuned):
     assert not np.array_equal(run(tuned, guidance_scale=0.0), run(tuned))
 
 
@@ -53,7 +53,7 @@ def test_ask_and_the_pipeline_agree_without_settings(tuned):
     assert np.array_equal(answer.picture, direct)
 
 
-def test_the_callers_setting_overrides_the_models_and_the_tasks(tuned):
+def test_arguments_override_the_settings_of_model_and_task(tuned):
     ask(tuned, tiny.picture(), Editing("make it winter"), generator=tiny.generator(), num_inference_steps=2)
     assert tuned.num_timesteps == 2 and tuned.guidance_scale == 2.0
     ask(tuned, tiny.picture(), Restoration("blur"), generator=tiny.generator(), num_inference_steps=2)
@@ -70,7 +70,7 @@ def test_none_is_the_default_of_the_task_and_not_that_of_editing(tuned):
 
 @dataclass(frozen=True)
 class Glow:
-    """A fifth task, registered nowhere."""
+    """A fifth task, which is not registered."""
 
     family: ClassVar[str] = "glow"
     settings: ClassVar[dict[str, Any]] = {"num_inference_steps": 5, "guidance_scale": 3.0, "resolution": 0}
@@ -85,7 +85,7 @@ class Glow:
         return reading
 
 
-def test_a_fifth_task_brings_its_settings_and_a_model_may_override_them(tuned, pipe):
+def test_a_new_task_has_settings_that_a_model_can_override(tuned, pipe):
     image = tiny.picture(50, 34)
     answer = ask(pipe, image, Glow(), generator=tiny.generator())
     assert (pipe.num_timesteps, pipe.guidance_scale) == (5, 3.0)
@@ -94,7 +94,7 @@ def test_a_fifth_task_brings_its_settings_and_a_model_may_override_them(tuned, p
     assert (tuned.num_timesteps, tuned.guidance_scale) == (4, 3.0)
 
 
-def test_settings_and_readout_survive_saving(tuned, tmp_path):
+def test_settings_and_readout_are_saved_and_loaded(tuned, tmp_path):
     from diffusers import UNet2DModel
 
     tuned.register_modules(readout=UNet2DModel(sample_size=16, block_out_channels=(32,) * 4))
@@ -110,12 +110,12 @@ def test_settings_and_readout_survive_saving(tuned, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["fast", {"editing": 3}, [("editing", {})]])
-def test_settings_that_are_none_are_refused(wrong):
+def test_unknown_settings_raise_errors(wrong):
     with pytest.raises(ValueError, match="`task_settings` must map task families to values for"):
         InstructDiffusionPipeline(**tiny.components(), task_settings=wrong)
 
 
-def test_the_default_resolution_is_the_size_the_model_was_made_for(pipe):
+def test_the_default_resolution_is_that_of_the_unet(pipe):
     photograph = Image.new("RGB", (4000, 3000))
     array = pipe(**tiny.inputs(image=photograph, resolution=None, num_inference_steps=1)).images
     assert pipe.default_resolution == 32 and array.shape == (1, 64, 64, 3), "64 is the smallest side of the rule"
@@ -125,7 +125,7 @@ def test_the_default_resolution_is_the_size_the_model_was_made_for(pipe):
 
 
 @pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resolution": 256}, {"negative_prompt": "blurry"}])
-def test_task_settings_hold_the_steps_and_the_scales_alone(settings):
+def test_task_settings_have_only_steps_and_scales(settings):
     with pytest.raises(ValueError, match="`task_settings` must map .* guidance_scale, image_guidance_scale"):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
 

@@ -1,4 +1,4 @@
-"""What a type checker knows of the public interface."""
+"""The types of the public interface in a type checker."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ask(pipe, image, Editing("make it night")).data["cat"]
 """
 
 
-def test_an_answer_is_typed_by_its_task(tmp_path: Path) -> None:
+def test_the_type_of_an_answer_depends_on_its_task(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
     file = tmp_path / "question.py"
     file.write_text(CODE)

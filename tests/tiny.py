@@ -1,4 +1,4 @@
-"""Components of random weights, and inputs for them, for tests that need a pipeline but no trained one."""
+"""Components with random weights and inputs for them, for tests that need a pipeline but not a trained one."""
 
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,13 @@ def safety_checker(threshold: float) -> dict[str, Any]:
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> PIL.Image.Image:
-    """Noise, so that no two places look alike."""
+    """Noise, so that all regions differ."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
 
 
 def contents(folder: Path, left_out: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """All files by their relative path, without those where a part of the path starts with a prefix in `left_out`.
+    """All files by their relative path, except those with a part of the path that starts with a prefix in `left_out`.
 
     A process that is killed may leave hidden folders of `atomic_write`: `left_out=HIDDEN` leaves them out.
     """
@@ -97,7 +97,7 @@ def contents(folder: Path, left_out: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 
 def earlier_names(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Weights under the names of earlier versions: attention of diffusers, and a prefix of transformers."""
+    """Weights with the names of earlier versions: of diffusers' attention, and with transformers' prefix."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     renamed = {}
     for name, weight in weights.items():
@@ -113,7 +113,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
-    """A call of two steps with array output, and what the test wants otherwise."""
+    """The arguments of a call of two steps with array output, with `changes` by the test."""
     call = {
         "prompt": "tint the cat blue",
         "image": picture(),

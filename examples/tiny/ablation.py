@@ -2,10 +2,10 @@
 
     python examples/tiny/ablation.py --work_dir out/tiny --output_dir out/ablation
 
-All models are trained on the same number of cached samples, from random weights except for the VAE, which is that of
-the work folder, or of the recipe if it has one. A single-task model is trained on the samples of one task family only.
-All models are scored on the held-out examples, and ablation.md has both scores for every row. An interrupted run is
-resumed when it is started again.
+All models are trained on the same number of cached samples, from random weights except for the VAE, which is from the
+recipe or otherwise from the work folder. A single-task model is trained only on the samples of one task family. All
+models are scored on the held-out examples, and ablation.md has both scores for each row. An interrupted run is resumed
+when it is started again.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def train_model(recipe: Recipe, work: Path, sources: set[str] | None, steps: int
     pipeline = build_pipeline(recipe, vae, work / "world")
     use_plain_attention(pipeline)
     samples = ImageDataset(mixture(recipe.world(work / "world"), SAMPLES, seed=1), pipeline.tokenizer)
-    cache_samples(samples, SAMPLES, pipeline, work / "samples", embeddings=False)  # by the first model only
+    cache_samples(samples, SAMPLES, pipeline, work / "samples", embeddings=False)  # for the first model only
     dataset = CachedDataset(work / "samples", only=sources)
     config = dataclasses.replace(recipe.config, max_train_steps=steps)
     pipeline = train(pipeline, dataset, config, folder.with_name(f"{folder.name}-checkpoints"), resume="latest")

@@ -1,4 +1,4 @@
-"""Calibrate the scores of the small model, on its answers about new training scenes.
+"""Calibrate the scores of `instructdiffusion-tiny` on its outputs for new training scenes.
 
     python examples/tiny/calibration.py --model out/model --world out/tiny/world --output_dir out/calibration
 
@@ -34,8 +34,12 @@ def main() -> None:
     parser.add_argument(
         "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
     )
-    parser.add_argument("--samples", type=integer(1), default=600, help="for masks and for joints (default: 600)")
-    parser.add_argument("--test_samples", type=integer(1), default=300, help="per row (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=integer(1), default=600, help="number of samples for masks and for joints (default: 600)"
+    )
+    parser.add_argument(
+        "--test_samples", type=integer(1), default=300, help="number of samples per row (default: %(default)s)"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model's outputs and the table")
     add_recipe_argument(parser)
     args = parser.parse_args()

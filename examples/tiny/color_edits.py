@@ -17,7 +17,7 @@ def edit_colors(image: Image.Image, rng: random.Random, name: str | None = None)
 
 
 def gray(pixels: np.ndarray) -> np.ndarray:
-    """Replace the channels of `pixels` [height, width, 3], values 0 to 1, by their luminance."""
+    """Replace the channels of `pixels` [height, width, 3], with values from 0 to 1, with their luminance."""
     return (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None].repeat(3, -1)
 
 

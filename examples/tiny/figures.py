@@ -1,7 +1,7 @@
 """Draw human figures in random poses, with exact positions of COCO's joints.
 
-Left and right are the figure's own: they are mirrored in the image if it faces the viewer. Figures seen from behind
-have hair instead of a face.
+Left and right are those of the figure, so they are mirrored in the image if it faces the viewer. Figures seen from
+behind have hair instead of a face.
 """
 
 import colorsys
@@ -15,9 +15,9 @@ from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
 from instructdiffusion_pipeline.types import Joint
 
 HEIGHTS = (0.72, 0.97)  # of a figure, relative to the frame
-CLOSE_UP_SHARE = 0.12  # share of figures that are larger than the frame
+CLOSE_UP_SHARE = 0.12  # fraction of figures that are larger than the frame
 CLOSE_UP_HEIGHTS = (1.15, 1.7)
-OVERSAMPLING = 4  # figures are drawn at this scale and then reduced, for smooth edges
+OVERSAMPLING = 4  # figures are drawn at this scale and reduced, for smooth edges
 
 SKINS = [(255, 219, 186), (241, 194, 150), (224, 172, 120), (190, 130, 85), (141, 90, 55), (95, 58, 38)]
 HAIRS = [(25, 20, 18), (60, 38, 25), (105, 65, 35), (170, 115, 60), (225, 190, 110), (150, 60, 30), (150, 150, 155)]
@@ -57,10 +57,10 @@ class Body(NamedTuple):
 
 
 def draw_figure(rng: random.Random, faces_viewer: bool, side: int) -> tuple[Image.Image, dict[str, Joint | None]]:
-    """Draw a figure on a transparent canvas of `side` x `side` pixels. Returns it with its joints by COCO's names.
+    """Draw a figure on a transparent canvas of `side` x `side` pixels. Returns it, and its joints by COCO's names.
 
-    A joint outside the frame is None. Joints that the figure itself hides, such as a nose seen from behind, are given.
-    """
+    A joint outside the frame is None. Joints that are hidden by the figure itself, such as a nose seen from behind,
+    have a position."""
     body = Body.random(rng)
     skeleton = pose(body, faces_viewer, rng)
     points, scale = fit(skeleton, body, side, rng)
@@ -80,7 +80,7 @@ def pose(body: Body, faces_viewer: bool, rng: random.Random) -> dict[str, Point]
     turn = rng.uniform(-0.25, 0.25) * body.head  # the face is turned a little to the side
     points = {"head": head, "nose": (head[0] + turn, head[1] + 0.12 * body.head)}
     for side in ("left", "right"):
-        outward = 1 if (side == "left") == faces_viewer else -1  # direction on the x axis
+        outward = 1 if (side == "left") == faces_viewer else -1  # direction along the x axis
         points[f"{side} eye"] = (head[0] + turn + outward * 0.42 * body.head, head[1] - 0.22 * body.head)
         points[f"{side} ear"] = (head[0] + outward * 0.98 * body.head, head[1])
         shoulder, hip = (outward * body.shoulder, -body.torso), (outward * body.hip, 0.0)

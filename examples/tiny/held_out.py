@@ -1,4 +1,4 @@
-"""The held-out datasets that the small model is scored on, one for each row of its table."""
+"""The held-out datasets for the scores of `instructdiffusion-tiny`, one for each row of its table."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
-# The table's scenes and degradations do not change with those of training, so that its scores remain comparable.
+# Scenes and degradations of the table do not change with those of training, so that scores remain comparable.
 SIZES = (20 / 64, 40 / 64)
 COUNTS = {1: 0.15, 2: 0.45, 3: 0.4}
 SIGMA = 25.0  # gray levels

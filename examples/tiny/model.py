@@ -1,4 +1,4 @@
-"""Build the small model: an InstructDiffusion pipeline with small components."""
+"""Build `instructdiffusion-tiny`: an InstructDiffusion pipeline with small components."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from instructdiffusion_pipeline import InstructDiffusionPipeline, export
 from instructdiffusion_pipeline.files import atomic_write
 
-MERGES = 8_000  # of CLIP's 48,894; with fewer merges, rare words are split into more tokens
+MERGES = 8_000  # number of merges, of CLIP's 48,894; with fewer merges, rare words are split into more tokens
 # Call arguments by task family; they are saved in the pipeline's configuration.
 TASK_SETTINGS = {
     "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
@@ -55,7 +55,7 @@ def build_pipeline(recipe: Recipe, vae: AutoencoderKL, world: Path) -> InstructD
         cross_attention_dim=recipe.text_width,
         attention_head_dim=4,
     )
-    # At high noise levels the image contributes only 1/15 of epsilon. A small network does not predict epsilon that
+    # At high noise levels, the image contributes only 1/15 of epsilon. A small network cannot predict epsilon that
     # precisely, so it predicts velocity.
     scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085,

@@ -1,9 +1,9 @@
-"""Pack what a machine with one GPU and no network needs beside a checkout, to train the small model.
+"""Pack the files that a machine with one GPU and no network needs, besides a checkout, to train a model.
 
     python examples/tiny/pack.py --work_dir out/tiny --output build/tiny
 
 The folder gets train_gpu.sh, the world of `fetch`, and wheels for Python 3.12 on x86-64 Linux. PyTorch, transformers,
-accelerate and scikit-image must be there.
+accelerate and scikit-image must be installed on the machine.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from wheels import check_size, download_wheels
 from instructdiffusion_pipeline.cli import UsageError, run_script
 from instructdiffusion_pipeline.files import atomic_write
 
-WORLD = ("photographs", "objects", MERGES_FILE, "CREDITS.md")  # without the packages that they were taken from
+WORLD = ("photographs", "objects", MERGES_FILE, "CREDITS.md")  # without the downloaded packages
 LIMIT = 25  # MB
 
 

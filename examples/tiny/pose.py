@@ -1,4 +1,4 @@
-"""A task that asks for the whole pose at once. A small model learns it faster than single joints by name."""
+"""A task for the whole pose at once, which a small model learns faster than single joints by name."""
 
 import random
 from collections.abc import Mapping
@@ -30,14 +30,14 @@ WORDINGS = [
 class WholePose(Keypoints):
     """Asks for nine joints, each always in the same color.
 
-    A model that does not know the names of joints yet learns more from it than from `Keypoints`: every sample shows
-    nine joints and distinguishes left from right.
+    A model that has not learned the names of joints yet learns more from it than from `Keypoints`, because every
+    sample shows nine joints and distinguishes left from right.
     """
 
     colors: Mapping[str, str] = field(default_factory=lambda: COLORS)
 
     def __post_init__(self) -> None:
-        """Do not check the number of joints: `Keypoints` allows five, because its instruction names them."""
+        """Skip the check of `Keypoints`, which allows only five joints because its instruction names them."""
 
     def instruction(self, rng: random.Random | None = None) -> str:
         """Return a random wording; without `rng` always the same."""

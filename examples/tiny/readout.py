@@ -1,4 +1,4 @@
-"""Train a readout for the small model, on the model's outputs for new training scenes.
+"""Train a readout for `instructdiffusion-tiny` on its outputs for new training scenes.
 
     python examples/tiny/readout.py --model out/model --world out/tiny/world --work_dir out/readout \\
         --output_dir out/model-with-readout

@@ -1,4 +1,4 @@
-"""The recipes of the small model: for CPU cores, which is that of the model that ships, and for a GPU."""
+"""Recipes for small models: that of `instructdiffusion-tiny`, for CPU cores, and that of a larger one, for a GPU."""
 
 import argparse
 import dataclasses
@@ -14,17 +14,17 @@ from instructdiffusion_pipeline.training import TrainingConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the models differ in.
+    """The settings in which the models differ.
 
     Attributes:
         side: of the images, in pixels.
-        names: names of the objects, including those that are held out.
+        names: names of the objects, including the held-out ones.
         styles: drawing styles in training.
         unet_widths: channels of the UNet's blocks.
         text_width: of the text encoder.
         config: settings for training from random weights.
         tuning: settings for training from the weights of an earlier model.
-        vae: folder of the VAE; None: it is trained, too.
+        vae: folder of the VAE; None: the VAE is also trained.
     """
 
     side: int
@@ -50,21 +50,21 @@ class Recipe:
 CPU = TrainingConfig(
     max_train_steps=12_000,
     batch_size=64,
-    learning_rate=5e-4,  # with 1e-3 the loss decreases more slowly, with 2e-3 it diverges
+    learning_rate=5e-4,  # with 1e-3, the loss decreases more slowly; with 2e-3, it diverges
     lr_scheduler="cosine",
     lr_warmup_steps=200,
     ema_decay=0.999,
-    # At high noise levels the output depends on image and instruction only; at lower levels it is visible in the noisy
-    # latents. With this bias a third of the timesteps is above 900. The change weight is for small targets: at 64
-    # pixels a disc covers four latents of 256.
+    # At high noise levels, the output depends only on image and instruction; at lower levels, it is visible in the
+    # noisy latents. With this bias, a third of the timesteps is above 900. The change weight is for small targets: at
+    # 64 pixels, a disc covers four of 256 latents.
     timestep_bias=8,
     change_weight=10,
     train_text_encoder=True,
     mixed_precision="bf16",
     checkpointing_steps=250,
 )
-# With a constant learning rate a finished run can be continued with more steps; instead of a decay, the EMA averages
-# the last thousand steps.
+# With a constant learning rate, a finished run can be continued with more steps. The EMA, which averages the last
+# thousand steps, replaces a decay.
 GPU = dataclasses.replace(
     CPU,
     batch_size=256,
@@ -75,7 +75,7 @@ GPU = dataclasses.replace(
 RECIPES = {
     "cpu": Recipe(
         side=64,
-        # They are few and look different, because the model is small.
+        # A few objects that look different, because the model is small.
         names=(
             *("airplane", "apple", "banana", "bell", "butterfly", "car", "carrot", "cat", "dog", "donut", "elephant"),
             *("football", "frog", "guitar", "ladybug", "lemon", "mushroom", "owl", "panda", "penguin", "pig", "pizza"),
@@ -115,5 +115,5 @@ def add_recipe_argument(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         choices=RECIPES,
         default="cpu",
-        help="cpu: the model that ships, 64 x 64 pixels; gpu: a larger one, 128 x 128 pixels (default: %(default)s)",
+        help="cpu: instructdiffusion-tiny, 64 x 64 pixels; gpu: larger, 128 x 128 pixels (default: %(default)s)",
     )

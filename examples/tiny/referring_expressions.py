@@ -1,4 +1,4 @@
-"""Referring expressions for the objects in a scene: by name, and by position or size if two have the same name."""
+"""Referring expressions for objects in a scene: by name, and by position or size if two have the same name."""
 
 import random
 import re
@@ -33,7 +33,7 @@ def mentions(expression: str, names: set[str]) -> bool:
 def referring_expressions(scene: Scene, names: set[str], rng: random.Random) -> dict[str, list[Thing]]:
     """Return a mapping from referring expressions to the objects they refer to, one expression per set of objects.
 
-    Only objects in `names` are included, and only positions and sizes that differ enough.
+    Only objects with a name in `names` are included, and only positions and sizes that differ enough.
     """
     expressions: dict[str, list[Thing]] = {}
     for name in sorted(names & scene.names):
@@ -50,7 +50,7 @@ def referring_expressions(scene: Scene, names: set[str], rng: random.Random) -> 
 
 
 def distinguish(first: Thing, second: Thing) -> dict[str, Thing]:
-    """Return the relations of `ONE` that distinguish two objects, and which object each of them refers to."""
+    """Return the relations in `ONE` that distinguish two objects, and for each the object that it refers to."""
     relations = {}
     for axis, sides in enumerate((("left", "right"), ("upper", "lower"))):
         ordered = sorted((first, second), key=lambda thing: thing.center[axis])

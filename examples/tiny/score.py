@@ -1,4 +1,4 @@
-"""Evaluate the small model on generated scenes that were not used in training.
+"""Evaluate `instructdiffusion-tiny` on generated scenes that were not used in training.
 
     python examples/tiny/score.py --model out/model --world out/tiny/world --samples 500 --output out/scores
 
@@ -45,7 +45,7 @@ from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 MIN_CHANGE = 16  # gray levels in one channel; pixels that the ground truth changes by less are outside the change
-MIN_PAINTED = 0.01  # share of the image; smaller masks count as empty
+MIN_PAINTED = 0.01  # fraction of the image; smaller masks count as empty
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
 
@@ -141,7 +141,7 @@ def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
 
 
 def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """Score joints: swapped with the joint on the other side, not detected, or detected though outside the image."""
+    """Score joints: swapped with the joint on the other side, not detected, or detected but outside the image."""
     (task,) = example.tasks
     swaps = {"left": "right", "right": "left"}
     confused, missed, invented = [], [], []

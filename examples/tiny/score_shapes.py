@@ -1,11 +1,11 @@
-"""Scores of the small model on larger images of several shapes, at the images' own resolution.
+"""Evaluate `instructdiffusion-tiny` on larger images of several shapes, at the images' own resolution.
 
     python examples/tiny/score_shapes.py --world out/tiny/world --samples 300 --output out/shapes
 
-The rows are segmentation in four shapes, of objects at the rim, and of two and three objects in one question, and
-edits at 384 pixels. The photographs and the drawing style of the segmentation rows were not trained on.
-`--slices 0.56` asks about overlapping parts of the images too. The files are those of an evaluation; table.md has the
-scores. A run that was stopped continues when it is started again.
+The rows are segmentation of images of four shapes, of objects at the rim, and of two and three objects at once, and
+edits at 384 pixels. The photographs and the drawing style in the segmentation rows were not used in training. With
+`--slices 0.56` the model is also run on overlapping slices of the images. The files are those of an evaluation;
+table.md has the scores. A run that was stopped continues when it is started again.
 """
 
 import argparse
@@ -39,8 +39,10 @@ def main() -> None:
         "--world", type=Path, required=True, help="folder `world` in the work folder of examples/tiny/train.py"
     )
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: %(default)s)")
-    parser.add_argument("--samples", type=integer(1), default=300, help="of each row (default: %(default)s)")
-    parser.add_argument("--slices", type=float, help="side of overlapping parts, relative to the picture's side")
+    parser.add_argument(
+        "--samples", type=integer(1), default=300, help="number of samples per row (default: %(default)s)"
+    )
+    parser.add_argument("--slices", type=float, help="side of overlapping slices, relative to the image's side")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     add_recipe_argument(parser)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Generated datasets of each task family: (image, annotation) by index."""
+"""Generated datasets of each task family, with (image, annotation) by index."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ from instructdiffusion_pipeline.tasks.restoration import Restoration, add_noise
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 from instructdiffusion_pipeline.types import Edit, Joints, Masks
 
-ABSENT = 10  # names of absent objects in the annotation of a scene
+ABSENT = 10  # number of absent objects in the annotation of a scene
 SIGMAS = (5.0, 60.0)  # of noise, in gray levels
-FACING_SHARE = 0.7  # share of figures that face the viewer, in training of keypoints
-# The same share in images for restoration and color edits. It is a separate constant, so that a change of the keypoint
-# training does not change the images on which these tasks are scored.
+FACING_SHARE = 0.7  # fraction of figures that face the viewer, in training of keypoints
+# The same fraction in images for restoration and color edits. It is a separate constant, so that a change of the
+# keypoint training does not change the images on which these tasks are scored.
 PICTURE_FACING_SHARE = 0.6
-OBJECTS_SHARE = 0.3  # share of figures with objects behind them, in training of keypoints
+OBJECTS_SHARE = 0.3  # fraction of figures with objects behind them, in training of keypoints
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def absent(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 
 def present(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
-    """Make a scene of objects with different names, with their masks. Scenes that lack an object are drawn again."""
+    """Make a scene of objects with different names, with their masks. A scene with too few objects is drawn again."""
     while True:
         scene = world.scene(rng, pairs=0)
         if len(scene.things) in world.counts:
@@ -176,7 +176,7 @@ def one_each(world: World, rng: random.Random) -> tuple[Image.Image, Masks]:
 
 
 def all_at_once(image: Image.Image, masks: Masks, rng: random.Random) -> Segmentation:
-    """Ask for all objects, in different colors."""
+    """Make a task for all objects, in different colors."""
     colors: dict[str, str] = {}
     for name, mask in masks.items():
         free = {color: rgb for color, rgb in MASK_COLORS.items() if color not in colors.values()}
@@ -185,7 +185,7 @@ def all_at_once(image: Image.Image, masks: Masks, rng: random.Random) -> Segment
 
 
 def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: set[str]) -> Segmentation:
-    """Ask for an expression that mentions one of `names`."""
+    """Make a task for an expression that mentions one of `names`."""
     return Segmentation.from_annotation(
         image, {words: mask for words, mask in masks.items() if mentions(words, names)}, rng
     )
@@ -194,12 +194,12 @@ def one_of_names(image: Image.Image, masks: Masks, rng: random.Random, names: se
 def few_keypoints(
     image: Image.Image, joints: Joints, rng: random.Random, counts: Sequence[int] = (1, 2, 2, 3)
 ) -> Keypoints:
-    """Ask for at most n joints, where n is chosen from `counts`. Small models learn slowly from five at once."""
+    """Make a task for at most n joints, with n from `counts`. Small models learn slowly from five joints at once."""
     names = rng.sample(sorted(joints), rng.choice(counts))
     return Keypoints.from_annotation(image, {name: joints[name] for name in names}, rng)
 
 
-# name -> share of the training samples, function that generates an example, function that makes its task
+# name -> fraction of the training samples, function that generates an example, function that makes its task
 TRAINING_SOURCES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
     "segmentation": (0.28, segmentation, Segmentation.from_annotation),
     "left or right": (0.05, pairs, Segmentation.from_annotation),
@@ -225,7 +225,7 @@ def source(name: str, world: World, count: int, seed: int) -> Source:
 
 
 def mixture(world: World, count: int, seed: int = 0) -> Mixture:
-    """Return about `count` different training samples of all families, in proportion to their shares."""
+    """Return about `count` different training samples of all families, in proportion to their fractions."""
     return Mixture(
         [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in TRAINING_SOURCES.items()],
         seed,

@@ -58,7 +58,7 @@ def table(
 
 
 def segmentation(what: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[str]:
-    """Lines of a segmentation row: mIoU, false-positive rate, and accuracy in choosing the named object."""
+    """The lines of a segmentation row: mIoU, false-positive rate, and accuracy in choosing the named object."""
     several, everything = (decimal(beyond.get(f"mIoU among several{kind}")) for kind in ("", ", all objects painted"))
     yield (
         f"| segmentation, {what}: mIoU on images with the object | **{decimal(beyond.get('mIoU where present'))}**"
@@ -80,7 +80,7 @@ def layout(row: str, miou: Mapping[str, float], beyond: Mapping[str, float]) -> 
 
 
 def overlap(what: str, miou: Mapping[str, float]) -> str:
-    """A line with the mIoU, and that of decoding by color if the model has a readout."""
+    """A line with the mIoU, also of decoding by color if the model has a readout."""
     by_color = f"{decimal(miou[BY_COLOR])} decoded by color" if BY_COLOR in miou else ""
     return f"| ... {what} | **{decimal(miou['model'])}** ({decimal(miou['ceiling'])}) | {by_color} |"
 
@@ -95,7 +95,7 @@ def joints(what: str, scores: Scores, beyond: Mapping[str, float]) -> str:
 
 
 def also_by_color(columns: Mapping[str, float]) -> str:
-    """The score of decoding by color, to be appended, if the model has a readout."""
+    """The score of decoding by color for the end of a line, if the model has a readout."""
     return f", {decimal(columns[BY_COLOR])} decoded by color" if BY_COLOR in columns else ""
 
 
@@ -139,6 +139,6 @@ def decimal(score: float | None) -> str:
     return "-" if score is None else f"{score:.2f}"
 
 
-def percent(share: float | None) -> str:
-    """Format a share in percent; "-" if no sample could be scored."""
-    return "-" if share is None else f"{100 * share:.0f} %"
+def percent(fraction: float | None) -> str:
+    """Format a fraction in percent; "-" if no sample could be scored."""
+    return "-" if fraction is None else f"{100 * fraction:.0f} %"

@@ -1,12 +1,12 @@
-"""Train the small model `examples/instructdiffusion-tiny`, or with `--recipe gpu` a larger one on a GPU.
+"""Train the model `examples/instructdiffusion-tiny`, or with `--recipe gpu` a larger one on a GPU.
 
     python examples/tiny/train.py --work_dir out/tiny --output_dir out/model
 
 Training starts from random weights, or with `--init FOLDER` from the weights of an earlier model, whose VAE is kept.
-Samples are generated while the UNet is trained, so that none is repeated. Each stage saves its state in the work
+Samples are generated during the training of the UNet, so no sample is repeated. Each stage saves its state in the work
 folder, so an interrupted run is resumed when it is started again. Speed on one core of a server CPU: 2.5 VAE steps per
 second and 30 UNet samples per second, which is 40 minutes for the VAE and 7 hours for the UNet from random weights.
-For a GPU without a network, `pack.py` makes a folder with all that is needed.
+For a machine with a GPU and no network, `pack.py` makes a folder with everything needed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
         "--output_dir", type=Path, required=True, help="new folder for the model, in the layout of a Hub repository"
     )
     parser.add_argument("--init", type=Path, help="folder of an earlier model, to start from its weights")
-    parser.add_argument("--seed", type=integer(0), default=0, help="another one for another order of the samples")
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the order of the samples")
     parser.add_argument(
         "--num_workers", type=integer(0), default=0, help="processes that generate samples (default: %(default)s)"
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One stretch of training the small model by its recipe for a GPU, on a machine without a network:
+# One stage of training with the recipe for a GPU, on a machine without a network:
 #     bash train_gpu.sh SECONDS OUTPUT [PREVIOUS]
-# This folder, which `examples/tiny/pack.py` makes, must be beside or in a checkout. After SECONDS, the model of the
-# newest checkpoint is written to the folder OUTPUT: a tar archive in at most four parts of 15 MB. The stretch starts
+# This folder, which `examples/tiny/pack.py` makes, must be in a checkout or next to one. After SECONDS, the model of the
+# newest checkpoint is written to the folder OUTPUT: a tar archive in at most four parts of 15 MB. The stage starts
 # from random weights, or from the model in such parts in the folder PREVIOUS.
 set -euo pipefail
 pack=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,12 +26,12 @@ options=(--recipe gpu --work_dir "$work" --output_dir "$work/finished" --num_wor
 if [ -n "$previous" ]; then
     mkdir "$work/previous"
     cat "$previous"/model.tar.* | tar -x -C "$work/previous"
-    options+=(--init "$work/previous" --seed "$RANDOM") # in an order of the samples of its own
+    options+=(--init "$work/previous" --seed "$RANDOM") # with another order of the samples
 fi
 
 status=0
 timeout --signal=INT --kill-after=15 "$seconds" $python "$checkout/examples/tiny/train.py" "${options[@]}" || status=$?
-case $status in 124 | 137) status=0 ;; esac # the time is up
+case $status in 124 | 137) status=0 ;; esac # the time has run out
 $python "$checkout/examples/tiny/export.py" "$work/checkpoints" "$work/model" --world "$pack/world" --recipe gpu
 mkdir -p "$output"
 rm -f "$output"/model.tar.*
@@ -41,4 +41,4 @@ if [ "${#parts[@]}" -gt 4 ]; then
     echo "error: the model has ${#parts[@]} parts" >&2
     exit 1
 fi
-exit "$status" # not 0 if the training failed; its newest checkpoint is saved all the same
+exit "$status" # not 0 if the training failed; its newest checkpoint is still saved

@@ -1,4 +1,4 @@
-"""Train the VAE of the small model: downsampling by 4, eight latent channels, MSE loss with a small KL term."""
+"""Train the VAE of `instructdiffusion-tiny`: downsampling by 4, eight latent channels, MSE and a small KL term."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from world import World
 
 from instructdiffusion_pipeline.files import atomic_write
 
-POOL = 24_000  # number of images, which are generated once and used repeatedly
+POOL = 24_000  # number of images; they are generated once and used repeatedly
 BATCH = 16
 STEPS = 6_000
 LEARNING_RATE = 2e-3
@@ -101,7 +101,7 @@ def train(world: World, folder: Path) -> AutoencoderKL:
 def draw_pool(world: World) -> np.ndarray:
     """Generate inputs and targets of all families, uint8 [POOL, height, width, 3].
 
-    Noisy inputs are left out, because such small latents cannot represent noise.
+    There are no noisy inputs, because such small latents cannot represent noise.
     """
     samples = mixture(world, POOL)
     pictures: list[np.ndarray] = []
@@ -116,10 +116,10 @@ def draw_pool(world: World) -> np.ndarray:
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Fold mean and deviation of each latent channel into the 1 x 1 convolutions before and after the latents.
+    """Fold the mean and deviation of each latent channel into the 1 x 1 convolutions before and after the latents.
 
-    Decoded images do not change. The latents have unit variance without a scaling factor. So image latents, which the
-    pipeline does not scale, have the same range as the latents that are denoised.
+    Decoded images do not change. The latents have unit variance without a scaling factor. So the image latents, which
+    the pipeline does not scale, have the same range as the denoised latents.
     """
     tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tensors.split(100)])

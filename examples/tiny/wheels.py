@@ -2,8 +2,8 @@
 
     python examples/tiny/wheels.py FOLDER TARGET
 
-Those of `WHEELS` that cannot be imported are installed from the wheels in FOLDER into the folder TARGET. This script
-needs no other package than pip. `pack.py` and the bundle of the CUDA acceptance run download the wheels.
+The packages in `WHEELS` that cannot be imported are installed from the wheels in FOLDER to the folder TARGET. This
+script needs no package except pip. `pack.py` and the bundle of the CUDA acceptance run download the wheels.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Scenes for the small model: photographs with named objects pasted onto them, so that every mask is exact."""
+"""Scenes for `instructdiffusion-tiny`: photographs with named objects pasted onto them, so all masks are exact."""
 
 import hashlib
 import random
@@ -12,18 +12,18 @@ from figures import draw_figure
 from PIL import Image, ImageEnhance, ImageOps
 
 OBJECT_SIZES = (0.1, 0.7)  # longer side of an object, relative to the image's side
-# number of objects -> probability. Usually several, so that a model that ignores the name gets a high loss.
+# number of objects -> probability; usually several, so that a model that ignores the name has a high loss
 OBJECT_COUNTS = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}
-PAIRS = 0.35  # share of the scenes with several objects in which two have the same name
+PAIRS = 0.35  # fraction of the scenes with several objects in which two have the same name
 FIGURE_SHARE = 0.1  # of the backgrounds of scenes, behind the objects
-MIN_VISIBLE = 0.6  # share of an object's visible pixels that each further object must leave visible
-ATTEMPTS = 5  # to find such a position for an object
+MIN_VISIBLE = 0.6  # fraction of an object's visible pixels that each further object must leave visible
+ATTEMPTS = 5  # attempts to find such a position for an object
 STYLES = ("fluent", "flat", "noto")  # drawing styles for training
 UNSEEN_STYLE = "twemoji"
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a name is held out: about a tenth are. The hash of the name decides, so the set never changes."""
+    """Whether a name is held out, as about a tenth are. This depends on the name's hash, so the set never changes."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
@@ -41,7 +41,7 @@ class Thing:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The pixels it covers, bool [height, width]."""
+        """The pixels that it covers, bool [height, width]."""
         return coverage(self.layer)
 
     @property
@@ -114,11 +114,11 @@ class World:
         styles: drawing styles of the objects.
         sizes: range of an object's longer side, relative to the image's shorter side.
         counts: number of objects -> probability.
-        figures: share of the scenes with a figure behind the objects.
+        figures: fraction of the scenes with a figure behind the objects.
         varied: mirror half of the drawings and vary their saturation.
 
     Attributes:
-        names: the names to ask for: the held-out ones with `unseen_objects`, otherwise all that are used.
+        names: the names for instructions: with `unseen_objects` the held-out ones, otherwise all that are used.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class World:
         scene = Scene(background)
         (count,) = rng.choices(list(self.counts), list(self.counts.values()))
         names = rng.sample(sorted(self.objects), min(count, len(self.objects)))
-        names.sort(key=lambda name: name not in self.names)  # the first object always finds a position
+        names.sort(key=lambda name: name not in self.names)  # there is always a position for the first object
         if names[0] not in self.names:
             names[0] = rng.choice(sorted(self.names))
         if count > 1 and rng.random() < pairs:
@@ -200,7 +200,7 @@ class World:
         drawing = rng.choice(self.objects[name]) if style is None else self.objects[name][style]
         drawing = ImageOps.mirror(drawing) if self.varied and rng.random() < 0.5 else drawing
         side = side or min(self.frame) * rng.uniform(*self.sizes)
-        # Scaled before and after the rotation, as rotating a small image takes a fraction of the time.
+        # Scaled before and after the rotation, because rotating a small image is much faster.
         sprite = with_longer_side(drawing, side).rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
         sprite = with_longer_side(sprite.crop(sprite.getchannel("A").getbbox()), side)
         alpha = sprite.getchannel("A")
@@ -220,7 +220,7 @@ def with_longer_side(picture: Image.Image, side: float) -> Image.Image:
 def on_canvas(
     sprite: Image.Image, frame: tuple[int, int], center: tuple[float, float] | None, rng: random.Random
 ) -> Image.Image:
-    """Paste `sprite` on a transparent canvas, as near as possible to `center` or at random, completely inside."""
+    """Paste `sprite` on a transparent canvas, completely inside, at random or as near as possible to `center`."""
     room = [side - length for side, length in zip(frame, sprite.size, strict=True)]
     corner = [rng.randint(0, free) for free in room]
     if center:

@@ -1,7 +1,7 @@
 """The CUDA acceptance run, started by run.sh: the tests marked `cuda`, and benchmarks at full size.
 
-It takes at most eight minutes, and writes acceptance.json and acceptance.md. Each part runs in a process of its own.
-If one fails or takes too long, this is reported with what it has measured, and the others still run.
+It takes at most eight minutes, and writes acceptance.json and acceptance.md. Each part runs in a separate process. If
+one fails or takes too long, this is reported with its measurements so far, and the others still run.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     }
     for name, part in parts.items():
         print(f"=== {name}", flush=True)
-        # A forked process has the imports already, but cannot use the GPU that this process has asked for its name.
+        # A forked process needs no imports, but cannot use the GPU after this process has queried its name.
         method = "fork" if args.cpu else "spawn"
         report[name] = run_part(part, LIMITS[name], method)
     report["seconds"] = round(time.monotonic() - start)
@@ -107,7 +107,7 @@ def describe_gpu() -> dict[str, Any]:
 def run_part(part: Part, limit: float, method: str) -> dict[str, Any]:
     """Run a part in a new process for at most `limit` seconds.
 
-    Returns what it sent, and "error" if it did not end well. `method` is how multiprocessing starts the process.
+    Returns the results that it sent, and "error" if it failed. `method` is the start method of multiprocessing.
     """
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
@@ -126,13 +126,13 @@ def run_part(part: Part, limit: float, method: str) -> dict[str, Any]:
     except EOFError:
         process.join(10)
         result.setdefault("error", f"the process ended with exit status {process.exitcode}")
-    process.kill()  # even if the part is complete, as a process can take long to end
+    process.kill()  # even if the part is complete, because a process can take long to end
     process.join()
     return result
 
 
 def call(part: Part, sender: Any) -> None:
-    # A spawned process would spawn data loader workers too, which would import everything again.
+    # A spawned process would also spawn data loader workers, which would import everything again.
     multiprocessing.set_start_method("fork", force=True)
     try:
         part(sender.send)

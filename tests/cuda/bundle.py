@@ -1,9 +1,10 @@
-"""Make the bundle of the CUDA acceptance run: what a machine with one GPU and no network needs beside a checkout.
+"""Make the bundle of the CUDA acceptance run: the files that a machine with one GPU and no network needs.
 
     python tests/cuda/bundle.py --output build/cuda
 
 The folder gets run.sh, wheels for Python 3.12 on x86-64 Linux (PyTorch, transformers, accelerate, scikit-image and
-pytest must be there), and a small dataset in COCO-Stuff's layout, of scikit-image's photographs with a sunflower.
+pytest must be installed on the machine), and a small dataset in COCO-Stuff's layout, of scikit-image's photographs
+with a sunflower. It is used with a checkout.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def write_data(folder: Path, splits: dict[str, int]) -> None:
-    """Write a dataset in COCO-Stuff's layout: photographs with a sunflower in the middle square."""
+    """Write a dataset in COCO-Stuff's layout: photographs with a sunflower in the center square."""
     rng = random.Random(0)
     photographs = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0]]
     sprite = Image.open(ROOT / "examples" / "demo" / "sunflower.png").convert("RGBA")

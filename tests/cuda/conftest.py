@@ -13,14 +13,14 @@ SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
 
 @pytest.fixture(autouse=True)
 def _any_precision():
-    """Lets each test choose a precision; accelerate fixes it with the first call in a process."""
+    """Allows each test to set a precision, which accelerate otherwise sets once in a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def exact():
-    """Float32 without TF32, so that a GPU computes what a CPU does."""
+    """Float32 without TF32, so that a GPU has the results of a CPU."""
     allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -43,7 +43,7 @@ def data() -> Path:
 
 @pytest.fixture
 def load():
-    """Loads the model that ships, in a given precision, on the CPU."""
+    """Loads `instructdiffusion-tiny` in a given precision on the CPU."""
 
     def load(dtype: torch.dtype = torch.float32) -> InstructDiffusionPipeline:
         pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED, dtype=dtype)

@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.datasets.specs import load_sources
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle in a checkout's build folder, without wheels, as this environment lacks nothing."""
+    """A bundle in a checkout's build folder, without wheels, because this environment has all packages."""
     root = tmp_path_factory.mktemp("checkout")
     for part in ("src", "tests", "examples", "setup.cfg"):
         (root / part).symlink_to(bundle.ROOT / part)
@@ -57,14 +57,14 @@ def test_the_rehearsal_runs_all_parts(folder, tmp_path):
     assert table in ended.stdout and table.count("| diffusers' recipe |") == 2
 
 
-def test_without_a_gpu_it_refuses(folder, tmp_path):
+def test_without_a_gpu_the_run_fails(folder, tmp_path):
     if acceptance.torch.cuda.is_available():
         pytest.skip("there is a GPU")
     ended = run(folder, tmp_path)
     assert ended.returncode == 2 and "--cpu rehearses the run" in ended.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_bundle_without_a_checkout_refuses(folder, tmp_path):
+def test_a_bundle_without_a_checkout_fails(folder, tmp_path):
     alone = tmp_path / "parent" / "bundle"
     alone.mkdir(parents=True)
     shutil.copy(folder / "run.sh", alone)
@@ -92,7 +92,7 @@ def dies(send):
     ("part", "rows", "error"),
     [(fails, [1], "ValueError: boom"), (hangs, [1, 2], "stopped after 1 seconds"), (dies, [1], "exit status 3")],
 )
-def test_a_part_that_does_not_end_well_is_reported_with_what_it_sent(part, rows, error):
+def test_a_failed_part_is_reported_with_its_results(part, rows, error):
     result = acceptance.run_part(part, 1, "fork")
     assert result["rows"] == rows and error in result["error"]
 
@@ -102,7 +102,7 @@ def ends_slowly(send):
     threading.Thread(target=time.sleep, args=(60,)).start()
 
 
-def test_a_complete_part_is_no_error_if_its_process_ends_slowly():
+def test_a_complete_part_is_not_an_error_if_its_process_ends_slowly():
     assert acceptance.run_part(ends_slowly, 10, "fork") == {"rows": [1]}
 
 
@@ -114,7 +114,7 @@ def test_a_spawned_part_forks_its_data_loader_workers():
     assert acceptance.run_part(start_method, 100, "spawn") == {"method": "fork"}
 
 
-def test_the_data_set_can_be_trained_on_and_its_masks_are_sunflowers(folder):
+def test_the_dataset_can_be_trained_on_and_its_masks_are_sunflowers(folder):
     ((source, _),) = load_sources([f"coco-stuff={folder / 'data'}"], 64)
     assert len(source.dataset) == 8 and not source.dataset.skipped
     for image, masks in CocoStuff(folder / "data", "val2017"):

@@ -1,4 +1,4 @@
-"""What needs a GPU. run.sh of the bundle starts these tests; its rehearsal runs them on a CPU, as far as that can."""
+"""Tests that need a GPU. run.sh of the bundle starts them; its rehearsal runs them on a CPU as far as possible."""
 
 import dataclasses
 import json
@@ -195,7 +195,7 @@ def weights(pipe):
 
 
 def assert_same_updates(first, second, start, tolerance=0.02):
-    """AdamW magnifies a rounding where a gradient is next to nothing, so means are compared."""
+    """AdamW amplifies rounding errors of gradients that are nearly zero, so means are compared."""
     step, difference = (sum((first[name] - other[name]).abs().sum() for name in first) for other in (start, second))
     assert step > 0 and difference < tolerance * step
 

@@ -1,4 +1,4 @@
-"""Tiny datasets in the layouts that the sources publish."""
+"""Tiny datasets in their published layouts."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def save_image(path: Path, picture: Image.Image | None = None, **kwargs: Any) -> Path:
-    """An image, noise by default; PNG whatever the name says, so that no pixel changes."""
+    """Save an image, noise by default, as PNG with any suffix, so that no pixel changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (picture or tiny.picture(40, 30)).save(path, "PNG", **kwargs)
     return path
 
 
 def write_broken(path: Path) -> Path:
-    """An image cut off in the middle."""
+    """Write an image file that is truncated in the middle."""
     save_image(path, tiny.picture(40, 30))
     path.write_bytes(path.read_bytes()[:400])
     return path
@@ -38,7 +38,7 @@ def same(first: Image.Image, second: Image.Image) -> bool:
 
 
 class Recorded:
-    """A source of randomness that plays recorded choices, and fails if another kind is asked for."""
+    """A random generator that returns recorded choices, and fails if another kind is requested."""
 
     def __init__(self, *choices: tuple[str, float]):
         self.choices = list(choices)

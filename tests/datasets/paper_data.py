@@ -1,4 +1,4 @@
-"""Tiny datasets that the paper only evaluates on, in the layouts of published loaders."""
+"""Tiny versions of the datasets that the paper only evaluates on, in the layouts of published loaders."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ ADE_150 = """Idx\tRatio\tTrain\tVal\tName
 2\t0.1072\t6046\t612\tbuilding, edifice
 22 \t0.0074\t709\t75\twater
 """
-# Lines of OpenSeg's ade20k_847.txt, with the classes whose first name others have, too.
+# Lines of OpenSeg's ade20k_847.txt, including the classes whose first name other classes also have.
 ADE_847 = """0:invalid_class_id
 1:wall
 115:bag
@@ -118,7 +118,7 @@ def write_ap10k(root: Path, split: str = "train-split1") -> Path:
 
 
 def write_references(root: Path, folder: str, file: str, pictures: str, splits: list[str]) -> None:
-    """One reference of two expressions in each split, with an image of its own."""
+    """One reference with two expressions in each split, each with another image."""
     items, images, objects = [], [], []
     for number, split in enumerate(splits, start=1):
         save_image(root / "images" / pictures / f"{number}.jpg", tiny.picture(40, 30, number))
@@ -138,7 +138,7 @@ def write_pairs(root: Path, degraded: str, clean: str) -> None:
 
 
 def write_paper_data(root: Path) -> None:
-    """The datasets of all tables of the paper but COCO, COCO-Stuff and CLWD."""
+    """The datasets of all tables of the paper except COCO, COCO-Stuff and CLWD."""
     write_humanart(root / "HumanArt", "validation")
     write_ap10k(root / "ap-10k", "test-split1")
     write_ade20k_150(root / "ADEChallengeData2016", "validation")

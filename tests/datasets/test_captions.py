@@ -48,13 +48,13 @@ def test_coco_captions(tmp_path, place):
     assert data.skipped == [("000000000010.png", "a missing file"), ("000000000009.png", "no caption")]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+def test_a_byte_order_mark_is_removed_from_a_caption(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a cat", encoding="utf-8-sig")
     assert img2dataset(tmp_path)[0][1] == "a cat"
 
 
-def test_nothing_left_is_an_error(tmp_path):
+def test_a_dataset_without_usable_samples_raises_an_error(tmp_path):
     picture(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no usable samples; skipped 1 with no caption"):
         img2dataset(tmp_path)

@@ -34,7 +34,7 @@ def is_triple(item, instruction):
     return same(image, BEFORE) and same(edit.edited, AFTER) and edit.instruction == instruction
 
 
-def test_splits_part_what_comes_without():
+def test_datasets_without_splits_are_split():
     parts = [part_of(range(1000), split) for split in ("train", "val", "test")]
     assert parts == [range(900), range(900, 950), range(950, 1000)]
     assert [len(part_of(range(40), split)) for split in ("train", "val", "test")] == [36, 2, 2]
@@ -58,7 +58,7 @@ def test_gier(tmp_path):
     assert train.name(1) == "a_0.jpg to b_0.jpg: less light"
 
 
-def test_gier_has_no_picture_on_both_sides(tmp_path):
+def test_no_image_of_gier_is_in_two_splits(tmp_path):
     write_json(tmp_path / "GIER.json", [gier_item(n % 20, output=f"b_{n}.jpg") for n in range(60)])
     for number in range(60):
         save_image(tmp_path / "images" / f"a_{number % 20}.jpg", BEFORE)
@@ -70,7 +70,7 @@ def test_gier_has_no_picture_on_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "splits"])
-def test_gier_is_parted_as_published(folder, tmp_path):
+def test_gier_has_the_published_splits(folder, tmp_path):
     items = [gier_item(n) | {"detailed_request": float("nan")} for n in range(10)]
     write_json(tmp_path / "GIER.json", items)
     for number in range(10):
@@ -83,7 +83,7 @@ def test_gier_is_parted_as_published(folder, tmp_path):
     assert found["val"].name(0).startswith("a_1.jpg")
 
 
-def test_what_triples_lack_is_named(tmp_path):
+def test_missing_entries_of_triples_are_listed(tmp_path):
     items = [gier_item(0), gier_item(1), gier_item(2, expert_summary=[], amateur_summary=[])] + [gier_item(3)] * 7
     items[3:5] = [gier_item(0, expert_summary=None, amateur_summary=["dim"]), gier_item(2, expert_summary=[None])]
     nothing = {"output": "b_2.jpg"}
@@ -115,7 +115,7 @@ def test_what_triples_lack_is_named(tmp_path):
         (gqa_inpaint, "train_instructions.json"),
     ],
 )
-def test_lists_that_cannot_be_read_are_named(read, name, tmp_path):
+def test_lists_that_cannot_be_read_raise_errors(read, name, tmp_path):
     write_json(tmp_path / "train_scenes.json", {})
     write_json(tmp_path / name, {}).write_text("{")
     with pytest.raises(ValueError, match=f"{name} must be a JSON file of .*; got JSONDecodeError"):
@@ -124,7 +124,7 @@ def test_lists_that_cannot_be_read_are_named(read, name, tmp_path):
 
 @pytest.mark.parametrize("content", [{"items": []}, ["a.jpg"]])
 @pytest.mark.parametrize("read, name", [(gier, "GIER.json"), (magicbrush, "train/edit_turns.json")])
-def test_lists_of_another_shape_are_named(read, name, content, tmp_path):
+def test_lists_of_a_wrong_structure_raise_errors(read, name, content, tmp_path):
     write_json(tmp_path / name, content)
     with pytest.raises(ValueError, match=f"{name} must contain a list of objects; got "):
         read(tmp_path)
@@ -165,7 +165,7 @@ def write_scenes(root, scenes, split="train"):
     return write_json(root / f"{split}_scenes.json", content)
 
 
-def test_gqa_inpaint_words_no_object_that_others_could_be(tmp_path):
+def test_gqa_inpaint_skips_ambiguous_objects(tmp_path):
     left, center, right = ("to the left", "to the center", "to the right")
     scenes = {
         "10": [("1", "car", left), ("2", "man", left), ("3", "man", center), ("4", "man", right)],
@@ -192,7 +192,7 @@ def test_gqa_inpaint_words_no_object_that_others_could_be(tmp_path):
         gqa_inpaint(tmp_path, "val")
 
 
-def test_gqa_inpaint_has_fixed_words_for_the_test(tmp_path):
+def test_gqa_inpaint_has_fixed_instructions_in_the_test_split(tmp_path):
     scenes = {"10": [("1", "man", "to the left"), ("2", "man", "to the left"), ("3", "man", "to the left")]}
     write_scenes(tmp_path, scenes, "test")
     write_json(tmp_path / "test_instructions.json", {"i10-o2": "remove the man at the left"})
@@ -247,11 +247,11 @@ def test_instructpix2pix(method, tmp_path):
     assert [train.name(index) for index in range(len(train))] == [*names, "shard-01.zip/010/5_0.jpg"]
     for dataset in (train, pickle.loads(pickle.dumps(train))):
         assert all(is_triple(dataset[index], "make it winter") for index in range(4))
-    # the last twentieth of ten prompts, rounded as the original does
+    # the last twentieth of ten prompts, rounded as in the original code
     assert [InstructPix2Pix(tmp_path, "test").name(0)] == ["shard-01.zip/014/6_0.jpg"]
 
 
-def test_what_shards_lack_is_named(tmp_path):
+def test_missing_entries_of_shards_are_listed(tmp_path):
     files = [prompt("0"), *pair("0", 1), prompt("1", " "), *pair("1", 1), ("2/prompt.json", "{"), *pair("2", 1)]
     files += [prompt("3"), pair("3", 1)[0], prompt("4"), *pair("4", 1, before=png(BEFORE)[:300]), *pair("5", 1)]
     write_shard(tmp_path / "shard-00.zip", *files, *(prompt(f"9{n}") for n in range(3)))
@@ -271,7 +271,7 @@ def test_what_shards_lack_is_named(tmp_path):
         InstructPix2Pix(tmp_path)
 
 
-def test_instructpix2pix_comes_in_the_published_order(tmp_path):
+def test_instructpix2pix_has_the_published_order(tmp_path):
     files = [entry for n in (3, 1, 2) for entry in (prompt(f"00{n}"), *pair(f"00{n}", 30 + n), *pair(f"00{n}", n))]
     write_shard(tmp_path / "shard-00.zip", *files, ("005/7_0.jpg", png(BEFORE)), prompt("005"))
     seeds = [["002", ["2", "32"]], ["004", ["8", "9"]], ["001", ["1"]], ["003", ["3"]], ["005", ["7"]], ["000", ["1"]]]
@@ -288,7 +288,7 @@ def test_instructpix2pix_comes_in_the_published_order(tmp_path):
 @pytest.mark.parametrize(
     "content", [[[]], [["000"]], [["000", "1"]], [["000", [1]]], [[0, ["1"]]], [["\ud800", []]], [5]]
 )
-def test_seeds_of_another_shape_are_named(content, tmp_path):
+def test_seeds_of_a_wrong_structure_raise_errors(content, tmp_path):
     write_shard(tmp_path / "shard-00.zip", prompt("000"), *pair("000", 1))
     write_json(tmp_path / "seeds.json", content)
     with pytest.raises(ValueError, match=r"seeds.json must be a JSON list .*which is not \[folder, \[seed, ...\]\]"):
@@ -298,20 +298,20 @@ def test_seeds_of_another_shape_are_named(content, tmp_path):
 @given(
     entries=st.lists(st.recursive(st.none() | st.text() | st.integers(), st.lists)), indent=st.sampled_from([None, 1])
 )
-def test_entries_of_a_json_list_come_one_by_one(entries, indent):
+def test_entries_of_a_json_list_are_read_one_by_one(entries, indent):
     assert list(json_entries(f" {json.dumps(entries, indent=indent)}\n")) == entries
 
 
 @pytest.mark.parametrize("text", ["", "{}", "5", "[", "[1", "[1,", "[1 2]", "[1,]", "[,1]", '["a]'])
-def test_what_is_no_json_list_is_refused(text):
+def test_other_json_than_a_list_raises_an_error(text):
     with pytest.raises(ValueError):
         list(json_entries(text))
 
 
 @pytest.mark.parametrize("limit", [None, 100])
 @pytest.mark.parametrize("comment", [b"", b"a comment"])
-def test_files_in_a_zip_file_lie_where_zipfile_finds_them(limit, comment, tmp_path, monkeypatch):
-    if limit:  # the structures of zip files beyond 4 GB, in a small one
+def test_positions_of_files_in_a_zip_file_match_zipfile(limit, comment, tmp_path, monkeypatch):
+    if limit:  # a small zip file with the structures of one of more than 4 GB
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
         monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
     path = tmp_path / "a.zip"
@@ -330,7 +330,7 @@ def test_files_in_a_zip_file_lie_where_zipfile_finds_them(limit, comment, tmp_pa
     assert {name: read_file(path, place) for name, place in found.items()} == contents
 
 
-def test_a_zip_file_that_is_damaged_is_refused(tmp_path):
+def test_a_damaged_zip_file_raises_an_error(tmp_path):
     path = tmp_path / "a.zip"
     write_shard(path, prompt("0"), *pair("0", 1))
     content, rng = path.read_bytes(), random.Random(0)
@@ -349,7 +349,7 @@ def test_a_zip_file_that_is_damaged_is_refused(tmp_path):
     assert dict(list_files(path)) == expected
 
 
-def test_a_bomb_in_a_zip_file_is_refused(tmp_path):
+def test_a_zip_bomb_raises_an_error(tmp_path):
     path = tmp_path / "a.zip"
     write_shard(path, ("0/prompt.json", bytes(2**26 + 1)), method=zipfile.ZIP_DEFLATED)
     with pytest.raises(zipfile.BadZipFile, match="a file of more than 67108864 bytes"):
@@ -357,14 +357,14 @@ def test_a_bomb_in_a_zip_file_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_million_pairs_take_little(tmp_path):
+def test_a_million_pairs_need_little_time_and_memory(tmp_path):
     """The lists of files of 30 shards as published: 10,400 folders each, of a prompt, metadata and three pairs."""
     write_large_shards(tmp_path, shards=30, folders=10_400, pairs=3)
     script = (
         "import re, sys, time\n"
         "from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix\n"
         "status = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak is reset
         "before, start = status('VmRSS'), time.process_time()\n"
         "data = InstructPix2Pix(sys.argv[1])\n"
         "print(len(data), time.process_time() - start, status('VmHWM') - before)\n"
@@ -380,7 +380,7 @@ def test_a_million_pairs_take_little(tmp_path):
 
 
 def write_large_shards(root, shards, folders, pairs):
-    """Zip files that hold nothing but their lists of files."""
+    """Zip files that contain only their central directories."""
     for shard in range(shards):
         entries = []
         for n in range(shard * folders, (shard + 1) * folders):
@@ -414,7 +414,7 @@ def magicbrush_table(root, split="train", rows=2):
     table.to_parquet(root / "data" / f"{split}-00000-of-00001-0123456789abcdef.parquet")
 
 
-def test_magicbrush_as_published_is_a_table_for_training_and_a_folder_for_the_test(tmp_path, monkeypatch):
+def test_published_magicbrush_has_a_table_for_training_and_a_folder_for_test(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "MagicBrush"
     magicbrush_table(root, "train", 3)
@@ -481,7 +481,7 @@ def saved_splits(table, path):
 
 
 @pytest.mark.parametrize("write", [parquet_file, parquet_folder, saved, saved_splits])
-def test_tables_in_every_form(tmp_path, own_cache, write):
+def test_all_forms_of_tables_can_be_loaded(tmp_path, own_cache, write):
     name = write(hub.Dataset.from_dict(ROWS, features=FEATURES), tmp_path)
     split = "train" if write in (parquet_file, saved) else "test"
     table = HubTable.load(name, split)
@@ -491,7 +491,7 @@ def test_tables_in_every_form(tmp_path, own_cache, write):
             HubTable.load(name, "nowhere")
 
 
-def test_an_instruction_that_is_no_text_is_skipped():
+def test_an_instruction_that_is_not_text_is_skipped():
     features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
     lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))
     with pytest.raises(ValueError, match="skipped 3 with an instruction that is not a text but list"):
@@ -511,7 +511,7 @@ def picture_folder(path, first):
 def test_a_script_in_a_folder_is_never_run(tmp_path, own_cache, name):
     folder = picture_folder(tmp_path / "mine", "before.png")
     (folder / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'canary')!r})")
-    if name == "mine":  # the name that `datasets` once took for the folder's own script
+    if name == "mine":  # earlier versions of `datasets` ran a script with this name
         with pytest.raises(
             ValueError, match="mine cannot be read as a table: Dataset scripts are no longer supported"
         ):
@@ -522,7 +522,7 @@ def test_a_script_in_a_folder_is_never_run(tmp_path, own_cache, name):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/{}/secret.png", "http://127.0.0.1:9/secret.png"])
-def test_a_name_that_leaves_its_folder_is_refused(tmp_path, own_cache, name):
+def test_a_file_name_outside_its_folder_raises_an_error(tmp_path, own_cache, name):
     save_image(tmp_path / "secret.png", BEFORE)
     folder = picture_folder(tmp_path / "mine", name.format(tmp_path))
     with pytest.raises(ValueError, match="mine cannot be read as a table: Invalid metadata file_name"):

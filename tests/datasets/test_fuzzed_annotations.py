@@ -1,4 +1,4 @@
-"""Annotation files that were damaged at random: each is read, its entries skipped, or refused by name."""
+"""Randomly damaged annotation files: each is read, or entries are skipped, or an error names the file."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ VALUES = [
 
 
 def nodes(content, path=()):
-    """The paths of all values in a JSON content."""
+    """The paths of all values in JSON content."""
     yield path
     entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in entries:
@@ -58,7 +58,7 @@ def nodes(content, path=()):
 
 
 def damage(content, rng):
-    """A copy of a JSON content with a few values replaced, left out, doubled or moved."""
+    """A copy of JSON content with a few values replaced, removed, repeated or moved."""
     content = [copy.deepcopy(content)]
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
         *path, key = (0, *rng.choice(list(nodes(content[0]))))
@@ -78,7 +78,7 @@ def damage(content, rng):
 
 
 def damage_bytes(content, rng):
-    """Bytes with a few changed or cut off."""
+    """Bytes of which a few are changed or removed."""
     content = bytearray(content[: rng.choice([len(content), len(content), rng.randrange(len(content))])])
     for _ in range(rng.randint(1, 8) if content else 0):
         content[rng.randrange(len(content))] = rng.randrange(256)
@@ -218,7 +218,7 @@ READERS = {
 
 @pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
-def test_a_damaged_annotation_file_is_read_skipped_or_named(name, count, tmp_path):
+def test_a_damaged_annotation_file_is_read_or_skipped_or_raises(name, count, tmp_path):
     write, read, transform = READERS[name]
     file = write(tmp_path)
     assert len(read(tmp_path)) > 0
@@ -234,14 +234,14 @@ def test_a_damaged_annotation_file_is_read_skipped_or_named(name, count, tmp_pat
             file.write_bytes(pickle.dumps(damage(content, rng)))
         else:
             file.write_text(json.dumps(damage(content, rng)))
-        with warnings.catch_warnings(action="ignore"):  # of Pillow
+        with warnings.catch_warnings(action="ignore"):  # warnings of Pillow
             outcomes[try_to_read(read, tmp_path, transform, seed)] += 1
     print(f"{name}: {dict(outcomes)}")
     assert len(outcomes) > 1
 
 
 def try_to_read(read, root, transform, seed):
-    """What came of reading a dataset and all its items; an exception that names nothing is raised."""
+    """Read a dataset and all its items, and describe the result. Exceptions that name no file are raised."""
     try:
         dataset = read(root)
     except ValueError as error:

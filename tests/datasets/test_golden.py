@@ -1,4 +1,4 @@
-"""Reader, geometry and drawing together against the original's own, with its random choices in place of ours."""
+"""Readers, transforms and drawing together match the original code if they use its random choices."""
 
 import json
 import pickle
@@ -38,7 +38,7 @@ def test_person_crop(name, golden, tmp_path):
     rng = Recorded(*choices)
     crop, joints = PersonCrop(half_body=0.3, jitter=case["is_train"])(image, person, rng)
     assert not rng.choices and crop.size == (256, 256)
-    # OpenCV rounds places to 1/32 pixel and mixes the image's edge with black, Pillow does neither.
+    # OpenCV rounds positions to 1/32 pixel and mixes the image's edge with black; Pillow does neither.
     difference = np.abs(np.asarray(crop, int) - np.asarray(source)).max(-1)
     assert difference.mean() < 1 and np.quantile(difference, 0.985) <= 2
 
@@ -57,7 +57,7 @@ def test_coco_stuff(name, golden, tmp_path):
     save_image(tmp_path / "images" / "train2017" / "0.jpg", raw)
     save_image(tmp_path / "annotations" / "train2017" / "0.png", Image.open(folder / case["label"]))
     (tmp_path / "labels.txt").write_text("\n".join(case["labels"]) + "\n")
-    if name == "2_seed1":  # nothing is labeled: the original asks to leave the image as it is, we ask nothing
+    if name == "2_seed1":  # nothing is labeled, and only the original code has an instruction for that
         with pytest.raises(Exception, match="no pixel is labeled"):
             CocoStuff(tmp_path)[0]
         return
@@ -95,7 +95,7 @@ def test_referring_expressions(name, seed, golden, tmp_path):
     assert same(crop, source)
     color = COLORS[next(c["result"][3] for c in case["choices"] if isinstance(c["result"], list) and "#" in str(c))]
     drawn = Segmentation({"left cat": color}).draw(crop, masks)
-    # The original leaves a pixel bare that two polygons of one annotation cover; here it is painted.
+    # The original code does not paint a pixel that two polygons of one annotation cover; this package does.
     values = np.asarray(Image.open(folder / "mask_values.png"))
     _, twice = SquareCrop()(image, {"": values > 1}, Recorded(("randint", start), ("random", 0.0)))
     agrees = (np.asarray(drawn) == np.asarray(target)).all(-1)

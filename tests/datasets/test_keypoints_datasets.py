@@ -60,16 +60,16 @@ def test_coco(folder, tmp_path):
     assert tuple(person.joints) == COCO_JOINTS
     assert person.joints["nose"] == Joint(5, 6) and person.joints["left eye"] == Joint(7, 8)
     assert person.joints["right eye"] is None
-    # the original's rule: a box of 20 x 24 pixels spans 19 x 23, and the square around it is padded by a quarter
+    # as in the original code, a box of 20 x 24 pixels spans 19 x 23, and the square around it is padded by a quarter
     assert person.center == (13.5, 13.5) and person.scale == pytest.approx((23 * 1.25 / 200,) * 2)
     assert (person.area, person.image_id, person.id) == (300.5, 1, 7)
 
 
-def test_a_box_is_cut_to_its_picture(tmp_path):
+def test_a_box_is_clipped_to_its_image(tmp_path):
     save_image(tmp_path / "000000000001.jpg")
     content = people(annotation(1, bbox=[-4, 20, 100, 100]))
     _, person = CocoKeypoints(write_json(tmp_path / "people.json", content), tmp_path)[0]
-    # what is left spans pixels 0 to 39 and 20 to 29
+    # the rest spans pixels 0 to 39 and 20 to 29
     assert person.center == (19.5, 24.5) and person.scale == pytest.approx((39 * 1.25 / 200,) * 2)
 
 
@@ -91,12 +91,12 @@ def test_crowdpose_and_ai_challenger(tmp_path):
     save_image(tmp_path / folder / "000000000001.jpg")
     _, person = aic(tmp_path, "val")[0]
     assert tuple(person.joints) == AIC_JOINTS and person.joints["right shoulder"] == Joint(5, 6)
-    assert person.area == 20 * 24  # AI Challenger's evaluation takes the whole box
+    assert person.area == 20 * 24  # AI Challenger's evaluation uses the whole box
     with pytest.raises(ValueError, match="`split` must be one of train, val; got 'test'"):
         aic(tmp_path, "test")
 
 
-def test_humanart_has_cocos_joints_and_pictures_beside_its_folder(tmp_path, monkeypatch):
+def test_humanart_has_the_joints_of_coco_and_paths_from_its_parent_folder(tmp_path, monkeypatch):
     file = paper_data.write_humanart(tmp_path / "HumanArt", "validation")
     monkeypatch.chdir(tmp_path / "HumanArt")
     for root in (tmp_path / "HumanArt", ".", "annotations/.."):
@@ -109,7 +109,7 @@ def test_humanart_has_cocos_joints_and_pictures_beside_its_folder(tmp_path, monk
         humanart(tmp_path / "human-art", "validation")
 
 
-def test_ap10k_has_animals_of_all_categories_and_joints_of_its_own(tmp_path):
+def test_ap10k_has_animals_of_all_categories_and_its_own_joints(tmp_path):
     file = paper_data.write_ap10k(tmp_path, "test-split1")
     dataset = ap10k(tmp_path, "test-split1")
     image, animal = dataset[1]
@@ -126,14 +126,14 @@ def test_ap10k_has_animals_of_all_categories_and_joints_of_its_own(tmp_path):
     "name, joints",
     [("CrowdPose", CROWDPOSE_JOINTS), ("AIC", AIC_JOINTS), ("MPII", MPII_JOINTS), ("COCO", COCO_JOINTS)],
 )
-def test_joints_come_in_the_order_that_the_original_reads_them_in(golden, name, joints):
+def test_joints_have_the_order_of_the_original_code(golden, name, joints):
     case = json.loads((golden / "data" / "pose" / f"target_{name}Dataset_0" / "case.json").read_text())
     original = {int(number): joint.replace("_", " ") for number, joint in case["keypoints_type"].items()}
-    said = {"top head": "head top"}  # in CrowdPose; elsewhere the original says it as we do
+    said = {"top head": "head top"}  # in CrowdPose; otherwise the names are those of the original code
     assert joints == tuple(said.get(original[number], original[number]) for number in range(len(original)))
 
 
-def test_what_cannot_be_used_is_named(tmp_path):
+def test_unusable_entries_are_skipped_with_a_reason(tmp_path):
     save_image(tmp_path / "000000000001.jpg")
     write_broken(tmp_path / "000000000002.jpg")
     content = people(
@@ -211,7 +211,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
         CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1, joints=14))), tmp_path)
 
 
-def test_a_picture_of_another_size_than_its_joints_were_placed_in_is_unreadable(tmp_path):
+def test_an_image_of_another_size_than_in_its_annotation_is_unreadable(tmp_path):
     save_image(tmp_path / "000000000001.jpg", tiny.picture(80, 60))
     dataset = CocoKeypoints(write_json(tmp_path / "people.json", people(annotation(1))), tmp_path)
     with pytest.raises(UnreadableSample, match=r"01.jpg: is of \(80, 60\) pixels, but of \(40, 30\) in its annot"):
@@ -221,7 +221,7 @@ def test_a_picture_of_another_size_than_its_joints_were_placed_in_is_unreadable(
 @pytest.mark.parametrize(
     "read, file", [(CocoKeypoints, "a JSON file of COCO"), (MpiiKeypoints, "a JSON file of MPII")]
 )
-def test_annotations_that_cannot_be_read_are_named(read, file, tmp_path):
+def test_annotations_that_cannot_be_read_raise_errors(read, file, tmp_path):
     path = tmp_path / "people.json"
     with pytest.raises(ValueError, match=f"people.json must be {file}.*; got FileNotFoundError"):
         read(path, tmp_path)
@@ -241,12 +241,12 @@ def test_annotations_that_cannot_be_read_are_named(read, file, tmp_path):
         (MpiiKeypoints, ["a.jpg"], "; got \\['a.jpg'\\]"),
     ],
 )
-def test_annotations_of_another_shape_are_named(read, content, where, tmp_path):
+def test_annotations_of_a_wrong_structure_raise_errors(read, content, where, tmp_path):
     with pytest.raises(ValueError, match=f"people.json must contain a list of objects{where}"):
         read(write_json(tmp_path / "people.json", content), tmp_path)
 
 
-def test_an_exif_orientation_does_not_turn_annotated_pixels(tmp_path):
+def test_an_exif_orientation_is_not_applied_to_annotated_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = save_image(tmp_path / "000000000001.jpg", tiny.picture(40, 30), exif=exif)
@@ -267,7 +267,7 @@ def test_a_damaged_exif_block_is_ignored(kind, turn, tmp_path):
         for _ in range(rng.randint(0, 6)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         tiny.picture(40, 30).save(path, kind, exif=bytes(damaged))
-        with warnings.catch_warnings(action="ignore"):  # of Pillow, that the block is damaged
+        with warnings.catch_warnings(action="ignore"):  # Pillow's warning that the block is damaged
             try:
                 Image.open(path).load()
             except OSError:

@@ -20,7 +20,7 @@ from instructdiffusion_pipeline.datasets.label_maps import (
     voc,
 )
 
-# The classes of the quarters 1 to 3 and how many there are in all.
+# The classes of the quarters 1 to 3, and the number of all classes.
 CASES = {
     ade20k_150: (["wall", "building", "water"], 3),
     ade20k_847: (["wall", "handbag", "cat"], 12),
@@ -54,7 +54,7 @@ def test_a_mask_is_where_the_label_map_has_the_value_of_its_class(read, tmp_path
     assert not any(mask.any() for mask in absent) and len({id(mask) for mask in absent}) <= 1
 
 
-def test_classes_with_a_shared_first_name_are_called_by_another():
+def test_classes_with_the_same_first_name_get_another_name():
     assert numbered_classes(ADE_847) == {
         "wall": {1},
         "bag": {115},
@@ -72,12 +72,12 @@ def test_classes_with_a_shared_first_name_are_called_by_another():
     assert numbered_classes("0: none\n1: cat\n2: cat\n3: , dog\n4: ,\n5:") == {"cat": {1, 2}, "dog": {3}}
 
 
-def test_classes_without_a_file_of_names_are_numbered_by_the_alphabet():
+def test_classes_without_a_file_of_names_are_numbered_alphabetically():
     for names, count in ((CONTEXT_CLASSES, 59), (VOC_CLASSES, 20)):
         assert list(names) == sorted(set(names)) and len(names) == count
 
 
-def test_what_cannot_be_read_is_named(read, tmp_path):
+def test_unreadable_files_are_reported(read, tmp_path):
     write(read, tmp_path)
     dataset = read(tmp_path)
     path = dataset.labels / f"1{dataset.suffix}"
@@ -104,7 +104,7 @@ def test_what_cannot_be_read_is_named(read, tmp_path):
         read(tmp_path)
 
 
-def test_the_list_of_voc_chooses_its_pictures(tmp_path):
+def test_the_images_of_voc_are_those_of_its_list(tmp_path):
     names = paper_data.write_voc(tmp_path)
     save_image(tmp_path / "JPEGImages" / "2.jpg")
     names.write_text("3\n1\n../SegmentationClass/1\n2\n")
@@ -120,7 +120,7 @@ def test_the_list_of_voc_chooses_its_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("read", [ade20k_150, ade20k_847, pascal_context_459])
-def test_names_that_cannot_be_read_are_named(read, tmp_path):
+def test_lists_of_names_that_cannot_be_read_raise_errors(read, tmp_path):
     file = write(read, tmp_path)
     file.write_text("wall\nbuilding\n")
     with pytest.raises(ValueError, match=rf"{file.name} must be .*; got ValueError: no such line"):

@@ -20,7 +20,7 @@ BLUR = FixedTask(Restoration("blur"))
 
 
 class Numbered:
-    """Images of one color that says their number; those in `broken` cannot be read."""
+    """Images of one color, which is their number; those in `broken` cannot be read."""
 
     def __init__(self, length, broken=()):
         self.length, self.broken, self.skipped = length, set(broken), []
@@ -39,7 +39,7 @@ class Numbered:
 
 
 def shift(image, clean, rng):
-    """Geometry that shows a random choice in the blue channel."""
+    """A transform that stores a random choice in the blue channel."""
     image = Image.new("RGB", (2, 2), (*image.getpixel((0, 0))[:2], rng.randrange(256)))
     return image, image
 
@@ -54,7 +54,7 @@ def mixture(seed=0):
     return Mixture([(Source(name, Numbered(length), BLUR, shift), weight) for name, length, weight in sources], seed)
 
 
-def test_weights_multiply_lengths_and_epochs_are_fresh():
+def test_weights_multiply_lengths_and_epochs_differ():
     mixed = mixture()
     assert len(mixed) == 8 + 12 + 10 + 15
     epochs = []
@@ -64,22 +64,22 @@ def test_weights_multiply_lengths_and_epochs_are_fresh():
         assert Counter(mixed.source_of(p).name for p in positions) == {"a": 8, "b": 12, "c": 10, "d": 15}
     assert all(epoch["b", n] == 4 for epoch in epochs for n in range(3))
     assert all(epoch["c", n] == 1 for epoch in epochs for n in range(10))
-    # five epochs show each item of a source of weight 0.2 once, two each of one of weight 1.5 three times
+    # five epochs have each item of a source of weight 0.2 once; two epochs have each of one of weight 1.5 three times
     for start in (0, 5):
         assert {sum(epoch["a", n] for epoch in epochs[start : start + 5]) for n in range(40)} == {1}
     assert {epochs[0]["d", n] + epochs[1]["d", n] for n in range(10)} == {3}
 
 
-def test_a_position_is_a_pure_function_of_the_seed():
+def test_a_sample_depends_only_on_seed_and_position():
     first, second, other = mixture(), mixture(), mixture(seed=1)
     content = [(second[p].instruction, np.asarray(second[p].image).tolist()) for p in reversed(range(100))][::-1]
     assert content == [(first[p].instruction, np.asarray(first[p].image).tolist()) for p in range(100)]
     assert content != [(other[p].instruction, np.asarray(other[p].image).tolist()) for p in range(100)]
     assert [number(other[p]) for p in range(45)] != [number(first[p]) for p in range(45)]
-    # each position makes its own random choices
+    # each position has other random choices
     assert len({first[p].image.getpixel((0, 0))[2] for p in range(45)}) > 20
     assert len({first[p].instruction for p in range(45)}) > 5
-    # an epoch is in another order than the one before
+    # each epoch has another order
     assert [number(first[p]) for p in range(45)] != [number(first[p + 45]) for p in range(45)]
 
 
@@ -99,13 +99,13 @@ def test_unreadable_samples_are_counted_logged_once_and_replaced(caplog):
     mixed = Mixture([(Source("a", Numbered(5, broken={1, 2}), BLUR), 2), (Source("b", Numbered(5), BLUR), 1)])
     with caplog.at_level(logging.WARNING):
         shown = Counter(number(mixed[p]) for p in range(30) if mixed.source_of(p).name == "a")
-    # 1 and 2 are replaced by the next readable, 3, which so comes three times as often
+    # 1 and 2 are replaced with the next readable one, 3, which then occurs three times as often
     assert shown == {0: 4, 3: 12, 4: 4}
     assert mixed.skipped == {"a: 1.png": 4, "a: 2.png": 8}
     assert len(caplog.records) == 2 and "a: 1.png cannot be used" in caplog.text and "cut off" in caplog.text
 
 
-def test_thousands_of_unreadable_samples_are_counted_and_a_hundred_are_named(caplog):
+def test_thousands_of_unreadable_samples_are_counted_with_a_hundred_warnings(caplog):
     mixed = Mixture([(Source("a", Numbered(2000, broken=set(range(1999))), BLUR), 1)])
     with caplog.at_level(logging.WARNING):
         assert number(mixed[0]) == 1999
@@ -114,7 +114,7 @@ def test_thousands_of_unreadable_samples_are_counted_and_a_hundred_are_named(cap
 
 
 class Annotated(Numbered):
-    """The same images, each with the annotation of its number."""
+    """The same images, each with the annotation `annotations[number]`."""
 
     def __init__(self, *annotations):
         super().__init__(len(annotations))
@@ -131,7 +131,7 @@ class Annotated(Numbered):
         (Keypoints.from_annotation, {"nose": Joint(900, 900)}, {"nose": Joint(1, 1)}),
     ],
 )
-def test_samples_with_nothing_to_ask_are_replaced_too(pick, nothing, something, caplog):
+def test_samples_without_a_task_are_replaced(pick, nothing, something, caplog):
     mixed = Mixture([(Source("a", Annotated(nothing, something), pick), 2)])
     assert {number(sample) for sample in mixed} == {1}
     assert mixed.skipped == {"a: 0.png": 2} and "a: 0.png cannot be used" in caplog.text
@@ -141,17 +141,17 @@ def test_samples_with_nothing_to_ask_are_replaced_too(pick, nothing, something, 
     "pick, annotation",
     [(BLUR, Image.new("RGB", (3, 2))), (Segmentation.from_annotation, {"cat": np.ones((2, 3), bool)})],
 )
-def test_annotations_of_another_size_are_named(pick, annotation):
+def test_annotations_of_another_size_are_reported(pick, annotation):
     with pytest.raises(ValueError, match=r"^a: 0.png: "):
         Mixture([(Source("a", Annotated(annotation), pick), 1)])[0]
 
 
-def test_iterating_shows_one_epoch():
+def test_iterating_ends_after_one_epoch():
     mixed = mixture()
     assert as_row(itertools.islice(mixed, 100)) == as_row(mixed[position] for position in range(45))
 
 
-def test_a_source_with_nothing_left_is_fatal():
+def test_a_source_without_usable_samples_raises_an_error():
     mixed = Mixture([(Source("a", Numbered(3, broken={0, 1, 2}), BLUR), 1)])
     with pytest.raises(ValueError, match="a: none of the 3 samples can be used"):
         mixed[0]
@@ -167,13 +167,13 @@ def test_bad_arguments():
         mixture()[-1]
 
 
-def test_a_mixture_of_millions_is_cheap():
+def test_a_mixture_of_millions_needs_little_time_and_memory():
     mixed = Mixture([(Source("a", Numbered(3_000_000), BLUR), 1), (Source("b", Numbered(400_000), BLUR), 0.1)])
     assert mixed.source_of(0).name in "ab" and len(mixed) == 3_040_000
-    assert len(pickle.dumps(mixed)) < 30_000_000  # one plan of eight bytes a sample
+    assert len(pickle.dumps(mixed)) < 30_000_000  # the order has eight bytes per sample
 
 
-def test_what_a_data_set_leaves_out_is_counted_and_named_at_once(caplog):
+def test_skipped_entries_of_a_dataset_are_counted_and_reported_at_once(caplog):
     class Lossy(list):
         skipped = [(f"row {number}", "no instruction") for number in range(5)]
 

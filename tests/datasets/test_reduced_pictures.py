@@ -33,7 +33,7 @@ def turned_left() -> Image.Exif:
 
 @settings(max_examples=60)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 200), st.sampled_from(["RGB", "L", "CMYK"]))
-def test_sides_stay_twice_as_long_as_those_after_resizing(tmp_path_factory, width, height, size, mode):
+def test_reduced_sides_are_at_least_twice_those_after_resizing(tmp_path_factory, width, height, size, mode):
     path = tmp_path_factory.mktemp("pictures") / "a.jpg"
     Image.new(mode, (width, height)).save(path)
     picture = read_image(path, resized_to=size)
@@ -113,7 +113,7 @@ def test_folders_of_triples_and_of_captions(tmp_path):
     assert load_test_sources(entries[:1], SIZE)[0].dataset[0][0].size == (640, 480)
 
 
-def test_what_cannot_be_read_is_named_as_before(tmp_path):
+def test_unreadable_files_are_reported_as_without_reducing(tmp_path):
     path = save_photograph(tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes()[:2000])
     rows = {"original_image": [str(path), None, str(tmp_path / "no.jpg")], "edit_prompt": ["dim it"] * 3}

@@ -32,7 +32,7 @@ def test_pairs(read, degraded, clean, tmp_path):
     assert same(image, tiny.picture(40, 30, seed=1)) and same(target, tiny.picture(40, 30, seed=2))
 
 
-def test_a_picture_is_paired_by_its_name_whatever_else_lies_there(tmp_path):
+def test_images_are_paired_by_name_and_other_files_are_ignored(tmp_path):
     for number in (1, 2, 4):
         save_image(tmp_path / "val" / "input" / f"000{number}_NOISY_SRGB_010.PNG", tiny.picture(40, 30, seed=number))
     for number in (2, 3, 4):
@@ -50,7 +50,7 @@ def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):
         assert same(image, tiny.picture(40, 30, seed=int(gamma))) and same(clean, tiny.picture(40, 30, seed=2))
 
 
-def test_what_sidd_publishes_for_training_is_no_validation(tmp_path):
+def test_training_data_of_sidd_as_validation_raises_an_error(tmp_path):
     for side in ("NOISY", "GT"):
         save_image(tmp_path / "Data" / "0001_001_S6" / f"0001_{side}_SRGB_010.PNG")
     for split in ("val", "tset"):
@@ -61,7 +61,7 @@ def test_what_sidd_publishes_for_training_is_no_validation(tmp_path):
     assert sidd(tmp_path, "val").name(0) == "input/1.png" and "NOISY" in sidd(tmp_path).name(0)
 
 
-def test_what_lacks_or_breaks_is_named(tmp_path):
+def test_missing_and_damaged_files_are_listed(tmp_path):
     marked, clean = tmp_path / "train" / "Watermarked_image", tmp_path / "train" / "Watermark_free_image"
     save_image(marked / "1.jpg")
     with pytest.raises(ValueError, match="train: no usable samples; skipped 1 with no clean image"):

@@ -24,7 +24,7 @@ LABELS = """0: unlabeled
 172: wall-concrete
 173: wall-other
 """
-# What COCO's list of 91 things has and its images never got, with the numbers of COCO-Stuff's labels.txt.
+# The classes in COCO's list of 91 things that were never annotated, with their numbers in COCO-Stuff's labels.txt.
 NEVER_DRAWN = """12: street sign
 26: hat
 29: shoe
@@ -50,21 +50,21 @@ def test_coco_stuff(tmp_path):
     write_stuff(tmp_path)
     image, masks = CocoStuff(tmp_path)[0]
     assert same(image, tiny.picture(40, 30))
-    # An image may well show a mirror that nobody drew, so it must not be called absent.
+    # An image may show a mirror without an annotation, so mirrors must not be called absent.
     assert set(masks) == {"person", "dog", "sky", "brick wall", "concrete wall", "wall"}
     quarters = {name: mask[::15, ::20].astype(int).tolist() for name, mask in masks.items()}
     assert quarters["person"] == [[1, 0], [0, 0]] and quarters["brick wall"] == [[0, 1], [0, 0]]
-    assert quarters["wall"] == [[0, 1], [1, 0]]  # brick, and others
+    assert quarters["wall"] == [[0, 1], [1, 0]]  # brick and other walls
     assert masks["dog"] is masks["sky"] and not masks["dog"].any()
 
 
-def test_classes_are_said_as_people_say_them():
+def test_classes_have_readable_names():
     said = {"wall-brick": "brick wall", "sky-other": "sky", "door-stuff": "door", "traffic light": "traffic light"}
     said |= {"window-blind": "window blind", "playingfield": "playing field"}
     assert {label: readable_name(label) for label in said} == said
 
 
-def test_what_coco_stuff_lacks_is_named(tmp_path):
+def test_missing_files_of_coco_stuff_are_reported(tmp_path):
     write_stuff(tmp_path)
     write_stuff(tmp_path, "2", values=((255, 255), (255, 255)))
     write_stuff(tmp_path, "3")
@@ -93,8 +93,8 @@ def test_what_coco_stuff_lacks_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_labels_that_hold_the_numbers_themselves_are_recognised(offset, tmp_path):
-    """Number 67 is a dining table and 66 a mirror, which nobody drew; 157 the sky, 18 a dog."""
+def test_labels_that_contain_the_class_numbers_are_recognized(offset, tmp_path):
+    """Number 67 is a dining table and 66 a mirror, which was never annotated; 157 is the sky, 18 a dog."""
     unlabeled = {0: 0, 1: 255}[offset]
     for name in "123":
         write_stuff(tmp_path, name, values=((18 - offset, 157 - offset), (67 - offset, unlabeled)))
@@ -111,7 +111,7 @@ def test_labels_that_hold_the_numbers_themselves_are_recognised(offset, tmp_path
         dataset[4]
 
 
-def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
+def test_palette_indices_of_a_label_map_are_read(tmp_path):
     write_stuff(tmp_path)
     path = tmp_path / "annotations" / "train2017" / "1.png"
     label = Image.open(path)
@@ -124,14 +124,14 @@ def test_a_label_with_a_palette_is_read_by_its_indices(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "I;16", "RGB", "RGBA"])
-def test_a_label_of_colors_is_unreadable(mode, tmp_path):
+def test_a_label_map_of_colors_is_unreadable(mode, tmp_path):
     write_stuff(tmp_path)
     save_image(tmp_path / "annotations" / "train2017" / "1.png", Image.new(mode, (40, 30)))
     with pytest.raises(UnreadableSample, match=rf"1.png: .*gray \(mode L\) or have a palette \(P\); got mode {mode}"):
         CocoStuff(tmp_path)[0]
 
 
-def test_class_names_that_cannot_be_read_are_named(tmp_path):
+def test_class_names_that_cannot_be_read_raise_errors(tmp_path):
     write_stuff(tmp_path)
     (tmp_path / "labels.txt").write_text("person: 1\n")
     with pytest.raises(ValueError, match='labels.txt must be lines like "171: wall-brick"; got ValueError.*person'):
@@ -197,7 +197,7 @@ def test_referring_expressions(name, tmp_path):
     assert len(ReferringExpressions(*write_references(tmp_path, items, name), split="testA")) == 1
 
 
-def test_grefcoco_names_several_objects_or_none(tmp_path):
+def test_grefcoco_has_expressions_for_several_objects_or_none(tmp_path):
     items = [reference(1, [1, 3], "both"), reference(2, [-1], "the zebra")]
     dataset = ReferringExpressions(*write_references(tmp_path, items, "grefs(unc).json"))
     assert (dataset[0][1]["both"] == rectangle(10, 20) | rectangle(0, 1, 0, 30)).all()
@@ -205,7 +205,7 @@ def test_grefcoco_names_several_objects_or_none(tmp_path):
     assert absent.shape == (30, 40) and not absent.any()
 
 
-def test_what_references_lack_is_named(tmp_path):
+def test_unusable_references_are_skipped_with_a_reason(tmp_path):
     items = [
         reference(1, 6, "cat", image_id=7),
         reference(2, 1, "cat", image_id=6),
@@ -235,7 +235,7 @@ def test_what_references_lack_is_named(tmp_path):
         ReferringExpressions(*write_references(tmp_path, items), split="val")
 
 
-def test_a_picture_of_another_size_than_its_outlines_is_unreadable(tmp_path):
+def test_an_image_of_another_size_than_its_outlines_is_unreadable(tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")])
     save_image(images / "5.jpg", tiny.picture(80, 60))
     with pytest.raises(
@@ -245,7 +245,7 @@ def test_a_picture_of_another_size_than_its_outlines_is_unreadable(tmp_path):
 
 
 @pytest.mark.parametrize("name, what", [("instances.json", "COCO instances"), ("grefs(unc).json", "references")])
-def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
+def test_references_that_cannot_be_read_raise_errors(name, what, tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
     (tmp_path / name).write_text("[")
     with pytest.raises(ValueError, match=re.escape(f"{name} must be a JSON file of {what}; got JSONDecodeError")):
@@ -256,7 +256,7 @@ def test_references_that_cannot_be_read_are_named(name, what, tmp_path):
 
 
 @pytest.mark.parametrize("name, under", [("instances.json", " under 'images'"), ("grefs(unc).json", "")])
-def test_references_of_another_shape_are_named(name, under, tmp_path):
+def test_references_of_a_wrong_structure_raise_errors(name, under, tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")], "grefs(unc).json")
     write_json(tmp_path / name, {"refs": []})
     message = f"{name} must contain a list of objects{under}; got {{'refs': []}}"
@@ -264,7 +264,7 @@ def test_references_of_another_shape_are_named(name, under, tmp_path):
         ReferringExpressions(path, images)
 
 
-def test_an_outline_without_a_size_of_its_picture_is_skipped(tmp_path):
+def test_an_outline_without_an_image_size_is_skipped(tmp_path):
     path, images = write_references(tmp_path, [reference(1, 1, "cat")])
     instances = json.loads((tmp_path / "instances.json").read_text())
     del instances["images"][0]["height"], instances["annotations"][1]["segmentation"]
@@ -298,7 +298,7 @@ OUTLINES = {
 
 
 @pytest.mark.parametrize("why, outline", [(why, outline) for why, some in OUTLINES.items() for outline in some])
-def test_a_malformed_outline_is_skipped_when_the_data_set_is_opened(why, outline, tmp_path):
+def test_a_malformed_outline_is_skipped_when_the_dataset_is_opened(why, outline, tmp_path):
     path, images = write_references(tmp_path, [reference(1, 7, "cat"), reference(2, 1, "cat")])
     instances = json.loads((tmp_path / "instances.json").read_text())
     instances["annotations"].append({"id": 7, "image_id": 5, "segmentation": outline})
@@ -308,7 +308,7 @@ def test_a_malformed_outline_is_skipped_when_the_data_set_is_opened(why, outline
 
 
 @given(width=st.integers(1, 40), height=st.integers(1, 30), seed=st.integers(0, 10**6), share=st.floats(0, 1))
-def test_run_lengths_are_read_as_pycocotools_writes_them(width, height, seed, share):
+def test_run_lengths_are_read_as_written_by_pycocotools(width, height, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
     mask[0, 0] = True
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -328,7 +328,7 @@ def test_sentences_without_text_are_skipped(sentences, tmp_path):
     assert dataset.skipped == [("reference 1", "a malformed 'sentences'")] and len(dataset) == 1
 
 
-def test_the_test_split_of_refcoco_has_two_parts(tmp_path):
+def test_the_test_split_of_refcoco_is_test_a_and_test_b(tmp_path):
     splits = ["train", "val", "testA", "testB", "test"]
     items = [reference(number, 1, "cat", split=split) for number, split in enumerate(splits)]
     path, images = write_references(tmp_path, items)
@@ -344,7 +344,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_a_pickle_that_runs_code_raises_an_error(tmp_path):
     victim = tmp_path / "made by a pickle"
     path, images = write_references(tmp_path, [reference(1, 1, "cat") | {"extra": Malicious(victim)}])
     with pytest.raises(

@@ -44,17 +44,17 @@ def write_all(root):
         save_image(root / "GIER_editing_data" / "images" / f"{name}.jpg")
 
 
-def test_a_part_of_the_originals_mixture(tmp_path):
+def test_a_part_of_the_mixture_of_the_original_code(tmp_path):
     write_all(tmp_path)
     mixed = original_mixture(tmp_path, ["coco", "coco-stuff", "refcoco", "sidd", "gier"], seed=3)
-    # SIDD counts twenty times; a pair of GIER counts twice, however many instructions it has
+    # SIDD has a weight of 20; a pair of GIER has a weight of 2, with any number of instructions
     assert len(mixed) == 1 + 1 + 1 + 20 + 2
     for sample in (mixed[position] for position in range(len(mixed))):
         assert sample.image.size == sample.target.size == (256, 256) and sample.instruction
     pickle.dumps(mixed)
 
 
-def test_noise_is_cut_out_of_its_picture_pixel_by_pixel(tmp_path):
+def test_noisy_images_are_cropped_without_resizing(tmp_path):
     write_all(tmp_path)
     sample = original_mixture(tmp_path, ["sidd"])[0]
     crops = sliding_window_view(np.asarray(tiny.picture(300, 280)), (256, 256, 3))
@@ -62,30 +62,30 @@ def test_noise_is_cut_out_of_its_picture_pixel_by_pixel(tmp_path):
     assert any((crops == cut).all((-3, -2, -1)).any() for cut in (image, image[:, ::-1]))
 
 
-def test_half_bodies_are_cocos_alone_in_three_of_ten_cases():
+def test_only_coco_has_half_bodies_in_three_of_ten_samples():
     halves = {
         name: spec.transform.half_body for name, spec in DATASETS.items() if isinstance(spec.transform, PersonCrop)
     }
     assert halves.pop("coco") == 0.3 and set(halves.values()) == {0}
 
 
-def test_names_must_be_known(tmp_path):
+def test_unknown_names_raise_an_error(tmp_path):
     with pytest.raises(ValueError, match="`names` must be from mpii, coco, .*; got COCO, table"):
         original_mixture(tmp_path, ["coco", "COCO", "table"])
 
 
-def test_weights_are_the_originals():
+def test_weights_are_those_of_the_original_code():
     weights = {name: spec.weight for name, spec in DATASETS.items() if spec.weight != 1}
     expected = {"aic": 0.1, "gopro": 2, "reds": 0.2, "sidd": 20, "clwd": 0.2, "instructpix2pix": 0.2, "gier": 2}
     assert weights == expected and sum(spec.folder is not None for spec in DATASETS.values()) == 26
 
 
-def test_training_never_reads_the_split_that_is_evaluated():
+def test_training_and_evaluation_use_different_splits():
     same = {name for name, spec in DATASETS.items() if spec.train_split == spec.test_split}
     assert same == {"table"}, "a table is a folder of the user's own, which has one split"
 
 
-def test_evaluation_reads_the_other_split_without_flips_and_knows_the_sigmas(tmp_path):
+def test_evaluation_has_the_test_split_no_flips_and_the_sigmas(tmp_path):
     content = test_keypoints_datasets.people(test_keypoints_datasets.annotation(7, area=300))
     for split in ("train2017", "val2017"):
         write_json(tmp_path / "annotations" / f"person_keypoints_{split}.json", content)
@@ -100,7 +100,7 @@ def test_evaluation_reads_the_other_split_without_flips_and_knows_the_sigmas(tmp
 
 
 @pytest.mark.parametrize("key", ["captions", "coco-captions", "preferences"])
-def test_what_is_for_training_only_is_not_evaluated(tmp_path, key):
+def test_datasets_for_training_only_cannot_be_evaluated(tmp_path, key):
     with pytest.raises(ValueError, match=f"--data {key}: this dataset is for training only"):
         load_test_sources([f"{key}={tmp_path}"], 64, "train")
 
@@ -109,7 +109,7 @@ def names(*entries):
     return [entry.name for entry in parse_entries(entries)]
 
 
-def test_folders_of_one_data_set_have_names_of_their_own(tmp_path, monkeypatch):
+def test_folders_of_one_dataset_have_different_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("cats", "dogs, and more=less", "old/cats", "gopro"):
         (tmp_path / folder).mkdir(parents=True)
@@ -137,14 +137,14 @@ def test_folders_of_one_data_set_have_names_of_their_own(tmp_path, monkeypatch):
         (["table=cats", "gopro=cats", "table=./cats/"], "--data table=./cats/ is given twice"),
     ],
 )
-def test_entries_that_cannot_be_meant_are_refused(tmp_path, monkeypatch, entries, message):
+def test_invalid_entries_raise_errors(tmp_path, monkeypatch, entries, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats").mkdir()
     with pytest.raises(ValueError, match=message):
         parse_entries(entries)
 
 
-def test_a_table_has_the_columns_it_is_told(tmp_path):
+def test_a_table_has_the_given_columns(tmp_path):
     save_image(tmp_path / "a.png", tiny.picture(32, 32, 1))
     save_image(tmp_path / "b.png", tiny.picture(32, 32, 2))
     row = {"input_file_name": "a.png", "words": "turn it", "output_file_name": "b.png"}
@@ -158,7 +158,7 @@ def test_a_table_has_the_columns_it_is_told(tmp_path):
     np.testing.assert_array_equal(edit.edited, tiny.picture(32, 32, 2))
 
 
-def test_the_table_of_data_sets_needs_no_extra_of_evaluation():
+def test_the_table_of_datasets_imports_no_optional_package():
     blocked = "import sys; sys.modules |= dict.fromkeys(('pycocotools', 'skimage', 'datasets'))\n"
     subprocess.run(
         [sys.executable, "-c", blocked + "import instructdiffusion_pipeline.datasets.specs"], check=True, timeout=300

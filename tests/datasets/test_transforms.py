@@ -37,14 +37,14 @@ def dots(*places, size=(120, 100)):
 
 
 def brightest(image):
-    """The center of all brightness."""
+    """The centroid of the brightness."""
     light = np.asarray(image.convert("L"), float)
     rows, columns = np.indices(light.shape)
     return (columns * light).sum() / light.sum(), (rows * light).sum() / light.sum()
 
 
 @pytest.mark.parametrize("names", [COCO_JOINTS, CROWDPOSE_JOINTS, AIC_JOINTS, MPII_JOINTS])
-def test_flipping_twice_changes_nothing_and_once_swaps_sides(names):
+def test_flipping_swaps_sides_and_flipping_twice_is_the_identity(names):
     joints = {name: Joint(number, 2 * number) if number % 3 else None for number, name in enumerate(names)}
     flipped = flip_joints(joints, 120)
     assert set(flipped) == set(names) and flip_joints(flipped, 120) == joints
@@ -54,7 +54,7 @@ def test_flipping_twice_changes_nothing_and_once_swaps_sides(names):
 
 
 @given(x=st.integers(30, 90), y=st.integers(25, 75), seed=SEEDS)
-def test_joints_follow_the_pixels(x, y, seed):
+def test_joints_are_transformed_with_the_pixels(x, y, seed):
     joints = {"left wrist": Joint(x, y), "nose": None}
     try:
         crop, placed = PersonCrop(size=128)(dots((x, y)), person(joints), random.Random(seed))
@@ -66,7 +66,7 @@ def test_joints_follow_the_pixels(x, y, seed):
     assert brightest(crop) == pytest.approx(joint[:2], abs=0.35)
 
 
-def test_without_jitter_a_person_is_centred():
+def test_without_jitter_a_person_is_centered():
     joints = {"nose": Joint(60, 50)}
     crop, placed = PersonCrop(size=64, jitter=False)(dots((60, 50)), person(joints), random.Random(0))
     assert crop.size == (64, 64) and placed == {"nose": Joint(32, 32)}
@@ -78,11 +78,11 @@ def test_a_crop_without_joints_is_unreadable():
 
 
 @pytest.mark.parametrize("chance, angles", [(0.0, 1), (0.6, 1), (0.601, 0), (0.9, 0)])
-def test_a_person_is_turned_in_six_of_ten_cases(chance, angles):
-    # scale, whether to turn, the angle if so, whether to flip: another draw than these fails
+def test_six_of_ten_people_are_rotated(chance, angles):
+    # scale, whether to rotate, the angle if so, whether to flip; other random choices fail
     rng = Recorded(("gauss", 0.0), ("random", chance), *[("gauss", 1.0)] * angles, ("random", 0.9))
     _, placed = PersonCrop(size=100)(dots((60, 50)), person({"nose": Joint(60, 40)}), rng)
-    root = 100 / 2**0.5 / 10  # 10 pixels above the middle, turned by 45 degrees
+    root = 100 / 2**0.5 / 10  # 10 pixels above the center, rotated by 45 degrees
     assert placed["nose"] == pytest.approx((50 - root, 50 - root, 1) if angles else (50, 40, 1))
     assert not rng.choices
 
@@ -94,17 +94,17 @@ def test_a_person_is_turned_in_six_of_ten_cases(chance, angles):
         (5, 2, 0.6, "upper"), (2, 3, 0.4, "lower"), (2, 3, 0.6, "lower"), (2, 2, 0.4, "upper"),
     ],
 )  # fmt: skip
-def test_a_half_of_three_joints_can_be_chosen_and_one_of_two_only_if_both_are(above, below, drawn, half):
+def test_a_half_body_needs_three_joints_unless_both_halves_have_fewer(above, below, drawn, half):
     names = [*COCO_JOINTS[:above], *COCO_JOINTS[-below:]]
     joints = {name: Joint(10 * number, 200 * (number >= above)) for number, name in enumerate(names)}
     (_, y), _ = half_body(joints, Recorded(("gauss", drawn)))
     assert y == {"upper": 0, "lower": 200}[half]
 
 
-def test_half_bodies():
+def test_centers_and_sides_of_half_bodies():
     joints = {name: Joint(10 * number, number) for number, name in enumerate(COCO_JOINTS)}
     found = {half_body(joints, random.Random(seed)) for seed in range(50)}
-    # eleven joints of the upper body span 100 pixels, six of the lower 50; half as much again
+    # eleven joints of the upper body span 100 pixels, six of the lower body 50; the side is 1.5 times as long
     assert found == {((50.0, 5.0), 150.0), ((135.0, 13.5), 75.0)}
     few = {"nose": Joint(1, 2), "left hip": Joint(3, 4), "left knee": None}
     assert half_body(few, random.Random(0)) is None
@@ -121,7 +121,7 @@ def test_half_bodies():
     resize=st.booleans(),
     size=st.sampled_from([16, 32, 48]),
 )
-def test_picture_clean_picture_and_masks_are_cut_alike(width, height, seed, resize, size):
+def test_image_clean_image_and_masks_have_the_same_crop(width, height, seed, resize, size):
     image = tiny.picture(width, height, seed)
     mask = np.asarray(image)[..., 0] > 128
     shown = Image.fromarray(np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255)
@@ -142,7 +142,7 @@ def crop_of(crop, image, seed):
 
 
 @pytest.mark.parametrize("side, size", [(200, 256), (256, 256), (300, 256), (77, 64), (64, 77)])
-def test_segmentation_datasets_are_resized_as_pillow_finds_the_nearest_pixel(side, size):
+def test_masks_are_resized_to_the_nearest_pixels_as_in_pillow(side, size):
     mask = np.random.default_rng(0).random((side, side)) < 0.5
     image = tiny.picture(side, side)
     _, masks = SquareCrop(size)(image, {"cat": mask}, random.Random(0))
@@ -150,7 +150,7 @@ def test_segmentation_datasets_are_resized_as_pillow_finds_the_nearest_pixel(sid
     assert (masks["cat"] == np.asarray(pillow)).all()
 
 
-def test_nothing_that_names_a_side_is_flipped():
+def test_samples_with_left_or_right_are_not_flipped():
     image, mask = tiny.picture(32, 32), np.eye(32, dtype=bool)
     always = SquareCrop(32, flip=1.0)
     for name, flips in [("cat", True), ("cat on the left", False), ("rightmost dog", False), ("bright sky", True)]:
@@ -160,7 +160,7 @@ def test_nothing_that_names_a_side_is_flipped():
         assert same(crop, image) != flips and same(edit.edited, crop)
 
 
-def test_edits_of_another_size_or_shape_are_squashed_together():
+def test_edits_are_resized_regardless_of_aspect_ratio():
     edit = Edit("make it winter", tiny.picture(50, 40))
     crop, squashed = Resize(32)(tiny.picture(40, 30), edit, random.Random(0))
     assert crop.size == squashed.edited.size == (32, 32)

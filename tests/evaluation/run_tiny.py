@@ -1,4 +1,4 @@
-"""An evaluation of a model with random weights on 17 examples; run as a script, it can be killed."""
+"""An evaluation of a model with random weights on 17 examples; as a script, so that tests can kill it."""
 
 import random
 import sys
@@ -42,7 +42,7 @@ def unreadable() -> Example:
 
 
 def examples() -> list[LazyExample]:
-    """All families and several sizes; one cannot be opened, one is too elongated, one has a truth of another size."""
+    """Examples of all families and several sizes; one is unreadable, one too elongated, one has a wrong truth size."""
     restore, edit = Restoration("noise"), Editing("make it winter")
     found = []
     for seed in range(5):
@@ -70,7 +70,7 @@ def examples() -> list[LazyExample]:
 
 
 def model() -> InstructDiffusionPipeline:
-    """Random weights with a VAE of factor 8, so that 64 x 64 pixels, the smallest size, are 8 x 8 latents."""
+    """A model of random weights with a VAE of factor 8: 64 x 64 pixels, the smallest size, are 8 x 8 latents."""
     parts = tiny.components()
     parts["vae"] = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
@@ -85,7 +85,7 @@ def model() -> InstructDiffusionPipeline:
 
 
 def run(folder: Path, **changes):
-    torch.set_num_threads(1)  # sums in another order would round differently
+    torch.set_num_threads(1)  # sums in another order have other rounding errors
     pipeline = changes.pop("pipeline", None) or model()
     call = {"examples": examples(), "settings_by_family": SETTINGS, "batch_size": BATCH, "seed": 5, "resolution": 64}
     return evaluate(pipeline, folder=folder, **(call | changes))

@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 
 def lettered(image):
-    """Half see-through white letters across the image."""
+    """Half transparent white letters across the image."""
     sheet = image.copy()
     ImageDraw.Draw(sheet).text((48, 48), "PROOF", "white", anchor="mm", font_size=28)
     return Image.blend(image, sheet, 0.5)
@@ -28,7 +28,7 @@ def lettered(image):
         ("watermark", lettered, 5),
     ],
 )
-def test_restores_a_photograph(defect, spoil, gain):
+def test_baselines_improve_a_degraded_photograph(defect, spoil, gain):
     gains = []
     for seed in range(4):
         clean = photograph(random.Random(seed), 96, 96)
@@ -38,6 +38,6 @@ def test_restores_a_photograph(defect, spoil, gain):
     assert np.mean(gains) > gain
 
 
-def test_has_nothing_to_say_to_other_questions():
+def test_other_tasks_have_no_baseline():
     image = photograph(random.Random(0), 96, 96)
     assert classical_baseline(Example(image, [Segmentation({"cat": "red"})], {})) is None

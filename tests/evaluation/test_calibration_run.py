@@ -1,4 +1,4 @@
-"""Calibration on the answers of a model, whose paint is replaced here by known masks and joints."""
+"""Calibration on the outputs of a model, which are replaced here with known masks and joints."""
 
 import json
 from functools import partial
@@ -25,7 +25,7 @@ BOX = (0, 0, 64, 64)
 
 @pytest.fixture
 def painter(monkeypatch):
-    """A pipeline that paints all that it is asked for in the middle; things called "clear" are painted best."""
+    """A pipeline that paints all requested objects in the center; those called "clear" have the highest scores."""
 
     def run_views(pipeline, views, *args, **settings):
         responses = []
@@ -44,7 +44,7 @@ def painter(monkeypatch):
 
 
 def examples(row, seed):
-    """Of the clear answers 9 of 10 are right, of the others 1 of 10."""
+    """9 of 10 of the clear outputs are right, and 1 of 10 of the others."""
     image, found = tiny.picture(64, 64, seed), []
     for number in range(10):
         for name in ("clear", "faint"):
@@ -60,7 +60,7 @@ def examples(row, seed):
     return found
 
 
-def test_scores_become_the_share_of_right_answers(painter, tmp_path):
+def test_calibrated_scores_are_the_fraction_of_right_answers(painter, tmp_path):
     run = (painter, examples("train", 1), examples("test", 2), tmp_path / "run")
     fits = calibrate(*run)
     assert painter.config.score_calibration == {family: list(fit) for family, fit in fits.items()}
@@ -68,7 +68,7 @@ def test_scores_become_the_share_of_right_answers(painter, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "held-out" / "records.jsonl").read_text().splitlines()]
     for record in records:
         ((score, right),) = judged(record["measures"]["model"])
-        # The targets of the fit are not 0 and 1, which brings scores a little nearer to 0.5.
+        # The targets of the fit are not exactly 0 and 1, so scores are a little closer to 0.5.
         assert score == pytest.approx(0.9 if "clear" in record["name"] else 0.1, abs=0.08), record["name"]
         assert right == (("clear" in record["name"]) != record["name"].endswith(" 0"))
     table = (tmp_path / "run" / "reliability.md").read_text().splitlines()
@@ -94,14 +94,14 @@ def test_a_family_without_examples_keeps_its_calibration(painter, tmp_path):
     assert saved["segmentation"] == [9, 9] and saved["keypoints"] == pytest.approx(fits["keypoints"], abs=1e-4)
 
 
-def test_answers_that_allow_no_fit_are_named(painter, tmp_path):
+def test_outputs_that_cannot_be_calibrated_raise_errors(painter, tmp_path):
     few = [example for example in examples("train", 1) if "clear" in example.name and not example.name.endswith(" 0")]
     with pytest.raises(ValueError, match="the scores of segmentation cannot be calibrated: `right` must have"):
         calibrate(painter, few, few, tmp_path / "run")
     assert painter.config.score_calibration == {"segmentation": [9, 9]}, "as before"
 
 
-def test_what_counts_as_right():
+def test_right_and_wrong_masks_and_joints():
     image = Image.new("RGB", (64, 64))
     half = SQUARE.copy()
     half[:, :33] = False  # IoU 15/32

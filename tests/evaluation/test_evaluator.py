@@ -1,4 +1,4 @@
-"""`evaluate` with small components: resuming, refusals, scores, contact sheets."""
+"""`evaluate` with small components: resuming, errors, scores, contact sheets."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def assert_first_reading(sheet: Path, shown: Image.Image) -> None:
-    """The first row of a contact sheet, in which each example has one task, shows this reading."""
+    """Check the decoded data in the first row of a contact sheet whose examples have one task."""
     pixels, panel = np.asarray(Image.open(sheet)), np.asarray(ImageOps.contain(shown, (PANEL, PANEL)))
     left, top = MARGIN + 2 * (PANEL + MARGIN), pixels.shape[0] // 3 - PANEL - 3 * MARGIN // 2
     assert (pixels[top : top + PANEL, left : left + PANEL] == panel).all()
@@ -58,7 +58,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def torn(whole, tmp_path):
-    """Makes copies of the evaluation as if it had been killed after `size` bytes of records."""
+    """Make copies of the evaluation that look as if it had been killed after `size` bytes of records."""
 
     def tear(size: int) -> Path:
         folder = tmp_path / f"torn-{size}"
@@ -84,7 +84,7 @@ def kill_after(folder: Path, lines: int, delay: float) -> None:
 
 
 @pytest.mark.parametrize("moment", ["half-way", "at random"])
-def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment):
+def test_a_killed_and_resumed_evaluation_writes_the_same_files(whole, tmp_path, moment):
     count = len(run_tiny.examples())
     lines, delay = (count // 2, 0.0) if moment == "half-way" else (random.randrange(count // 2), random.random() / 20)
     kill_after(tmp_path, lines, delay)
@@ -96,7 +96,7 @@ def test_killed_and_resumed_it_ends_with_the_same_files(whole, tmp_path, moment)
     assert [name for name in expected if resumed[name] != expected[name]] == []
 
 
-def test_a_torn_line_and_an_incomplete_batch_are_done_again(whole, torn):
+def test_incomplete_lines_and_batches_are_evaluated_again(whole, torn):
     lines = (whole / "records.jsonl").read_bytes().splitlines(keepends=True)
     for size in (sum(map(len, lines[:9])) + 10, sum(map(len, lines)) - 1):
         folder = torn(size)
@@ -104,7 +104,7 @@ def test_a_torn_line_and_an_incomplete_batch_are_done_again(whole, torn):
         assert tiny.contents(folder) == tiny.contents(whole), f"cut after {size} bytes"
 
 
-def test_a_complete_run_asks_nothing_again(whole, torn, monkeypatch):
+def test_a_complete_run_does_not_call_the_pipeline_again(whole, torn, monkeypatch):
     folder = torn((whole / "records.jsonl").stat().st_size)
     for path in (folder / "answers").iterdir():
         os.utime(path, (1, 1))
@@ -129,14 +129,14 @@ def test_every_example_has_one_record_in_order(whole):
         ("examples", {"examples": run_tiny.examples()[:-1]}),
     ],
 )
-def test_records_of_another_run_are_refused(whole, word, changes):
+def test_records_of_another_run_raise_an_error(whole, word, changes):
     before = tiny.contents(whole)
     with pytest.raises(ValueError, match=f"`folder` must be new .*, {word} was "):
         run_tiny.run(whole, **changes)
     assert tiny.contents(whole) == before
 
 
-def test_records_of_another_model_are_refused(whole):
+def test_records_of_another_model_raise_an_error(whole):
     pipe = run_tiny.model()
     with torch.no_grad():
         pipe.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
@@ -144,7 +144,7 @@ def test_records_of_another_model_are_refused(whole):
         run_tiny.run(whole, pipeline=pipe)
 
 
-def test_records_without_run_json_are_refused(tmp_path):
+def test_records_without_run_json_raise_an_error(tmp_path):
     (tmp_path / "records.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="without run.json"):
         run_tiny.run(tmp_path)
@@ -158,7 +158,7 @@ def test_examples_need_unique_names(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_sources_with_the_same_name_are_refused_and_with_names_of_their_own_scored_apart(tmp_path):
+def test_two_sources_with_one_name_raise_an_error_and_with_two_names_have_two_rows(tmp_path):
     class Cats:
         skipped = []
 
@@ -188,9 +188,9 @@ def test_two_sources_with_the_same_name_are_refused_and_with_names_of_their_own_
     assert first != second
 
 
-def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_its_own(tmp_path):
+def test_with_a_readout_decoding_by_color_has_a_separate_column(tmp_path):
     class Everything(UNet2DModel):
-        """Finds every object everywhere, and every joint in the middle."""
+        """Finds each object everywhere, and each joint in the center."""
 
         def forward(self, inputs, timestep):
             planes = torch.full_like(inputs[:, :2], 9.0)
@@ -225,13 +225,13 @@ def test_the_readout_of_the_pipeline_reads_and_reading_by_color_has_a_column_of_
     columns = {row["row"]: row["scores"] for row in results["rows"]}
     assert columns["segmentation, blobs"]["mIoU"].keys() == {"model", "ceiling", "decoding by color"}
     assert "decoding by color" in (tmp_path / "table.md").read_text().splitlines()[0]
-    # The sheet shows the model's reading: everything is the cat.
+    # The sheet shows the decoded data of the model: everything is the cat.
     (example,) = (lazy.open() for lazy in examples if lazy.name == "cat 1")
     shown = example.tasks[0].overlay(example.image, {"cat": Mask(np.ones((64, 64), bool), 1.0)})
     assert_first_reading(tmp_path / "segmentation-blobs.png", shown)
 
 
-def test_records_of_another_readout_or_of_other_task_settings_are_refused(tmp_path):
+def test_records_of_another_readout_or_task_settings_raise_an_error(tmp_path):
     pipe, examples = run_tiny.model(), run_tiny.examples()[:1]
     run_tiny.run(tmp_path, pipeline=pipe, examples=examples)
     readout = UNet2DModel(sample_size=64, in_channels=10, out_channels=2, block_out_channels=(32, 32, 32, 32))
@@ -241,7 +241,7 @@ def test_records_of_another_readout_or_of_other_task_settings_are_refused(tmp_pa
             run_tiny.run(tmp_path, pipeline=other, examples=examples)
 
 
-def test_the_models_own_settings_and_size_are_the_default_and_overrides_come_first(tmp_path):
+def test_settings_of_the_model_are_the_default_and_arguments_override_them(tmp_path):
     own = {"num_inference_steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 0.7}
     pipe = InstructDiffusionPipeline(**run_tiny.model().components, task_settings={"segmentation": own})
     pipe.set_progress_bar_config(disable=True)
@@ -259,7 +259,7 @@ def test_the_models_own_settings_and_size_are_the_default_and_overrides_come_fir
         assert (saved_answer(tmp_path / folder, 0, 0) == np.asarray(expected)).all()
 
 
-def test_what_cannot_be_scored_is_counted_and_named(whole):
+def test_examples_that_fail_are_counted_and_listed(whole):
     (noise,) = (row for row in json.loads((whole / "results.json").read_text())["rows"] if row["row"] == "noise")
     assert noise["samples"] == 5
     failed = {failure["name"]: failure["error"] for failure in noise["failed"]}
@@ -271,7 +271,7 @@ def test_what_cannot_be_scored_is_counted_and_named(whole):
     assert [line for line in table.splitlines() if line.startswith("| noise | PSNR |")][0].endswith("| 5 | 3 |")
 
 
-def test_a_run_in_which_nothing_can_be_scored_is_an_error(tmp_path):
+def test_a_run_without_any_score_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 could be scored"):
         run_tiny.run(tmp_path, examples=[LazyExample("broken", "noise", run_tiny.unreadable)])
     assert "- broken: OSError" in (tmp_path / "table.md").read_text()
@@ -281,8 +281,8 @@ def saved_answer(folder: Path, index: int, number: int) -> np.ndarray:
     return np.asarray(Image.open(folder / "answers" / f"{index:06d}-{number}.png")).astype(int)
 
 
-def test_an_answer_is_that_of_ask_with_a_seed_of_its_own(whole):
-    """Other examples in the batch do not change an answer visibly."""
+def test_an_output_is_that_of_ask_with_the_seed_of_the_example(whole):
+    """Other examples in the batch do not change an output visibly."""
     pipe = run_tiny.model()
     for index, lazy in enumerate(run_tiny.examples()):
         if lazy.row in ("editing", "keypoints"):
@@ -294,7 +294,7 @@ def test_an_answer_is_that_of_ask_with_a_seed_of_its_own(whole):
                 assert np.abs(saved_answer(whole, index, number) - np.asarray(answer.picture)).max() <= 1
 
 
-def test_no_two_examples_and_no_two_tasks_of_one_share_their_noise(tmp_path):
+def test_all_tasks_of_all_examples_have_different_noise(tmp_path):
     twice = Example(tiny.picture(64, 64), [Segmentation({"cat": "blue"})] * 2, {"cat": run_tiny.blob(1)})
     run_tiny.run(
         tmp_path, examples=[LazyExample(name, "cats", partial(Example, *twice)) for name in ("one", "another")]
@@ -328,7 +328,7 @@ def through_vae(pipeline: InstructDiffusionPipeline, picture: Image.Image) -> Im
     return Image.fromarray(((decoded[0].clamp(-1, 1) / 2 + 0.5) * 255).movedim(0, -1).numpy().astype(np.uint8))
 
 
-def test_the_ceiling_is_what_the_vae_leaves_of_a_perfect_answer(shipped, tmp_path):
+def test_the_ceiling_is_the_score_of_the_ground_truth_through_the_vae(shipped, tmp_path):
     image = Image.fromarray(data.coffee()).resize((128, 128))
     mask = np.zeros((128, 128), bool)
     mask[30:90, 20:70] = True
@@ -371,8 +371,8 @@ def test_the_ceiling_is_what_the_vae_leaves_of_a_perfect_answer(shipped, tmp_pat
     assert restored["model"]["picture"]["PSNR"] == pytest.approx(expected, abs=0.01)
 
 
-def test_outside_the_box_pictures_are_not_scored_and_masks_are_missed(tmp_path):
-    """With the crop the answer to 128 x 80 pixels shows the columns 24 to 104."""
+def test_outside_the_box_images_are_not_scored_and_masks_count_as_missed(tmp_path):
+    """With "crop" the output for 128 x 80 pixels shows the columns 24 to 104."""
     image = tiny.picture(128, 80)
     pixels = np.array(image)
     pixels[:, :24], pixels[:, 104:] = 0, 0
@@ -408,7 +408,7 @@ def test_contact_sheets_show_best_median_and_worst(whole, row, middle, last):
         for column, picture in ((0, example.image), (1, answer), (3, truth)):
             panel = np.asarray(ImageOps.contain(picture, (PANEL, PANEL)))
             left = MARGIN + column * (PANEL + MARGIN)
-            # A caption of one line each: the panels end one and a half margins above the next strip.
+            # Each caption has one line, so the panels end one and a half margins above the next row.
             top = height - PANEL - 3 * MARGIN // 2
             assert (strip[top : top + panel.shape[0], left : left + panel.shape[1]] == panel).all()
 
@@ -425,18 +425,18 @@ def test_the_size_in_the_settings_of_a_family_is_used(tmp_path, settings):
     assert tuple(record["box"]) == center_crop((160, 70), size) != (0, 0, 160, 70)
 
 
-def test_a_model_that_is_offloaded_is_scored_as_without_offloading(tmp_path):
+def test_offloading_does_not_change_the_scores(tmp_path):
     pipe, examples = run_tiny.model(), run_tiny.examples()[:1]
     run_tiny.run(tmp_path, pipeline=pipe, examples=examples)
     offloaded = run_tiny.model()
     offloaded.enable_sequential_cpu_offload(device="cpu")
     assert next(offloaded.unet.parameters()).is_meta
     before = tiny.contents(tmp_path)
-    run_tiny.run(tmp_path, pipeline=offloaded, examples=examples)  # accepted as the same model
+    run_tiny.run(tmp_path, pipeline=offloaded, examples=examples)  # it is recognized as the same model
     assert tiny.contents(tmp_path) == before
 
 
-def test_the_sheet_of_edits_shows_the_image_that_was_scored(tmp_path):
+def test_the_contact_sheet_of_edits_shows_the_scored_image(tmp_path):
     (example,) = (lazy for lazy in run_tiny.examples() if lazy.name == "edit 1")
     run_tiny.run(tmp_path, examples=[example])
     result = np.asarray(Image.open(tmp_path / "answers" / "000000-0-result.png"))

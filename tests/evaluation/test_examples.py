@@ -43,12 +43,12 @@ def test_a_seed_chooses_the_examples_and_the_tasks():
     assert {lazy.row for lazy in examples} == {"blobs"}
 
 
-def test_names_are_unique_even_if_the_data_sets_are_not():
+def test_names_of_examples_are_unique_even_if_names_of_images_are_not():
     examples = examples_from(source(), 100)
     assert len({lazy.name for lazy in examples}) == len(examples) == 20
 
 
-def test_nothing_is_read_before_an_example_is_opened_and_geometry_comes_before_the_task():
+def test_examples_are_read_when_opened_and_transformed_before_the_task_is_made():
     def mirrored(image, masks, rng):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), {name: mask[:, ::-1] for name, mask in masks.items()}
 
@@ -67,7 +67,7 @@ def test_nothing_is_read_before_an_example_is_opened_and_geometry_comes_before_t
         broken.open()
 
 
-def test_a_whole_person_is_asked_for_every_joint_once_in_colours_that_show():
+def test_tasks_of_a_person_have_each_joint_once_in_visible_colors():
     image = Image.new("RGB", (64, 64), "red")
     tasks = whole_person(image, dict.fromkeys(COCO_SIGMAS), random.Random(0))
     assert [name for task in tasks for name in task.colors] == list(COCO_SIGMAS)
@@ -76,7 +76,7 @@ def test_a_whole_person_is_asked_for_every_joint_once_in_colours_that_show():
 
 
 @pytest.mark.parametrize("shift", [2.0, 5.0, 9.0])
-def test_a_crop_scales_the_area_so_that_oks_is_that_of_the_picture(shift):
+def test_a_crop_scales_the_area_so_that_oks_does_not_change(shift):
     joints = {name: Joint(100 + 9.0 * (i % 5), 80 + 15.0 * (i // 5)) for i, name in enumerate(COCO_SIGMAS)}
     person = Person(joints, (118.0, 110.0), (0.6, 0.6), 2500.0, 1, 1)
     crop = EvaluationPersonCrop(64, COCO_SIGMAS)

@@ -28,13 +28,13 @@ AREA = 3000.0
 
 
 def pose(shift=0.0, sigmas=COCO_SIGMAS, **changes):
-    """A person with joints on a grid, all moved to the right by `shift`; `changes` name single joints."""
+    """A person with joints on a grid, all shifted to the right by `shift`; `changes` replace single joints."""
     joints = {name: Joint(20 + 7 * (i % 5) + shift, 20 + 9 * (i // 5), 0.9) for i, name in enumerate(sigmas)}
     return Pose(joints | {name.replace("_", " "): joint for name, joint in changes.items()}, AREA, sigmas)
 
 
 def oks(person, found):
-    """Object keypoint similarity, as COCO's page on keypoint evaluation defines it: k = 2 sigma."""
+    """Object keypoint similarity as defined on COCO's page about keypoint evaluation, with k = 2 sigma."""
     parts = [
         np.exp(-((joint.x - found[name].x) ** 2 + (joint.y - found[name].y) ** 2) / (2 * AREA * (2 * sigma) ** 2))
         for name, sigma in person.sigmas.items()
@@ -45,7 +45,7 @@ def oks(person, found):
 
 @pytest.mark.parametrize("sigmas", [COCO_SIGMAS, CROWDPOSE_SIGMAS, AIC_SIGMAS])
 @pytest.mark.parametrize("shift", [0.0, 1.5, 3.0, 6.0, 12.0])
-def test_ap_of_one_person_is_the_share_of_thresholds_that_oks_reaches(shift, sigmas):
+def test_ap_of_one_person_is_the_fraction_of_thresholds_below_oks(shift, sigmas):
     person, found = pose(sigmas=sigmas), pose(shift, sigmas)
     expected = np.mean([oks(person, found) >= threshold for threshold in np.arange(50, 100, 5) / 100])
     scores = keypoint_ap([person], [found])
@@ -54,7 +54,7 @@ def test_ap_of_one_person_is_the_share_of_thresholds_that_oks_reaches(shift, sig
         assert scores[name] == pytest.approx(float(oks(person, found) >= threshold))
 
 
-def test_ap_of_a_hit_and_a_miss_depends_on_which_was_surer():
+def test_ap_of_a_hit_and_a_miss_depends_on_the_order_of_their_scores():
     miss = {name: Joint(500, 500, 0.5) for name in COCO_SIGMAS}
     surer_miss = {name: Joint(500, 500, 1.0) for name in COCO_SIGMAS}
     # 101 recall levels from 0 to 1; a recall of one half is reached at a precision of 1, or of 1/2.
@@ -62,13 +62,13 @@ def test_ap_of_a_hit_and_a_miss_depends_on_which_was_surer():
     assert keypoint_ap([pose(), pose()], [pose(), surer_miss])["AP"] == pytest.approx(51 / 101 / 2)
 
 
-def test_ap_counts_labelled_joints_only_and_people_who_have_one():
+def test_ap_ignores_unlabeled_joints_and_people_without_joints():
     nobody = Pose(dict.fromkeys(COCO_SIGMAS), AREA, COCO_SIGMAS)
     assert keypoint_ap([nobody], [pose()]) is None
     assert keypoint_ap([nobody, pose(nose=None)], [pose(), pose(nose=Joint(900, 900, 1.0))])["AP"] > 0.999
 
 
-def test_a_joint_that_was_not_found_gets_no_credit_even_in_the_corner():
+def test_a_joint_that_was_not_found_counts_as_missed_even_in_the_corner():
     corner = Pose({name: Joint(1, 1) for name in COCO_SIGMAS}, AREA, COCO_SIGMAS)
     assert keypoint_ap([corner], [dict.fromkeys(COCO_SIGMAS)])["AP"] == 0
 
@@ -80,16 +80,16 @@ def test_ap_needs_areas_and_one_set_of_joints():
         keypoint_ap([pose(), pose(sigmas=AIC_SIGMAS)], [pose(), pose()])
 
 
-def test_sigmas_are_the_published_ones():
+def test_oks_sigmas_are_the_published_ones():
     assert tuple(COCO_SIGMAS) == COCO_JOINTS
     assert list(COCO_SIGMAS.values()) == pytest.approx(Params("keypoints").kpt_oks_sigmas)
-    # crowdposetools has tenths, each joint's left one and right one alike
+    # crowdposetools has tenths; left and right joints have the same value
     pairs = {"shoulder": 0.79, "elbow": 0.72, "wrist": 0.62, "hip": 1.07, "knee": 0.87, "ankle": 0.89}
     both = {f"{side} {name}": tenths for name, tenths in pairs.items() for side in ("left", "right")}
     tenths = both | {"head top": 0.79, "neck": 0.79}
     assert {name: value / 10 for name, value in tenths.items()} == pytest.approx(CROWDPOSE_SIGMAS)
     assert all(COCO_SIGMAS[name] == pytest.approx(CROWDPOSE_SIGMAS[name]) for name in both)
-    # keypoint_eval.py of AI Challenger doubles these, in the order of its joints; left and right differ
+    # keypoint_eval.py of AI Challenger has twice these values, in the order of its joints; left and right differ
     published = [
         0.01388152, 0.01515228, 0.01057665, 0.01417709, 0.01497891, 0.01402144, 0.03909642,
         0.03686941, 0.01981803, 0.03843971, 0.03412318, 0.02415081, 0.01291456, 0.01236173,
@@ -98,7 +98,7 @@ def test_sigmas_are_the_published_ones():
     assert CROWDPOSE_SIGMAS.keys() == AIC_SIGMAS.keys() == set(CROWDPOSE_JOINTS)
 
 
-def test_pck_is_the_share_of_labelled_joints_within_the_threshold():
+def test_pck_is_the_fraction_of_labeled_joints_within_the_threshold():
     truth = {"nose": Joint(10, 10), "left hip": Joint(20, 20), "right hip": None, "neck": Joint(0, 0)}
     found = {"nose": Joint(13, 14), "left hip": None, "right hip": Joint(1, 1), "neck": Joint(6, 8)}
     steps = metrics.distances(truth, found, reference=100)
@@ -133,19 +133,19 @@ def test_length_of_head_and_torso():
     joints |= {"right shoulder": Joint(1, 0), "left hip": Joint(2, 9)}
     assert metrics.length(joints, metrics.HEAD) == 5
     assert metrics.length(joints, metrics.TORSO) is None
-    # FLIC measures from one side's shoulder to the other side's hip.
+    # FLIC uses the distance from a shoulder to the hip of the other side.
     assert metrics.length(joints | {"right hip": Joint(8, 15)}, metrics.TORSO) == 17
 
 
 @pytest.mark.parametrize(
     "reference, score, farthest",
     [
-        ("side", "PCK@0.05 of the side", 0.05 * 160),  # of 160 x 120 pixels, the long one
+        ("side", "PCK@0.05 of the side", 0.05 * 160),  # the long side of 160 x 120 pixels
         ("torso", "PCK@0.2 of the torso", 0.2 * 50),
         ("head", "PCKh@0.5", 0.5 * 20),
     ],
 )
-def test_each_pck_counts_joints_up_to_its_share_of_its_reference(reference, score, farthest):
+def test_each_pck_counts_joints_up_to_its_fraction_of_its_reference(reference, score, farthest):
     truth = {"nose": Joint(80, 10)}
     truth |= {"torso": {"left shoulder": Joint(60, 30), "right hip": Joint(90, 70), "left hip": Joint(60, 70)}}.get(
         reference, {}
@@ -161,7 +161,7 @@ def test_each_pck_counts_joints_up_to_its_share_of_its_reference(reference, scor
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
-def test_ious_against_plain_counting(seed):
+def test_ious_agree_with_counted_pixels(seed):
     rng = np.random.default_rng(seed)
     names = rng.choice(["cat", "dog", "sky"], 6)
     truths, founds = rng.random((2, 6, 8, 9)) < rng.random((2, 6, 1, 1))
@@ -178,7 +178,7 @@ def test_ious_against_plain_counting(seed):
     assert metrics.mean_class_iou(overlaps) == pytest.approx(np.mean([cumulated(names == name) for name in there]))
 
 
-def test_empty_truths():
+def test_scores_of_empty_true_masks():
     nothing, one, spot = np.zeros((3, 100, 100), bool)
     one[0, 0] = True
     spot[:4, :4] = True
@@ -190,12 +190,12 @@ def test_empty_truths():
     assert metrics.cumulated_iou([left_alone, stray]) is None and metrics.mean_class_iou([left_alone]) is None
 
 
-def test_masks_of_other_sizes_are_refused():
+def test_masks_of_other_sizes_raise_an_error():
     with pytest.raises(ValueError, match=r"'cat' must be \(4, 5\) .* it is \(5, 4\)"):
         Overlap.of("cat", np.zeros((5, 4), bool), np.zeros((4, 5), bool))
 
 
-def test_psnr_and_ssim_against_their_formulas():
+def test_psnr_and_ssim_agree_with_their_formulas():
     truth = data.astronaut()[:90, :120]
     noisy = np.clip(truth + np.random.default_rng(0).normal(0, 20, truth.shape), 0, 255).astype(np.uint8)
     pictures = Image.fromarray(truth), Image.fromarray(noisy)
@@ -212,7 +212,7 @@ def test_psnr_and_ssim_against_their_formulas():
     assert metrics.ssim(*pictures) == pytest.approx(ssim[5:-5, 5:-5].mean())
 
 
-def test_equal_pictures_have_a_finite_psnr():
+def test_equal_images_have_a_finite_psnr():
     picture = Image.fromarray(data.coffee())
     assert metrics.psnr(picture, picture) == 100 and metrics.ssim(picture, picture) == 1
 
@@ -231,7 +231,7 @@ def test_clip_similarity_is_the_cosine_of_clips_own_embeddings(tmp_path):
     pictures = [Image.fromarray(data.astronaut()), Image.fromarray(data.coffee())]
     with torch.no_grad():
         pixels = processor(pictures, return_tensors="pt").pixel_values
-        # `image_embeds` of a whole forward pass are what CLIP itself compares with texts.
+        # CLIP compares the `image_embeds` of a whole forward pass with texts.
         first, second = model(input_ids=torch.tensor([[0, 1]]), pixel_values=pixels).image_embeds
     similarity = metrics.ClipSimilarity(tmp_path)
     assert similarity(*pictures) == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-5)
@@ -241,6 +241,6 @@ def test_clip_similarity_is_the_cosine_of_clips_own_embeddings(tmp_path):
     elsewhere.model.vision_model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append(inputs["pixel_values"].device), with_kwargs=True
     )
-    with pytest.raises(RuntimeError, match="meta"):  # tensors there have no values
+    with pytest.raises(RuntimeError, match="meta"):  # tensors on this device have no values
         elsewhere(*pictures)
     assert {*seen, elsewhere.model.device} == {torch.device("meta")}

@@ -1,4 +1,4 @@
-"""The paper's protocol: which questions are asked, and scores as independent implementations compute them."""
+"""The paper's protocol: the prompts, and scores that agree with independent implementations."""
 
 import contextlib
 import io
@@ -33,12 +33,12 @@ PUBLISHED_SIGMAS = [
 ]  # fmt: skip
 
 
-def test_the_sigmas_of_animals_are_the_published_ones():
+def test_sigmas_of_animals_are_the_published_ones():
     assert [AP10K_SIGMAS[name.replace("_", " ")] for name in AP10K_NAMES] == PUBLISHED_SIGMAS
 
 
 @pytest.mark.parametrize("steps", [(1, 2, 3), (0.5, 1, 6), (2, 2.5, 4)])
-def test_ap_of_animals_is_that_of_pycocotools_on_cocos_joints(steps, tmp_path):
+def test_ap_of_animals_is_that_of_pycocotools_with_the_joints_of_coco(steps, tmp_path):
     content = json.loads(write_ap10k(tmp_path / "ap-10k", "test-split1").read_text())
     source = open_source(FIGURES["ap10k"], tmp_path, 64)
     shared = [not any(word in name for word in ("neck", "tail", "paw")) for name in AP10K_NAMES]
@@ -74,7 +74,7 @@ def test_ap_of_animals_is_that_of_pycocotools_on_cocos_joints(steps, tmp_path):
     assert [scores[name] for name in ("AP", "AP50", "AP75")] == pytest.approx(run.stats[:3])
 
 
-def test_each_class_of_a_picture_is_asked_for_and_mciou_is_the_mean_over_classes(tmp_path):
+def test_each_class_of_an_image_has_a_prompt_and_mciou_is_the_mean_over_classes(tmp_path):
     rng = np.random.default_rng(0)
     root = tmp_path / "ADEChallengeData2016"
     write_ade20k_150(root, "validation")
@@ -101,13 +101,13 @@ def test_each_class_of_a_picture_is_asked_for_and_mciou_is_the_mean_over_classes
     assert summarize(measures)["mcIoU"] == pytest.approx(np.mean([both / either for both, either in counts.values()]))
 
 
-def test_an_expression_for_nothing_is_asked_as_well():
+def test_an_expression_without_a_target_has_a_prompt_too():
     masks = {"the zebra": np.zeros((32, 32), bool), "a unicorn": np.zeros((32, 32), bool)}
     asked = [list(task.colors) for task in every_object(tiny.picture(), masks, random.Random(0))]
     assert asked == [["the zebra"], ["a unicorn"]]
 
 
-def test_pictures_of_gopro_are_whole_and_those_of_sidd_are_cut(tmp_path):
+def test_images_of_gopro_are_whole_and_those_of_sidd_are_cropped(tmp_path):
     for folder in ("GoPro/test/clip/blur", "GoPro/test/clip/sharp", "SIDD/val/input", "SIDD/val/gt"):
         (tmp_path / folder).mkdir(parents=True)
         tiny.picture(128, 72).save(tmp_path / folder / "1.png")

@@ -21,7 +21,7 @@ NAMES = tuple(f"thing {i}" for i in range(40))
 
 @pytest.fixture(scope="session")
 def tiny_train():
-    """examples/tiny/train.py, as a module of another name than examples/train.py."""
+    """examples/tiny/train.py as a module with another name than examples/train.py."""
     spec = importlib.util.spec_from_file_location("tiny_train", EXAMPLES / "tiny" / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,7 +30,7 @@ def tiny_train():
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory):
-    """A folder as `fetch` leaves it, with gray photographs and white discs as objects: white pixels are objects."""
+    """A folder as written by `fetch`, with gray photographs and white discs as objects: white pixels are objects."""
     root = tmp_path_factory.mktemp("work") / "world"
     for part in ("photographs", *(f"objects/{style}" for style in (*STYLES, UNSEEN_STYLE))):
         (root / part).mkdir(parents=True)
@@ -48,8 +48,8 @@ def world_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_recipe(monkeypatch):
-    """The recipe for a CPU with the objects of `world_folder`, also in the scripts."""
-    import recipes  # here, as the environment of test_app.py has no accelerate
+    """The recipe for CPUs with the objects of `world_folder`, also in the scripts."""
+    import recipes  # imported here, because the environment of test_app.py has no accelerate
 
     recipe = dataclasses.replace(recipes.RECIPES["cpu"], names=NAMES)
     monkeypatch.setitem(recipes.RECIPES, "cpu", recipe)

@@ -1,4 +1,4 @@
-"""The web page, served on this machine: called through its API, and used in a browser.
+"""The web page on a local server, called through its API and used in a browser.
 
 The tests in a browser need Chromium or Chrome, and are skipped without one.
 """
@@ -87,14 +87,14 @@ def set_steps(page, steps):
     field = page.get_by_label("number input for steps").filter(visible=True)
     if not field.is_visible():
         press(page, "settings ▼")
-    page.wait_for_timeout(1000)  # the page sets the first value again after it opens the settings
+    page.wait_for_timeout(1000)  # the page resets the first value after it opens the settings
     field.fill(str(steps))
     field.blur()
     expect(page.get_by_label("range slider for steps").filter(visible=True)).to_have_value(str(steps))
 
 
 def downloads(page):
-    """Download the files of an answer: name -> path."""
+    """Download the files of an output: name -> path."""
     found = {}
     for link in page.locator("a[download]").filter(visible=True, has_text=".").all():
         with page.expect_download() as download:
@@ -126,7 +126,7 @@ def put(client, family, photograph, asked, seed=1):
         ("make it night", Editing("make it night")),
     ],
 )
-def test_an_answer_is_the_one_that_ask_gives(client, model, photograph, asked, task):
+def test_an_output_is_that_of_ask(client, model, photograph, asked, task):
     words, answer, overlay, found, files = put(client, task.family, photograph, asked)
     generator = torch.Generator().manual_seed(1)
     expected = ask(model, Image.open(photograph), task, generator=generator, **SETTINGS)
@@ -150,7 +150,7 @@ def test_an_answer_is_the_one_that_ask_gives(client, model, photograph, asked, t
         np.testing.assert_array_equal(Image.open(file), expected.data)
 
 
-def test_colours_that_show_on_the_picture_come_first():
+def test_visible_colors_are_preferred():
     red = Image.new("RGB", (64, 64), (250, 10, 10))
     first, *_, last = app.assign_colors(
         red, [f"thing {i}" for i in range(len(app.MASK_COLORS))], app.MASK_COLORS
@@ -168,18 +168,18 @@ def test_colours_that_show_on_the_picture_come_first():
         ("editing", " ", "must say what to edit"),
     ],
 )
-def test_a_bad_question_is_told(client, photograph, family, asked, told):
+def test_an_invalid_request_shows_an_error(client, photograph, family, asked, told):
     with pytest.raises(AppError, match=told):
         put(client, family, photograph, asked)
 
 
-def test_a_missing_picture_or_seed_is_told(client, photograph):
+def test_a_missing_image_or_seed_shows_an_error(client, photograph):
     for picture, seed in ((None, 1), (photograph, None)):
         with pytest.raises(AppError, match="Select an image and enter an integer seed"):
             put(client, "restoration", picture, "noise", seed)
 
 
-def test_a_picture_of_sixteen_bits_is_not_blown_out(client, tmp_path):
+def test_a_16_bit_image_is_not_overexposed(client, tmp_path):
     gray = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / "deep.png")
     _, answer, *_ = put(client, "restoration", tmp_path / "deep.png", "noise")
@@ -198,13 +198,13 @@ def test_the_sliders_start_at_the_model_s_own_settings(model):
     assert slider_values(model) == [value for settings in families for value in settings.values()]
 
 
-def test_the_sliders_start_at_the_task_s_settings_where_the_model_has_none(model):
+def test_the_sliders_start_at_the_task_s_settings_if_the_model_has_none(model):
     pipe = InstructDiffusionPipeline(**model.components, task_settings={"keypoints": {"guidance_scale": 2.0}})
     paper = [100, 7.5, 1.5, 100, 2.0, 0.5, 100, 1.0, 1.0, 100, 5.0, 1.25]
     assert slider_values(pipe) == paper
 
 
-def test_the_examples_are_the_demo_s_pictures():
+def test_the_examples_are_the_images_of_the_demo():
     pictures = app.example_pictures()
     sunflower = demo.with_overlay(demo.square(data.chelsea(), 256), "sunflower", (10, 10))
     figure = demo.with_overlay(demo.square(data.rocket(), 256), "figure", (0, 0))
@@ -225,7 +225,7 @@ def test_the_examples_are_the_demo_s_pictures():
     ],
     ids=lambda value: getattr(value, "family", None),
 )
-def test_an_example_is_answered_and_its_files_are_downloaded(visit, model, picture, task):
+def test_an_example_is_processed_and_its_files_are_downloaded(visit, model, picture, task):
     page = visit(task.family)
     shown = page.locator("img[src*='/file=']").first
     before = shown.get_attribute("src")
@@ -250,7 +250,7 @@ def test_an_example_is_answered_and_its_files_are_downloaded(visit, model, pictu
     ("name", "told"),
     [("broken.png", "The file is not an image, or is too large."), ("notes.txt", "Invalid file type: notes.txt")],
 )
-def test_a_file_that_is_no_picture_is_told(visit, tmp_path, name, told):
+def test_a_file_that_is_not_an_image_shows_an_error(visit, tmp_path, name, told):
     (tmp_path / name).write_bytes(b"no picture")
     page = visit("restoration")
     page.get_by_label("Remove Image").click()
@@ -259,7 +259,7 @@ def test_a_file_that_is_no_picture_is_told(visit, tmp_path, name, told):
     expect(page.get_by_text("Drop Image Here").first).to_be_visible()
 
 
-def test_two_users_at_once_get_their_own_answers(visit, model):
+def test_two_users_at_once_get_their_own_outputs(visit, model):
     pages = {Restoration("noise"): visit("restoration"), Editing("make it night"): visit("editing")}
     for page in pages.values():
         press(page, "Run")
@@ -271,7 +271,7 @@ def test_two_users_at_once_get_their_own_answers(visit, model):
         np.testing.assert_array_equal(Image.open(downloads(page)["answer.png"]), expected.data)
 
 
-def test_cancel_stops_the_model_and_the_waiting_question(visit, model):
+def test_cancel_stops_the_running_and_the_waiting_request(visit, model):
     calls = []
     hook = model.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     first, second = visit("segmentation"), visit("editing")
@@ -288,12 +288,12 @@ def test_cancel_stops_the_model_and_the_waiting_question(visit, model):
     assert stopped == len(calls) < 100
     hook.remove()
 
-    # The answer of another tab still arrives after its page cancels a waiting question.
+    # The output of another tab still arrives after its page cancels a waiting request.
     set_steps(first, 100)
     press(first, "Run")
     expect(first.get_by_text("/100 steps").first).to_be_visible()
     first.get_by_role("tab", name="editing").click()
-    # The page shows the progress of the running question, so the queue tells that the second one waits.
+    # The page shows the progress of the running request, so the queue is used to see that the second one waits.
     with first.expect_response("**/queue/join*") as joined:
         press(first, "Run")
     assert joined.value.ok

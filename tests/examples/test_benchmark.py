@@ -1,4 +1,4 @@
-"""A small run of the benchmark: both sides train alike, and the report is complete. Its figures are not judged."""
+"""A small run of the benchmark: recipe and `train` agree, and the report is complete. Speeds are not checked."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ CONFIG = TrainingConfig(max_train_steps=2, batch_size=BATCH, ema_decay=0)
 
 @pytest.fixture(autouse=True)
 def _any_precision():
-    """Lets each test choose a precision; accelerate fixes it with the first call in a process."""
+    """Allows each test to set a precision, which accelerate otherwise sets once in a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def pipe(request):
-    """A model as Stable Diffusion 1.5, and one as the model that ships: velocity and eight latent channels."""
+    """A model like Stable Diffusion 1.5, and one like `instructdiffusion-tiny`: velocity and eight latent channels."""
     parts = tiny.components()
     if request.param == "v_prediction":
         parts["scheduler"] = type(parts["scheduler"]).from_config(
@@ -58,15 +58,15 @@ def samples(pipe):
 
 
 def drawn(pipe, seed, positions):
-    """What `train` draws for a model of tests/tiny.py."""
+    """The random numbers that `train` draws for a model of tests/tiny.py."""
     return draw_step_noise(seed, positions, torch.Size([pipe.vae.config.latent_channels, 16, 16]), 1000)
 
 
 @pytest.fixture
 def seed(pipe):
-    """A seed whose batch drops each condition, and drops none where the two sides differ.
+    """A seed whose batch drops each condition, and drops none for which recipe and `train` differ.
 
-    From 0.05 to 0.1 the recipe drops both conditions, while `train`, like the original, drops one.
+    From 0.05 to 0.1 the recipe drops both conditions, while `train`, like the original code, drops one.
     """
     for seed in range(1000):
         first, dropout = (drawn(pipe, seed, range(count)).random_p for count in (BATCH, 2 * BATCH))
@@ -76,7 +76,7 @@ def seed(pipe):
     raise AssertionError("no such seed")
 
 
-def test_both_sides_have_the_same_loss_for_the_same_draws(pipe, samples, tmp_path, seed):
+def test_recipe_and_train_have_the_same_loss_for_the_same_random_numbers(pipe, samples, tmp_path, seed):
     batch = benchmark.collate([samples[position] for position in range(BATCH)])
     peer = benchmark.copy_of(pipe)
     peer.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -89,7 +89,9 @@ def test_both_sides_have_the_same_loss_for_the_same_draws(pipe, samples, tmp_pat
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([recipe], abs=1e-5)
 
 
-def test_both_sides_make_the_same_updates_of_the_same_draws(pipe, samples, tmp_path, seed, monkeypatch):
+def test_recipe_and_train_make_the_same_updates_for_the_same_random_numbers(
+    pipe, samples, tmp_path, seed, monkeypatch
+):
     batches = iter([range(BATCH), range(BATCH, 2 * BATCH)])
     monkeypatch.setattr(benchmark, "draw_on", lambda *_: drawn(pipe, seed, next(batches)))
     start, peer = benchmark.copy_of(pipe).unet.state_dict(), benchmark.copy_of(pipe)
@@ -97,7 +99,7 @@ def test_both_sides_make_the_same_updates_of_the_same_draws(pipe, samples, tmp_p
     train(pipe, samples, dataclasses.replace(CONFIG, seed=seed), tmp_path)
     for name, tensor in pipe.unet.state_dict().items():
         step = (tensor - start[name]).abs().mean()
-        # Adam magnifies a rounding where a gradient is next to nothing, so the mean counts.
+        # Adam amplifies rounding errors of gradients that are nearly zero, so the mean is compared.
         assert step > 0 and (tensor - peer.unet.state_dict()[name]).abs().mean() < 0.02 * step, name
 
 
@@ -117,7 +119,7 @@ def test_the_report_has_three_rows_and_parses(pipe, tmp_path, monkeypatch, capsy
         assert drawn.format == "PNG" and len(drawn.convert("RGB").getcolors(2**24)) > 2
 
 
-def test_the_report_of_the_model_that_ships(tmp_path, monkeypatch):
+def test_the_report_of_instructdiffusion_tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PICTURES", 2)
     output = tmp_path / "figures.json"
     options = "--model tiny --size 64 --batch_size 1 --rounds 1 --updates 1"
@@ -126,7 +128,7 @@ def test_the_report_of_the_model_that_ships(tmp_path, monkeypatch):
     assert len(json.loads(output.read_text())["rows"]) == 3
 
 
-def test_with_lora_the_recipe_trains_the_lora_layers_alone(samples, pipe):
+def test_with_lora_the_recipe_trains_only_the_lora_layers(samples, pipe):
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     benchmark.train_recipe(pipe, samples, dataclasses.replace(CONFIG, batch_size=2, lora_rank=4))
     after = {name.replace(".base_layer", ""): tensor for name, tensor in pipe.unet.state_dict().items()}
@@ -135,7 +137,7 @@ def test_with_lora_the_recipe_trains_the_lora_layers_alone(samples, pipe):
     assert added and all(tensor.count_nonzero() for tensor in added.values())
 
 
-def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
+def test_inference_is_compared_with_instructpix2pix_and_compiled_once():
     graphs = []
 
     def backend(graph, inputs):
@@ -156,7 +158,7 @@ def test_inference_is_timed_beside_instructpix2pix_eager_and_compiled_once():
         assert benchmark.table({"rows": rows}).count("\n") == 1 + len(rows)
         assert all(row["unet_seconds"] == pytest.approx(2 * row["unet_call_seconds"]) for row in rows)
         assert all(row["other_seconds"] > 0 and 0 < row["share_of_matmul_peak"] < 1 for row in rows)
-    # One graph for blocks of one width that get 3, 2, 6 and 4 branches; torch 2.6 makes one for each.
+    # One graph for blocks of one width with batches of 3, 2, 6 and 4; torch 2.6 makes one for each.
     assert len(graphs) == (4 if torch.__version__.startswith("2.6.") else 1)
 
 
@@ -174,7 +176,7 @@ def test_the_parts_of_a_call_are_counted(pipe):
     assert not pipe.unet._forward_hooks and not pipe.vae.encoder._forward_pre_hooks
 
 
-def test_operations_of_a_prediction_are_those_of_its_matrices():
+def test_operations_of_a_prediction_are_those_of_its_matrix_products():
     layer = torch.nn.Linear(8, 4)
 
     class Unet(torch.nn.Module):
@@ -213,7 +215,7 @@ def test_an_existing_report_is_kept_without_overwrite(existing, tmp_path, monkey
     assert (tmp_path / existing).read_text() == "old"
 
 
-def test_a_turn_is_timed_after_its_warm_up_and_ended(pipe, samples):
+def test_a_measurement_starts_after_the_warm_up_and_ends(pipe, samples):
     made = []
 
     def turn():
@@ -231,6 +233,6 @@ def test_a_turn_is_timed_after_its_warm_up_and_ended(pipe, samples):
         benchmark.timed(lambda: benchmark.train_recipe(pipe, samples, CONFIG), 6, Accelerator().device)
 
 
-def test_the_small_model_has_a_sixteenth_of_the_weights_of_stable_diffusion():
+def test_the_small_benchmark_model_has_a_sixteenth_of_the_weights_of_stable_diffusion():
     count = sum(parameter.numel() for parameter in benchmark.build("small").unet.parameters())
     assert count == pytest.approx(859_520_964 / 16, rel=0.01)

@@ -1,4 +1,4 @@
-"""The scripts that calibrate scores: their options, and what they write to the model."""
+"""The scripts that calibrate scores: their options, and the calibration that they write to the model."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of `calibrate`, which needs a trained model and is replaced."""
+    """The calls of `calibrate`, which is replaced because it needs a trained model."""
     made = []
 
     def replaced(pipeline, examples, held_out, folder, batch_size):
@@ -42,7 +42,7 @@ def run(monkeypatch, script, *arguments):
     run_script(script.main)
 
 
-def test_the_fit_is_written_to_the_model(monkeypatch, capsys, tmp_path, model, coco, calls):
+def test_the_calibration_is_written_to_the_model(monkeypatch, capsys, tmp_path, model, coco, calls):
     before = json.loads((model / "model_index.json").read_text())
     options = ("--model", model, "--data", f"coco={coco}", "--output_dir", tmp_path / "out" / "run")
     run(monkeypatch, calibrate, *options)
@@ -53,7 +53,7 @@ def test_the_fit_is_written_to_the_model(monkeypatch, capsys, tmp_path, model, c
     assert loaded.config.score_calibration == {"keypoints": [1.25, -0.3333]}
 
 
-def test_the_small_model_is_calibrated_on_its_world(
+def test_instructdiffusion_tiny_is_calibrated_on_its_world(
     monkeypatch, capsys, tmp_path, model, world_folder, tiny_recipe, calls
 ):
     sizes = ("--samples", 2, "--test_samples", 2)
@@ -67,7 +67,7 @@ def test_the_small_model_is_calibrated_on_its_world(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "gopro=."], "--data gopro: scores are for data sets of masks or joints: mpii, coco, "),
+        (["--data", "gopro=."], "--data gopro: there are scores for datasets of masks or joints only: mpii, coco, "),
         (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),

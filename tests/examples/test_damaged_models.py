@@ -1,4 +1,4 @@
-"""Scripts with a damaged model folder, or on a full disk: one line and an exit status. Seeds are fixed."""
+"""Scripts with a damaged model folder or a full disk end with a one-line message and a status. Seeds are fixed."""
 
 import random
 import resource
@@ -33,7 +33,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(name: str, good: Path, model: Path) -> tuple[Callable[[], None], list[object]]:
-    """The main function of a script and its options. Training and pushing fail if the model loads."""
+    """The main function of a script and its options. Training and pushing are replaced with functions that fail."""
     match name:
         case "edit":
             options = ["--image", good / "photo.png", "--instruction", "x", "--output", model.parent / "out.png"]
@@ -46,7 +46,7 @@ def command(name: str, good: Path, model: Path) -> tuple[Callable[[], None], lis
 
 @pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 300), marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["edit", "train", "push_to_hub"])
-def test_a_damaged_model_ends_with_one_line(
+def test_a_damaged_model_ends_with_a_one_line_message(
     good: Path,
     name: str,
     seeds: range,
@@ -76,7 +76,7 @@ def test_a_damaged_model_ends_with_one_line(
 
 
 def start(options: list[object], folder: Path, file_size: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run edit.py; with `file_size` it cannot write files of more bytes."""
+    """Run edit.py. With `file_size`, files cannot have more bytes than that."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -88,7 +88,7 @@ def start(options: list[object], folder: Path, file_size: int | None = None) -> 
 
 
 @pytest.mark.slow
-def test_an_output_that_does_not_fit_on_the_disk_ends_with_one_line(good: Path, tmp_path: Path) -> None:
+def test_an_output_on_a_full_disk_ends_with_a_one_line_message(good: Path, tmp_path: Path) -> None:
     _, options = command("edit", good, good / "model")
     done = start([*options, "--output", tmp_path / "out.png"], tmp_path, file_size=1000)
     assert done.returncode == 1 and "Traceback" not in done.stderr

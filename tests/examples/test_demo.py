@@ -23,7 +23,7 @@ def run_demo(tmp_path, monkeypatch):
     return run
 
 
-def test_it_leaves_a_row_for_each_family_and_a_picture_to_edit(run_demo, tmp_path):
+def test_the_demo_writes_a_row_for_each_family_and_an_input_image(run_demo, tmp_path):
     run_demo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-input.png", "demo.png"]
     sheet = Image.open("demo.png")
@@ -37,7 +37,7 @@ def test_it_leaves_a_row_for_each_family_and_a_picture_to_edit(run_demo, tmp_pat
 
 
 @pytest.mark.parametrize("existing", ["demo.png", "demo-input.png"])
-def test_it_keeps_existing_files_without_overwrite(existing, run_demo, tmp_path, capsys):
+def test_the_demo_keeps_existing_files_without_overwrite(existing, run_demo, tmp_path, capsys):
     Path(existing).write_text("old")
     with pytest.raises(SystemExit) as exit:
         run_demo()
@@ -45,7 +45,7 @@ def test_it_keeps_existing_files_without_overwrite(existing, run_demo, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == [existing] and Path(existing).read_text() == "old"
 
 
-def test_it_replaces_its_files_with_overwrite(run_demo):
+def test_the_demo_replaces_its_files_with_overwrite(run_demo):
     for path in (demo.INPUT, demo.OUTPUT):
         path.write_text("old")
     run_demo("--overwrite")

@@ -23,7 +23,7 @@ INSTRUCTION = "remove the sunflower"
 
 @pytest.fixture
 def run_edit(pipe, tmp_path, monkeypatch):
-    """Runs the script as the command line would, on a model of random weights, in a folder with a photograph."""
+    """Runs the script in this process, with a model of random weights, in a folder with a photograph."""
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     tiny.picture(64, 64).save("photo.png")
@@ -37,7 +37,7 @@ def run_edit(pipe, tmp_path, monkeypatch):
 
 
 def start(*options):
-    """The script in a process of its own, which Ctrl-C stops even if the tests run in a shell's background."""
+    """Start the script in a separate process, which Ctrl-C stops even if the tests run in the background."""
     command = [sys.executable, edit.__file__, "--instruction", INSTRUCTION, *options]
     return subprocess.Popen(
         command,
@@ -48,7 +48,7 @@ def start(*options):
     )
 
 
-def test_without_options_the_answer_is_that_of_ask_and_of_the_pipeline(tmp_path):
+def test_without_options_the_output_is_that_of_ask_and_of_the_pipeline(tmp_path):
     photograph, output = tmp_path / "photo.png", tmp_path / "out.png"
     image = demo.with_overlay(demo.square(data.chelsea(), 256), "sunflower", (10, 10))
     image.save(photograph)
@@ -66,8 +66,8 @@ def test_without_options_the_answer_is_that_of_ask_and_of_the_pipeline(tmp_path)
     assert f"| {steps['num_inference_steps']}/{steps['num_inference_steps']} " in stderr.splitlines()[-1]
 
 
-def test_answer_and_side_by_side(run_edit, tmp_path, capfd):
-    # stored lying on its side, as cameras do: 6 means "turn it by a quarter clockwise"
+def test_the_edited_image_and_the_side_by_side_image_are_written(run_edit, tmp_path, capfd):
+    # stored rotated, as cameras do: 6 means "rotate clockwise by 90 degrees"
     exif = Image.Exif()
     exif[0x0112] = 6
     tiny.picture(96, 64).save("photo.jpg", exif=exif)
@@ -80,7 +80,7 @@ def test_answer_and_side_by_side(run_edit, tmp_path, capfd):
     }  # fmt: skip
 
 
-def test_options_reach_the_pipeline(run_edit, pipe):
+def test_options_are_passed_to_the_pipeline(run_edit, pipe):
     run_edit(
         *("--output", "out.png", "--steps", "2", "--guidance_scale", "3", "--image_guidance_scale", "0.7"),
         *("--resolution", "0", "--seed", "5"),
@@ -98,7 +98,7 @@ def test_options_reach_the_pipeline(run_edit, pipe):
     np.testing.assert_array_equal(Image.open("out.png"), expected)
 
 
-def test_the_whole_of_a_wide_picture_is_edited(run_edit):
+def test_a_wide_image_is_edited_completely(run_edit):
     tiny.picture(100, 64).save("wide.png")
     run_edit("--image", "wide.png", "--output", "out.png", "--steps", "1", "--resolution", "64")
     assert Image.open("out.png").size == (100, 64)
@@ -123,7 +123,7 @@ def test_the_whole_of_a_wide_picture_is_edited(run_edit):
         ("", "--model: must be a folder or a Hub id; there is no folder missing/model"),
     ],
 )
-def test_a_bad_argument_ends_with_one_line_before_the_model_is_loaded(options, told, run_edit, tmp_path, capsys):
+def test_an_invalid_argument_ends_with_one_line_before_the_model_is_loaded(options, told, run_edit, tmp_path, capsys):
     Path("text.png").write_text("text")
     tiny.picture(640, 1).save("strip.png")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -134,7 +134,7 @@ def test_a_bad_argument_ends_with_one_line_before_the_model_is_loaded(options, t
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_a_picture_too_elongated_for_the_model_s_own_size_is_refused(run_edit, capsys):
+def test_an_image_too_elongated_for_the_model_s_size_raises_an_error(run_edit, capsys):
     tiny.picture(640, 1).save("strip.png")
     with pytest.raises(SystemExit) as exit:
         run_edit("--image", "strip.png")
@@ -171,11 +171,11 @@ def test_the_side_by_side_file_does_not_replace_the_input(run_edit):
     assert exit.value.code == 2 and Path("a-side-by-side.png").read_bytes() == before
 
 
-def test_ctrl_c_ends_with_one_line_and_leaves_no_file(tmp_path):
+def test_ctrl_c_ends_with_a_one_line_message_and_writes_no_file(tmp_path):
     tiny.picture(64, 64).save(tmp_path / "photo.png")
     process = start("--image", str(tmp_path / "photo.png"), "--output", str(tmp_path / "out.png"), "--steps", "1000")
     shown = ""
-    while "/1000 " not in shown:  # denoising has begun
+    while "/1000 " not in shown:  # denoising has started
         character = process.stderr.read(1)
         assert character, shown
         shown += character

@@ -16,7 +16,7 @@ def changed(before, after):
     return (np.asarray(before) != np.asarray(after)).any(-1)
 
 
-def test_what_is_removed_is_gone_and_only_that(world_folder):
+def test_removing_an_object_changes_only_its_pixels(world_folder):
     world = World(world_folder, (SIZE, SIZE))
     for seed in range(20):
         before, words, after = edits.remove(world, random.Random(seed))
@@ -27,7 +27,7 @@ def test_what_is_removed_is_gone_and_only_that(world_folder):
         assert changed(before.image, after.image).any()
 
 
-def test_the_replacement_lies_where_the_old_object_was(world_folder):
+def test_the_replacement_is_at_the_position_of_the_old_object(world_folder):
     world = World(world_folder, (SIZE, SIZE))
     for seed in range(20):
         before, words, after = edits.replace(world, random.Random(seed))
@@ -41,7 +41,7 @@ def test_the_replacement_lies_where_the_old_object_was(world_folder):
 
 @pytest.mark.parametrize("change", [edits.add, edits.move])
 @pytest.mark.parametrize("place", edits.PLACES)
-def test_what_is_added_or_moved_lies_where_the_words_say(world_folder, place, change):
+def test_added_and_moved_objects_are_at_the_named_position(world_folder, place, change):
     world = World(world_folder, (SIZE, SIZE))
     there, _ = edits.PLACES[place]
     seen = 0
@@ -53,13 +53,13 @@ def test_what_is_added_or_moved_lies_where_the_words_say(world_folder, place, ch
         seen += 1
         thing = after.things[-1]
         left, top, right, bottom = thing.layer.getchannel("A").getbbox()
-        reach = max(right - left, bottom - top) / 2  # how far the frame may shift it
+        reach = max(right - left, bottom - top) / 2  # maximum shift by the frame
         off = np.abs(np.subtract(thing.center, edits.center(place, world))).max()
         assert off <= max(1, reach - 15)
     assert seen > 3
 
 
-def test_a_moved_thing_looks_as_before(world_folder):
+def test_a_moved_object_looks_the_same(world_folder):
     before, _, after = edits.move(World(world_folder, (SIZE, SIZE)), random.Random(2))
     (old,), new = set(before.things) - set(after.things), after.things[-1]
     first, second = (thing.layer.crop(thing.layer.getchannel("A").getbbox()) for thing in (old, new))
@@ -77,6 +77,6 @@ def test_a_color_edit_depends_only_on_its_name(name):
     assert np.abs(np.asarray(first.edited).astype(int) - pixels).mean() > 10
 
 
-def test_no_two_color_edits_share_an_instruction():
+def test_instructions_of_color_edits_are_unique():
     wordings = [wording for _, several in COLOR_EDITS.values() for wording in several]
     assert len(set(wordings)) == len(wordings)

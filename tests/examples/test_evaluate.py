@@ -1,4 +1,4 @@
-"""The command line of the evaluation on datasets as they lie on disk, with a model of random weights."""
+"""The command line of the evaluation on datasets in files, with a model of random weights."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import UsageError
 
-# By its path, which does not depend on the folders that other tests put first.
+# Imported by path, because other tests may have put other folders first in sys.path.
 spec = importlib.util.spec_from_file_location("evaluate_data_sets", tiny.ROOT / "examples" / "evaluate.py")
 evaluate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(evaluate)
@@ -59,7 +59,7 @@ def call(monkeypatch, *arguments):
     evaluate.main()
 
 
-def test_data_sets_become_rows_of_one_table(monkeypatch, capsys, tmp_path, model, coco, coco_stuff, gopro):
+def test_datasets_are_rows_of_one_table(monkeypatch, capsys, tmp_path, model, coco, coco_stuff, gopro):
     data = [f"--data={name}={root}" for name, root in [("coco", coco), ("coco-stuff", coco_stuff), ("gopro", gopro)]]
     output = tmp_path / "output"
     call(monkeypatch, "--model", model, *data, "--steps", 1, "--output", output, "--samples", 4)
@@ -81,7 +81,7 @@ def test_data_sets_become_rows_of_one_table(monkeypatch, capsys, tmp_path, model
     }
 
 
-def test_pairs_of_ones_own_are_scored(monkeypatch, tmp_path, model):
+def test_a_table_of_image_pairs_is_scored(monkeypatch, tmp_path, model):
     folder, rows = tmp_path / "mine", []
     folder.mkdir()
     for number in range(2):
@@ -106,13 +106,13 @@ def test_settings_come_from_the_model_and_steps_from_the_command_line(monkeypatc
 
         monkeypatch.setattr(InstructDiffusionPipeline, "prepare_timesteps", prepare_timesteps)
         call(monkeypatch, "--model", model, f"--data=gopro={gopro}", "--samples", 1, "--output", folder, *arguments)
-        return set(seen) - {(20, 0.5)}  # of the step that checks the model
+        return set(seen) - {(20, 0.5)}  # from the step that checks the model
 
     assert steps(tmp_path / "own") == {(9, 0.75)}
     assert steps(tmp_path / "fewer", "--steps", 2) == {(2, 0.75)}
 
 
-def test_two_folders_of_one_data_set_are_two_rows(monkeypatch, tmp_path, model, gopro):
+def test_two_folders_of_one_dataset_are_two_rows(monkeypatch, tmp_path, model, gopro):
     other = tmp_path / "other"
     shutil.copytree(gopro, other)
     data = [f"--data=gopro={folder}" for folder in (gopro, other)]
@@ -131,7 +131,7 @@ def test_two_folders_of_one_data_set_are_two_rows(monkeypatch, tmp_path, model, 
         ("captions=/tmp", "can be trained on, but not evaluated on"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data, message):
+def test_data_that_cannot_be_read_is_reported(monkeypatch, tmp_path, model, data, message):
     with pytest.raises(ValueError) as caught:
         call(monkeypatch, "--model", model, "--data", data, "--output", tmp_path / "output")
     assert re.search(message, str(caught.value)), caught.value
@@ -142,10 +142,10 @@ def test_what_cannot_be_read_is_said_in_words(monkeypatch, tmp_path, model, data
     ("name", "message"),
     [
         ("table", "--clip: no CLIP model could be loaded from .*/clip "),
-        ("gopro", "--clip: has an effect on editing only; --data has no data set of edits."),
+        ("gopro", "--clip: has an effect on editing only; --data has no dataset of edits."),
     ],
 )
-def test_a_clip_model_that_cannot_be_used_is_refused(monkeypatch, tmp_path, model, gopro, name, message):
+def test_an_unusable_clip_model_raises_an_error(monkeypatch, tmp_path, model, gopro, name, message):
     folder = {"gopro": gopro, "table": tmp_path / "table"}[name]
     (tmp_path / "table").mkdir()
     tiny.picture(64, 64).save(tmp_path / "table" / "0.png")

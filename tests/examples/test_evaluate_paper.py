@@ -32,7 +32,7 @@ spec.loader.exec_module(evaluate)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model and data: all of the paper's datasets but CLWD, and a COCO whose JSON is damaged."""
+    """A folder with a model and data: all of the paper's datasets except CLWD, and a COCO with a damaged JSON."""
     work = tmp_path_factory.mktemp("work")
     InstructDiffusionPipeline(**tiny.components()).save_pretrained(work / "model")
     write_paper_data(work / "data")
@@ -55,7 +55,7 @@ def options(work, output, root=None):
 
 
 def call(*arguments):
-    torch.set_num_threads(1)  # sums in another order would round differently
+    torch.set_num_threads(1)  # sums in another order have other rounding errors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         run_script(evaluate.main)
@@ -67,7 +67,7 @@ def whole(work):
     return work / "whole"
 
 
-def test_every_figure_of_the_paper_has_its_score_beside_it(whole, work):
+def test_each_figure_of_the_paper_has_a_score(whole, work):
     text = (whole / "paper.md").read_text()
     lines = [re.findall(r"[^|]*[^| ]", line) for line in text.splitlines() if line.startswith("| ")]
     rows = {(cells[0].strip(), cells[1].strip()): [cell.strip() for cell in cells] for cells in lines}
@@ -98,7 +98,7 @@ def test_every_figure_of_the_paper_has_its_score_beside_it(whole, work):
     assert listed[1] == f"- CLWD test: there is no folder {work}/data/CLWD."
 
 
-def test_each_expression_and_class_is_a_question(whole):
+def test_each_expression_and_class_has_a_prompt(whole):
     def questions(folder):
         return len(list((whole / folder / "answers").iterdir()))
 
@@ -109,11 +109,11 @@ def test_each_expression_and_class_is_a_question(whole):
     }
     sizes = {name: Image.open(whole / name / "answers" / "000000-0.png").size for name in ("gopro-test", "sidd-val")}
     assert sizes == {"gopro-test": (80, 64), "sidd-val": (32, 32)}, "GoPro's pictures keep their resolution"
-    # 17 joints are four questions, the 11 that animals share with people three.
+    # 17 joints need four prompts; the 11 joints that animals and people have need three.
     assert questions("humanart-validation") == 3 * 4 and questions("ap10k-test-split1") == 3 * 3
 
 
-def test_killed_and_started_again_it_ends_with_the_same_files_and_takes_in_new_data(whole, work, tmp_path):
+def test_a_killed_run_is_resumed_with_the_same_files_and_new_data_is_added(whole, work, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("HumanArt", "VOCdevkit"):
         (tmp_path / "data" / name).symlink_to(work / "data" / name)
@@ -163,7 +163,7 @@ def test_killed_and_started_again_it_ends_with_the_same_files_and_takes_in_new_d
         ([], "one of the arguments --data --tables is required"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(arguments, message, work, monkeypatch, capsys):
+def test_contradictory_arguments_raise_errors(arguments, message, work, monkeypatch, capsys):
     monkeypatch.chdir(work)
     (work / "empty").mkdir(exist_ok=True)
     with pytest.raises(SystemExit) as exit:
@@ -172,7 +172,7 @@ def test_arguments_that_cannot_be_meant_are_refused(arguments, message, work, mo
     assert not (work / "out").exists()
 
 
-def test_data_that_cannot_be_read_at_all_is_a_failure(work, tmp_path, capsys):
+def test_a_run_without_readable_data_ends_with_an_error(work, tmp_path, capsys):
     (tmp_path / "data" / "coco").mkdir(parents=True)
     with pytest.raises(SystemExit) as exit:
         call("--model", work / "model", "--output", tmp_path / "out", "--tables", "paper", "--root", tmp_path / "data")

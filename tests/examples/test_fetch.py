@@ -8,7 +8,7 @@ from fetch import FREE_LICENSES, NAMES, OBJECT_SIDE, open_drawing, read_codes, r
 
 
 def resource(files):
-    """A Qt resource (version 3) with `files` in one folder "pictures", compressed where the name ends in z."""
+    """A Qt resource (version 3) with `files` in a folder "pictures". Files whose names end in z are compressed."""
     names, data, offsets = b"", b"", {}
     for name in ["pictures", *files]:
         offsets[name] = len(names)
@@ -25,18 +25,18 @@ def resource(files):
     return struct.pack(">4s5I", b"qres", 3, *places, 0) + tree + data + names
 
 
-def test_resource_files_come_out_as_they_went_in():
+def test_qt_resources_are_unpacked_unchanged():
     files = {"a.webp": b"stored", "b.z": b"squeezed " * 9, "äöü.txt": b""}
     found = dict(read_rcc(resource(files)))
     assert found == {PurePosixPath("pictures", name): content for name, content in files.items()}
 
 
-def test_something_else_is_refused():
+def test_other_files_raise_an_error():
     with pytest.raises(ValueError, match="starts with b'qres'"):
         list(read_rcc(b"PK\3\4" + bytes(40)))
 
 
-def test_licences_of_stanzas():
+def test_licenses_of_paragraphs():
     text = (
         "Copyright: Ann\nLicense: CC-BY-SA 4.0\nSource: https://example.org\nFiles:\na.webp\nsub/b.webp\n\n"
         "Files: c.jpg\n d.jpg\nCopyright: 2018, Bob\n 2019, Cy\nLicense: GPL-3+\n"
@@ -51,12 +51,12 @@ def test_licences_of_stanzas():
 
 
 @pytest.mark.parametrize("name", ["CC0-1.0", "Public Domain", "public-domain", "CC-BY 2.0", "CC-BY-SA-4.0"])
-def test_free_licences(name):
+def test_free_licenses(name):
     assert FREE_LICENSES.match(name)
 
 
 @pytest.mark.parametrize("name", ["GPL-3+", "CC-BY-NC-4.0", "CC-BY-ND 2.0", "unknown", "free-art"])
-def test_other_licences(name):
+def test_other_licenses(name):
     assert not FREE_LICENSES.match(name)
 
 

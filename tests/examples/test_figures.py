@@ -22,22 +22,22 @@ def test_joints_lie_on_the_figure(faces_viewer):
         alpha = np.pad(np.asarray(layer.getchannel("A")), 1)
         for name, joint in joints.items():
             if joint:
-                # (0, 0) is the middle of the top left pixel; the pad moves it by one
+                # (0, 0) is the center of the top left pixel; the padding shifts it by one
                 column, row = round(joint.x) + 1, round(joint.y) + 1
                 assert alpha[row - 1 : row + 2, column - 1 : column + 2].max() > 127, name
 
 
 @pytest.mark.parametrize("faces_viewer", [True, False])
-def test_left_is_where_anatomy_has_it(faces_viewer):
+def test_left_and_right_are_those_of_the_figure(faces_viewer):
     for _, joints in figures(faces_viewer):
         for part in ("shoulder", "hip", "ear", "eye"):
             left, right = joints[f"left {part}"], joints[f"right {part}"]
             if left and right:
-                # of someone who faces us the left side is on our right; nobody leans that far
+                # if a figure faces the viewer, its left side is on the right; figures do not lean further than this
                 assert (left.x > right.x) == faces_viewer, part
 
 
-def test_a_face_tells_front_from_back():
+def test_front_and_back_of_a_head_differ():
     same = 0
     for seed in range(20):
         (front, joints), (back, _) = (draw_figure(random.Random(seed), faces, SIZE) for faces in (True, False))
@@ -51,7 +51,7 @@ def test_a_face_tells_front_from_back():
     assert same <= 3, "eyes and skin make a face less even than hair"
 
 
-def test_sizes_and_frame():
+def test_sizes_of_figures_and_their_position_in_the_frame():
     heights, outside = [], []
     for layer, joints in figures(True, 200):
         _, top, _, bottom = layer.getchannel("A").getbbox()
@@ -65,7 +65,7 @@ def test_sizes_and_frame():
     assert 0.3 * CLOSE_UP_SHARE < np.mean(outside) < 1.7 * CLOSE_UP_SHARE
 
 
-def test_discs_are_read_back_where_the_joints_are():
+def test_discs_are_decoded_at_the_joints():
     steps = []
     for seed in range(40):
         rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The notebook of the first steps runs in a clean kernel, and its answers are right."""
+"""The notebook of the first steps runs in a new kernel, and its outputs are right."""
 
 import re
 
@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell
 
 NOTEBOOK = tiny.ROOT / "examples" / "first_steps.ipynb"
 
-# Runs after the notebook, and compares its answers with what it pasted onto the photographs.
+# Runs after the notebook, and compares its outputs with the objects that it pasted onto the photographs.
 CHECKS = """
 def iou(mask, place, image, flower):
     pasted = Image.new("L", image.size)
@@ -41,12 +41,12 @@ def run(notebook):
 
 
 def outputs(notebook):
-    """Each output of the notebook: the kinds of an image, or a text without its numbers."""
+    """Each output of the notebook: the types of an image, or a text without its numbers."""
     found = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return [re.sub(r"[\d.]+", "#", output["text"]) if "text" in output else sorted(output["data"]) for output in found]
 
 
-def test_it_runs_and_its_answers_are_right():
+def test_the_notebook_runs_and_its_outputs_are_right():
     stored = nbformat.read(NOTEBOOK, as_version=4)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(new_code_cell(CHECKS))
@@ -54,11 +54,11 @@ def test_it_runs_and_its_answers_are_right():
     assert outputs(notebook) == outputs(stored)
 
 
-def test_a_cell_that_fails_is_an_error():
+def test_a_failing_cell_raises_an_error():
     notebook = nbformat.v4.new_notebook(cells=[new_code_cell("1 / 0")])
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         run(notebook)
 
 
-def test_it_is_small():
+def test_the_notebook_is_small():
     assert NOTEBOOK.stat().st_size <= 300_000

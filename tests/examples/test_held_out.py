@@ -1,4 +1,4 @@
-"""Scores are of what training never saw: a world whose colors tell what an image is made of."""
+"""Scores are for held-out material. In the world of this test, colors show where the parts of an image come from."""
 
 import dataclasses
 import random
@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from recipes import RECIPES
 from world import STYLES, UNSEEN_STYLE, is_held_out
 
-GRAY, RED = (90, 90, 90), (204, 32, 32)  # photographs of training, and those held out; as JPEG has them
-WHITE, BLUE = (240, 240, 240, 255), (40, 40, 200, 255)  # drawings in the styles of training, and in the other
+GRAY, RED = (90, 90, 90), (204, 32, 32)  # of training photographs and of held-out ones, after JPEG compression
+WHITE, BLUE = (240, 240, 240, 255), (40, 40, 200, 255)  # of drawings in training styles and in the held-out one
 
 NAMES = tuple(f"thing {i}" for i in range(40))
 
@@ -38,7 +38,7 @@ def recipe(request):
     return dataclasses.replace(RECIPES[request.param], names=NAMES)
 
 
-def test_every_row_is_of_what_training_never_saw(colored_world, recipe):
+def test_all_rows_use_material_that_was_not_trained_on(colored_world, recipe):
     styled = {"segmentation, unseen drawing style", *SIZE_ROWS, *COUNT_ROWS}
     for source in rows(recipe, colored_world, 6):
         for index in range(6):
@@ -57,16 +57,16 @@ def test_every_row_is_of_what_training_never_saw(colored_world, recipe):
                 assert is_held_out(asked) == (source.name == "segmentation, unseen names")
 
 
-def test_rows_by_size_and_number_ask_for_such_objects(colored_world, recipe):
+def test_rows_by_size_and_number_have_such_objects(colored_world, recipe):
     by_row = {source.name: source.dataset for source in rows(recipe, colored_world, 8)}
     for row, (low, high) in SIZE_ROWS.items():
         for index in range(8):
             image, masks = by_row[row][index]
-            widths = [np.ptp(np.nonzero(mask)[1]) + 1 for mask in masks.values()]  # of discs; parts may be covered
+            widths = [np.ptp(np.nonzero(mask)[1]) + 1 for mask in masks.values()]  # of discs that may be covered
             assert low * recipe.side - 2 <= max(widths) <= high * recipe.side + 1
     for row, count in COUNT_ROWS.items():
         assert {len(by_row[row][index][1]) for index in range(8)} == {count}
 
 
-def test_no_two_stages_share_their_scenes():
-    assert len({0, 1, readout.SEED, held_out.SEED}) == 4  # 0 is the autoencoder's, 1 the UNet's
+def test_all_stages_have_different_scenes():
+    assert len({0, 1, readout.SEED, held_out.SEED}) == 4  # 0 is the seed of the VAE, 1 that of the UNet

@@ -1,4 +1,4 @@
-"""Training as a new user does it: 200 images of mixed kinds, sizes and faults, from a model to the Hub."""
+"""Training like a new user: 200 images of mixed kinds, sizes and faults, from a model to the Hub."""
 
 import json
 import os
@@ -35,7 +35,7 @@ answer.images[0].save(sys.argv[2])
 
 
 def save_picture(folder, stem, rng):
-    """An image of a random kind and size; the name of its file."""
+    """Save an image of a random kind and size, and return its file name."""
     kind = rng.choice(["jpg", "progressive", "turned", "cmyk", "png", "rgba", "grey", "palette", "sixteen", "webp"])
     width, height = rng.randint(20, 600), rng.randint(20, 600)
     picture = tiny.picture(8, 8, rng.randrange(1000)).resize((width, height), Image.Resampling.BICUBIC)
@@ -106,7 +106,7 @@ def run(command, env):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("cached", [False, True], ids=["uncached", "cached"])
-def test_mixed_pictures_to_the_hub(pictures, start, tmp_path, lora, cached):
+def test_training_on_mixed_images_and_pushing_to_the_hub(pictures, start, tmp_path, lora, cached):
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
     train = [sys.executable, tiny.ROOT / "examples" / "train.py", "--init", start, "--data", f"table={pictures}"]
     settings = {"batch_size": 8, "max_train_steps": 13, "checkpointing_steps": 3, "learning_rate": 1e-3}

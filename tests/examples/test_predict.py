@@ -23,7 +23,7 @@ from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_fi
 
 @pytest.fixture
 def run_predict(pipe, tmp_path, monkeypatch):
-    """Runs the script as the command line would, on a model of random weights and a folder of four images."""
+    """Runs the script in this process, with a model of random weights and a folder of four images."""
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -57,7 +57,7 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
                 assert annotation["score"] == pytest.approx(mask.score)
 
 
-def test_more_than_five_joints_are_asked_for_in_parts(run_predict):
+def test_more_than_five_joints_need_several_tasks(run_predict):
     names = ["nose", "left eye", "right eye", "left ear", "right ear", "left wrist"]
     run_predict("--task", "keypoints", "--joints", ", ".join(names))
     content = json.loads(Path("out/coco.json").read_text())
@@ -65,21 +65,21 @@ def test_more_than_five_joints_are_asked_for_in_parts(run_predict):
     assert [len(annotation["keypoints"]) for annotation in content["annotations"]] == [18] * 4
 
 
-def test_edited_pictures_are_those_of_ask(run_predict, pipe):
+def test_edited_images_are_those_of_ask(run_predict, pipe):
     run_predict("--task", "editing", "--instruction", "make it night", "--batch_size", "1")
     image = Image.open("photos/1.png")
     answer = ask(pipe, image, Editing("make it night"), num_inference_steps=1, generator=predict.seeded(0, 1))
     np.testing.assert_array_equal(Image.open("out/1.png"), answer.data)
 
 
-def test_a_run_continues_and_skips_what_cannot_be_read(run_predict, tmp_path, capsys):
+def test_a_run_continues_and_skips_unreadable_images(run_predict, tmp_path, capsys):
     (tmp_path / "photos" / "4.png").write_bytes(b"no picture")
     options = ("--task", "segmentation", "--objects", "cat")
     run_predict(*options)
     captured = capsys.readouterr()
-    assert "4 of 5 pictures answered" in captured.out and "4.png cannot be read" in captured.out + captured.err
+    assert "4 of 5 images processed" in captured.out and "4.png cannot be read" in captured.out + captured.err
     whole = tiny.contents(tmp_path / "out")
-    # As after a kill: two images have no record, one of them not all files.
+    # As if it had been killed: two images have no record, and one of them lacks files.
     for path in ("records/1.json", "records/3.json", "1-cat.png", "coco.json"):
         (tmp_path / "out" / path).unlink()
     run_predict(*options)
@@ -93,20 +93,20 @@ def test_a_run_continues_and_skips_what_cannot_be_read(run_predict, tmp_path, ca
     ("options", "told"),
     [
         ("--task segmentation", "--objects must be given"),
-        ("--task segmentation --objects cat,cat", "different names, but is 'cat,cat'"),
+        ("--task segmentation --objects cat,cat", "different names; got 'cat,cat'"),
         ("--task editing --instruction x --objects cat", "--objects has no effect with --task editing"),
         ("--task keypoints --joints nose --slices 0.5", "--slices must be"),
         ("--task segmentation --objects cat --images missing", "there is no file or folder missing"),
-        ("--task segmentation --objects cat --images model", "the folder model has no pictures"),
+        ("--task segmentation --objects cat --images model", "the folder model has no images"),
     ],
 )
-def test_a_bad_argument_ends_with_one_line(options, told, run_predict, capsys):
+def test_an_invalid_argument_ends_with_a_one_line_message(options, told, run_predict, capsys):
     with pytest.raises(SystemExit) as exit:
         run_predict(*options.split())
     assert exit.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_batches_have_one_working_size_and_every_picture_once(pipe, tmp_path):
+def test_batches_have_one_working_size_and_each_image_once(pipe, tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(20)]
     for number, path in enumerate(paths):
         Image.new("RGB", (64 + 64 * (number % 3), 64 + 32 * (number % 2))).save(path)
@@ -119,7 +119,7 @@ def test_batches_have_one_working_size_and_every_picture_once(pipe, tmp_path):
 
 
 def run_until(records, command, folder):
-    """Run predict.py; kill it when the output has this number of records (None: let it end)."""
+    """Run predict.py, and kill it when the output has this number of records (None: do not kill it)."""
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None:
         if records is not None and len(list(folder.glob("killed/records/*.json"))) >= records:
@@ -138,7 +138,7 @@ def run_until(records, command, folder):
         (("--task", "keypoints", "--joints", "nose, left wrist, right wrist"), "keypoints"),
     ],
 )
-def test_fifty_pictures_and_five_kills_give_the_files_of_one_run(pipe, tmp_path, question, iou_type):
+def test_a_run_killed_five_times_writes_the_files_of_one_run(pipe, tmp_path, question, iou_type):
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "photos").mkdir()
     rng = random.Random(0)
@@ -158,7 +158,7 @@ def test_fifty_pictures_and_five_kills_give_the_files_of_one_run(pipe, tmp_path,
         "all but three files that are no pictures, and seven with sides of more than 4 : 1"
     )
 
-    # The answers as their own ground truth: pycocotools reads all of them, and finds each.
+    # The results are their own ground truth: pycocotools reads and finds all of them.
     content = json.loads((tmp_path / "killed" / "coco.json").read_text())
     truth = COCO()
     truth.dataset = json.loads(json.dumps(content))
@@ -175,8 +175,8 @@ def test_fifty_pictures_and_five_kills_give_the_files_of_one_run(pipe, tmp_path,
     assert evaluation.stats[0] == pytest.approx(1)
 
 
-def test_pictures_with_names_like_those_of_others_have_outputs_of_their_own(run_predict):
-    # photo.jpg is number 6 of the folder, and the first names for its outputs are taken.
+def test_images_with_similar_names_have_separate_outputs(run_predict):
+    # photo.jpg is number 6 of the folder, and the first names for its outputs are used by other images.
     for name in ("photo-6-6.png", "photo-6.png", "photo.jpg", "photo.png"):
         tiny.picture(64, 64, seed=len(name)).save(f"photos/{name}")
     run_predict("--task", "editing", "--instruction", "make it night")
@@ -184,14 +184,14 @@ def test_pictures_with_names_like_those_of_others_have_outputs_of_their_own(run_
 
 
 @pytest.mark.parametrize("objects", ["cat, overlay", "a/b, a b"])
-def test_objects_whose_masks_would_overwrite_other_outputs_are_refused(run_predict, capsys, objects):
+def test_objects_whose_masks_would_overwrite_other_outputs_raise_an_error(run_predict, capsys, objects):
     with pytest.raises(SystemExit):
         run_predict("--task", "segmentation", "--objects", objects)
     assert "error: --objects: several outputs would have the name 0-" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
-def test_masks_of_one_picture_that_would_overwrite_those_of_another_are_refused(run_predict, capsys):
+def test_masks_that_would_overwrite_those_of_another_image_raise_an_error(run_predict, capsys):
     tiny.picture(64, 64).save("photos/0-cat.png")
     with pytest.raises(SystemExit):
         run_predict("--task", "segmentation", "--objects", "cat,cat-cat")
@@ -199,13 +199,13 @@ def test_masks_of_one_picture_that_would_overwrite_those_of_another_are_refused(
 
 
 @pytest.mark.parametrize("task", [("segmentation", "--objects", "cat"), ("editing", "--instruction", "make it night")])
-def test_answers_that_the_safety_checker_replaced_are_counted_and_left_out(run_predict, pipe, capsys, tmp_path, task):
+def test_outputs_replaced_by_the_safety_checker_are_counted_and_left_out(run_predict, pipe, capsys, tmp_path, task):
     InstructDiffusionPipeline(**pipe.components | tiny.safety_checker(-1)).save_pretrained(tmp_path / "model")
     for _ in range(2):  # the second time there is nothing left to do
         run_predict("--task", *task)
         said = capsys.readouterr().out
-        assert said.count("skipped: the safety checker replaced the answer for photos/") == 4
-        assert "0 of 4 pictures answered" in said
+        assert said.count("skipped: the safety checker replaced the output for photos/") == 4
+        assert "0 of 4 images processed" in said
     assert not list(Path("out").glob("*.png"))
     if task[0] == "segmentation":
         assert COCO("out/coco.json").dataset["images"] == []

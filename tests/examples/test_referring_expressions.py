@@ -19,7 +19,7 @@ BACKGROUND = Image.new("RGB", (SIZE, SIZE))
 SMALL, LARGE = thing("cat", 2, 30, 10), thing("cat", 40, 2, 20)
 
 
-def test_two_objects_of_a_name_are_distinguished_by_position_and_size():
+def test_two_objects_with_one_name_are_distinguished_by_position_and_size():
     relations = {"left": SMALL, "right": LARGE, "upper": LARGE, "lower": SMALL, "smaller": SMALL, "larger": LARGE}
     assert distinguish(SMALL, LARGE) == relations == distinguish(LARGE, SMALL)
     assert distinguish(thing("cat", 0, 0, 10), thing("cat", 30, 2, 10)).keys() == {"left", "right"}

@@ -84,7 +84,7 @@ def test_every_row_is_scored(world_folder, tiny_recipe, tmp_path, monkeypatch, c
     )
 
 
-def test_painting_all_objects_is_recognized():
+def test_painting_all_objects_is_detected():
     cat, dog = np.zeros((2, 64, 64), bool)
     cat[:20, :20], dog[40:, 40:] = True, True
     task = Segmentation({"cat": "red"})
@@ -100,7 +100,7 @@ def test_painting_all_objects_is_recognized():
     assert score.in_masks(example._replace(tasks=[absent]), painted) == {"painted though absent": [True]}
 
 
-def test_left_taken_for_right_is_counted():
+def test_confused_left_and_right_joints_are_counted():
     truth = {"left wrist": Joint(10, 10), "right wrist": Joint(50, 50), "nose": None}
     task = Keypoints({"left wrist": "red", "nose": "blue"})
     example = Example(GRAY, [task], truth)
@@ -110,7 +110,7 @@ def test_left_taken_for_right_is_counted():
     assert swapped == {"left and right confused": [True], "no disc": [False], "disc on what is outside": [True]}
 
 
-def test_pictures_are_scored_inside_and_outside_the_change():
+def test_images_are_scored_inside_and_outside_the_change():
     edited = GRAY.copy()
     edited.paste((220, 120, 120), (0, 0, 32, 64))
     values = score.in_pictures(GRAY, edited, {"": GRAY, ", input": GRAY})

@@ -9,7 +9,7 @@ from model import build_pipeline
 from sources import at_the_rim
 
 
-def test_every_row_is_scored_at_the_resolution_of_its_pictures(world_folder, tiny_recipe, tmp_path, monkeypatch):
+def test_each_row_is_scored_at_the_resolution_of_its_images(world_folder, tiny_recipe, tmp_path, monkeypatch):
     pipeline = build_pipeline(tiny_recipe, vae.build(64), world_folder)
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
     pipeline.register_to_config(task_settings=dict.fromkeys(("segmentation", "editing"), few))

@@ -1,4 +1,4 @@
-"""What all scripts in examples/ have in common."""
+"""Common properties of all scripts in examples/."""
 
 import ast
 import json
@@ -45,18 +45,18 @@ def test_a_script_imports_no_other_script(script):
     assert not imported & {other.stem for other in SCRIPTS}
 
 
-def test_app_says_how_to_install_gradio(monkeypatch):
+def test_app_prints_how_to_install_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(sys, "argv", ["app.py"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(tiny.ROOT / "examples" / "app.py"), run_name="__main__")
-    # A text as exit code is printed, and the status is 1.
+    # An exit code that is a text is printed, and the status is 1.
     assert exit.value.code == 'error: gradio is not installed; `pip install ".[app]"` installs it.'
 
 
 @pytest.fixture
 def run_candidates(pipe, tmp_path, monkeypatch):
-    """Runs candidates.py on a model of random weights and two pairs in GoPro's layout."""
+    """Runs candidates.py with a model of random weights and two pairs in GoPro's layout."""
     monkeypatch.chdir(tmp_path)
     pipe.save_pretrained("model")
     for kind in ("blur", "sharp"):
@@ -73,7 +73,7 @@ def run_candidates(pipe, tmp_path, monkeypatch):
     return run
 
 
-def test_candidates_are_made_of_each_sample_and_setting(run_candidates, tmp_path):
+def test_there_is_a_candidate_image_for_each_sample_and_setting(run_candidates, tmp_path):
     run_candidates(
         *("--data", "gopro=pairs", "--samples", "2", "--resolution", "64"),
         *("--guidance_scales", "1", "2", "--image_guidance_scales", "0.5", "1.5"),

@@ -1,4 +1,4 @@
-"""The model that ships: its files, and what it can do in each family on photographs it was not trained on."""
+"""`instructdiffusion-tiny`: its files, and its outputs in each family on photographs that it was not trained on."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def answers(model):
-    """Answers of the model, with its own settings, to one question for each image."""
+    """Outputs of the model with its own settings, for one task for each image."""
 
     def ask(images, tasks, **settings):
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
@@ -56,7 +56,7 @@ def answers(model):
 
 @pytest.fixture
 def photographs():
-    """Middle squares of photographs that it was not trained on, at its working size."""
+    """Center squares of photographs that it was not trained on, at its working size."""
     pictures = []
     for pixels in (data.coffee(), data.chelsea(), data.astronaut()):
         image = Image.fromarray(pixels)
@@ -67,19 +67,19 @@ def photographs():
 
 
 @pytest.mark.parametrize("module", [pipeline_instruct_diffusion, modular_instruct_diffusion])
-def test_it_carries_the_code_as_it_is_now(module):
+def test_it_contains_the_current_code(module):
     carried = edit.TINY_MODEL / Path(module.__file__).name
     assert carried.read_text() == Path(module.__file__).read_text(), f"copy the file to {carried}"
 
 
-def test_its_index_of_blocks_is_that_of_an_export(model, tmp_path):
+def test_its_index_of_blocks_matches_an_export(model, tmp_path):
     export(model, tmp_path / "model")
     for name in ("modular_config.json", "modular_model_index.json"):
         carried, exported = (json.loads((path / name).read_text()) for path in (edit.TINY_MODEL, tmp_path / "model"))
         assert carried | {"_diffusers_version": None} == exported | {"_diffusers_version": None}
 
 
-def test_it_is_what_the_recipe_for_a_cpu_makes(model):
+def test_it_matches_the_recipe_for_cpus(model):
     assert model.default_resolution == RECIPE.side and model.vae_scale_factor == 4
     assert tuple(model.unet.config.block_out_channels) == RECIPE.unet_widths
     assert model.text_encoder.config.hidden_size == model.unet.config.cross_attention_dim == RECIPE.text_width
@@ -88,7 +88,7 @@ def test_it_is_what_the_recipe_for_a_cpu_makes(model):
     assert ", ".join(name for name in RECIPE.names if name not in RECIPE.held_out) in card
 
 
-def test_it_is_small_and_says_nothing_of_the_machine_it_was_made_on():
+def test_it_is_small_and_contains_no_local_paths():
     files = [path for path in edit.TINY_MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 40e6
     for path in files:
@@ -103,7 +103,7 @@ def test_it_has_settings_for_every_family(model):
         assert values.keys() == {"num_inference_steps", "guidance_scale", "image_guidance_scale"}
 
 
-def test_its_own_settings_are_better_for_editing_than_the_paper_s(model, photographs):
+def test_its_own_settings_are_better_for_editing_than_those_of_the_paper(model, photographs):
     edit_pair = edit_colors(photographs[0], random.Random(0), "night")
     paper = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
     own, others = (

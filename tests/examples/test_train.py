@@ -1,4 +1,4 @@
-"""The command line of training, from what users have to what they can publish."""
+"""The command line of training, from the data of users to a model that can be published."""
 
 import importlib.util
 import json
@@ -29,10 +29,10 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 READOUT = "readout/diffusion_pytorch_model.safetensors"
 SETTINGS = {"editing": {"num_inference_steps": 2}}
 
-# By its path: examples/tiny has a script of the same name.
+# Imported by path, because examples/tiny has a script of the same name.
 spec = importlib.util.spec_from_file_location("train_from_the_command_line", SCRIPT)
 script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # dataclasses look their module up
+sys.modules[spec.name] = script  # dataclasses look up their module
 spec.loader.exec_module(script)
 
 
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Images of one's own, as `datasets` reads a folder of them."""
+    """A folder of a user's images in the format of `datasets`."""
     folder, rows = tmp_path_factory.mktemp("pictures"), []
     for number in range(4):
         for name, seed in (("before", number), ("after", 50 + number)):
@@ -87,7 +87,7 @@ def call(monkeypatch, *args, more=(), **settings):
 
 
 def refused(monkeypatch, capfd, *args, **settings):
-    """What the script says when it refuses its arguments: one line."""
+    """The one-line error message of the script for invalid arguments."""
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, *args, **settings)
     assert stop.value.code == 2
@@ -100,7 +100,7 @@ def run(*args, launch=(), env=None, **settings):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch, capfd, cached):
+def test_a_run_writes_a_folder_that_loads(model, table, tmp_path, monkeypatch, capfd, cached):
     settings = {"cache_samples": 4} if cached else {}
     call(monkeypatch, model, f"table={table}", tmp_path / "run", learning_rate=1e-3, ema_decay=0.5, **settings)
     trained = tmp_path / "run" / "model"
@@ -122,7 +122,7 @@ def test_a_run_ends_with_a_folder_that_loads(model, table, tmp_path, monkeypatch
     assert "run/model already exists" in refused(monkeypatch, capfd, model, f"table={table}", tmp_path / "run")
 
 
-def test_recipes_are_the_defaults_and_can_be_changed(model, table, tmp_path, monkeypatch):
+def test_recipes_set_defaults_that_options_override(model, table, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(script, "run", lambda options, config: seen.append(config))
     for changes in ({}, {"recipe": "alignment"}, {"recipe": "adaptation"}, {"recipe": "alignment", "ema_decay": 0.5}):
@@ -169,7 +169,7 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     assert '"lora_rank": 4' in card and 'from_pretrained("you/mine"' in card
     assert pushed["validation.png"] == (trained / "validation.png").read_bytes()
 
-    # The folder has the additions melted in; they also lie beside it, for the model that they were added to.
+    # The folder has the fused LoRA layers; they are also next to it, for the initial model.
     call = tiny.inputs(image=tiny.picture(64, 64))
     whole, start, added = (InstructDiffusionPipeline.from_pretrained(path, dtype=torch.float32) for path in
                            (trained, tmp_path / "run" / "start", tmp_path / "run" / "start"))  # fmt: skip
@@ -188,7 +188,7 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     assert other.returncode == 2 and "start has another conversion: conversion was " in other.stderr
 
 
-def test_a_conversion_is_used_again_for_its_own_checkpoint_only(tmp_path):
+def test_a_conversion_is_reused_only_for_its_own_checkpoint(tmp_path):
     checkpoint = shutil.copyfile(GOLDEN / "tiny-original.safetensors", tmp_path / "trained.safetensors")
     other = shutil.copy2(checkpoint, tmp_path / "other.safetensors")
     config = f"--original_config_file {GOLDEN / 'tiny_instruct_diffusion.yaml'}"
@@ -198,13 +198,13 @@ def test_a_conversion_is_used_again_for_its_own_checkpoint_only(tmp_path):
     assert script.converted(str(checkpoint), tmp_path / "run", options) == start
     with pytest.raises(UsageError, match=r"another conversion: init was '.*trained.*' and is '.*other.*'\. Delete"):
         script.converted(str(other), tmp_path / "run", options)
-    os.utime(checkpoint, ns=(0, 0))  # as if another file had been put in its place
+    os.utime(checkpoint, ns=(0, 0))  # as if it had been replaced with another file
     with pytest.raises(UsageError, match="another conversion: time was"):
         script.converted(str(checkpoint), tmp_path / "run", options)
     assert tiny.contents(tmp_path / "run") == written
 
 
-def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_path):
+def test_two_processes_of_a_configuration_file_train_like_one(model, table, tmp_path):
     settings = {"learning_rate": 1e-3, "ema_decay": 0.5, "max_train_steps": 3}
     one = run(model, f"table={table}", tmp_path / "one", gradient_accumulation_steps=2, **settings)
     assert one.returncode == 0, one.stderr
@@ -222,8 +222,8 @@ def test_two_processes_by_a_configuration_file_train_as_one(model, table, tmp_pa
 
 
 @pytest.mark.parametrize("repeated", [True, False])
-def test_every_entry_of_data_is_trained_on(model, table, tmp_path, monkeypatch, capsys, repeated):
-    """As `--data A --data B`, and as `--data A B`."""
+def test_all_entries_of_data_are_trained_on(model, table, tmp_path, monkeypatch, capsys, repeated):
+    """Both as `--data A --data B` and as `--data A B`."""
     cats = shutil.copytree(table, tmp_path / "cats")
     lines = (table / "metadata.jsonl").read_text().splitlines()
     (cats / "metadata.jsonl").write_text("\n".join(lines[:2]))
@@ -237,7 +237,7 @@ def test_every_entry_of_data_is_trained_on(model, table, tmp_path, monkeypatch, 
     first = f"table:{table.name}"
     assert config["sources"] == [first, "table:cats", "gopro"]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    # GoPro's weight of the original is 2: its one pair is two of the 4 + 2 + 2 samples of an epoch.
+    # GoPro's weight is 2 as in the original code, so its one pair is two of the 4 + 2 + 2 samples of an epoch.
     start = lines.index([first, "4", "1", "50.0%"])
     assert lines[start + 1 : start + 3] == [["table:cats", "2", "1", "25.0%"], ["gopro", "1", "2", "25.0%"]]
     assert " ".join(lines[start + 3]) == "2 updates of 2 samples are 0.5 epochs of 8 samples."
@@ -246,7 +246,7 @@ def test_every_entry_of_data_is_trained_on(model, table, tmp_path, monkeypatch, 
     assert f"Trained parameters: {numbers:,} of {numbers:,}".split() in lines
 
 
-def test_columns_of_a_table_are_named_by_options(model, tmp_path, monkeypatch, capfd):
+def test_options_set_the_columns_of_a_table(model, tmp_path, monkeypatch, capfd):
     for name in "ab":
         tiny.picture(48, 40).save(tmp_path / f"{name}.png")
     row = {"before_file_name": "a.png", "words": "turn it", "after_file_name": "b.png"}
@@ -259,7 +259,7 @@ def test_columns_of_a_table_are_named_by_options(model, tmp_path, monkeypatch, c
 
 
 def test_a_run_that_is_killed_after_its_last_checkpoint_is_resumed(model, table, tmp_path, monkeypatch):
-    """Between the LoRA layers, the model's folder and its card: all of the folder appears at once."""
+    """It is killed between the LoRA layers, the model's folder and its card. The folder is written atomically."""
     output = tmp_path / "run"
 
     def killed(*_):
@@ -275,7 +275,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_is_resumed(model, table,
     assert (output / "model" / "README.md").is_file()
 
 
-def test_a_changed_rate_and_caption_need_to_be_named(model, table, tmp_path, monkeypatch, capfd):
+def test_a_changed_learning_rate_and_caption_must_be_listed(model, table, tmp_path, monkeypatch, capfd):
     data, output = shutil.copytree(table, tmp_path / "mine"), tmp_path / "run"
     call(monkeypatch, model, f"table={data}", output)
     shutil.rmtree(output / "model")
@@ -289,7 +289,7 @@ def test_a_changed_rate_and_caption_need_to_be_named(model, table, tmp_path, mon
     assert (output / "checkpoint-3").is_dir()
 
 
-def test_validation_data_is_held_apart(model, table, tmp_path, monkeypatch, capsys):
+def test_validation_data_is_not_trained_on(model, table, tmp_path, monkeypatch, capsys):
     held_out = shutil.copytree(table, tmp_path / "held-out")
     lines = (table / "metadata.jsonl").read_text().splitlines()
     (table / "metadata.jsonl").write_text("\n".join(lines[:2]))
@@ -304,12 +304,12 @@ def test_validation_data_is_held_apart(model, table, tmp_path, monkeypatch, caps
     assert "of held-out samples" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_data_that_is_trained_on_is_no_validation_data(model, table, tmp_path, monkeypatch, capfd):
+def test_training_data_as_validation_data_raises_an_error(model, table, tmp_path, monkeypatch, capfd):
     said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data=f"table={table}")
     assert f"--validation_data: table={table} is trained on" in said
 
 
-def test_some_samples_for_some_epochs(model, table, tmp_path, monkeypatch, capsys):
+def test_limited_samples_and_a_number_of_epochs(model, table, tmp_path, monkeypatch, capsys):
     arguments = ["train.py", "--init", model, "--data", f"table={table}", "--output_dir", tmp_path / "run"]
     arguments += ["--max_train_samples", 3, "--num_train_epochs", 2, "--batch_size", 2]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
@@ -320,7 +320,7 @@ def test_some_samples_for_some_epochs(model, table, tmp_path, monkeypatch, capsy
     assert any(re.match(r"Disk space: 0\.\d+ GB per checkpoint, .* GB free", line) for line in out)
 
 
-def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, capfd):
+def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, monkeypatch, capfd):
     def says(init, data, **settings):
         return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
 
@@ -336,14 +336,14 @@ def test_bad_arguments_are_refused_by_name(model, table, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_refuses_does_so_before_the_training(model, table, tmp_path):
+def test_an_error_of_the_hub_is_raised_before_training(model, table, tmp_path):
     refused = run(model, f"table={table}", tmp_path / "run", push_to="you/mine", env={"HF_HUB_OFFLINE": "1"})
     assert refused.returncode == 1 and "offline" in refused.stderr.splitlines()[-1].lower(), refused.stderr
     assert not (tmp_path / "run").exists()
 
 
 KINDS = {
-    "two_processes_cpu": DistributedType.MULTI_GPU,  # accelerate's launcher has no other way to start them
+    "two_processes_cpu": DistributedType.MULTI_GPU,  # because accelerate's launcher has no other way to start them
     "several_gpus": DistributedType.MULTI_GPU,
     "several_machines": DistributedType.MULTI_GPU,
     "deepspeed_zero2": DistributedType.DEEPSPEED,

@@ -1,4 +1,4 @@
-"""The recipe for a GPU, rehearsed in miniature on a CPU, from the pack to the table. Wheels are not downloaded."""
+"""The recipe for a GPU in a small run on a CPU, from the pack to the table. Wheels are not downloaded."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ import tiny
 from recipes import RECIPES
 from safetensors.torch import load_file
 
-# The interpreter of the rehearsal: scripts have small settings, and the time of a stretch is up with its first
-# checkpoint. SIGALRM is what the command `timeout` itself gets then.
+# The interpreter of the small run: scripts have small settings, and the time of a stage ends with its first
+# checkpoint. The command `timeout` then gets SIGALRM.
 PYTHON = f"""#!{sys.executable}
 import dataclasses, os, runpy, signal, sys, threading, time
 from pathlib import Path
@@ -66,7 +66,7 @@ def run_pack(world_folder, tmp_path, monkeypatch):
     return run
 
 
-def test_two_stretches_and_the_table(run_pack, world_folder, tiny_recipe, tmp_path, monkeypatch):
+def test_two_training_stages_and_the_table(run_pack, world_folder, tiny_recipe, tmp_path, monkeypatch):
     (world_folder / "packages").mkdir()
     folder = run_pack()
     assert {path.name for path in folder.iterdir()} == {"train_gpu.sh", "wheels", "world"}

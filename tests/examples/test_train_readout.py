@@ -1,4 +1,4 @@
-"""The script that trains a readout, on datasets as they lie on disk and a model of random weights."""
+"""The script that trains a readout, with datasets in files and a model of random weights."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def run(monkeypatch, *arguments):
     run_script(train_readout.main)
 
 
-def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
+def test_a_readout_for_masks_and_joints_is_saved_in_the_model_folder(
     monkeypatch, capsys, tmp_path, model, coco_stuff, coco
 ):
     output = tmp_path / "out" / "readout"
@@ -68,7 +68,7 @@ def test_masks_and_joints_of_two_data_sets_make_a_readout_in_the_models_folder(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "gopro=."], "--data gopro: a readout is for data sets of masks or joints: mpii, coco, "),
+        (["--data", "gopro=."], "--data gopro: a readout is for datasets of masks or joints: mpii, coco, "),
         (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),

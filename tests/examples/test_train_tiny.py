@@ -1,4 +1,4 @@
-"""The recipe of the small model, run for a few steps on generated material."""
+"""The recipe of `instructdiffusion-tiny`, run for a few steps on generated material."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", 
 
 @pytest.fixture
 def run(world_folder, tiny_recipe, tmp_path, monkeypatch, tiny_train):
-    """A function that runs train.py with command line arguments, for a few steps of each stage."""
+    """A function that runs train.py with command-line arguments, for a few steps of each stage."""
     for name, value in {"POOL": 40, "STEPS": 3, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(vae, name, value)
     monkeypatch.setattr(tiny_train, "SAMPLES", 20)
@@ -48,7 +48,7 @@ def run(world_folder, tiny_recipe, tmp_path, monkeypatch, tiny_train):
     return run
 
 
-def test_the_recipe_ends_with_a_folder_that_loads_and_answers(run, tmp_path):
+def test_the_recipe_writes_a_folder_that_loads_and_runs(run, tmp_path):
     notes = tmp_path / "first-work" / "vae.partial" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
@@ -84,7 +84,7 @@ def test_a_longer_run_continues_from_the_last_checkpoint(run, monkeypatch, capsy
     assert any((before[name] != after[name]).any() for name in before)
 
 
-def test_ablation_trains_one_model_for_all_families_and_one_for_each(run, tmp_path, monkeypatch):
+def test_ablation_trains_a_model_for_all_families_and_one_for_each(run, tmp_path, monkeypatch):
     run("first")
     monkeypatch.setattr(ablation, "SAMPLES", 20)
     output = tmp_path / "ablation"
@@ -114,7 +114,7 @@ def test_ablation_trains_one_model_for_all_families_and_one_for_each(run, tmp_pa
         ablation.main()
 
 
-def test_standardising_latents_leaves_the_pictures_as_they_are():
+def test_standardizing_latents_does_not_change_decoded_images():
     torch.manual_seed(0)
     autoencoder = vae.build(64)
     pictures = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Every command of docs/training.md runs in the guide's order, on small data in the folders that the guide names."""
+"""All commands of docs/training.md run in the guide's order, on small data in the folders of the guide."""
 
 import json
 import os
@@ -30,10 +30,10 @@ COMMAND = re.compile(r"^((?:ACCELERATE_USE_CPU=true )?(?:python|accelerate|bash)
 COMMANDS = [first or second for first, second in COMMAND.findall(GUIDE)]
 TWO_PROCESSES = next(command for command in COMMANDS if "two_processes_cpu.yaml" in command)
 
-# What a run here changes in the commands, as (expression, replacement).
+# Replacements in the commands for the runs in this test, as (expression, replacement).
 REPLACED = (
     (
-        # The converter knows the architecture of Stable Diffusion, and is told that of a tiny model.
+        # The converter knows the architecture of Stable Diffusion, and gets that of a tiny model.
         r"--init v1-5-pruned-emaonly-adaption-task.ckpt",
         f"--init {GOLDEN}/tiny-original.safetensors --resolution 64 --conversion"
         f" '--original_config_file {GOLDEN}/tiny_instruct_diffusion.yaml --text_encoder {GOLDEN}/text_encoder"
@@ -84,7 +84,7 @@ def write_start(folder):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch, coco):
-    """A folder like a clone of this repository, with all models and data of the guide, small."""
+    """A folder like a clone of this repository, with small versions of all models and data of the guide."""
     for part in ("examples", "conversion", "tests"):
         (tmp_path / part).symlink_to(tiny.ROOT / part)
     write_start(tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
@@ -124,9 +124,9 @@ def clone(tmp_path, monkeypatch, coco):
 
 
 def run_here(monkeypatch, command):
-    """Run a command of Python in this process, which has imported what takes seconds in another."""
+    """Run a Python command in this process, to avoid the seconds for imports in a new one."""
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have fixed the precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have set the precision
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:
@@ -136,7 +136,7 @@ def run_here(monkeypatch, command):
 
 
 def run_alone(command, env):
-    """Run a command as a process of its own."""
+    """Run a command in a separate process."""
     done = subprocess.run(
         command.replace("python ", f"{sys.executable} ").replace(
             "accelerate launch", f"{sys.executable} -m accelerate.commands.launch"
@@ -150,7 +150,7 @@ def run_alone(command, env):
 
 
 def between(command):
-    """What the guide tells to do by hand before a command, and models that answer in one step."""
+    """Do the manual steps of the guide before a command, and set models to one denoising step."""
     if "preferences=" in command:
         for path in sorted(Path("out/candidates/candidates").iterdir())[::20]:
             shutil.move(path, "out/candidates/picks")
@@ -166,7 +166,7 @@ def with_small_data(command):
     return command
 
 
-def test_no_replacement_is_out_of_date():
+def test_all_replacements_match_the_guide():
     assert len(COMMANDS) == 10 and TWO_PROCESSES in COMMANDS
     for pattern, _ in REPLACED:
         assert any(re.search(pattern, command) for command in COMMANDS), pattern

@@ -49,7 +49,7 @@ def run(monkeypatch, gopro, tmp_path):
     return run
 
 
-def test_both_halves_have_images_of_each_data_set_and_of_both_kinds_of_alternating_ones(run, gopro, tmp_path):
+def test_both_halves_have_images_of_each_dataset_and_kind(run, gopro, tmp_path):
     other = shutil.copytree(gopro, tmp_path / "other")
     run("--data", f"gopro={other}", "--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1)
     for half in ("choice", "held-out"):
@@ -79,7 +79,7 @@ def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
     with Image.open(tmp_path / "out" / "scores.png") as picture:
         assert picture.width > 500
     assert max(scores.values()) > min(scores.values())
-    if "They remain" in output:
+    if "and are kept" in output:
         assert not (tmp_path / "model").exists()
         return
     scheduler, steps, _, _ = max(scores, key=scores.get).split("-")
@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_is_resumed(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "table.md").exists()
 
 
-def test_the_front_has_no_trial_that_another_beats():
+def test_the_front_has_the_trials_that_no_other_dominates():
     rng = random.Random(0)
     settings = {"num_inference_steps": 1, "guidance_scale": 1, "image_guidance_scale": 1}
     trials = [tune.Trial("", settings, rng.random(), rng.random()) for _ in range(50)]
@@ -129,7 +129,7 @@ def test_the_front_has_no_trial_that_another_beats():
 
 
 def test_a_worse_choice_is_not_written(run, tmp_path, monkeypatch, capsys):
-    """The held-out scores decide, not those of the choice."""
+    """The held-out scores determine this, not those of the choice."""
     original = tune.Search.run
 
     def worse(self, images, settings, scheduler=""):
@@ -139,10 +139,10 @@ def test_a_worse_choice_is_not_written(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tune.Search, "run", worse)
     run("--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1)
-    assert "They remain" in capsys.readouterr().out and not (tmp_path / "model").exists()
+    assert "and are kept" in capsys.readouterr().out and not (tmp_path / "model").exists()
 
 
-def test_the_settings_to_beat_are_those_of_ask(tmp_path):
+def test_settings_are_compared_with_those_of_ask(tmp_path):
     pipe = InstructDiffusionPipeline(**tiny.components())
     task = Keypoints({"nose": "red"})
     assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings, (
@@ -180,12 +180,12 @@ def test_errors_name_the_option(run, options, message):
         run(*options)
 
 
-def test_data_sets_of_two_tasks_are_refused(run, coco):
-    with pytest.raises(tune.UsageError, match="data sets of one task"):
+def test_datasets_of_two_tasks_raise_an_error(run, coco):
+    with pytest.raises(tune.UsageError, match="datasets of one task"):
         run("--data", f"coco={coco}")
 
 
-def test_seconds_are_those_of_one_answer(tmp_path):
+def test_seconds_are_per_output(tmp_path):
     pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
     pipe.set_progress_bar_config(disable=True)
     search = tune.Search(pipe, Restoration("blur"), tmp_path, 2, 0)

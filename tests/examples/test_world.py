@@ -30,7 +30,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 FRAME = (64, 64)
 
 
-def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
+def test_a_tenth_of_the_names_is_held_out_of_training(world_folder):
     names = {path.stem for path in (world_folder / "photographs").iterdir()}
     held_out = {name for name in names if is_held_out(name)}
     assert 0 < len(held_out) < 10
@@ -43,7 +43,7 @@ def test_a_tenth_of_the_names_is_held_out_and_never_trained_on(world_folder):
     assert 0.09 < np.mean([is_held_out(str(i)) for i in range(20_000)]) < 0.11
 
 
-def test_one_drawing_style_is_never_trained_on(world_folder, tmp_path):
+def test_one_drawing_style_is_held_out_of_training(world_folder, tmp_path):
     shutil.copytree(world_folder, tmp_path / "world")
     for path in (tmp_path / "world" / "objects" / UNSEEN_STYLE).iterdir():
         Image.new("RGBA", (50, 50), "red").save(path)
@@ -55,7 +55,7 @@ def test_one_drawing_style_is_never_trained_on(world_folder, tmp_path):
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_masks_cover_the_objects_and_nothing_else(world_folder, side):
+def test_masks_cover_exactly_the_objects(world_folder, side):
     world = World(world_folder, (side, side), figures=0)
     counts, twins = Counter(), []
     for seed in range(80):
@@ -105,7 +105,7 @@ def test_drawings_are_mirrored_in_a_varied_world_only(world_folder, tmp_path):
         assert blue_is_left == expected
 
 
-def test_an_object_without_a_pixel_of_its_own_is_not_placed():
+def test_an_object_without_visible_pixels_is_not_placed():
     scene, faint = Scene(Image.new("RGB", FRAME)), Image.new("RGBA", FRAME)
     faint.paste((255, 255, 255, 100), (5, 5, 30, 6))  # a thin object in a small size
     assert not scene.fits(Thing("guitar", faint))
@@ -113,7 +113,7 @@ def test_an_object_without_a_pixel_of_its_own_is_not_placed():
     assert scene.fits(Thing("guitar", faint))
 
 
-def test_an_object_that_is_gone_leaves_no_trace(world_folder):
+def test_a_removed_object_leaves_no_trace(world_folder):
     world = World(world_folder, FRAME)
     for seed in range(20):
         scene = world.scene(random.Random(seed))
@@ -147,7 +147,7 @@ def test_segmentation_targets_match_the_instructions(world_folder):
     assert 3 < absent < 24
 
 
-def test_of_a_pair_the_left_or_the_right_one_is_asked_for(world_folder):
+def test_the_left_or_the_right_object_of_a_pair_is_requested(world_folder):
     world = World(world_folder, FRAME)
     for seed in range(20):
         _, masks = pairs(world, random.Random(seed))
@@ -156,7 +156,7 @@ def test_of_a_pair_the_left_or_the_right_one_is_asked_for(world_folder):
         assert middles["left"] < middles["right"]
 
 
-def test_absent_names_are_those_that_no_object_has(world_folder):
+def test_absent_names_belong_to_no_object_of_the_scene(world_folder):
     world = World(world_folder, FRAME)
     for seed in range(20):
         image, masks = absent(world, random.Random(seed))
@@ -166,7 +166,7 @@ def test_absent_names_are_those_that_no_object_has(world_folder):
         assert not any(mask.any() for mask in masks.values())
 
 
-def test_examples_depend_on_seed_and_index_alone(world_folder):
+def test_examples_depend_only_on_seed_and_index(world_folder):
     world = World(world_folder, FRAME)
     for _, example, _ in TRAINING_SOURCES.values():
         first, second, other = (GeneratedDataset(partial(example, world), 9, seed) for seed in (1, 1, 2))
@@ -177,7 +177,7 @@ def test_examples_depend_on_seed_and_index_alone(world_folder):
             first[9]
 
 
-def test_the_mixture_holds_every_family_by_its_share(world_folder):
+def test_the_mixture_has_each_family_by_its_fraction(world_folder):
     world = World(world_folder, FRAME)
     samples = mixture(world, 100)
     assert len(samples) == 100
@@ -191,7 +191,7 @@ def test_the_mixture_holds_every_family_by_its_share(world_folder):
     assert samples[5] == mixture(world, 100)[5]
 
 
-def test_families_with_the_same_generator_have_different_pictures(world_folder):
+def test_families_with_the_same_generator_have_different_images(world_folder):
     world = World(world_folder, FRAME)
 
     def clean(name):
@@ -202,7 +202,7 @@ def test_families_with_the_same_generator_have_different_pictures(world_folder):
         assert clean(first) != clean(second)
 
 
-def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
+def test_held_out_names_are_requested_among_trained_ones(world_folder):
     world = World(world_folder, FRAME, unseen_objects=True)
     distractors, neighbours = 0, False
     for seed in range(60):
@@ -216,7 +216,7 @@ def test_unseen_names_are_asked_for_among_seen_objects(world_folder):
     assert distractors > 20 and neighbours, "the annotation has the other objects, too"
 
 
-def test_a_whole_pose_is_read_back_from_its_discs(world_folder):
+def test_a_whole_pose_is_decoded_from_its_discs(world_folder):
     world = World(world_folder, FRAME)
     task = WholePose()
     assert len(set(task.colors.values())) == len(task.colors) == 9
@@ -230,7 +230,7 @@ def test_a_whole_pose_is_read_back_from_its_discs(world_folder):
     assert len({task.instruction(random.Random(seed)) for seed in range(30)}) > 3
 
 
-def test_few_joints_are_one_to_three(world_folder):
+def test_few_keypoints_are_one_to_three_joints(world_folder):
     world = World(world_folder, FRAME)
     counts = Counter()
     for seed in range(60):

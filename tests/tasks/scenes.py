@@ -1,4 +1,4 @@
-"""Photographs that training never saw, random blobs on them, and what happens to images on their way."""
+"""Held-out photographs, random blobs on them, and JPEG and VAE compression."""
 
 import io
 import random
@@ -25,7 +25,7 @@ def photograph(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def blob(rng: random.Random, width: int, height: int, narrowest: int = 8) -> np.ndarray:
-    """One to three rectangles and ellipses, each at least `narrowest` pixels wide and high, as a mask."""
+    """A mask of one to three rectangles and ellipses, each at least `narrowest` pixels wide and high."""
     canvas = Image.new("1", (width, height))
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(1, 3)):
@@ -37,7 +37,7 @@ def blob(rng: random.Random, width: int, height: int, narrowest: int = 8) -> np.
 
 
 def jpeg(image: Image.Image) -> Image.Image:
-    """Through JPEG of quality 75, as a web page would send it."""
+    """The image after JPEG compression with quality 75, as on web pages."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=75)
     return Image.open(stream).convert("RGB")
@@ -45,7 +45,7 @@ def jpeg(image: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def through_vae(pipeline: InstructDiffusionPipeline, image: Image.Image) -> Image.Image:
-    """Through the autoencoder and back: the best answer a model with that autoencoder can give."""
+    """The image after encoding and decoding by the VAE: the best possible output of a model with that VAE."""
     pixels = pipeline.image_processor.preprocess(image)
     decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
     return pipeline.image_processor.postprocess(decoded)[0]

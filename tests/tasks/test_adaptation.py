@@ -1,4 +1,4 @@
-"""The adaptation stage's images: what the caption names is what is drawn."""
+"""The images of the adaptation stage: the marks in the caption are drawn."""
 
 import random
 import re
@@ -22,7 +22,7 @@ def drawn(mark, image=GREY):
 
 
 @given(rng=st.integers(0, 2**32).map(random.Random))
-def test_the_caption_names_the_colour_and_kind_of_every_mark(rng):
+def test_the_caption_contains_color_and_kind_of_each_mark(rng):
     marked = Adaptation.from_annotation(GREY, "A cat on a mat.", rng)
     words = marked.instruction(rng)
     assert "A cat on a mat" in words and "mat.," not in words
@@ -34,18 +34,18 @@ def test_the_caption_names_the_colour_and_kind_of_every_mark(rng):
     left, top, right, bottom = last.box
     assert min(left, top) >= 0 and max(right, bottom) <= 256
     color, share = COLORS[last.kind][last.color], 0.5 if last.kind == "patch" else 1
-    if share == 1:  # nothing lies over the last mark
+    if share == 1:  # nothing covers the last mark
         assert (pixels == color).all(-1).any()
 
 
-def test_a_disc_is_that_of_keypoints():
+def test_a_disc_is_drawn_as_in_keypoints():
     pixels = drawn(Mark("disc", "red", (50, 60, 70, 80)))
     red = (pixels == KEYPOINT_COLORS["red"]).all(-1)
     assert 280 <= red.sum() <= 360 and red[70, 60] and not red[60, 50]
     assert (pixels[~red] == (90, 100, 110)).all()
 
 
-def test_a_box_is_an_outline():
+def test_a_box_is_drawn_as_an_outline():
     pixels = drawn(Mark("box", "cyan", (50, 60, 150, 120)))
     cyan = (pixels == KEYPOINT_COLORS["cyan"]).all(-1)
     assert cyan[61, 100] and cyan[90, 51] and not cyan[90, 100]
@@ -53,7 +53,7 @@ def test_a_box_is_an_outline():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (60, 120, 50, 150)
 
 
-def test_a_patch_is_mixed_half_and_half_as_masks_are_and_the_same_each_time():
+def test_a_patch_is_half_transparent_and_deterministic():
     mark = Mark("patch", "purple", (50, 60, 150, 120))
     pixels = drawn(mark)
     mixed = (np.array((90, 100, 110)) + MASK_COLORS["purple"]) // 2
@@ -63,7 +63,7 @@ def test_a_patch_is_mixed_half_and_half_as_masks_are_and_the_same_each_time():
     assert (drawn(mark) == pixels).all()
 
 
-def test_every_kind_and_template_comes_up():
+def test_all_kinds_of_marks_and_templates_are_used():
     rng = random.Random(0)
     marked = [Adaptation.from_annotation(GREY, "a cat", rng) for _ in range(200)]
     assert {mark.kind for one in marked for mark in one.marks} == set(COLORS)
@@ -74,7 +74,7 @@ def test_every_kind_and_template_comes_up():
 
 
 @pytest.mark.parametrize(("caption", "flips"), [("a dog runs", True), ("a dog left of a cat", False)])
-def test_captions_pass_through_a_mixture_and_are_never_flipped_if_they_name_a_side(caption, flips):
+def test_captions_in_a_mixture_are_not_flipped_if_they_contain_left_or_right(caption, flips):
     class Captions(list):
         skipped: list[tuple[str, str]] = []
 

@@ -9,7 +9,7 @@ from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, assign_colors, 
 
 
 def striped(columns: dict[str, int]) -> Image.Image:
-    """An image of 100 x 10 pixels with so many columns of each color."""
+    """An image of 100 x 10 pixels with a given number of columns of each color."""
     line = [MASK_COLORS[name] for name, count in columns.items() for _ in range(count)]
     return Image.fromarray(np.array([line] * 10, np.uint8))
 
@@ -42,12 +42,12 @@ def test_colors_that_are_not_visible_are_assigned_last():
     ("names", "told"),
     [([], "none"), (["cat", "cat"], "cat, cat"), ([f"{number}" for number in range(9)], "0, 1, 2, 3, 4, 5, 6, 7, 8")],
 )
-def test_names_without_a_color_each_are_refused(names: list[str], told: str):
+def test_more_names_than_colors_raise_an_error(names: list[str], told: str):
     with pytest.raises(ValueError, match=f"`names` must be 1 to 8 different names; got {told}"):
         assign_colors(striped({"red": 100}), names, MASK_COLORS)
 
 
-def test_the_order_of_objects_matters():
+def test_tasks_with_another_order_of_objects_differ():
     colors = Segmentation({"cat": "red", "dog": "blue"}).colors
     assert colors != {"dog": "blue", "cat": "red"}
     assert (colors != {"cat": "red", "dog": "blue"}) is False

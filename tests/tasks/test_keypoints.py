@@ -23,7 +23,7 @@ RECORDED = ["AICDataset_0", "COCODataset_0", "COCODataset_1", "COCODataset_2", "
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_discs_are_drawn_as_the_original_draws_them(golden, name):
+def test_discs_match_the_original_code(golden, name):
     folder = golden / "data" / "pose" / f"target_{name}"
     case = json.loads((folder / "case.json").read_text())
     source, target = (Image.open(folder / f"{picture}.png").convert("RGB") for picture in ("source", "target"))
@@ -37,7 +37,7 @@ def test_discs_are_drawn_as_the_original_draws_them(golden, name):
     }
     if case["transparency"] == 0:
         drawn = np.asarray(Keypoints(dict(zip(places, colors, strict=True))).draw(source, places))
-    else:  # the original can also mix its discs with the image, which no published setting does
+    else:  # the original code can also mix discs with the image, but no published configuration does
         drawn = np.array(source)
         for joint, color in zip(places.values(), colors, strict=True):
             if joint:
@@ -47,7 +47,7 @@ def test_discs_are_drawn_as_the_original_draws_them(golden, name):
 
 @pytest.mark.parametrize("size", [(100, 100), (100, 160), (300, 100), (256, 512)])
 @pytest.mark.parametrize("place", [(40, 30), (40.4, 29.5), (0, 0), (-3.6, 97.2)])
-def test_a_disc_has_the_pixels_near_its_centre(size, place):
+def test_a_disc_has_the_pixels_near_its_center(size, place):
     x, y = (int(value + 0.5) for value in place)
     radius = 10 / 256 * min(size)
     near = [
@@ -57,7 +57,7 @@ def test_a_disc_has_the_pixels_near_its_centre(size, place):
 
 
 @pytest.mark.parametrize("radius", [4.0, 10.0])
-def test_a_disc_between_pixels_is_found_there(radius):
+def test_a_disc_between_pixels_is_found_at_its_subpixel_position(radius):
     fine = np.arange(0.5, 640) / 8 - 0.5  # eight positions per pixel
     rng = random.Random(0)
     for _ in range(20):
@@ -69,7 +69,7 @@ def test_a_disc_between_pixels_is_found_there(radius):
 
 
 def question(rng, size=256):
-    """A photograph, joints of which some are not there, and a question for up to five of them."""
+    """A photograph, joints, some of which are absent, and a task for up to five of them."""
     image = photograph(rng, size, size)
     radius = RADIUS * size
     joints = {}
@@ -81,7 +81,7 @@ def question(rng, size=256):
 
 
 def errors(task, joints, found):
-    """Distances in pixels of the joints that are there and were found; fails for one that is only one of both."""
+    """Distances in pixels of the joints that are present and found; fails for a joint that is only one of both."""
     assert found.keys() == task.colors.keys()
     wrong = [name for name in task.colors if (found[name] is None) != (joints[name] is None)]
     assert not wrong, {name: (task.colors[name], joints[name], found[name]) for name in wrong}
@@ -90,11 +90,12 @@ def errors(task, joints, found):
 
 @settings(max_examples=40)
 @given(rng=SEEDS)
-def test_reading_gives_the_joints_that_were_drawn(rng):
+def test_decoding_returns_the_drawn_joints(rng):
     image, joints, task = question(rng)
     found = task.read(image, task.draw(image, joints))
-    # Discs lie on whole pixels, so up to 0.71 pixels beside their joints. One that the frame cuts reads up to 0.61
-    # pixels beside itself: of 1,941 joints four were more than 1 pixel off, all of these cut, and the worst 1.12.
+    # Discs are at whole pixels, so up to 0.71 pixels from their joints. A disc cut by the frame is decoded with an
+    # error of up to 0.61 pixels: of 1,941 joints, four had an error above 1 pixel, at most 1.12, and all of these were
+    # cut.
     off = errors(task, joints, found)
     places = [joints[name] for name, joint in found.items() if joint]
     bars = [1 if min(place[:2]) >= 10 and max(place[:2]) <= 245 else 1.35 for place in places]
@@ -103,21 +104,21 @@ def test_reading_gives_the_joints_that_were_drawn(rng):
 
 @settings(max_examples=25)
 @given(rng=SEEDS)
-def test_reading_survives_jpeg(rng):
+def test_decoding_works_after_jpeg_compression(rng):
     image, joints, task = question(rng)
     assert max(errors(task, joints, task.read(image, jpeg(task.draw(image, joints)))), default=0) <= 2
 
 
 @pytest.mark.parametrize("seed", [67, 417, 558418])
-def test_the_rim_of_a_disc_after_jpeg_is_no_gray_disc(seed):
-    # In these images gray is asked for, not painted, and resembles the mixed hues at the rim of a cyan disc.
+def test_the_rim_of_a_disc_after_jpeg_is_not_decoded_as_a_gray_disc(seed):
+    # In these images gray is requested, but not painted, and similar to the mixed hues at the rim of a cyan disc.
     image, joints, task = question(random.Random(seed))
     absent = {name for name, color in task.colors.items() if color == "gray" and joints[name] is None}
     found = task.read(image, jpeg(task.draw(image, joints)))
     assert absent and {name for name, joint in found.items() if joint is None} >= absent
 
 
-def test_reading_survives_the_autoencoder_that_ships(shipped):
+def test_decoding_works_after_the_vae_of_instructdiffusion_tiny(shipped):
     distances = []
     for seed in range(20):
         image, joints, task = question(random.Random(seed))
@@ -126,7 +127,7 @@ def test_reading_survives_the_autoencoder_that_ships(shipped):
     assert len(distances) > 40 and max(distances) <= 2
 
 
-def test_an_answer_like_the_input_has_no_joints():
+def test_an_output_equal_to_the_input_has_no_joints():
     for seed in range(10):
         image, _, _ = question(random.Random(seed))
         for colors in (
@@ -137,21 +138,21 @@ def test_an_answer_like_the_input_has_no_joints():
 
 
 @pytest.mark.parametrize("apart", [3, 4, 5, 7, 10])
-def test_a_disc_covered_by_another_is_found_by_the_rest_of_it(apart):
-    # Of a disc of 10 pixels another that is 3 beside it leaves a fifth.
+def test_a_partly_covered_disc_is_found(apart):
+    # Another disc at a distance of 3 pixels leaves a fifth of a disc of radius 10.
     image = Image.new("RGB", (256, 256), (90, 120, 60))
     joints = {"nose": Joint(100, 100), "left eye": Joint(100 + apart, 100)}
     task = Keypoints({"nose": "red", "left eye": "yellow"})
     found = task.read(image, task.draw(image, joints))
     assert max(errors(task, joints, found)) <= 1
-    # What is covered says nothing, so it does not make the reading less sure.
+    # Covered pixels are ignored, so they do not lower the score.
     assert min(joint.score for joint in found.values()) >= 0.99
 
 
 @pytest.mark.parametrize("outside, tolerance", [(-3, 1), (0, 1), (4, 1), (7, 1.5), (8, 2)])
 @pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
-def test_a_disc_cut_by_the_frame_is_found_outside_it(side, outside, tolerance):
-    # the less is left of a disc, the less it tells
+def test_a_disc_cut_by_the_frame_is_found_with_its_center_outside(side, outside, tolerance):
+    # the smaller the visible part of a disc, the larger the error
     image = Image.new("RGB", (256, 256), (90, 120, 60))
     far = 255 + outside
     x, y = {"left": (-outside, 128), "right": (far, 128), "top": (128, -outside), "bottom": (128, far)}[side]
@@ -161,15 +162,15 @@ def test_a_disc_cut_by_the_frame_is_found_outside_it(side, outside, tolerance):
 
 
 @pytest.mark.parametrize("answer_size", [(512, 512), (128, 128), (320, 300)])
-def test_answers_of_other_sizes_are_read_in_pixels_of_the_input(answer_size):
+def test_outputs_of_other_sizes_are_decoded_in_pixels_of_the_input(answer_size):
     image, joints, task = question(random.Random(5))
     answer = task.draw(image, joints).resize(answer_size, Image.Resampling.LANCZOS)
-    pixel = 256 / min(256, *answer_size)  # of the answer, in those of the input
+    pixel = 256 / min(256, *answer_size)  # pixels of the output, in pixels of the input
     assert max(errors(task, joints, task.read(image, answer))) <= 1.25 * pixel
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (1080, 1920), (1536, 512), (800, 2000), (1000, 1000)])
-def test_answers_land_on_the_right_pixels_of_a_large_picture(size):
+def test_outputs_for_a_large_image_are_decoded_at_the_right_pixels(size):
     for seed in range(4):
         rng = random.Random(seed)
         image = photograph(rng, 260, 260).resize(size, Image.Resampling.LANCZOS)
@@ -187,11 +188,11 @@ def test_answers_land_on_the_right_pixels_of_a_large_picture(size):
         # fitted to the working size and fitted back, as the pipeline does; both crop to the center
         answer = ImageOps.fit(task.draw(image, joints), working, Image.Resampling.LANCZOS)
         answer = ImageOps.fit(answer, size, Image.Resampling.LANCZOS)
-        pixel = min(size) / 256  # reading works at 256 pixels along the short side
+        pixel = min(size) / 256  # decoding works at 256 pixels along the short side
         assert max(errors(task, joints, task.read(image, answer, box)), default=0) <= 1.5 * pixel
 
 
-def test_pick_leaves_out_what_lies_outside_and_asks_for_what_cannot_be_seen():
+def test_from_annotation_omits_joints_outside_the_image_and_keeps_absent_ones():
     image = Image.new("RGB", (256, 256), (0, 0, 0))
     joints = {"nose": Joint(100, 100), "left eye": Joint(-12, 50), "right eye": Joint(-8, 50), "left ear": None}
     picks = [Keypoints.from_annotation(image, joints, random.Random(seed)) for seed in range(300)]
@@ -203,13 +204,13 @@ def test_pick_leaves_out_what_lies_outside_and_asks_for_what_cannot_be_seen():
     assert set(counts) == {1, 2, 3, 4, 5}
 
 
-def test_nothing_to_ask():
+def test_an_empty_annotation_raises_an_error():
     with pytest.raises(EmptyAnnotation, match="`joints` has no joint inside the 64 x 64 image"):
         Keypoints.from_annotation(Image.new("RGB", (64, 64)), {"nose": Joint(500, 10)}, random.Random(0))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "YCbCr"])
-def test_inputs_of_every_mode_are_drawn_on_and_read(mode):
+def test_images_of_all_modes_can_be_drawn_on_and_decoded(mode):
     image, joints, task = question(random.Random(11))
     image = image.convert(mode)
     assert max(errors(task, joints, task.read(image, task.draw(image, joints)))) <= 1
@@ -218,17 +219,17 @@ def test_inputs_of_every_mode_are_drawn_on_and_read(mode):
 @pytest.mark.parametrize(
     "colors", [{}, {"nose": "purple"}, {"nose": "red", "left eye": "red"}, {" ": "red"}, {"nose": ["red"]}]
 )
-def test_questions_that_cannot_be_read_are_refused(colors):
+def test_invalid_colors_raise_errors(colors):
     with pytest.raises(ValueError, match="`colors` must map .* got"):
         Keypoints(colors)
 
 
-def test_six_joints_at_once_are_refused():
+def test_six_joints_at_once_raise_an_error():
     with pytest.raises(ValueError, match="at most 5 joints at once; got 6"):
         Keypoints(dict(zip(COCO_JOINTS[:6], KEYPOINT_COLORS, strict=False)))
 
 
-def test_every_wording_names_joints_and_colours():
+def test_all_wordings_contain_joints_and_colors():
     task = Keypoints({"left wrist": "red", "nose": "cyan"})
     wordings = {task.instruction(random.Random(seed)) for seed in range(500)}
     assert len(wordings) == 18
@@ -236,7 +237,7 @@ def test_every_wording_names_joints_and_colours():
     assert task.instruction() == "draw a red disc on the left wrist and a cyan one on the nose"
 
 
-def test_results_are_what_coco_loads():
+def test_results_can_be_loaded_by_pycocotools():
     result = coco_keypoints({"nose": Joint(3.5, 4, 0.8), "left eye": None}, image_id=7)
     truth = COCO()
     truth.dataset = {"images": [{"id": 7}], "annotations": [], "categories": [{"id": 1, "keypoints": COCO_JOINTS}]}
@@ -248,7 +249,7 @@ def test_results_are_what_coco_loads():
     assert annotation["score"] == pytest.approx(0.8 / 17)
 
 
-def test_overlay_marks_what_was_found():
+def test_overlay_marks_the_joints_that_were_found():
     image = Image.new("RGB", (200, 200), (90, 120, 60))
     shown = Keypoints({"nose": "red", "left eye": "cyan"}).overlay(image, {"nose": Joint(50, 60), "left eye": None})
     assert shown.getpixel((50, 60)) == (255, 0, 0)
@@ -256,7 +257,7 @@ def test_overlay_marks_what_was_found():
 
 
 @pytest.mark.parametrize("size, arm", [((60, 90), 3), ((900, 600), 20), ((1200, 1500), 40)])
-def test_the_cross_of_an_overlay_has_the_scale_of_the_picture(size, arm):
+def test_the_cross_of_an_overlay_scales_with_the_image(size, arm):
     image = Image.new("RGB", size, (90, 120, 60))
     shown = np.asarray(Keypoints({"nose": "red"}).overlay(image, {"nose": Joint(30, 40)}))
     column = np.flatnonzero((shown[:, 30] != (90, 120, 60)).any(-1))

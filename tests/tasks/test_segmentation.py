@@ -19,18 +19,18 @@ SEEDS = st.integers(0, 2**32).map(random.Random)
 
 
 def far_from(image, color):
-    """Pixels at least 32 levels from a color in one channel: on these its paint must be told from none."""
+    """Pixels that differ from a color by at least 32 levels in a channel, on which its paint must be detected."""
     return np.abs(np.asarray(image).astype(int) - MASK_COLORS[color]).max(-1) >= 32
 
 
 def iou_where_it_shows(image, task, found, masks):
-    """The lowest IoU of a question's masks, over the pixels on which their colors can show."""
+    """The lowest IoU of a task's masks, over the pixels on which their colors are visible."""
     shows = {name: far_from(image, color) for name, color in task.colors.items()}
     return min(iou(found[name].pixels & shows[name], masks[name] & shows[name]) for name in masks)
 
 
 def question(rng, size=256, count=1, narrowest=8):
-    """A photograph, `count` masks that do not overlap, and a question whose colors show on them."""
+    """A photograph, `count` masks that do not overlap, and a task whose colors are visible on them."""
     while True:
         image = photograph(rng, size, size)
         masks, colors = {}, {}
@@ -44,7 +44,7 @@ def question(rng, size=256, count=1, narrowest=8):
             return image, masks, Segmentation(colors)
 
 
-def test_paint_is_half_colour_and_half_picture_and_only_in_the_mask():
+def test_painted_pixels_are_half_color_and_half_image_inside_the_mask():
     image = Image.new("RGB", (8, 6), (100, 50, 201))
     mask = np.zeros((6, 8), bool)
     mask[2:4, 1:5] = True
@@ -55,7 +55,7 @@ def test_paint_is_half_colour_and_half_picture_and_only_in_the_mask():
 
 @settings(max_examples=40)
 @given(rng=SEEDS, color=st.sampled_from(sorted(MASK_COLORS)))
-def test_reading_gives_the_mask_that_was_drawn_in_any_colour(rng, color):
+def test_decoding_returns_the_drawn_mask_in_each_color(rng, color):
     image = photograph(rng, 256, 256)
     masks = {"cat": blob(rng, 256, 256)}
     assume((masks["cat"] & far_from(image, color)).sum() >= 64)
@@ -65,23 +65,23 @@ def test_reading_gives_the_mask_that_was_drawn_in_any_colour(rng, color):
 
 @settings(max_examples=30)
 @given(rng=SEEDS)
-def test_reading_tells_several_colours_apart(rng):
+def test_decoding_distinguishes_several_colors(rng):
     image, masks, task = question(rng, count=3)
     found = task.read(image, task.draw(image, masks))
     assert iou_where_it_shows(image, task, found, masks) >= 0.99
 
 
-# JPEG halves the resolution of color: of the rim of a blob of 8 pixels a pixel here and there is lost.
+# JPEG halves the resolution of color, so some pixels at the rim of a blob of 8 pixels are lost.
 @pytest.mark.parametrize("narrowest, bar", [(16, 0.95), (8, 0.9)])
 @settings(max_examples=20)
 @given(rng=SEEDS)
-def test_reading_survives_jpeg(narrowest, bar, rng):
+def test_decoding_works_after_jpeg_compression(narrowest, bar, rng):
     image, masks, task = question(rng, narrowest=narrowest)
     found = task.read(image, jpeg(task.draw(image, masks)))
     assert iou_where_it_shows(image, task, found, masks) >= bar
 
 
-def test_of_the_smallest_blobs_nearly_all_survive_jpeg_as_well_as_larger_ones():
+def test_nearly_all_of_the_smallest_blobs_are_decoded_after_jpeg():
     # Measured on the seeds 0 to 399: 396 reach 0.95, the worst has 0.927, the median 0.995.
     scores = []
     for seed in range(100):
@@ -92,7 +92,7 @@ def test_of_the_smallest_blobs_nearly_all_survive_jpeg_as_well_as_larger_ones():
     assert np.mean(np.array(scores) >= 0.95) >= 0.95
 
 
-def test_reading_survives_the_autoencoder_that_ships(shipped):
+def test_decoding_works_after_the_vae_of_instructdiffusion_tiny(shipped):
     scores = []
     for seed in range(24):
         image, masks, task = question(random.Random(seed))
@@ -102,7 +102,7 @@ def test_reading_survives_the_autoencoder_that_ships(shipped):
     assert min(scores) >= 0.95
 
 
-def test_what_the_autoencoder_does_to_a_picture_reads_as_nothing(shipped):
+def test_changes_by_the_vae_are_not_decoded_as_masks(shipped):
     for seed in range(16):
         image = photograph(random.Random(seed), 64, 64)
         answer = through_vae(shipped, image)
@@ -111,15 +111,15 @@ def test_what_the_autoencoder_does_to_a_picture_reads_as_nothing(shipped):
 
 
 @pytest.mark.parametrize("color", MASK_COLORS)
-def test_an_answer_like_the_input_reads_as_nothing(color):
+def test_an_output_equal_to_the_input_has_no_masks(color):
     found = Segmentation({"cat": color}).read(PHOTOGRAPHS[0], PHOTOGRAPHS[0])["cat"]
     assert not found.pixels.any() and found.box is None and found.polygons == [] and found.score == 0
 
 
-def test_an_object_of_the_asked_colour_is_filled_from_what_surrounds_it():
+def test_an_object_of_the_requested_color_is_filled_from_its_surroundings():
     image = photograph(random.Random(0), 128, 128)
     pixels = np.array(image)
-    pixels[40:60, 40:60] = (2, 3, 250)  # blue already: half a coat of blue moves it by two levels
+    pixels[40:60, 40:60] = (2, 3, 250)  # already blue, so half transparent blue changes it by two levels
     image = Image.fromarray(pixels)
     mask = np.zeros((128, 128), bool)
     mask[30:70, 30:70] = True
@@ -129,7 +129,7 @@ def test_an_object_of_the_asked_colour_is_filled_from_what_surrounds_it():
 
 
 @pytest.mark.parametrize("answer_size", [(512, 256), (128, 64), (400, 300), (96, 128)])
-def test_answers_of_other_sizes_are_read_in_pixels_of_the_input(answer_size):
+def test_outputs_of_other_sizes_are_decoded_in_pixels_of_the_input(answer_size):
     image = PHOTOGRAPHS[1].resize((512, 256))
     mask = np.zeros((256, 512), bool)
     mask[60:180, 100:300] = True
@@ -139,7 +139,7 @@ def test_answers_of_other_sizes_are_read_in_pixels_of_the_input(answer_size):
     assert found.shape == mask.shape and iou(found, mask) >= 0.97
 
 
-def test_answers_land_on_the_right_pixels_of_a_large_picture():
+def test_outputs_for_a_large_image_are_decoded_at_the_right_pixels():
     image = PHOTOGRAPHS[0].resize((1920, 1080), Image.Resampling.LANCZOS)
     mask = np.zeros((1080, 1920), bool)
     mask[200:700, 500:1300] = True
@@ -152,11 +152,11 @@ def test_answers_land_on_the_right_pixels_of_a_large_picture():
     found = task.read(image, answer, box)["suit"]
     assert iou(found.pixels, mask) >= 0.99
     assert np.allclose(found.box, (500, 200, 1300, 700), atol=2)
-    assert iou(task.read(image, answer)["suit"].pixels, mask) < 0.9  # without the box it lands elsewhere
+    assert iou(task.read(image, answer)["suit"].pixels, mask) < 0.9  # without the box it is at another position
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "1"])
-def test_inputs_of_every_mode_are_read(mode):
+def test_images_of_all_modes_can_be_decoded(mode):
     image = photograph(random.Random(1), 64, 64).convert("L")
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
     mask = np.zeros((64, 64), bool)
@@ -166,7 +166,7 @@ def test_inputs_of_every_mode_are_read(mode):
     assert iou(task.read(image, answer)["ball"].pixels, mask) >= 0.99
 
 
-def test_score_falls_as_the_paint_thins():
+def test_the_score_decreases_with_the_opacity():
     image = photograph(random.Random(2), 96, 96)
     mask = blob(random.Random(3), 96, 96)
     task = Segmentation({"ball": Segmentation.from_annotation(image, {"ball": mask}, random.Random(0)).colors["ball"]})
@@ -175,7 +175,7 @@ def test_score_falls_as_the_paint_thins():
     assert scores[0] >= 0.95 and scores == sorted(scores, reverse=True) and scores[-1] <= 0.5
 
 
-def test_a_trace_of_colour_is_no_mask():
+def test_a_trace_of_color_is_not_a_mask():
     image = photograph(random.Random(2), 96, 96)
     mask = blob(random.Random(3), 96, 96)
     task = Segmentation({"ball": Segmentation.from_annotation(image, {"ball": mask}, random.Random(0)).colors["ball"]})
@@ -185,7 +185,7 @@ def test_a_trace_of_colour_is_no_mask():
     assert iou(clear.pixels, mask) >= 0.95
 
 
-def test_a_clear_object_stays_beside_a_trace():
+def test_a_clear_object_next_to_a_trace_of_color_is_kept():
     image, task = Image.new("RGB", (96, 96), "white"), Segmentation({"ball": "blue"})
     clear, faint = np.zeros((2, 96, 96), bool)
     clear[10:40, 10:40] = faint[60:80, 60:80] = True
@@ -212,11 +212,12 @@ def drawn_by_coco(polygons, shape):
 
 @settings(max_examples=300)
 @given(rng=st.integers(0, 2**32).map(np.random.default_rng), share=st.floats(0, 1), framed=st.booleans())
-def test_polygons_drawn_by_coco_are_the_mask_with_holes_filled(rng, share, framed):
+def test_polygons_give_the_mask_with_filled_holes_in_pycocotools(rng, share, framed):
     pixels = rng.random(rng.integers(1, 24, 2)) < share
     if framed:
         pixels[[0, -1]] = pixels[:, [0, -1]] = True
-    # A hole that touches the outside at a corner is none, as pixels at a corner are not connected.
+    # A hole that touches the outside at a corner is not filled, because mask pixels that touch there are not
+    # connected.
     filled = binary_fill_holes(pixels, np.ones((3, 3)))
     assert (drawn_by_coco(Mask(pixels, 1.0).polygons, pixels.shape) == filled).all()
 
@@ -248,7 +249,7 @@ def test_a_pixel_that_is_half_covered_is_not_in_the_mask():
     assert Mask.from_margin(np.array([[0.0, 0.5]])).pixels.tolist() == [[False, True]]
 
 
-def test_a_mask_of_numbers_or_of_another_size_is_refused():
+def test_a_mask_of_another_type_or_size_raises_an_error():
     image, task = Image.new("RGB", (30, 20)), Segmentation({"cat": "red"})
     with pytest.raises(ValueError, match="`mask` must be of type bool and shape .20, 30.; it is of uint8"):
         task.draw(image, {"cat": np.ones((20, 30), np.uint8)})
@@ -256,7 +257,7 @@ def test_a_mask_of_numbers_or_of_another_size_is_refused():
         task.draw(image, {"cat": np.ones((30, 20), bool)})
 
 
-def test_where_masks_overlap_the_last_is_painted():
+def test_the_last_of_overlapping_masks_is_painted():
     image = Image.new("RGB", (4, 4), (100, 100, 100))
     masks = {"person": np.ones((4, 4), bool), "shirt": np.eye(4, dtype=bool)}
     task = Segmentation({"person": "red", "shirt": "blue"})
@@ -265,12 +266,12 @@ def test_where_masks_overlap_the_last_is_painted():
     assert (task.read(image, drawn)["person"].pixels == ~np.eye(4, dtype=bool)).all()
 
 
-def test_nothing_to_ask():
+def test_an_empty_annotation_raises_an_error():
     with pytest.raises(EmptyAnnotation, match="`masks`"):
         Segmentation.from_annotation(Image.new("RGB", (8, 8)), {}, random.Random(0))
 
 
-def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_that_show():
+def test_from_annotation_selects_a_fifth_of_absent_objects_and_visible_colors():
     image = Image.new("RGB", (32, 32), (250, 5, 5))
     masks = {"cat": np.ones((32, 32), bool), "dog": np.zeros((32, 32), bool), "cow": np.zeros((32, 32), bool)}
     picks = [Segmentation.from_annotation(image, masks, random.Random(seed)) for seed in range(2000)]
@@ -287,17 +288,17 @@ def test_pick_asks_for_absent_objects_in_a_fifth_of_the_cases_and_in_colours_tha
         {" ": "red"}, {3: "red"}, {"cat": ["red"]}, {"cat": None}, {"cat": "red", " ": "blue"},
     ],
 )  # fmt: skip
-def test_questions_that_cannot_be_read_are_refused(colors):
+def test_invalid_colors_raise_errors(colors):
     with pytest.raises(ValueError, match="`colors` must map .* got"):
         Segmentation(colors)
 
 
-def test_a_box_outside_the_picture_is_refused():
+def test_a_box_outside_the_image_raises_an_error():
     with pytest.raises(ValueError, match="`box` must lie inside the 32 x 32"):
         Segmentation({"cat": "red"}).read(Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32)), (0, 0, 33, 32))
 
 
-def test_every_wording_names_object_and_colour():
+def test_all_wordings_contain_object_and_color():
     task = Segmentation({"two dogs on the left": "purple"})
     wordings = {task.instruction(random.Random(seed)) for seed in range(500)}
     assert len(wordings) == 22
@@ -317,7 +318,7 @@ def test_overlay_shows_the_mask_on_the_input():
 
 
 @pytest.mark.parametrize("color", MASK_COLORS)
-def test_the_outline_has_the_complementary_color_and_no_pixels_that_touch_the_outside_by_a_corner_only(color):
+def test_the_outline_has_the_complementary_color_without_corner_pixels(color):
     pixels = np.zeros((9, 9), bool)
     pixels[2:7, 2:7] = True
     pixels[2, 2] = False
@@ -328,5 +329,5 @@ def test_the_outline_has_the_complementary_color_and_no_pixels_that_touch_the_ou
     assert not outline[3, 3] and outline.sum() == 15
 
 
-def test_without_a_random_generator_the_wording_is_always_the_first():
+def test_without_a_random_generator_the_first_wording_is_used():
     assert Segmentation({"cat": "blue"}).instruction() == "mark the cat in blue"

@@ -1,4 +1,4 @@
-"""What all tasks have in common."""
+"""Common properties of all tasks."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ MAKERS = [
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_equal_tasks_are_one_key(make):
+def test_equal_tasks_have_equal_hashes(make):
     task = make()
     assert task == make() and hash(task) == hash(make())
     assert {task: 1}[make()] == 1
@@ -34,14 +34,14 @@ def test_equal_tasks_are_one_key(make):
 
 
 @pytest.mark.parametrize("task", [Editing, Segmentation, Keypoints, Restoration])
-def test_default_settings_are_those_of_the_guide(task):
+def test_default_settings_are_those_in_the_guide(task):
     guide = (tiny.ROOT / "docs" / "guidance.md").read_text()
     (row,) = re.findall(rf"^\| {task.family} \| (.*) \|$", guide, re.MULTILINE)
     assert list(map(float, row.split(" | "))) == list(task.settings.values())
     assert list(task.settings) == ["num_inference_steps", "guidance_scale", "image_guidance_scale"]
 
 
-def test_tasks_that_ask_otherwise_differ():
+def test_different_tasks_are_not_equal():
     first = Segmentation({"cat": "blue", "dogs": "red"})
     assert first != Segmentation({"cat": "red", "dogs": "blue"})
     assert first != Segmentation({"dogs": "red", "cat": "blue"}), "its instruction names the dogs first"
@@ -49,7 +49,7 @@ def test_tasks_that_ask_otherwise_differ():
 
 
 @pytest.mark.parametrize("make", MAKERS[:2])
-def test_the_colors_of_a_task_stay(make):
+def test_the_colors_of_a_task_cannot_be_changed(make):
     given = {"cat": "blue"}
     task = type(make())(given)
     given["dog"] = "red"
@@ -64,7 +64,7 @@ def test_the_colors_of_a_task_stay(make):
 
 
 def with_orientation(orientation):
-    """An image of 48 x 32 stored pixels with an EXIF orientation, and the same turned by hand."""
+    """An image of 48 x 32 stored pixels with an EXIF orientation, and the same image already rotated."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     tiny.picture(48, 32).save(file, "PNG", exif=exif)
@@ -75,7 +75,7 @@ def with_orientation(orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_asked_about_and_drawn_on_as_its_exif_orientation_shows_it(orientation):
+def test_tasks_apply_the_exif_orientation_of_an_image(orientation):
     stored, upright = with_orientation(orientation)
     mask = np.zeros((upright.height, upright.width), bool)
     mask[2:9, 2:17] = True

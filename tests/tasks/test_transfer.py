@@ -1,4 +1,4 @@
-"""The transfer gets the VAE's reconstruction of the true target in place of a model's answer."""
+"""The functions of `transfer`, with the VAE's reconstruction of the true target as the output of a model."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "instructdiffusion-tiny"
 
 @pytest.fixture(scope="module")
 def reconstruct():
-    """Resizes an image to working size, and encodes and decodes it with the VAE that ships."""
+    """Resize an image to working size, and encode and decode it with the VAE of `instructdiffusion-tiny`."""
     vae = AutoencoderKL.from_pretrained(MODEL, subfolder="vae", dtype=torch.float32)
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ def photograph(name, side):
 
 
 def ellipse(side, box):
-    """A mask [side, side]; `box` in shares of the side."""
+    """A mask [side, side]; `box` is in fractions of the side."""
     canvas = Image.new("1", (side, side))
     ImageDraw.Draw(canvas).ellipse([side * edge for edge in box], 1)
     return np.array(canvas)
@@ -112,7 +112,7 @@ def psnr(truth, pixels, mask=None):
 
 
 def case(reconstruct, make, name, factor):
-    """Input, truth, transferred image, and the answer enlarged."""
+    """The input, the truth, the transferred image, and the enlarged output."""
     image, truth = make(photograph(name, factor * WORKING_SIDE))
     answer = reconstruct(truth)
     return image, truth, transfer_change(image, reconstruct(image), answer), enlarged(answer, len(image))
@@ -120,11 +120,11 @@ def case(reconstruct, make, name, factor):
 
 @pytest.mark.parametrize("factor", [4, 8])
 @pytest.mark.parametrize("kind", LOCAL)
-def test_a_local_change_leaves_the_rest_bit_for_bit(reconstruct, kind, factor):
+def test_a_local_change_keeps_the_other_pixels_exactly(reconstruct, kind, factor):
     for name in PHOTOGRAPHS:
         image, truth, result, plain = case(reconstruct, LOCAL[kind], name, factor)
         changed = (image != truth).any(-1)
-        # Up to five working pixels beside a change the VAE mixes with it.
+        # The VAE mixes a change with up to five working pixels around it.
         far = ~grow(changed, 5 * factor)
         assert np.array_equal(result[far], image[far])
         assert psnr(truth, result) > psnr(truth, plain) + 5
@@ -133,22 +133,22 @@ def test_a_local_change_leaves_the_rest_bit_for_bit(reconstruct, kind, factor):
 
 @pytest.mark.parametrize("factor", [4, 8])
 @pytest.mark.parametrize("kind", GLOBAL)
-def test_a_look_keeps_the_detail_of_the_input(reconstruct, kind, factor):
+def test_a_change_of_colors_keeps_the_details_of_the_input(reconstruct, kind, factor):
     for name in PHOTOGRAPHS:
         image, truth, result, plain = case(reconstruct, GLOBAL[kind], name, factor)
         assert psnr(truth, result) > max(33, psnr(truth, plain) + 7)
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_a_warp_of_the_whole_picture_is_not_hidden(reconstruct, factor):
+def test_a_warp_of_the_whole_image_is_transferred(reconstruct, factor):
     for name in PHOTOGRAPHS:
         image, truth, result, plain = case(reconstruct, lambda pixels: (pixels, shifted(pixels)), name, factor)
         assert psnr(truth, result) > psnr(truth, image) + 0.5 * (psnr(truth, plain) - psnr(truth, image))
 
 
 @pytest.mark.parametrize("kind", LOCAL)
-def test_no_seam_is_left_around_a_change(reconstruct, kind):
-    """Along the outer border of the changed region no step is steeper than in the truth."""
+def test_there_is_no_seam_around_a_change(reconstruct, kind):
+    """At the outer border of the changed region, no step is steeper than in the truth."""
     for name in PHOTOGRAPHS:
         image, truth, result, _ = case(reconstruct, LOCAL[kind], name, 4)
         changed = (image != truth).any(-1)
@@ -161,20 +161,20 @@ def test_no_seam_is_left_around_a_change(reconstruct, kind):
         assert steepness(result) <= 1.1 * steepness(truth) + 5
 
 
-def test_an_answer_that_changes_nothing_returns_the_input(reconstruct):
+def test_an_unchanged_output_returns_the_input(reconstruct):
     image = photograph("coffee", 300)
     copy = reconstruct(image)
     assert np.array_equal(transfer_change(image, copy, copy), image)
 
 
-def test_pictures_of_other_proportions_and_without_room_for_a_window():
+def test_images_of_other_aspect_ratios_and_smaller_than_a_window():
     image = np.random.default_rng(0).integers(0, 256, (37, 90, 3), np.uint8)
     copy, answer = np.zeros((1, 3, 3), np.uint8), np.full((1, 3, 3), 200, np.uint8)
     for transfer in (transfer_change, transfer_denoised, transfer_sharpened):
         assert transfer(image, copy, answer).shape == image.shape
 
 
-def test_denoising_keeps_detail_that_the_working_size_cannot_show(reconstruct):
+def test_denoising_keeps_details_finer_than_the_working_size(reconstruct):
     clean = photograph("astronaut", 384)
     noisy = (clean + np.random.default_rng(0).normal(0, 15, clean.shape)).round().clip(0, 255).astype(np.uint8)
     answer = np.asarray(Image.fromarray(clean).resize((64, 64), Image.Resampling.LANCZOS))

@@ -4,7 +4,7 @@ from instructdiffusion_pipeline.tasks.wording import join_words, with_a, with_th
 
 
 @pytest.mark.parametrize("name", ["the cat", "His hat", "two cats", "some people", "him", "everything blue", "no one"])
-def test_a_determiner_is_not_doubled(name):
+def test_names_with_a_determiner_get_no_article(name):
     assert with_the(name) == name
 
 

@@ -8,7 +8,7 @@ from instructdiffusion_pipeline.types import Edit
 
 
 class Pairs:
-    """`count` noise images, each with another one as its edited image."""
+    """`count` noise images, each with another noise image as its edited image."""
 
     skipped: list[tuple[str, str]] = []
 
@@ -28,7 +28,7 @@ class Pairs:
 
 
 def mixture(count: int = 5, seed: int = 0, side: int = 32) -> Mixture:
-    """Two sources, with `count` pairs and with two."""
+    """Two sources, one with `count` pairs and one with two."""
     sources = [
         Source("many", Pairs(count, side=side), Editing.from_annotation),
         Source("two", Pairs(2, 100, side), Editing.from_annotation),

@@ -1,4 +1,4 @@
-"""The whole alignment stage with the model that ships: candidates, picks by score, fine-tuning, a better score."""
+"""The alignment stage with `instructdiffusion-tiny`: candidates, selection by score, fine-tuning, a better score."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ TASK = Segmentation({"sunflower": "blue"})
 SPRITE = Image.open(tiny.ROOT / "examples" / "demo" / "sunflower.png").convert("RGBA")
 SHIPPED = tiny.ROOT / "examples" / "instructdiffusion-tiny"
 GRID = [(text, image) for text in (0.5, 1.0, 2.0) for image in (0.5, 1.0)]  # around the model's own settings
-STEPS, GOOD = 12, 0.6  # denoising steps; an IoU that is worth a pick
+STEPS, GOOD = 12, 0.6  # denoising steps; minimum IoU of a selected candidate
 
 
 def scene(seed: int) -> tuple[Image.Image, np.ndarray]:

@@ -14,7 +14,7 @@ SAMPLES = [Sample(tiny.picture(seed=i), tiny.picture(seed=50 + i), f"paint {i}")
 SMALL = {"grid": [(1.5, 1.0), (3.0, 1.25)], "num_inference_steps": 2, "batch_size": 2}
 
 
-def test_each_sample_is_answered_with_each_setting(pipe, tmp_path):
+def test_there_is_a_candidate_for_each_sample_and_setting(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     names = sorted(path.name for path in (tmp_path / "candidates").iterdir())
     assert names == [f"00000{i}_{k}.png" for i in range(3) for k in ("00_s1.5_i1", "01_s3_i1.25")]
@@ -24,13 +24,13 @@ def test_each_sample_is_answered_with_each_setting(pipe, tmp_path):
     assert len(list((tmp_path / "sheets").iterdir())) == 3 and not list((tmp_path / "picks").iterdir())
 
 
-def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
+def test_a_stopped_run_continues_to_the_same_files(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     whole = tiny.contents(tmp_path)
     for name in ("sheets/000002.png", "candidates/000002_01_s3_i1.25.png"):
         (tmp_path / name).unlink()
     untouched = tmp_path / "candidates" / "000000_00_s1.5_i1.png"
-    untouched.rename(tmp_path / "picks" / untouched.name)  # somebody has begun to pick
+    untouched.rename(tmp_path / "picks" / untouched.name)  # some candidates are already selected
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     again = tiny.contents(tmp_path)
     assert not untouched.exists(), "candidates that were moved are not made again"
@@ -42,7 +42,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(pipe, tmp_path):
         make_candidates(pipe, [], tmp_path / "none")
 
 
-def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
+def test_selected_candidates_are_edits_of_their_inputs(pipe, tmp_path):
     make_candidates(pipe, SAMPLES, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="picks is empty; move the best of .*candidates there"):
         load_preferences(tmp_path)
@@ -57,7 +57,7 @@ def test_picks_are_edits_of_their_inputs(pipe, tmp_path):
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["instruction"] == "paint 1"
 
 
-def test_samples_are_answered_at_their_own_size(pipe, tmp_path):
+def test_candidates_have_the_size_of_their_sample(pipe, tmp_path):
     image = tiny.picture(48, 48)
     assert pipe.default_resolution == 32
     make_candidates(pipe, [Sample(image, image, "paint")], tmp_path, [(3.0, 1.0)], 2, seed=4)
@@ -68,5 +68,5 @@ def test_samples_are_answered_at_their_own_size(pipe, tmp_path):
     assert (np.asarray(Image.open(path)) == np.asarray(expected)).all()
 
 
-def test_the_grid_is_the_papers_twenty():
+def test_the_grid_has_the_twenty_settings_of_the_paper():
     assert len(set(GUIDANCE_GRID)) == 20

@@ -1,4 +1,4 @@
-"""Checkpoints: what they may run, what of them loads, and what a resumed run may change."""
+"""Checkpoints run no code, load as models, and allow some changes when a run is resumed."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ def pairs(count=2, first=0):
 
 
 def run(folder, resume=None, data=None, validation=(), resume_changes=(), **changes):
-    """Train a fresh model of fixed weights."""
+    """Train a new model with fixed initial weights."""
     pipe = InstructDiffusionPipeline(**tiny.components())
     pipe.set_progress_bar_config(disable=True)
     samples = ImageDataset(data or pairs(), pipe.tokenizer)
@@ -41,7 +41,7 @@ def run(folder, resume=None, data=None, validation=(), resume_changes=(), **chan
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two updates that kept both of its checkpoints."""
+    """A run of two updates with both checkpoints kept."""
     folder = tmp_path_factory.mktemp("trained")
     pipe = run(folder, checkpointing_steps=1)
     return folder, pipe
@@ -66,10 +66,10 @@ class Canary:
 
 
 def test_no_file_of_a_checkpoint_can_run_code(copied, tmp_path):
-    """Each file is replaced by a pickle that makes a folder, and so are files that accelerate looks for."""
+    """Each file, and each file that accelerate looks for, is replaced with a pickle that creates a folder."""
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Canary(canary)))
-    canary.rmdir()  # it sings when unpickled
+    canary.rmdir()  # unpickling it creates a folder
     checkpoint = without_the_last(copied)
     names = {str(path.relative_to(checkpoint)) for path in (checkpoint / "state").iterdir()}
     assert names >= {f"state/{name}" for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")}
@@ -101,7 +101,7 @@ def spoil(kind, tensors):
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "of another shape", "not finite"])
 @pytest.mark.parametrize("file", ["ema", "trained"])
-def test_weights_that_do_not_fit_are_refused(copied, kind, file):
+def test_weights_that_do_not_fit_raise_errors(copied, kind, file):
     path = without_the_last(copied) / "state" / f"{file}.safetensors"
     save_file(spoil(kind, load_file(path)), path)
     with pytest.raises(ValueError, match=f"`resume`: .*{file}.safetensors does not fit the model: 1 tensors are"):
@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_are_refused(copied, kind, file):
 
 @pytest.mark.parametrize("name", ["state/ema.safetensors", "state/optimizer.bin", "state/trained.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"not a file of weights"])
-def test_files_that_cannot_be_read_are_named(copied, name, content):
+def test_files_that_cannot_be_read_raise_errors(copied, name, content):
     path = without_the_last(copied) / name
     path.unlink()
     if content is not None:
@@ -120,7 +120,7 @@ def test_files_that_cannot_be_read_are_named(copied, name, content):
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_settings_that_cannot_be_read_are_named(copied, content):
+def test_settings_that_cannot_be_read_raise_errors(copied, content):
     (without_the_last(copied) / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"`resume`: .*checkpoint-1/config.json (cannot be read|must be a JSON)"):
         run(copied, "latest")
@@ -136,11 +136,11 @@ def test_a_checkpoint_loads_as_the_model_that_the_run_would_return(trained):
     assert not torch.equal(loaded.unet.conv_in.weight, last), "the average"
 
 
-def test_checkpoints_of_lora_have_the_layers_alone(tmp_path):
+def test_checkpoints_of_lora_contain_only_the_layers(tmp_path):
     pipe = run(tmp_path, lora_rank=2)
     layers = sum(parameter.nbytes for name, parameter in pipe.unet.named_parameters() if "lora" in name)
     files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
-    # The layers, their average twice (as a model too), and two numbers of the optimizer for each.
+    # The layers, their average twice (also as a model), and two values of the optimizer for each.
     assert sum(path.stat().st_size for path in files) < 5 * layers + 200_000
     assert (tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors").stat().st_size < layers + 20_000
     fresh = InstructDiffusionPipeline(**tiny.components())
@@ -174,8 +174,8 @@ def test_lora_is_not_resumed_on_another_model(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_validation_that_is_due_when_a_run_was_killed_is_made(copied, tmp_path, stop):
-    """Between the checkpoint and its images; `stop` 2 is the end of the run."""
+def test_a_validation_that_a_killed_run_missed_is_made_up(copied, tmp_path, stop):
+    """The run is killed between the checkpoint and its images; `stop` 2 is the end of the run."""
     if stop == 1:
         without_the_last(copied)
     sample = pairs()[0]
@@ -190,12 +190,12 @@ def test_a_validation_that_is_due_when_a_run_was_killed_is_made(copied, tmp_path
 
 
 def test_old_checkpoints_that_a_killed_run_left_are_deleted(copied):
-    """It was killed between the last checkpoint and the end of the deletion."""
+    """The run was killed between the last checkpoint and the end of the deletion."""
     run(copied, "latest", checkpointing_steps=1, checkpoints_total_limit=1)
     assert [path.name for path in copied.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_run_says_what_changed_and_changes_what_is_named(copied):
+def test_changed_settings_are_reported_and_accepted_if_listed(copied):
     mended = pairs(2, first=7)
     with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.01, content was .* resume_changes=\["):
         run(copied, "latest", mended, learning_rate=1e-2, max_train_steps=3)
@@ -211,8 +211,8 @@ def test_a_run_says_what_changed_and_changes_what_is_named(copied):
     assert json.loads((copied / "checkpoint-4" / "config.json").read_text())["learning_rate"] == 1e-2
 
 
-def test_a_changed_rate_is_the_rate_of_the_next_update(copied):
-    """AdamW moves each weight by about its rate; a run that kept the old one would move a hundredth of that."""
+def test_a_changed_learning_rate_applies_to_the_next_update(copied):
+    """AdamW changes each weight by about the learning rate; with the old rate this would be a hundredth."""
     before = load_file(copied / "checkpoint-2" / "state" / "trained.safetensors")
     for rate in (1e-1, 1e-5):
         folder = shutil.copytree(copied, copied / f"rate-{rate}")
@@ -223,19 +223,19 @@ def test_a_changed_rate_is_the_rate_of_the_next_update(copied):
 
 
 @pytest.mark.parametrize("name", ["lora_rank", "optimizer", "learnig_rate"])
-def test_changes_that_are_unknown_or_impossible_are_refused(copied, name):
+def test_unknown_and_impossible_changes_raise_errors(copied, name):
     with pytest.raises(ValueError, match=f"`resume_changes` must be names of .*learning_rate.*; got {name}"):
         run(copied, "latest", resume_changes=[name])
 
 
-def test_a_change_of_what_is_trained_has_no_way_on(copied):
+def test_a_change_of_the_trained_weights_raises_an_error(copied):
     with pytest.raises(ValueError, match="lora_rank was None and is 4") as refusal:
         run(copied, "latest", lora_rank=4)
     assert "resume_changes" not in str(refusal.value)
 
 
-def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(copied):
-    """torch's own words, which a limit on the size of files makes it say as well."""
+def test_a_full_disk_raises_an_error_and_keeps_the_earlier_checkpoint(copied):
+    """The error of torch for a full disk, which it also raises for a limit on the size of files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, hard))
@@ -248,8 +248,8 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(copied):
     assert sorted(path.name for path in copied.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_lora_sees_the_input_on_a_start_that_never_did(tmp_path):
-    """As in Stable Diffusion 1.5: the image half of the first convolution is zero."""
+def test_lora_learns_to_use_the_input_image_of_an_expanded_unet(tmp_path):
+    """As for Stable Diffusion 1.5, the weights of the first convolution for the image are zero."""
 
     def difference(pipe):
         pipe.set_progress_bar_config(disable=True)

@@ -27,7 +27,7 @@ def test_items_are_the_samples_of_the_mixture(pipe, samples):
         assert item["position"] == position and item["skipped"] == 0
 
 
-def test_pictures_of_several_sizes_are_refused(pipe):
+def test_images_of_several_sizes_raise_an_error(pipe):
     sources = [
         Source(name, Pairs(2, side=side), Editing.from_annotation) for name, side in (("small", 32), ("large", 64))
     ]
@@ -57,7 +57,7 @@ def test_a_gpu_has_workers_by_default(monkeypatch, given, device, cached, cores,
     assert count_workers(given, torch.device(device), cached) == expected
 
 
-def test_what_is_skipped_is_counted(pipe):
+def test_skipped_samples_are_counted(pipe):
     def picky(image, edit, rng):
         if "number 1" in edit.instruction:
             raise EmptyAnnotation("odd one")
@@ -69,7 +69,7 @@ def test_what_is_skipped_is_counted(pipe):
 
 
 class LongWords:
-    """Edits with instructions of many words, each another."""
+    """Edits with different instructions of many words."""
 
     def __init__(self, text):
         self.text = text
@@ -78,7 +78,7 @@ class LongWords:
         return Editing(edit.instruction + self.text)
 
 
-def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, caplog):
+def test_long_instructions_are_truncated_as_in_transformers_with_a_warning(pipe, caplog):
     text = "the cat " * 60
     expected = pipe.tokenizer(text, truncation=True, max_length=77).input_ids
     assert tokenize(pipe.tokenizer, text).tolist() == expected
@@ -95,7 +95,7 @@ def test_long_instructions_are_cut_as_transformers_cuts_them_and_say_so(pipe, ca
     assert len(samples.cut) == 6 and samples.cut.total() == 8
 
 
-def test_noise_depends_on_seed_and_position_only():
+def test_noise_depends_only_on_seed_and_position():
     together = draw_step_noise(3, [0, 1, 2, 3], SHAPE, 1000)
     apart = [draw_step_noise(3, [position], SHAPE, 1000) for position in range(4)]
     for number, column in enumerate(together):
@@ -104,7 +104,7 @@ def test_noise_depends_on_seed_and_position_only():
     assert not torch.equal(other.noise, apart[0].noise) and not torch.equal(apart[0].noise, apart[1].noise)
 
 
-def test_noise_has_its_distributions():
+def test_noise_has_the_expected_distributions():
     draws = draw_step_noise(0, range(2000), torch.Size([1, 4, 4]), 1000)
     for noise in (draws.noise, draws.posterior_noise):
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
@@ -116,7 +116,7 @@ def test_noise_has_its_distributions():
     assert draws.timesteps.min() >= 0 and draws.timesteps.max() <= 999
 
 
-def test_encoding_is_the_pipelines(pipe, samples):
+def test_encoding_matches_the_pipeline(pipe, samples):
     batch = torch.utils.data.default_collate([samples[0], samples[1]])
     encoded = FrozenEncoders(pipe.vae, pipe.text_encoder).encode(batch)
     sample = samples.mixture[1]
@@ -129,7 +129,7 @@ def test_encoding_is_the_pipelines(pipe, samples):
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_a_cache_holds_what_encoding_gives(pipe, samples, tmp_path, embeddings, monkeypatch):
+def test_a_cache_contains_the_encoded_samples(pipe, samples, tmp_path, embeddings, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_SIZE", 4)
     cached = cache_samples(samples, 10, pipe, tmp_path, embeddings=embeddings, batch_size=3)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3 and len(cached) == 10 and cached.sources == samples.sources
@@ -143,7 +143,7 @@ def test_a_cache_holds_what_encoding_gives(pipe, samples, tmp_path, embeddings, 
             torch.testing.assert_close(item[name].float(), expected[name][0].float(), atol=1e-2, rtol=1e-2)
 
 
-def test_each_epoch_of_a_cache_shows_all_in_another_order(pipe, samples, tmp_path):
+def test_each_epoch_of_a_cache_has_all_samples_in_another_order(pipe, samples, tmp_path):
     cached = cache_samples(samples, 6, pipe, tmp_path)
     again = CachedDataset(tmp_path)
 
@@ -155,7 +155,7 @@ def test_each_epoch_of_a_cache_shows_all_in_another_order(pipe, samples, tmp_pat
     assert epoch(again, 1) == epoch(cached, 1), "without the epoch before it"
 
 
-def test_a_cache_of_some_sources_alone_shows_all_of_theirs(pipe, samples, tmp_path):
+def test_a_cache_can_be_restricted_to_some_sources(pipe, samples, tmp_path):
     cached = cache_samples(samples, 12, pipe, tmp_path)
 
     def shown(data, positions):
@@ -172,7 +172,7 @@ def test_a_cache_of_some_sources_alone_shows_all_of_theirs(pipe, samples, tmp_pa
         CachedDataset(tmp_path, only={"few"})
 
 
-def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples, tmp_path, monkeypatch):
+def test_an_interrupted_cache_is_completed_and_another_raises_an_error(pipe, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_SIZE", 2)
     cache_samples(samples, 5, pipe, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -191,7 +191,7 @@ def test_a_cache_that_was_stopped_is_finished_and_another_refused(pipe, samples,
         cache_samples(samples, 0, pipe, tmp_path / "other")
 
 
-def test_a_text_is_stored_once(pipe, tmp_path):
+def test_the_embedding_of_a_text_is_stored_once(pipe, tmp_path):
     samples = ImageDataset(Mixture([(Source("same", Pairs(6), lambda *_: Editing("same words")), 1)]), pipe.tokenizer)
     cached = cache_samples(samples, 6, pipe, tmp_path)
     assert cached._shards[0]["prompt_embeds"].shape == (1, 77, 32)
@@ -200,7 +200,7 @@ def test_a_text_is_stored_once(pipe, tmp_path):
     )
 
 
-def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
+def test_a_cache_of_other_images_raises_an_error(pipe, tmp_path):
     def samples(first):
         return ImageDataset(
             Mixture([(Source("same name", Pairs(3, first), Editing.from_annotation), 1)]), pipe.tokenizer
@@ -212,7 +212,7 @@ def test_a_cache_of_other_pictures_is_refused(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
-def test_a_bias_draws_late_timesteps_more_often_and_nothing_else_differs(power):
+def test_a_timestep_bias_changes_only_the_distribution_of_timesteps(power):
     biased, plain = (draw_step_noise(0, range(4000), torch.Size([1, 1, 1]), 1000, bias) for bias in (power, 1.0))
     assert biased.timesteps.min() >= 0 and biased.timesteps.max() <= 999
     for share in (0.25, 0.5, 0.75, 0.9):

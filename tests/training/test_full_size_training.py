@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size with random weights: image latents added, two updates at 256 x 256."""
+"""Stable Diffusion 1.5 at full size with random weights: added image latents, and two updates at 256 x 256."""
 
 import time
 
@@ -15,13 +15,13 @@ from instructdiffusion_pipeline.training.metrics import peak_memory
 
 
 @pytest.mark.slow
-def test_full_size_is_widened_and_trained(tmp_path):
-    """Needs 8 GB of memory and 4 GB of disk. It trains LoRA, as the optimizer state of all weights takes 7 GB more."""
+def test_the_full_size_model_is_expanded_and_trained(tmp_path):
+    """Needs 8 GB of memory and 4 GB on disk. It trains LoRA; the optimizer state of all weights has 7 GB more."""
     torch.manual_seed(0)
     levels = (320, 640, 1280, 1280)
     unet = UNet2DConditionModel(
         sample_size=64, block_out_channels=levels, cross_attention_dim=768, attention_head_dim=8
-    ).eval()  # otherwise diffusers' defaults are Stable Diffusion 1.5's
+    ).eval()  # the other defaults in diffusers are those of Stable Diffusion 1.5
     noisy, image, text = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768)
     with torch.no_grad():
         narrow = unet(noisy, 500, text).sample
@@ -40,7 +40,7 @@ def test_full_size_is_widened_and_trained(tmp_path):
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
         )
     )
-    # CLIP's own vocabulary is not at hand without a network. The tiny one gives valid ids, and fewer of them.
+    # CLIP's vocabulary is not available without a network. The tiny one has valid ids, but fewer of them.
     tokenizer = CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
     pipe = InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, tiny.scheduler())
     samples = ImageDataset(mixture(side=256), tokenizer)
@@ -52,7 +52,7 @@ def test_full_size_is_widened_and_trained(tmp_path):
     print(f"two updates of one sample at 256 x 256, bf16, low-rank: {time.perf_counter() - started:.0f} s")
     print(f"peak memory {peak_memory(torch.device('cpu')) / 1e9:.1f} GB")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    # LoRA sees the input, although the image half of the first convolution was zero.
+    # LoRA uses the input, although the weights of the first convolution for the image were zero.
     timestep, pair = torch.tensor(500), [torch.cat([noisy, latents], dim=1) for latents in (image, -image)]
     with torch.no_grad():
         first, second = (pipe.unet(latents, timestep, text).sample for latents in pair)

@@ -61,7 +61,7 @@ def two_samples(pipe):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, cached):
-    """A checkpoint has the whole state: weights, EMA, optimizer, schedule, place in the data."""
+    """A checkpoint has the whole state: weights, EMA, optimizer, schedule, position in the data."""
     settings = {
         "max_train_steps": 9,
         "batch_size": 2,
@@ -80,7 +80,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, 
     deadline = time.time() + 120
     while not checkpoints(broken) and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
-    time.sleep(random.Random().uniform(0, 0.2))  # at any time in the updates and checkpoints that follow
+    time.sleep(random.Random().uniform(0, 0.2))  # at any time during the following updates and checkpoints
     process.kill()
     process.wait()
     assert checkpoints(broken), "killed before the first checkpoint"
@@ -96,7 +96,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_uninterrupted_run(tmp_path, 
     assert not torch.equal(expected["unet.conv_in.weight"], fresh.unet.conv_in.weight), "training moved nothing"
 
 
-def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path):
+def test_two_processes_train_like_one_with_twice_the_accumulation(tmp_path):
     settings = {
         "max_train_steps": 4,
         "batch_size": 2,
@@ -119,7 +119,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path):
 
 
 def test_two_processes_share_the_files_of_a_cache(tmp_path, monkeypatch):
-    """Each encodes one of both files, with the content that one process gives them."""
+    """Each encodes one of two files, with the same content as with one process."""
     settings = {"max_train_steps": 1, "batch_size": 1, "ema_decay": 0}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
     run = launch + command(tmp_path / "two", tmp_path / "cache", **settings)[1:]
@@ -167,7 +167,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_lowers_the_loss_on_two_samples(way, pipe, two_samples, tmp_path):
+def test_all_training_settings_lower_the_loss_on_two_samples(way, pipe, two_samples, tmp_path):
     others = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
     embeds = pipe.encode_prompt("make it number 0")[0]
     if way == "velocity":
@@ -194,8 +194,8 @@ def test_on_cuda_half_precision_and_eight_bit_adam_lower_the_loss(settings, pipe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["all weights", "LoRA"])
-def test_a_compiled_run_is_resumed_and_gives_the_weights_of_a_plain_one(settings, samples, tmp_path):
-    """Minutes on a CPU."""
+def test_a_resumed_compiled_run_gives_the_weights_of_an_eager_one(settings, samples, tmp_path):
+    """Takes minutes on a CPU."""
     config = dataclasses.replace(
         FEW, max_train_steps=4, learning_rate=1e-3, ema_decay=0.5, checkpointing_steps=2, **settings
     )
@@ -210,7 +210,7 @@ def test_a_compiled_run_is_resumed_and_gives_the_weights_of_a_plain_one(settings
     resumed = run(compiled, "compiled", "latest")
     assert plain.keys() == whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    # The compiler fuses operations, and AdamW divides the rounding errors by gradients that are nearly zero.
+    # The compiler fuses operations, and AdamW amplifies the rounding errors of gradients that are nearly zero.
     differences = torch.cat([(whole[name] - plain[name]).abs().flatten() for name in plain])
     assert differences.mean() < 1e-6 and (differences > 1e-5).float().mean() < 1e-3
 
@@ -241,7 +241,7 @@ def test_adapters_that_a_pipeline_has_are_not_trained_with_it(pipe, two_samples,
     InstructDiffusionPipeline.from_pretrained(tmp_path / "again" / "checkpoint-2")
 
 
-def test_text_to_image_never_sees_the_input(pipe, two_samples, tmp_path):
+def test_text_to_image_does_not_use_the_input(pipe, two_samples, tmp_path):
     config = dataclasses.replace(FEW, text_to_image=True, max_train_steps=4, learning_rate=1e-2, weight_decay=0)
     before = pipe.unet.conv_in.weight.clone()
     train(pipe, two_samples, config, tmp_path)
@@ -249,7 +249,7 @@ def test_text_to_image_never_sees_the_input(pipe, two_samples, tmp_path):
     assert moved[:, :4].max() > 0 and moved[:, 4:].max() == 0, "zero latents give no gradient"
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_sources_and_checkpoint(pipe, samples, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_reports_the_samples(pipe, samples, tmp_path):
     class Poisoned(torch.utils.data.Dataset):
         sources = samples.sources
 
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_sources_and_checkpoint(pipe, 
     assert all(tensor.isfinite().all() for tensor in stored.values())
 
 
-def test_gradients_that_are_not_finite_stop_too(pipe, two_samples, tmp_path):
+def test_gradients_that_are_not_finite_stop_the_run(pipe, two_samples, tmp_path):
     pipe.unet.conv_out.register_full_backward_hook(lambda module, into, out: (into[0] * float("inf"),))
     with pytest.raises(FloatingPointError, match="update 0: the norm of the gradients is (nan|inf).* from two"):
         train(pipe, two_samples, FEW, tmp_path)
@@ -288,7 +288,7 @@ def samples(pipe):
     return ImageDataset(mixture(), pipe.tokenizer)
 
 
-def test_checkpoints_of_another_run_are_refused(pipe, two_samples, tmp_path):
+def test_checkpoints_of_another_run_raise_an_error(pipe, two_samples, tmp_path):
     train(pipe, two_samples, FEW, tmp_path)
     other = dataclasses.replace(FEW, learning_rate=1e-2, seed=3)
     with pytest.raises(ValueError, match="another run: learning_rate was 0.0001 and is 0.01, seed was 0 and is 3"):
@@ -312,7 +312,7 @@ def test_a_run_can_be_made_longer_and_its_other_batches(pipe, two_samples, tmp_p
     assert all(torch.equal(ended[name], tensor) for name, tensor in again.unet.state_dict().items())
 
 
-def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, two_samples, tmp_path, monkeypatch):
+def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, tmp_path, monkeypatch):
     for settings, words in (
         ({"mixed_precision": "fp16"}, '`mixed_precision` must be "bf16" or "no" on a CPU'),
         ({"optimizer": "adamw8bit"}, '`optimizer` must be "adamw" on cpu, because "adamw8bit" needs CUDA'),
@@ -364,20 +364,20 @@ def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(pipe, tw
         ({"optimizer": "sgd"}, "`optimizer` must be one of"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, words):
+def test_settings_out_of_range_raise_errors(settings, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(FEW, **settings)
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
-def test_every_schedule_that_is_offered_trains(name, pipe, two_samples, tmp_path):
+def test_training_runs_with_each_learning_rate_scheduler(name, pipe, two_samples, tmp_path):
     warmup = 0 if name == "constant" else 1
     config = dataclasses.replace(FEW, max_train_steps=3, batch_size=1, lr_scheduler=name, lr_warmup_steps=warmup)
     train(pipe, two_samples, config, tmp_path)
     assert checkpoints(tmp_path) == ["checkpoint-3"]
 
 
-def test_lora_has_a_rate_of_its_own():
+def test_lora_has_its_own_default_learning_rate():
     assert (FEW.learning_rate, TrainingConfig(max_train_steps=1, lora_rank=4).learning_rate) == (1e-4, 1e-3)
     assert TrainingConfig(max_train_steps=1, lora_rank=4, learning_rate=0.5).learning_rate == 0.5
 
@@ -390,7 +390,7 @@ def test_the_length_of_a_run_can_be_given_in_epochs(pipe, samples, tmp_path):
     assert TrainingConfig(num_train_epochs=3, batch_size=2).for_samples(8, 2).max_train_steps == 6
 
 
-def test_validation_pictures_have_fixed_noise_and_do_not_disturb_training(pipe, samples, tmp_path):
+def test_validation_images_have_fixed_noise_and_do_not_change_training(pipe, samples, tmp_path):
     sample = samples.mixture[0]
     example = ValidationExample("editing", sample, {"num_inference_steps": 2})
     config = dataclasses.replace(FEW, max_train_steps=4, learning_rate=1e-3, validation_steps=2, ema_decay=0.5)
@@ -406,7 +406,7 @@ def test_validation_pictures_have_fixed_noise_and_do_not_disturb_training(pipe, 
     train(still, samples, config, tmp_path / "hidden")
     shown, hidden = pipe.unet.state_dict(), still.unet.state_dict()
     assert all(torch.equal(shown[name], hidden[name]) for name in hidden)
-    # The last grid is of the weights that the run returns: the average.
+    # The last grid shows the averaged weights, which the run returns.
     assert (np.asarray(validation_grid(pipe, [example, example])) == grids[-1]).all()
 
 
@@ -421,7 +421,7 @@ def test_the_loss_of_cached_validation_samples_is_that_of_the_images(pipe, sampl
     assert len(said[0]) == 2 and said[0] == pytest.approx(said[1], rel=0.02)
 
 
-def test_validation_pictures_have_the_size_of_the_training_pictures(pipe):
+def test_validation_images_have_the_size_of_the_training_images(pipe):
     sizes = []
 
     def note(pipeline, step, timestep, tensors):
@@ -434,7 +434,7 @@ def test_validation_pictures_have_the_size_of_the_training_pictures(pipe):
     assert pipe.default_resolution == 32 and sizes == [(48 // pipe.vae_scale_factor,) * 2]
 
 
-def test_an_interrupted_validation_leaves_the_trained_weights_and_not_the_average(pipe, samples, tmp_path):
+def test_an_interrupted_validation_restores_the_trained_weights(pipe, samples, tmp_path):
     start, used = pipe.unet.conv_in.weight.detach().clone(), []
 
     def interrupt(pipeline, step, timestep, tensors):
@@ -454,7 +454,7 @@ def test_an_interrupted_validation_leaves_the_trained_weights_and_not_the_averag
     assert not torch.equal(used[0], trained), "validation uses the average"
 
 
-def test_checkpoints_leave_other_files_in_the_folder_alone(pipe, two_samples, tmp_path):
+def test_saving_checkpoints_does_not_change_other_files(pipe, two_samples, tmp_path):
     others = [tmp_path / name / "notes.txt" for name in ("partial", "checkpoint-1", ".checkpoint-2.other")]
     for path in others:
         path.parent.mkdir()
@@ -465,7 +465,7 @@ def test_checkpoints_leave_other_files_in_the_folder_alone(pipe, two_samples, tm
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4"} | {path.parent.name for path in others}
 
 
-def test_sources_with_the_same_name_are_refused(pipe, tmp_path):
+def test_sources_with_the_same_name_raise_an_error(pipe, tmp_path):
     twins = [(Source("pairs", Pairs(2, first), Editing.from_annotation), 1) for first in (0, 50)]
     with pytest.raises(ValueError, match="different names; these are used more than once: pairs"):
         ImageDataset(Mixture(twins), pipe.tokenizer)
@@ -484,7 +484,7 @@ def test_sources_with_the_same_name_are_refused(pipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_folders_of_one_data_set_have_losses_of_their_own(pipe, tmp_path):
+def test_two_folders_of_one_dataset_have_separate_losses(pipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = ["table (a)", "table (b)"]
@@ -497,7 +497,7 @@ def test_two_folders_of_one_data_set_have_losses_of_their_own(pipe, tmp_path):
     assert parts[0] != parts[1] and np.mean(parts) == pytest.approx(total, rel=1e-5)
 
 
-def test_trackers_get_loss_of_each_source_rate_memory_and_pictures(pipe, samples, tmp_path):
+def test_trackers_get_losses_by_source_throughput_memory_and_images(pipe, samples, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = dataclasses.replace(FEW, max_train_steps=4, logging_steps=2, report_to="tensorboard")

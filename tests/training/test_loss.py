@@ -1,4 +1,4 @@
-"""The training step against two that were recorded from the original."""
+"""The training step compared with two recorded steps of the original code."""
 
 import json
 
@@ -12,7 +12,7 @@ from instructdiffusion_pipeline.training.data import tokenize
 from instructdiffusion_pipeline.training.encoding import drop_conditioning
 from instructdiffusion_pipeline.training.loss import denoising_loss, loss_weights
 
-# Where the weights whose gradients were recorded live in diffusers' UNet.
+# The names in diffusers' UNet of the weights whose gradients were recorded.
 GRADIENTS = {
     "input_blocks.0.0.weight": "conv_in.weight",
     "time_embed.0.weight": "time_embedding.linear_1.weight",
@@ -50,7 +50,7 @@ def golden_losses(pipe, tensors, about, **options):
     )
 
 
-def test_loss_and_gradients_are_the_originals(golden_pipe, step):
+def test_loss_and_gradients_match_the_original_code(golden_pipe, step):
     tensors, about = step
     unet = golden_pipe.unet
     losses = golden_losses(golden_pipe, tensors, about)
@@ -74,7 +74,7 @@ def test_min_snr_weights_each_sample_by_its_clipped_snr(golden_pipe, step):
 
 
 class Ideal(torch.nn.Module):
-    """Predicts the exact velocity from the noisy latents and t, as it knows the `latents`."""
+    """Predicts the exact velocity from the noisy latents and t, using the true `latents`."""
 
     def __init__(self, latents):
         super().__init__()
@@ -90,7 +90,7 @@ class Ideal(torch.nn.Module):
 
 
 @pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
-def test_velocity_of_the_right_latents_has_no_loss_and_that_of_wrong_ones_their_weighted_error(min_snr_gamma):
+def test_the_velocity_loss_is_the_weighted_error_of_the_latents(min_snr_gamma):
     draw = torch.Generator().manual_seed(0)
     latents, image_latents, noise, wrong = torch.randn(4, 6, 4, 8, 8, generator=draw)
     timesteps = torch.tensor([20, 100, 300, 500, 800, 999])
@@ -110,7 +110,7 @@ def test_velocity_of_the_right_latents_has_no_loss_and_that_of_wrong_ones_their_
     torch.testing.assert_close(losses(wrong), weights * errors, atol=1e-4, rtol=1e-3)
 
 
-def test_what_the_answer_changes_counts_more_and_the_whole_as_before():
+def test_changed_latents_have_a_higher_weight_and_the_mean_weight_is_one():
     image = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     target = image.clone()
     target[0, :, 2:4, 5:7] += 1
@@ -125,7 +125,7 @@ def test_what_the_answer_changes_counts_more_and_the_whole_as_before():
     assert (weights[1:] == 1).all(), "changed everywhere, or nowhere"
 
 
-def test_weights_multiply_the_errors_of_their_places(golden_pipe, golden):
+def test_loss_weights_multiply_the_squared_errors(golden_pipe, golden):
     tensors = load_file(golden / "training" / "step_a.safetensors")
     about = json.loads((golden / "training" / "step_a.json").read_text())
     left = torch.zeros_like(tensors["noise"][:, :1])

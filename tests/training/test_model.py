@@ -31,12 +31,12 @@ def answers(dtype, size, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 16, 32])
-def test_a_widened_unet_says_exactly_what_it_said(dtype, size):
+def test_an_expanded_unet_returns_the_same_output(dtype, size):
     narrow, wide = answers(dtype, size)
     assert torch.equal(narrow, wide)
 
 
-def test_expanding_copies_the_bias_and_starts_the_new_channels_at_zero():
+def test_expanding_copies_the_bias_and_sets_the_new_weights_to_zero():
     unet = four_channels()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     wide = expand_conv_in(unet)
@@ -50,13 +50,13 @@ def test_expanding_copies_the_bias_and_starts_the_new_channels_at_zero():
         expand_conv_in(four_channels(in_channels=9))
 
 
-def test_the_new_channels_learn():
+def test_the_new_channels_are_trained():
     unet = expand_conv_in(four_channels()).requires_grad_(True)
     unet(torch.randn(1, 8, 16, 16), 10, torch.randn(1, 77, 32)).sample.square().mean().backward()
     assert unet.conv_in.weight.grad[:, 4:].abs().max() > 0
 
 
-def test_starts_from_a_stable_diffusion_folder(tmp_path):
+def test_training_starts_from_a_stable_diffusion_folder(tmp_path):
     parts = tiny.components() | {"unet": four_channels(), "scheduler": DDIMScheduler(beta_schedule="scaled_linear")}
     StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -73,14 +73,14 @@ def test_starts_from_a_stable_diffusion_folder(tmp_path):
     assert first.shape == (1, 32, 32, 3) and (first == second).all()
 
 
-def test_starts_from_half_precision_in_float32(pipe, tmp_path):
+def test_half_precision_models_are_loaded_in_float32(pipe, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     loaded = load_for_training(tmp_path / "half")
     assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
 
 
-def test_a_unet_in_shards_is_put_together(pipe):
-    """The weights at the end of FSDP, here not sharded, as accelerate does not shard on a CPU."""
+def test_a_sharded_unet_is_gathered(pipe):
+    """The weights at the end of FSDP, which are not sharded here, because accelerate does not shard on a CPU."""
     denoiser = Denoiser(pipe, TrainingConfig(max_train_steps=1))
     whole = gather_unet(Accelerator(), denoiser, pipe.unet)
     ours, theirs = whole.state_dict(), pipe.unet.state_dict()

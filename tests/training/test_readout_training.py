@@ -1,4 +1,4 @@
-"""Training of a readout: its targets, what it learns, resuming, and its place in a model's folder."""
+"""Training of a readout: its targets, its scores, resuming, and saving in a model's folder."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ SIZE = 64
 
 
 def scene(seed: int) -> Example:
-    """Soft clouds, and a disc of the image that is the cat, or a joint. Both are asked for in random colors."""
+    """Soft clouds, and a disc that is the cat or a joint. Both have tasks with random colors."""
     rng = random.Random(seed)
     clouds = np.random.default_rng(seed).integers(40, 216, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(clouds).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -52,13 +52,13 @@ def scene(seed: int) -> Example:
 
 
 def faint(example: Example) -> Image.Image:
-    """An answer of a model that paints at a third of the strength."""
+    """An output of a model that paints with a third of the opacity."""
     return Image.blend(example.image, example.tasks[0].draw(example.image, example.truth), 0.33)
 
 
 @pytest.fixture
 def answered(tmp_path):
-    """A dataset of faint answers to the scenes of some seeds."""
+    """A dataset of faint outputs for the scenes of some seeds."""
 
     def answered(seeds, config):
         (tmp_path / "answers").mkdir()
@@ -72,7 +72,7 @@ def answered(tmp_path):
     return answered
 
 
-def test_a_readout_learns_to_read_what_its_model_paints(answered, tmp_path):
+def test_a_readout_learns_to_decode_the_outputs_of_its_model(answered, tmp_path):
     config = ReadoutConfig(sample_size=32, max_train_steps=100, batch_size=8, learning_rate=4e-3)
     readout = fit(answered(range(60), config), config, tmp_path, torch.device("cpu"))
     overlaps, found, by_color = [], [], []
@@ -91,7 +91,7 @@ def test_a_readout_learns_to_read_what_its_model_paints(answered, tmp_path):
     assert np.mean(overlaps) > 0.8 and np.mean(found) > 0.7 and np.mean(by_color) < 0.2
 
 
-def test_a_stopped_run_ends_with_the_readout_of_an_uninterrupted_one(answered, tmp_path):
+def test_a_resumed_run_gives_the_readout_of_an_uninterrupted_one(answered, tmp_path):
     dataset = answered(range(6), FEW)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -117,7 +117,7 @@ def test_a_stopped_run_ends_with_the_readout_of_an_uninterrupted_one(answered, t
         fit(dataset, dataclasses.replace(FEW, max_train_steps=7), tmp_path / "stopped", torch.device("cpu"))
 
 
-def test_an_epoch_has_every_colour_of_every_answer_once(answered, tmp_path):
+def test_an_epoch_has_each_color_of_each_output_once(answered, tmp_path):
     dataset = answered([0, 1, 3, 5], FEW)
     expected = sum(len(scene(seed).tasks[0].colors) for seed in (0, 1, 3, 5))
     assert len(dataset) == expected
@@ -130,7 +130,7 @@ def test_an_epoch_has_every_colour_of_every_answer_once(answered, tmp_path):
     assert not torch.equal(first, second), "another order"
 
 
-def test_examples_without_an_answer_are_left_out(answered, tmp_path):
+def test_examples_without_an_output_are_left_out(answered, tmp_path):
     dataset = answered([0, 2], FEW)
     records = (tmp_path / "records.jsonl").read_text().splitlines()
     (tmp_path / "records.jsonl").write_text("\n".join([json.dumps({"index": 0, "error": "OSError"}), records[1]]))
@@ -158,7 +158,7 @@ def test_larger_readouts_have_more_levels(size, levels):
         assert sum(parameter.numel() for parameter in readout.parameters()) == pytest.approx(0.6e6, rel=0.1)
 
 
-def test_asking_training_and_scoring_in_one_run_that_can_be_repeated(pipe, tmp_path, monkeypatch):
+def test_training_of_a_readout_can_be_repeated(pipe, tmp_path, monkeypatch):
     class Scenes(list):
         skipped: list[tuple[str, str]] = []
 
@@ -189,7 +189,7 @@ def test_asking_training_and_scoring_in_one_run_that_can_be_repeated(pipe, tmp_p
 @pytest.mark.parametrize(
     "class_name", ["InstructDiffusionPipeline", ["pipeline_instruct_diffusion", "InstructDiffusionPipeline"]]
 )
-def test_a_readout_is_put_into_the_folder_of_a_model(pipe, tmp_path, class_name):
+def test_a_readout_is_saved_in_the_folder_of_a_model(pipe, tmp_path, class_name):
     pipe.save_pretrained(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": class_name}))
@@ -206,7 +206,7 @@ def test_a_readout_is_put_into_the_folder_of_a_model(pipe, tmp_path, class_name)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_model_loads_wherever_the_replacement_of_its_readout_stops(pipe, tmp_path, monkeypatch):
+def test_a_model_loads_if_saving_a_readout_is_killed_at_any_point(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path)
     save_readout(build_readout(32), tmp_path)
     index = tmp_path / "model_index.json"
@@ -232,5 +232,5 @@ def test_a_model_loads_wherever_the_replacement_of_its_readout_stops(pipe, tmp_p
             replace()
         return list(dict.fromkeys((size, bool(calibration)) for size, calibration in found))
 
-    # The calibration, which is of the old readout, is never with the new one.
+    # The calibration of the old readout is never saved with the new one.
     assert states(lambda: save_readout(build_readout(64), tmp_path, overwrite=True)) == [(None, False), (64, False)]

@@ -39,7 +39,7 @@ def expected_inputs(pipe, samples, config):
 
 
 @pytest.mark.parametrize("min_snr_gamma", [None, 5.0])
-def test_the_first_update_is_that_of_the_paper(pipe, tmp_path, monkeypatch, min_snr_gamma):
+def test_the_first_update_matches_an_independent_computation(pipe, tmp_path, monkeypatch, min_snr_gamma):
     samples, seen = ImageDataset(mixture(), pipe.tokenizer), []
     config = dataclasses.replace(CONFIG, min_snr_gamma=min_snr_gamma, max_grad_norm=0.5)
     forward = Denoiser.forward
@@ -60,7 +60,7 @@ def test_the_first_update_is_that_of_the_paper(pipe, tmp_path, monkeypatch, min_
     denoising_loss(unet, scheduler, latents, image_latents, text, noise, timesteps, min_snr_gamma).mean().backward()
     assert torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5) > 0.5
     optimizer.step()
-    # Where a gradient is next to nothing, Adam's first step has an arbitrary sign; a few weights of each tensor may.
+    # Adam's first step has an arbitrary sign if the gradient is nearly zero, as for a few weights of each tensor.
     for (name, found), wanted in zip(pipe.unet.named_parameters(), unet.parameters(), strict=True):
         close = torch.isclose(found, wanted, atol=2e-5, rtol=0).float().mean()
         assert close > 0.9 or wanted.grad.abs().max() < 1e-6, (name, close)
@@ -85,7 +85,7 @@ def test_the_schedule_counts_updates(pipe, tmp_path):
     assert learning_rates(tmp_path) == pytest.approx([1e-3 * share for share in after], abs=1e-9)
 
 
-def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
+def test_a_resumed_run_may_split_its_updates_into_other_batches(tmp_path):
     def run(folder, resume=None, **changes):
         pipe = InstructDiffusionPipeline(**tiny.components())
         config = TrainingConfig(
@@ -108,7 +108,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_updates(tmp_path):
         run(tmp_path / "parts", tmp_path / "parts" / "checkpoint-3")
 
 
-def test_other_pictures_of_the_same_number_are_another_run(pipe, tmp_path):
+def test_a_changed_dataset_of_the_same_size_is_another_run(pipe, tmp_path):
     def samples(first):
         return ImageDataset(
             Mixture([(Source("same name", Pairs(3, first), Editing.from_annotation), 1)]), pipe.tokenizer

@@ -8,7 +8,7 @@ from accelerate.tracking import GeneralTracker
 from instructdiffusion_pipeline.training.metrics import TrainingMetrics, log_images, peak_memory
 
 
-def test_a_summary_has_the_means_since_the_one_before():
+def test_a_summary_has_the_means_since_the_previous_one():
     metrics = TrainingMetrics(["a", "b"], torch.device("cpu"))
     metrics.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 1]), 2)
     first = metrics.summarize()
@@ -39,7 +39,7 @@ class WithPictures(GeneralTracker):
         self.seen.append((step, values["validation"].shape))
 
 
-def test_trackers_that_take_no_pictures_are_left_alone():
+def test_trackers_without_image_support_get_no_images():
     tracker = WithPictures()
     log_images([GeneralTracker(_blank=True), tracker], tiny.picture(20, 10), step=7)
     assert tracker.seen == [(7, (1, 10, 20, 3))]

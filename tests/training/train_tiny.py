@@ -1,7 +1,7 @@
-"""A short training run in a process of its own: train_tiny.py OUTPUT_DIR SETTINGS [CACHE], settings in JSON.
+"""A short training run in a separate process: train_tiny.py OUTPUT_DIR SETTINGS [CACHE], with settings in JSON.
 
-With SHARD_SIZE in the environment, a file of the cache has so many samples, and each process writes the names of the
-files that it encodes to OUTPUT_DIR.process-RANK.
+If SHARD_SIZE is set in the environment, it is the number of samples in a file of the cache, and each process writes
+the names of the files that it encodes to OUTPUT_DIR.process-RANK.
 """
 
 import json
