@@ -23,7 +23,7 @@ FAST = {"num_inference_steps": 2}
 
 
 @pytest.mark.parametrize("size", [(100, 60), (33, 47)])
-def test_slices_cover_the_picture(size):
+def test_slices_cover_the_image(size):
     boxes = slice_boxes(size, 0.56)
     seen = np.zeros(size[::-1], int)
     for left, top, right, bottom in boxes:
@@ -33,7 +33,7 @@ def test_slices_cover_the_picture(size):
 
 
 @pytest.mark.parametrize("size, center", [((100, 100), (30, 30)), ((160, 100), (122, 74)), ((100, 160), (26, 122))])
-def test_slices_find_what_half_of_them_see(size, center):
+def test_an_object_in_half_of_the_slices_is_found(size, center):
     """The answers are drawn: each view paints the disc where it sees all of it; the whole image paints nothing."""
     image, task = Image.new("RGB", size, (90, 90, 90)), Segmentation({"ball": "red"})
     y, x = np.mgrid[: size[1], : size[0]]
@@ -49,7 +49,7 @@ def test_slices_find_what_half_of_them_see(size, center):
     assert not masks_from_margins(combine_slices(view_margins(*whole, None), [], None))["ball"].pixels.any()
 
 
-def test_a_slice_counts_less_where_it_cuts_the_picture():
+def test_a_slice_has_a_lower_weight_at_edges_inside_the_image():
     image, task = Image.new("RGB", (100, 80)), Segmentation({"ball": "red"})
     corner = centrality(View(0, task, "", image.crop((0, 0, 56, 44)), (0, 0)), image.size)
     assert corner.shape == (44, 56) and corner[0, 0] == corner[10, 10] == 1 and corner.min() == np.float32(0.1)
@@ -58,7 +58,7 @@ def test_a_slice_counts_less_where_it_cuts_the_picture():
     assert np.array_equal(middle, middle.T) and np.array_equal(middle, middle[::-1, ::-1]) and middle[22, 22] == 1
 
 
-def test_regions_that_only_slices_show_are_connected_parts_apart_from_the_known_mask():
+def test_new_regions_are_connected_parts_not_next_to_the_known_mask():
     pixels, known = np.zeros((2, 300, 200), bool)
     pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = pixels[250, 150] = True
     known[10:40, 30:60] = True
@@ -73,7 +73,7 @@ def test_regions_that_only_slices_show_are_connected_parts_apart_from_the_known_
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("rows, columns", [((0, 10), (0, 20)), ((90, 100), (60, 80)), ((50, 60), (70, 90))])
-def test_close_ups_are_squares_in_the_picture_around_the_region(rows, columns, share):
+def test_close_ups_are_squares_inside_the_image_around_the_region(rows, columns, share):
     region = np.zeros((100, 200), bool)
     region[slice(*rows), slice(*columns)] = True
     left, top, right, bottom = close_up(region, share)
@@ -82,7 +82,7 @@ def test_close_ups_are_squares_in_the_picture_around_the_region(rows, columns, s
     assert top <= rows[0] and bottom >= rows[1] and left <= columns[0] and right >= columns[1]
 
 
-def test_close_ups_are_no_smaller_than_a_share_of_the_picture_and_no_larger_than_the_picture():
+def test_close_ups_have_a_minimum_size_and_fit_into_the_image():
     region = np.zeros((100, 200), bool)
     region[50, 100] = True
     left, top, right, bottom = close_up(region, 0.5)
@@ -110,7 +110,7 @@ def test_crops_confirm_a_region_by_majority(marks, kept):
     assert np.array_equal(confirm_region(margin, "ball", region, flagged, None), margin)
 
 
-def test_slices_ask_about_the_parts_too(pipe):
+def test_with_slices_the_model_is_also_run_on_slices_and_crops(pipe):
     calls = []
     answer = ask(
         pipe, tiny.picture(), Segmentation({"cat": "red"}), slices=0.56, generator=tiny.generator(),
