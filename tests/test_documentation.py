@@ -85,3 +85,13 @@ def test_the_readme_is_short_and_versions_agree() -> None:
 def test_public_names_exist() -> None:
     for name in instructdiffusion_pipeline.__all__:
         assert getattr(instructdiffusion_pipeline, name) is not None
+
+
+def test_the_messages_in_the_table_of_errors_are_those_of_the_code() -> None:
+    page = (tiny.ROOT / "docs" / "pipeline.md").read_text()
+    quoted = re.findall(r'^\| "([^"]+)" \|', page, re.M)
+    code = "".join(path.read_text() for path in (tiny.ROOT / "src").rglob("*.py"))
+    code = re.sub(r'"\s+f?"', "", code)  # joins the parts of a message
+    assert len(quoted) > 4
+    for message in quoted:
+        assert all(part in code for part in message.split(" ... ")), message
