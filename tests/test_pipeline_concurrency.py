@@ -1,11 +1,14 @@
 """A pipeline and its scheduler have the state of one call, so a second call at the same time raises an error."""
 
+import copy
 import threading
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from peft import LoraConfig
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 
@@ -51,6 +54,37 @@ def test_a_second_pipeline_leaves_the_precision_of_the_first(pipe):
     assert other.unet is pipe.unet and {other.unet.dtype, other.vae.dtype, other.text_encoder.dtype} == {
         torch.bfloat16
     }
+
+
+def lora_scale(pipe):
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    return {"cross_attention_kwargs": {"scale": 0.5}}
+
+
+def attention_broadcast(pipe):
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    return {}
+
+
+@pytest.mark.parametrize("change", [lora_scale, attention_broadcast])
+@pytest.mark.parametrize("changing_call", ["first", "second"])
+def test_concurrent_calls_of_a_unet_that_one_of_them_changes_raise_an_error(pipe, change, changing_call):
+    settings, other = change(pipe), sibling(pipe)
+    first, second = (settings, {}) if changing_call == "first" else ({}, settings)
+
+    def callback(pipeline, step, timestep, tensors):
+        other(**tiny.inputs(**second))
+
+    with pytest.raises(RuntimeError, match="`unet` is already running in another call"):
+        pipe(**tiny.inputs(callback_on_step_end=callback, **first))
+    expected = pipe(**tiny.inputs(**settings)).images
+    if change is lora_scale:  # the cache asks `pipe` for the current timestep
+        assert np.array_equal(other(**tiny.inputs(**settings)).images, expected), "one after the other they work"
+        other.unet = copy.deepcopy(pipe.unet)
+        pipe(**tiny.inputs(callback_on_step_end=callback, **first))
 
 
 def test_calls_in_threads_return_the_exact_image_or_raise_an_error(pipe):

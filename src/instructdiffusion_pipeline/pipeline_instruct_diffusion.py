@@ -12,6 +12,7 @@ import re
 import reprlib
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -377,6 +378,13 @@ def _check_caches(unet: UNet2DConditionModel) -> None:
         )
 
 
+def _has_caches(unet: UNet2DConditionModel | None) -> bool:
+    """Whether one of diffusers' caches, such as PyramidAttentionBroadcast, is applied to the UNet."""
+    modules = () if unet is None else unet.modules()
+    registries = (module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook"))
+    return any(hook._is_stateful for registry in registries for hook in registry.hooks.values())
+
+
 def _reset_caches(unet: UNet2DConditionModel) -> None:
     """Empty the caches of diffusers' hooks, which contain the attention of an earlier call or of other predictions."""
     for module in unet.modules():
@@ -384,17 +392,22 @@ def _reset_caches(unet: UNet2DConditionModel) -> None:
             module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
-# Ids of the pipelines and schedulers that are in a call; both store the state of the call.
+# Ids of the pipelines and schedulers that are in a call, because both store the state of the call; also of UNets that
+# a call changes. `_unet_calls` counts the calls of every UNet.
 _in_call: set[int] = set()
+_unet_calls: Counter[int] = Counter()
 _in_call_lock = threading.Lock()
 
 
 def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise a RuntimeError if the pipeline or its scheduler is already running another call."""
+    """Raise a RuntimeError if the pipeline, its scheduler or a UNet that a call changes is running another call."""
+    signature = inspect.signature(call)
 
     @functools.wraps(call)
     def exclusive_call(self: "InstructDiffusionPipeline", *args: Any, **kwargs: Any) -> Any:
-        ids = {id(self), id(self.scheduler)}
+        attention = signature.bind(self, *args, **kwargs).arguments.get("cross_attention_kwargs")
+        ids, unet = {id(self), id(self.scheduler)}, id(self.unet)
+        changes_unet = bool(attention) or _has_caches(self.unet)
         with _in_call_lock:
             if ids & _in_call:
                 raise RuntimeError(
@@ -403,12 +416,20 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
                     " InstructDiffusionPipeline.from_pipe(pipe,"
                     " scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))"
                 )
+            if unet in _in_call or (changes_unet and _unet_calls[unet]):
+                raise RuntimeError(
+                    "`unet` is already running in another call, and `cross_attention_kwargs` or"
+                    " PyramidAttentionBroadcast changes it during a call. Use a copy of the UNet for concurrent calls."
+                )
+            ids |= {unet} if changes_unet else set()
             _in_call.update(ids)
+            _unet_calls[unet] += 1
         try:
             return call(self, *args, **kwargs)
         finally:
             with _in_call_lock:
                 _in_call.difference_update(ids)
+                _unet_calls[unet] -= 1
 
     return exclusive_call
 
