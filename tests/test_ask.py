@@ -259,7 +259,9 @@ def test_close_ups_confirm_a_region_by_majority(monkeypatch, marks, kept):
     assert calls == [[(43, 43), (29, 29), (22, 22)]]
     assert found.any() == kept and (not kept or (found & ball).sum() / (found | ball).sum() > 0.9)
     known = confirm_regions(None, view, "ball", rough, rough, None, {})
-    assert np.array_equal(known, rough) and len(calls) == 1, "what the whole picture shows is not asked about again"
+    assert np.array_equal(known, rough) and len(calls) == 1, (
+        "regions in the output for the whole image are not cropped"
+    )
 
 
 def test_with_slices_the_model_is_also_run_on_slices_and_crops(pipe):
