@@ -97,9 +97,9 @@ def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
     return steps
 
 
-def pck(steps: Sequence[float], share: float) -> float | None:
-    """PCK (0 to 1): the fraction of `distances` that are at most `share`; None if there are no distances."""
-    return sum(step <= share for step in steps) / len(steps) if steps else None
+def pck(steps: Sequence[float], threshold: float) -> float | None:
+    """PCK (0 to 1): the fraction of `distances` that are at most `threshold`; None if there are no distances."""
+    return sum(step <= threshold for step in steps) / len(steps) if steps else None
 
 
 class Overlap(NamedTuple):
