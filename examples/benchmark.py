@@ -103,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=integer(1), default=10, help="denoising steps of inference (default: 10)")
     parser.add_argument(
-        "--output", type=Path, help="JSON file for the results; a plot is written beside it, as a PNG file"
+        "--output", type=Path, help="JSON file for the results; a plot is written next to it, as a PNG file"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     args = parser.parse_args()

@@ -84,7 +84,7 @@ def run(
     golden_ema_pipe: InstructDiffusionPipeline,
 ) -> Run:
     if request.param == "cli_97x130_rgba_s10" and version("pillow") < "13":
-        pytest.skip("Pillow before 13 enlarges a picture of 97 x 130 pixels in another way")
+        pytest.skip("Pillow before 13 enlarges an image of 97 x 130 pixels in another way")
     pipe = golden_ema_pipe if "ema" in request.param else golden_pipe
     return Run(golden / "inference" / request.param, pipe)
 

@@ -45,11 +45,11 @@ def test_sixteen_bits_are_scaled_down_and_not_clipped() -> None:
 
 @pytest.mark.parametrize(("mode", "scale"), [("F", 1 / 255), ("F", 1), ("I", 1), ("I", 257), ("I;16", 257)])
 def test_the_range_of_gray_values_is_recognized(mode: str, scale: float) -> None:
-    grey = np.arange(256).reshape(16, 16)
+    gray = np.arange(256).reshape(16, 16)
     types = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
-    picture = PIL.Image.fromarray((grey * scale).astype(types[mode]))
+    picture = PIL.Image.fromarray((gray * scale).astype(types[mode]))
     assert picture.mode == mode
-    assert np.array_equal(np.asarray(upright_rgb(picture))[..., 1], grey)
+    assert np.array_equal(np.asarray(upright_rgb(picture))[..., 1], gray)
 
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 255.5), ("F", float("nan"))])

@@ -37,7 +37,7 @@ def main() -> None:
         shutil.copy(Path(__file__).parent / "train_gpu.sh", partial)
         download_wheels(partial / "wheels")
         size = check_size(partial, LIMIT)
-    print(f"{args.output} has {size:.1f} MB. Beside or in a checkout, on a machine with a GPU: bash train_gpu.sh")
+    print(f"{args.output} has {size:.1f} MB. In a checkout or next to one, on a machine with a GPU: bash train_gpu.sh")
 
 
 if __name__ == "__main__":

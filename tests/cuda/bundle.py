@@ -46,7 +46,7 @@ def main() -> None:
         write_data(partial / "data", SPLITS)
         download_wheels(partial / "wheels")
         size = check_size(partial, LIMIT)
-    print(f"{args.output} has {size:.1f} MB. Beside or in a checkout, on a machine with a GPU: bash run.sh")
+    print(f"{args.output} has {size:.1f} MB. In a checkout or next to one, on a machine with a GPU: bash run.sh")
 
 
 def write_data(folder: Path, splits: dict[str, int]) -> None:

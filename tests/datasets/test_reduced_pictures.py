@@ -92,7 +92,7 @@ def test_tables(tmp_path, write):
     image, edit = training.dataset[0]
     assert image.size == (60, 80) and edit.edited.size == (120, 160), "an eighth of 480 x 640 and of 960 x 1280"
     image, edit = test.dataset[0]
-    assert image.size == (480, 640) and edit.edited.size == (960, 1280), "evaluation reads whole pictures"
+    assert image.size == (480, 640) and edit.edited.size == (960, 1280), "evaluation reads whole images"
     reduced, whole = (source.read(0, random.Random(0)) for source in (training, test))
     for first, second in ((reduced[0], whole[0]), (reduced[1].edited, whole[1].edited)):
         assert first.size == (SIZE, SIZE)

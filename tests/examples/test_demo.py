@@ -30,7 +30,7 @@ def test_the_demo_writes_a_row_for_each_family_and_an_input_image(run_demo, tmp_
     assert sheet.width == 3 * (PANEL + MARGIN) and sheet.height > 4 * PANEL
     published = Image.open(tiny.ROOT / "docs" / "demo.jpg")
     blocks, expected = (np.asarray(each.convert("RGB").reduce(8)).astype(int) for each in (sheet, published))
-    assert abs(blocks - expected).max() < 12, "the picture of the README is the output of `make demo`"
+    assert abs(blocks - expected).max() < 12, "the image of the README is the output of `make demo`"
     photograph, picture = demo.square(data.chelsea(), 256), Image.open("demo-input.png")
     changed = (np.asarray(photograph) != np.asarray(picture)).any(-1)
     assert changed[:10].sum() == changed[:, :10].sum() == 0 and changed.any(), "the sunflower starts at (10, 10)"

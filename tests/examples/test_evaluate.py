@@ -70,7 +70,7 @@ def test_datasets_are_rows_of_one_table(monkeypatch, capsys, tmp_path, model, co
         "gopro test": 3,
     }
     assert "AP" in rows["coco val2017"]["scores"] and "mcIoU" in rows["coco-stuff val2017"]["scores"]
-    assert rows["gopro test"]["scores"]["PSNR"]["input"] == 100, "blurred and sharp pictures are the same here"
+    assert rows["gopro test"]["scores"]["PSNR"]["input"] == 100, "blurred and sharp images are the same here"
     (failure,) = rows["gopro test"]["failed"]
     assert failure["name"] == "gopro test 2: clip/blur/2.png" and "UnreadableSample" in failure["error"]
     assert (output / "table.md").read_text() in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_two_folders_of_one_dataset_are_two_rows(monkeypatch, tmp_path, model, g
         ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
         ("gopro=/tmp", "/tmp/test: no samples found"),
         ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
-        ("captions=/tmp", "can be trained on, but not evaluated on"),
+        ("captions=/tmp", "this dataset is for training only"),
     ],
 )
 def test_data_that_cannot_be_read_is_reported(monkeypatch, tmp_path, model, data, message):

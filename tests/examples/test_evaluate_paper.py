@@ -108,7 +108,7 @@ def test_each_expression_and_class_has_a_prompt(whole):
         "ade20k-847-validation": 3,
     }
     sizes = {name: Image.open(whole / name / "answers" / "000000-0.png").size for name in ("gopro-test", "sidd-val")}
-    assert sizes == {"gopro-test": (80, 64), "sidd-val": (32, 32)}, "GoPro's pictures keep their resolution"
+    assert sizes == {"gopro-test": (80, 64), "sidd-val": (32, 32)}, "GoPro's images keep their resolution"
     # 17 joints need four prompts; the 11 joints that animals and people have need three.
     assert questions("humanart-validation") == 3 * 4 and questions("ap10k-test-split1") == 3 * 3
 

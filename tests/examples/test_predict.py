@@ -155,7 +155,7 @@ def test_a_run_killed_five_times_writes_the_files_of_one_run(pipe, tmp_path, que
         run_until(records, [*command, "killed"], tmp_path)
     assert tiny.contents(tmp_path / "killed", tiny.HIDDEN) == tiny.contents(tmp_path / "whole")
     assert len(list((tmp_path / "killed" / "records").iterdir())) == 40, (
-        "all but three files that are no pictures, and seven with sides of more than 4 : 1"
+        "all except three files that are not images, and seven with sides of more than 4 : 1"
     )
 
     # The results are their own ground truth: pycocotools reads and finds all of them.

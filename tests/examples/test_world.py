@@ -204,16 +204,16 @@ def test_families_with_the_same_generator_have_different_images(world_folder):
 
 def test_held_out_names_are_requested_among_trained_ones(world_folder):
     world = World(world_folder, FRAME, unseen_objects=True)
-    distractors, neighbours = 0, False
+    distractors, neighbors = 0, False
     for seed in range(60):
         scene = world.scene(random.Random(seed))
         assert world.names & scene.names
         distractors += len(scene.names - world.names)
         image, masks = segmentation(world, random.Random(seed))
-        neighbours |= any(masks[words].any() and not mentions(words, world.names) for words in masks)
+        neighbors |= any(masks[words].any() and not mentions(words, world.names) for words in masks)
         (words,) = one_of_names(image, masks, random.Random(seed), world.names).colors
         assert mentions(words, world.names)
-    assert distractors > 20 and neighbours, "the annotation has the other objects, too"
+    assert distractors > 20 and neighbors, "the annotation has the other objects, too"
 
 
 def test_a_whole_pose_is_decoded_from_its_discs(world_folder):

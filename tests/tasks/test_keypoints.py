@@ -123,7 +123,7 @@ def test_decoding_works_after_the_vae_of_instructdiffusion_tiny(shipped):
     for seed in range(20):
         image, joints, task = question(random.Random(seed))
         distances += errors(task, joints, task.read(image, through_vae(shipped, task.draw(image, joints))))
-    print("pixels off after the autoencoder", np.quantile(distances, [0.5, 0.9, 1]).round(2))
+    print("pixels off after the VAE", np.quantile(distances, [0.5, 0.9, 1]).round(2))
     assert len(distances) > 40 and max(distances) <= 2
 
 

@@ -98,7 +98,7 @@ def test_decoding_works_after_the_vae_of_instructdiffusion_tiny(shipped):
         image, masks, task = question(random.Random(seed))
         found = task.read(image, through_vae(shipped, task.draw(image, masks)))
         scores.append(iou_where_it_shows(image, task, found, masks))
-    print("IoU after the autoencoder", np.quantile(scores, [0, 0.1, 0.25, 0.5]).round(3))
+    print("IoU after the VAE", np.quantile(scores, [0, 0.1, 0.25, 0.5]).round(3))
     assert min(scores) >= 0.95
 
 
@@ -322,8 +322,8 @@ def test_the_outline_has_the_complementary_color_without_corner_pixels(color):
     pixels = np.zeros((9, 9), bool)
     pixels[2:7, 2:7] = True
     pixels[2, 2] = False
-    grey = Image.new("RGB", (9, 9), (128, 128, 128))
-    shown = np.asarray(Segmentation({"cat": color}).overlay(grey, {"cat": Mask(pixels, 1.0)}))
+    gray = Image.new("RGB", (9, 9), (128, 128, 128))
+    shown = np.asarray(Segmentation({"cat": color}).overlay(gray, {"cat": Mask(pixels, 1.0)}))
     outline = (shown == 255 - np.array(MASK_COLORS[color])).all(2)
     assert outline[2, 3] and outline[3, 2] and outline[6, 6]
     assert not outline[3, 3] and outline.sum() == 15

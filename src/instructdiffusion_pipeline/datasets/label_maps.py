@@ -82,8 +82,8 @@ class LabelMaps:
         self._values = {name: {number - offset for number in numbers} for name, numbers in classes.items()}
         self._unlabeled = unlabeled
         self._stems = []
-        labelled = [path.stem for path in labels.glob(f"*{suffix}")]
-        for stem in sorted({path.stem for path in pictures.glob("*.jpg")}.union(labelled) if stems is None else stems):
+        labeled = [path.stem for path in labels.glob(f"*{suffix}")]
+        for stem in sorted({path.stem for path in pictures.glob("*.jpg")}.union(labeled) if stems is None else stems):
             if not is_file_name(stem):
                 self.skipped.append((repr(stem), "a malformed name"))
             elif not os.path.isfile(pictures / f"{stem}.jpg"):

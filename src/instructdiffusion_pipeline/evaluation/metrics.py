@@ -44,7 +44,7 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
         raise ValueError("`poses` must all have an area and the same sigmas.")
     truths, results = [], []
     for number, (pose, joints) in enumerate(pairs, start=1):  # for pycocotools the id 0 means "no match"
-        labelled = [pose.get(name) for name in names]
+        labeled = [pose.get(name) for name in names]
         truths.append(
             {
                 "id": number,
@@ -53,8 +53,8 @@ def keypoint_ap(poses: Sequence[Pose], found: Sequence[Joints]) -> dict[str, flo
                 "iscrowd": 0,
                 "area": pose.area,
                 "bbox": [0, 0, 0, 0],  # used only for people without joints
-                "num_keypoints": sum(map(bool, labelled)),
-                "keypoints": [value for joint in labelled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
+                "num_keypoints": sum(map(bool, labeled)),
+                "keypoints": [value for joint in labeled for value in ((*joint[:2], 2) if joint else (0, 0, 0))],
             }
         )
         results.append(coco_keypoints({name: joints.get(name) or NOT_FOUND for name in names}, number, names))
@@ -99,9 +99,9 @@ def distances(pose: Joints, found: Joints, reference: float) -> list[float]:
     return steps
 
 
-def pck(steps: Sequence[float], share: float) -> float | None:
-    """PCK (0 to 1): the fraction of `distances` that are at most `share`; None if there are no distances."""
-    return sum(step <= share for step in steps) / len(steps) if steps else None
+def pck(steps: Sequence[float], threshold: float) -> float | None:
+    """PCK (0 to 1): the fraction of `distances` that are at most `threshold`; None if there are no distances."""
+    return sum(step <= threshold for step in steps) / len(steps) if steps else None
 
 
 class Overlap(NamedTuple):
