@@ -407,7 +407,7 @@ def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
     def exclusive_call(self: "InstructDiffusionPipeline", *args: Any, **kwargs: Any) -> Any:
         attention = signature.bind(self, *args, **kwargs).arguments.get("cross_attention_kwargs")
         ids, unet = {id(self), id(self.scheduler)}, id(self.unet)
-        changes_unet = bool(attention) or _has_caches(self.unet)
+        changes_unet = attention is not None or _has_caches(self.unet)
         with _in_call_lock:
             if ids & _in_call:
                 raise RuntimeError(
