@@ -46,7 +46,6 @@ from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.files import atomic_write, update_json, write_text
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import update_blocks_index
 from instructdiffusion_pipeline.tasks import Task
 
 SCALES = "guidance_scale", "image_guidance_scale"
@@ -240,12 +239,16 @@ def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
     """Copy the folder of a model with the settings of `trial`."""
     with atomic_write(output) as partial:
         shutil.copytree(model, partial)
-        index = json.loads((partial / "model_index.json").read_text())
-        settings = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
-        scheduler = [index["scheduler"][0], trial.scheduler]
-        update_json(partial / "model_index.json", {"task_settings": settings, "scheduler": scheduler})
-        update_blocks_index(partial)
-        getattr(diffusers, trial.scheduler).from_config(search.scheduler_config).save_pretrained(partial / "scheduler")
+        for path in (partial / "model_index.json", partial / "modular_model_index.json"):
+            if path.exists():
+                index = json.loads(path.read_text())
+                settings = index.get("task_settings", {}) | {search.family: dict(trial.settings)}
+                index["scheduler"][1] = trial.scheduler
+                for about in index["scheduler"][2:]:  # in the index of Modular Diffusers
+                    about["type_hint"][1] = trial.scheduler
+                update_json(path, {"task_settings": settings, "scheduler": index["scheduler"]})
+        scheduler = getattr(diffusers, trial.scheduler).from_config(search.scheduler_config)
+        scheduler.save_pretrained(partial / "scheduler")
 
 
 if __name__ == "__main__":

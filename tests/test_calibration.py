@@ -192,3 +192,8 @@ def test_the_fingerprint_of_a_model_has_the_scale_of_its_lora(pipe):
     assert len(found) == 3
     pipe.enable_lora()
     assert pipeline_fingerprint(pipe) in found
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "light")
+    for adapters in (["style"], ["light"], ["style", "light"]):
+        pipe.set_adapters(adapters)
+        found.add(pipeline_fingerprint(pipe))
+    assert len(found) == 6

@@ -48,12 +48,14 @@ def test_concurrent_calls_with_separate_schedulers_work(pipe):
     assert len(found) == 2 and all(np.array_equal(images, expected) for images in found)
 
 
-def test_a_second_pipeline_leaves_the_precision_of_the_first(pipe):
-    pipe.to(torch.bfloat16)
-    other = sibling(pipe)
-    assert other.unet is pipe.unet and {other.unet.dtype, other.vae.dtype, other.text_encoder.dtype} == {
-        torch.bfloat16
-    }
+def test_a_second_pipeline_leaves_the_precision_of_each_model(pipe):
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.float16)
+    for other in (sibling(pipe), InstructDiffusionPipeline.from_pipe(pipe, dtype=None)):
+        assert type(other) is InstructDiffusionPipeline and other.unet is pipe.unet
+        dtypes = [model.dtype for model in (other.unet, other.text_encoder, other.vae)]
+        assert dtypes == [torch.bfloat16, torch.float16, torch.float32]
+    assert InstructDiffusionPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
 
 
 def lora_scale(pipe):
@@ -78,13 +80,42 @@ def test_concurrent_calls_of_a_unet_that_one_of_them_changes_raise_an_error(pipe
     def callback(pipeline, step, timestep, tensors):
         other(**tiny.inputs(**second))
 
-    with pytest.raises(RuntimeError, match="`unet` is already running in another call"):
+    with pytest.raises(RuntimeError, match="`unet` or `text_encoder` is already running in another call"):
         pipe(**tiny.inputs(callback_on_step_end=callback, **first))
     expected = pipe(**tiny.inputs(**settings)).images
     if change is lora_scale:  # the cache asks `pipe` for the current timestep
         assert np.array_equal(other(**tiny.inputs(**settings)).images, expected), "one after the other they work"
         other.unet = copy.deepcopy(pipe.unet)
         pipe(**tiny.inputs(callback_on_step_end=callback, **first))
+
+
+@pytest.mark.parametrize("settings", [{"scale": 1.0}, {"ip_adapter_masks": None}])
+def test_attention_arguments_that_change_no_model_allow_concurrent_calls(pipe, settings):
+    lora_scale(pipe)
+    other, found = sibling(pipe), []
+
+    def callback(pipeline, step, timestep, tensors):
+        found.append(other(**tiny.inputs()).images)
+        return {}
+
+    pipe(**tiny.inputs(callback_on_step_end=callback, cross_attention_kwargs=settings))
+    assert len(found) == 2
+
+
+def test_a_scale_of_the_text_encoder_excludes_concurrent_calls_too(pipe):
+    """With a UNet of its own, the second pipeline shares the scaled layers of the text encoder."""
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    other = sibling(pipe)
+    other.unet = copy.deepcopy(pipe.unet)
+    settings = {"cross_attention_kwargs": {"scale": 0.5}, "callback_on_step_end": lambda *_: other(**tiny.inputs())}
+    with pytest.raises(RuntimeError, match="`unet` or `text_encoder` is already running"):
+        pipe(**tiny.inputs(**settings))
+
+
+def test_layerwise_casting_allows_concurrent_calls(pipe):
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    other = sibling(pipe)
+    pipe(**tiny.inputs(callback_on_step_end=lambda *_: other(**tiny.inputs()) and {}))
 
 
 def test_calls_in_threads_return_the_exact_image_or_raise_an_error(pipe):

@@ -1,6 +1,5 @@
 """The settings of a model: where they come from, which of them apply, and that they are saved."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
+from tiny import contents
 
 from instructdiffusion_pipeline import (
     Editing,
-    InstructDiffusionBlocks,
     InstructDiffusionPipeline,
     Restoration,
     ask,
@@ -130,19 +129,19 @@ def test_task_settings_have_only_steps_and_scales(settings):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
 
 
-def test_settings_saved_in_an_exported_folder_are_those_of_its_blocks_too(pipe, tmp_path):
-    """The folder still has its code, so that it loads where only diffusers is installed."""
+def test_a_folder_with_blocks_is_not_overwritten(pipe, tmp_path):
+    """Its blocks would keep the earlier settings."""
     export(pipe, tmp_path / "model")
-    before = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
+    before = contents(tmp_path / "model")
     pipe.register_to_config(task_settings=OWN)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.save_pretrained(tmp_path / "model")
-    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline_instruct_diffusion", "InstructDiffusionPipeline"]
-    again = DiffusionPipeline.from_pretrained(tmp_path / "model", trust_remote_code=True)
-    assert again.config.task_settings == OWN and isinstance(again.scheduler, DDIMScheduler)
-    blocks = InstructDiffusionBlocks().init_pipeline(str(tmp_path / "model"))
-    blocks.load_components()
-    assert blocks.config.task_settings == OWN and isinstance(blocks.scheduler, DDIMScheduler)
-    after = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
-    assert {name for name in after if after[name] != before[name]} == {"task_settings", "scheduler"}
+    with pytest.raises(FileExistsError, match="must not be a folder with blocks, .* Save to another folder"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert contents(tmp_path / "model") == before
+
+
+def test_a_pipeline_with_adapters_is_not_saved(pipe, tmp_path):
+    """The folder could not be loaded, because the names of its weights would be those of the layers below."""
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="must not have LoRA layers, but its unet has. Call fuse_lora"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -13,6 +13,7 @@ from instructdiffusion_pipeline.slices import (
     confirm_region,
     crop_view,
     new_regions,
+    segment_slices,
     slice_boxes,
     window_of,
 )
@@ -110,7 +111,7 @@ def test_crops_confirm_a_region_by_majority(marks, kept):
     assert np.array_equal(confirm_region(margin, "ball", region, flagged, None), margin)
 
 
-def test_with_slices_the_model_is_also_run_on_slices_and_crops(pipe):
+def test_with_slices_the_model_is_also_run_on_slices(pipe):
     calls = []
     answer = ask(
         pipe, tiny.picture(), Segmentation({"cat": "red"}), slices=0.56, generator=tiny.generator(),
@@ -123,3 +124,86 @@ def test_with_slices_the_model_is_also_run_on_slices_and_crops(pipe):
     ):
         with pytest.raises(ValueError, match=message):
             ask(pipe, tiny.picture(), task, slices=slices)
+
+
+def view_of(task, image, offset=(0, 0)):
+    return View(0, task, "", image, offset)
+
+
+def drawn(view, mask):
+    """An output that paints `mask`, a mask of the whole image, in a view."""
+    return Response(view.task.draw(view.image, {"ball": mask[window_of(view)]}), None, (0, 0, *view.image.size), False)
+
+
+def disc(x, y, radius=6, side=100):
+    rows, columns = np.mgrid[:side, :side]
+    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+
+
+def test_a_region_that_only_slices_mark_is_kept_if_its_crops_mark_it_too():
+    """Outputs are drawn. Slices mark two discs, and crops only the first one."""
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    there, ghost, sizes = disc(25, 30), disc(75, 70), []
+
+    def run(views):
+        sizes.extend(view.image.size for view in views)
+        return [drawn(view, there | ghost if view.image.size == (56, 56) else there) for view in views]
+
+    nothing = {"ball": np.full((100, 100), -0.5)}
+    margins, flag = segment_slices(run, [view_of(task, image)], nothing, 0.56, None)
+    found = masks_from_margins(margins)["ball"].pixels
+    assert not flag and (found & there).sum() / (found | there).sum() > 0.9
+    # Each disc has a width of 13 pixels: nine slices, and three crops around each disc.
+    crops = [(round(13 / fraction),) * 2 for fraction in (0.3, 0.45, 0.6)]
+    assert sizes == [(56, 56)] * 9 + crops * 2
+
+
+def test_an_object_in_the_output_for_the_whole_image_needs_no_confirmation():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, calls = disc(50, 50), []
+
+    def run(views):
+        calls.append(len(views))
+        return [drawn(view, np.zeros_like(ball)) for view in views]
+
+    margins, _ = segment_slices(run, [view_of(task, image)], {"ball": np.where(ball, 0.5, -0.5)}, 0.56, None)
+    assert calls == [8, 1] and np.array_equal(masks_from_margins(margins)["ball"].pixels, ball)
+
+
+@pytest.mark.parametrize("marking, views, kept", [(1, 2, True), (1, 3, False), (2, 3, True)])
+def test_half_of_the_slices_decide(marking, views, kept):
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, view = disc(50, 50), view_of(task, image)
+    sliced = [(view, drawn(view, ball if number < marking else np.zeros_like(ball))) for number in range(views)]
+    margins = combine_slices({"ball": np.full((100, 100), -0.5)}, sliced, None)
+    assert masks_from_margins(margins)["ball"].pixels.any() == kept
+
+
+def test_a_slice_that_cuts_the_image_near_a_pixel_is_outvoted_by_one_that_does_not():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, whole = disc(50, 50, radius=4), view_of(task, image)
+    cut = view_of(task, image.crop((0, 0, 56, 100)))  # ends two pixels beside the disc
+    for marking, kept in ((whole, True), (cut, False)):
+        sliced = [(view, drawn(view, ball if view is marking else np.zeros_like(ball))) for view in (whole, cut)]
+        margins = combine_slices({"ball": np.full((100, 100), -0.5)}, sliced, None)
+        assert masks_from_margins(margins)["ball"].pixels.any() == kept
+
+
+def test_a_faint_output_for_the_whole_image_does_not_become_a_mask_with_slices():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, view = disc(30, 30), view_of(task, image)
+    faint = {"ball": np.where(disc(70, 70), 0.05, -0.5)}
+    assert not masks_from_margins(faint)["ball"].pixels.any()
+    found = masks_from_margins(combine_slices(faint, [(view, drawn(view, ball))], None))["ball"].pixels
+    assert found.any() and not (found & disc(70, 70)).any()
+
+
+def test_small_regions_are_dropped_and_the_three_largest_remain():
+    pixels = np.zeros((200, 200), bool)
+    for number, side in enumerate((3, 20, 14, 26, 10)):
+        pixels[10 : 10 + side, 40 * number : 40 * number + side] = True
+    _, regions = new_regions(pixels, np.zeros_like(pixels))
+    assert [region.sum() for region in regions] == [26**2, 20**2, 14**2]
+    small = np.zeros((200, 200), bool)
+    small[10:13, 10:13] = True
+    assert new_regions(small, np.zeros_like(small))[1] == []

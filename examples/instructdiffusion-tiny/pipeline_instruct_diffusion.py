@@ -364,7 +364,8 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
     """Repeats (1 or batch_size, ...) to (batch_size * copies, ...); the copies of one sample are adjacent."""
     if tensor.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"`{name}` must have one entry, or one per sample of the call ({batch_size}); got {tensor.shape[0]}."
+            f"`{name}` must have one entry, or one per sample of the call; got {tensor.shape[0]}. The call has"
+            f" {batch_size} samples, the largest number of entries of `prompt`, `negative_prompt` and `image`."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
 
@@ -392,46 +393,62 @@ def _reset_caches(unet: UNet2DConditionModel) -> None:
             module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
-# Ids of the pipelines and schedulers that are in a call, because both store the state of the call; also of UNets that
-# a call changes. `_unet_calls` counts the calls of every UNet.
+# Ids of the objects that serve one call only: pipelines and schedulers, which store its state, and models that it
+# changes. `_calls` counts the calls of each model.
 _in_call: set[int] = set()
-_unet_calls: Counter[int] = Counter()
+_calls: Counter[int] = Counter()
 _in_call_lock = threading.Lock()
 
 
 def _exclusive(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise a RuntimeError if the pipeline, its scheduler or a UNet that a call changes is running another call."""
+    """Raise a RuntimeError if another call runs the pipeline, its scheduler, or a model that one of them changes."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)
     def exclusive_call(self: "InstructDiffusionPipeline", *args: Any, **kwargs: Any) -> Any:
-        attention = signature.bind(self, *args, **kwargs).arguments.get("cross_attention_kwargs")
-        ids, unet = {id(self), id(self.scheduler)}, id(self.unet)
-        changes_unet = attention is not None or _has_caches(self.unet)
+        try:
+            arguments = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            return call(self, *args, **kwargs)  # raises the same error with the name of the method
+        own = {id(self), id(self.scheduler)}
+        models = {id(model) for model in (self.unet, self.text_encoder) if model is not None}
+        changed = {id(model) for model in _changed_models(self, arguments.get("cross_attention_kwargs"))}
         with _in_call_lock:
-            if ids & _in_call:
+            if own & _in_call:
                 raise RuntimeError(
                     "This pipeline or its scheduler is already running, in another thread or in its own callback. For"
                     " concurrent calls create a second pipeline that shares all components except the scheduler:"
                     " InstructDiffusionPipeline.from_pipe(pipe,"
                     " scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))"
                 )
-            if unet in _in_call or (changes_unet and _unet_calls[unet]):
+            if models & _in_call or any(_calls[model] for model in changed):
                 raise RuntimeError(
-                    "`unet` is already running in another call, and `cross_attention_kwargs` or"
-                    " PyramidAttentionBroadcast changes it during a call. Use a copy of the UNet for concurrent calls."
+                    "`unet` or `text_encoder` is already running in another call, and a LoRA scale or a cache changes"
+                    " it during a call. For concurrent calls load a second pipeline with `from_pretrained`."
                 )
-            ids |= {unet} if changes_unet else set()
-            _in_call.update(ids)
-            _unet_calls[unet] += 1
+            _in_call.update(own | changed)
+            _calls.update(models)
         try:
             return call(self, *args, **kwargs)
         finally:
             with _in_call_lock:
-                _in_call.difference_update(ids)
-                _unet_calls[unet] -= 1
+                _in_call.difference_update(own | changed)
+                for model in models:
+                    _calls[model] -= 1
+                    if not _calls[model]:
+                        del _calls[model]
 
     return exclusive_call
+
+
+def _changed_models(pipeline: "InstructDiffusionPipeline", attention_kwargs: Any) -> list[torch.nn.Module]:
+    """The models that a call changes while it runs: LoRA layers are scaled, and caches are filled."""
+    scale = attention_kwargs.get("scale") if isinstance(attention_kwargs, dict) else None
+    scaled = _is_number(scale) and scale != 1
+    models = [pipeline.unet, pipeline.text_encoder] if scaled else []
+    return [model for model in models if getattr(model, "peft_config", None)] + (
+        [pipeline.unet] if _has_caches(pipeline.unet) else []
+    )
 
 
 def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
@@ -500,23 +517,6 @@ def add_code(folder: str | os.PathLike[str]) -> None:
     # If the name has the form [file, class], diffusers looks for the class in that file of the folder.
     config["_class_name"] = [code.stem, InstructDiffusionPipeline.__name__]
     index.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def update_blocks_index(folder: str | os.PathLike[str]) -> None:
-    """Copy `task_settings` and the classes of components from `model_index.json` to the index of the blocks.
-
-    Folders that `export` wrote have that index, `modular_model_index.json`; others are not changed.
-    """
-    path = Path(folder, "modular_model_index.json")
-    if not path.exists():
-        return
-    index = json.loads(path.read_text(encoding="utf-8"))
-    saved = json.loads(Path(folder, InstructDiffusionPipeline.config_name).read_text(encoding="utf-8"))
-    index["task_settings"] = saved["task_settings"]
-    for name, value in index.items():
-        if isinstance(value, list) and name in saved:
-            value[:2] = value[2]["type_hint"] = saved[name]
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -669,11 +669,15 @@ class InstructDiffusionPipeline(
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
         """As in diffusers, but the models keep their precision unless `dtype` is given.
 
-        diffusers would convert them to float32, also in `pipeline`, because the two pipelines share them.
+        diffusers would convert them to float32, also those of `pipeline`, because the two pipelines share them.
         """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
+        if kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None:
+            return super().from_pipe(pipeline, **kwargs)
+        # diffusers converts at the end, by `to`.
+        unconverted: Any = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})
+        pipe = unconverted.from_pipe(pipeline, **kwargs | {"dtype": torch.float32})
+        pipe.__class__ = cls
+        return pipe
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -689,17 +693,42 @@ class InstructDiffusionPipeline(
             settings["_class_name"] = name[-1]
         return settings
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but neither with adapters nor into a folder that has code for Modular Diffusers.
+
+        Raises:
+            ValueError: if a model has LoRA layers or an IP-Adapter, because the folder could not be loaded.
+            FileExistsError: if `save_directory` was written by `export`. Its blocks would keep the earlier settings.
+        """
+        self.check_no_adapters()
+        if Path(save_directory, "modular_model_index.json").exists():
+            raise FileExistsError(
+                "`save_directory` must not be a folder with blocks, which would keep their earlier weights and"
+                f" settings; got {save_directory}. Save to another folder, or use `instructdiffusion_pipeline.export`."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def check_no_adapters(self) -> None:
+        """Raise a ValueError if the pipeline has LoRA layers or an IP-Adapter, with which its weights do not load."""
+        for component in ("unet", "text_encoder"):
+            if getattr(getattr(self, component), "peft_config", None):
+                raise ValueError(
+                    f"The pipeline must not have LoRA layers, but its {component} has. Call fuse_lora() to keep their"
+                    " effect, then unload_lora_weights()."
+                )
+        if self.unet is not None and self.unet.config.encoder_hid_dim_type == "ip_image_proj":
+            raise ValueError("The pipeline must not have an IP-Adapter. Call unload_ip_adapter() first.")
+
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`; called by `save_pretrained` and `push_to_hub`.
 
-        If this class was loaded from a folder or repository (`trust_remote_code=True`), or if the folder has code
-        already, the code is saved too. Otherwise the folder could not be loaded without the package.
+        If this class was loaded from a folder or repository (`trust_remote_code=True`), the code is saved too.
+        Otherwise the new folder would need the package.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         # diffusers imports the code of folders and repositories as modules of this package.
-        if __name__.startswith("diffusers_modules.") or Path(save_directory, Path(__file__).name).exists():
+        if __name__.startswith("diffusers_modules."):
             add_code(save_directory)
-            update_blocks_index(save_directory)
 
     @property
     def default_settings(self) -> dict[str, Any]:

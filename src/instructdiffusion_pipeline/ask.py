@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any, Generic, TypeVar, cast
 
@@ -262,8 +263,8 @@ def make_answer(
     if isinstance(task, Segmentation):
         margins = {name: margin for pair in views for name, margin in view_margins(*pair, readout).items()}
         if slices:
-            prompts = [view for view, _ in views]
-            margins, sliced_flag = segment_slices(pipeline, prompts, margins, slices, readout, settings)
+            run = partial(run_views, pipeline, **settings)
+            margins, sliced_flag = segment_slices(run, [view for view, _ in views], margins, slices, readout)
             flag = flag or sliced_flag
         data = masks_from_margins(margins)
         for view, other in others:

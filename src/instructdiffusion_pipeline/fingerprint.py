@@ -31,7 +31,7 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
 
             for layer in model.modules():
                 if isinstance(layer, BaseTunerLayer):
-                    state = layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None)
+                    state = layer.active_adapters, layer.merged_adapters, layer.disable_adapters, layer.scaling
                     digest.update(repr(state).encode())
     return digest.hexdigest()[:16]
 

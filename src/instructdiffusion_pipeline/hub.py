@@ -166,19 +166,7 @@ def _check(pipeline: InstructDiffusionPipeline) -> None:
     found = type(pipeline).__name__
     if found != InstructDiffusionPipeline.__name__:
         raise TypeError(f"`pipeline` must be an {InstructDiffusionPipeline.__name__}; got {found}.")
-    check_no_adapters(pipeline)
-
-
-def check_no_adapters(pipeline: InstructDiffusionPipeline) -> None:
-    """Raise a ValueError if `pipeline` has LoRA layers or an IP-Adapter, which its saved weights would not contain."""
-    for component in ("unet", "text_encoder"):
-        if getattr(getattr(pipeline, component), "peft_config", None):
-            raise ValueError(
-                f"`pipeline` must not have LoRA layers, but its {component} has. Call fuse_lora() to keep their"
-                " effect, then unload_lora_weights()."
-            )
-    if pipeline.unet.config.encoder_hid_dim_type == "ip_image_proj":
-        raise ValueError("`pipeline` must not have an IP-Adapter. Call unload_ip_adapter() first.")
+    pipeline.check_no_adapters()
 
 
 def _write(

@@ -1,17 +1,16 @@
 """Segmentation of small objects: run the model on overlapping slices of an image as well, and combine the masks."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
-from instructdiffusion_pipeline.views import Response, View, run_views, view_margins
+from instructdiffusion_pipeline.views import Response, View, view_margins
 
 SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
@@ -25,12 +24,11 @@ GRID = 128  # cells along the longer side of the grid in which connected regions
 
 
 def segment_slices(
-    pipeline: InstructDiffusionPipeline,
+    run: Callable[[Sequence[View]], list[Response]],
     views: Sequence[View],
     margins: Mapping[str, np.ndarray],
     fraction: float,
     readout: UNet2DModel | None,
-    settings: dict[str, Any],
 ) -> tuple[dict[str, np.ndarray], bool]:
     """Combine the masks of an image with those of its slices.
 
@@ -38,12 +36,11 @@ def segment_slices(
     call do not depend on the rest of the batch.
 
     Args:
-        pipeline: the pipeline.
+        run: returns the output of the model for each of up to `SLICE_BATCH` views of one size.
         views: the whole image, with the prompt of each object.
         margins: the margin [height, width] of each object in the outputs for `views`.
         fraction: side of a slice as a fraction of the side of the image.
         readout: decodes the outputs; None: by color.
-        settings: arguments of `run_views`.
 
     Returns:
         The margins, and whether the safety checker replaced the output for a slice.
@@ -51,7 +48,7 @@ def segment_slices(
     parts = [crop_view(view, box) for view in views for box in slice_boxes(view.image.size, fraction)]
     responses = []
     for start in range(0, len(parts), SLICE_BATCH):
-        responses += run_views(pipeline, parts[start : start + SLICE_BATCH], **settings)
+        responses += run(parts[start : start + SLICE_BATCH])
     combined = combine_slices(margins, list(zip(parts, responses, strict=True)), readout)
     for view in views:
         for name in cast(Segmentation, view.task).colors:
@@ -60,7 +57,7 @@ def segment_slices(
             margin = np.where(unconfirmed, np.minimum(combined[name], 0), combined[name])
             for region in regions:
                 crops = [crop_view(view, close_up(region, fraction)) for fraction in CLOSE_UPS]
-                answered = list(zip(crops, run_views(pipeline, crops, **settings), strict=True))
+                answered = list(zip(crops, run(crops), strict=True))
                 margin = confirm_region(margin, name, region, answered, readout)
             combined[name] = margin
     return combined, any(response.flag for response in responses)

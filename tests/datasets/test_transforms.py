@@ -19,7 +19,7 @@ from instructdiffusion_pipeline.datasets.transforms import (
     swap_sides,
 )
 from instructdiffusion_pipeline.tasks.keypoints import COCO_JOINTS
-from instructdiffusion_pipeline.types import Edit, Joint
+from instructdiffusion_pipeline.types import Edit, Joint, LabeledMasks
 
 SEEDS = st.integers(0, 10**6)
 
@@ -164,3 +164,11 @@ def test_edits_are_resized_regardless_of_aspect_ratio():
     edit = Edit("make it winter", tiny.picture(50, 40))
     crop, squashed = Resize(32)(tiny.picture(40, 30), edit, random.Random(0))
     assert crop.size == squashed.edited.size == (32, 32)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_unlabeled_pixels_are_cropped_and_flipped_with_the_masks(flip):
+    image, labeled = tiny.picture(64, 64), np.random.default_rng(0).random((64, 64)) < 0.5
+    _, found = SquareCrop(64, flip=flip)(image, LabeledMasks({"cat": labeled}, labeled), random.Random(0))
+    assert np.array_equal(found["cat"], found.labeled) and found.labeled.any()
+    assert np.array_equal(found.labeled, labeled[:, ::-1] if flip else labeled)

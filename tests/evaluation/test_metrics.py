@@ -117,6 +117,9 @@ def test_pixels_without_a_label_are_not_scored():
     for found, score in ((cat | rim, 1.0), (cat, 1.0), (distance < 14, cat.sum() / ((distance < 14) & ~rim).sum())):
         scores = summarize([measure(example, {"cat": Mask(found, 1.0)}, (0, 0, 40, 40))])
         assert scores["mcIoU"] == scores["mIoU"] == pytest.approx(score)
+    absent = Example(example.image, example.tasks, LabeledMasks({"cat": np.zeros_like(cat)}, ~rim))
+    scores = summarize([measure(absent, {"cat": Mask(rim, 0.9)}, (0, 0, 40, 40))])
+    assert scores["mIoU"] == scores["N-acc"] == 1 and scores["ECE"] is None
 
 
 def test_pckh_leaves_out_pelvis_and_thorax():

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.keypoints import UNIT, Person
-from instructdiffusion_pipeline.types import Edit, Joint, Joints, Pose
+from instructdiffusion_pipeline.types import Edit, Joint, Joints, LabeledMasks, Pose
 
 OTHER_SIDE = {"left": "right", "right": "left"}
 LOWER_BODY = {"pelvis", "hip", "knee", "ankle"}
@@ -201,7 +201,8 @@ def transform_annotation(
     for original in annotation.values():
         if id(original) not in changed:
             changed[id(original)] = mask(original)
-    return {name: changed[id(original)] for name, original in annotation.items()}
+    masks = {name: changed[id(original)] for name, original in annotation.items()}
+    return LabeledMasks(masks, mask(annotation.labeled)) if isinstance(annotation, LabeledMasks) else masks
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -59,7 +59,7 @@ def measure(example: Example, reading: Any, box: Box, clip: ClipSimilarity | Non
     found = {name: mask.pixels & labeled for name, mask in reading.items()}
     return {
         "masks": [Overlap.of(name, example.truth.get(name, empty), pixels) for name, pixels in found.items()],
-        "scores": [mask.score if mask.pixels.any() else None for mask in reading.values()],
+        "scores": [mask.score if found[name].any() else None for name, mask in reading.items()],
     }
 
 

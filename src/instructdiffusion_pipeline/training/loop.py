@@ -29,7 +29,6 @@ from tqdm import tqdm
 from instructdiffusion_pipeline.datasets.mixture import check_source_names
 from instructdiffusion_pipeline.files import save_image
 from instructdiffusion_pipeline.fingerprint import fingerprint
-from instructdiffusion_pipeline.hub import check_no_adapters
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
@@ -340,7 +339,7 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` must be "adamw" on {device}, because "adamw8bit" needs CUDA.')
-    check_no_adapters(pipeline)
+    pipeline.check_no_adapters()
     expected = 2 * pipeline.vae.config.latent_channels
     if (channels := pipeline.unet.config.in_channels) != expected:
         raise ValueError(
