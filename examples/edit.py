@@ -83,11 +83,11 @@ def main() -> None:
 
 
 def check_size(image: Image.Image, resolution: int | None, rule: Callable[..., WorkingSize] = working_size) -> None:
-    """Raise a UsageError if the aspect ratio is too large or the resolution too small."""
+    """Raise a UsageError if the aspect ratio of --image is too large or --resolution too small."""
     try:
         rule(*image.size, resolution, resize_mode="stretch")
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error).replace("`image`", "--image").replace("`resolution`", "--resolution")) from error
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def batches(
             image = open_image("--images", path)
             size = pipe.working_size(*image.size, resize_mode="stretch").size
         except ValueError as error:
-            bar.write(f"skipped: {error}")
+            bar.write(f"skipped: {error if isinstance(error, UsageError) else f'{path}: {error}'}")
             bar.update()
             continue
         waiting[size][path] = image

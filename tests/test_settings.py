@@ -110,7 +110,7 @@ def test_settings_and_readout_are_saved_and_loaded(tuned, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["fast", {"editing": 3}, [("editing", {})]])
 def test_unknown_settings_raise_errors(wrong):
-    with pytest.raises(ValueError, match="`task_settings` must map task families to values for"):
+    with pytest.raises(ValueError, match="`task_settings` must be a mapping of task families to values for"):
         InstructDiffusionPipeline(**tiny.components(), task_settings=wrong)
 
 
@@ -125,7 +125,7 @@ def test_the_default_resolution_is_that_of_the_unet(pipe):
 
 @pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resolution": 256}, {"negative_prompt": "blurry"}])
 def test_task_settings_have_only_steps_and_scales(settings):
-    with pytest.raises(ValueError, match="`task_settings` must map .* guidance_scale, image_guidance_scale"):
+    with pytest.raises(ValueError, match="`task_settings` must be .* guidance_scale, image_guidance_scale"):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
 
 
@@ -145,3 +145,11 @@ def test_a_pipeline_with_adapters_is_not_saved(pipe, tmp_path):
     with pytest.raises(ValueError, match="must not have LoRA layers, but its unet has. Call fuse_lora"):
         pipe.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_settings_that_are_registered_later_are_checked_too(pipe):
+    with pytest.raises(ValueError, match="`task_settings` must be a mapping"):
+        pipe.register_to_config(task_settings={"editing": {"steps": 3}})
+    with pytest.raises(ValueError, match="`score_calibration` must be"):
+        pipe.register_to_config(score_calibration={"segmentation": [0, 1]})
+    assert pipe.config.task_settings == {} and pipe.config.score_calibration == {}

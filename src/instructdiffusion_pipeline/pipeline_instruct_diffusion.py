@@ -451,6 +451,20 @@ def _changed_models(pipeline: "InstructDiffusionPipeline", attention_kwargs: Any
     )
 
 
+def _checked_task_settings(task_settings: Any) -> dict[str, dict[str, Any]]:
+    """The argument `task_settings` in the form that is stored as JSON."""
+    value = {} if task_settings is None else task_settings
+    _require(
+        isinstance(value, Mapping)
+        and all(isinstance(own, Mapping) and own.keys() <= DEFAULT_SETTINGS.keys() for own in value.values()),
+        "task_settings",
+        f"a mapping of task families to values for {', '.join(DEFAULT_SETTINGS)}, as in"
+        ' {"editing": {"guidance_scale": 4.0}}',
+        task_settings,
+    )
+    return {family: dict(own) for family, own in value.items()}
+
+
 def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
     """The argument `score_calibration` in the form that is stored as JSON."""
     value = {} if calibration is None else calibration
@@ -606,23 +620,22 @@ class InstructDiffusionPipeline(
             image_encoder=image_encoder,
             readout=readout,
         )
-        task_settings = {} if task_settings is None else task_settings
-        if not isinstance(task_settings, Mapping) or not all(
-            isinstance(settings, Mapping) and settings.keys() <= DEFAULT_SETTINGS.keys()
-            for settings in task_settings.values()
-        ):
-            raise ValueError(
-                f"`task_settings` must map task families to values for {', '.join(DEFAULT_SETTINGS)}, as in"
-                f' {{"editing": {{"guidance_scale": 4.0}}}}; got {task_settings!r}.'
-            )
         self.register_to_config(
             requires_safety_checker=requires_safety_checker,
-            task_settings={family: dict(settings) for family, settings in task_settings.items()},
-            score_calibration=_checked_calibration(score_calibration),
+            task_settings=task_settings,
+            score_calibration=score_calibration,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         # The processor only converts between value ranges; `working_size` determines the size.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_resize=False)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers, but raises a ValueError if `task_settings` or `score_calibration` is invalid."""
+        if "task_settings" in kwargs:
+            kwargs["task_settings"] = _checked_task_settings(kwargs["task_settings"])
+        if "score_calibration" in kwargs:
+            kwargs["score_calibration"] = _checked_calibration(kwargs["score_calibration"])
+        super().register_to_config(**kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -109,8 +109,8 @@ def test_a_wide_image_is_edited_completely(run_edit):
     [
         ("--steps 0", "--steps: must be at least 1; got 0"),
         ("--steps many", "--steps: invalid integer value: 'many'"),
-        ("--resolution 8", "`resolution` must be 0 .* at least 16 .* got 8"),
-        ("--resolution -64", "`resolution` must be 0 .* got -64"),
+        ("--resolution 8", "--resolution must be 0 .* at least 16 .* got 8"),
+        ("--resolution -64", "--resolution must be 0 .* got -64"),
         ("--guidance_scale nan", "--guidance_scale: must be a finite number; got nan"),
         ("--image_guidance_scale inf", "--image_guidance_scale: must be a finite number; got inf"),
         ("--seed -1", "--seed: must be from 0 to 18446744073709551615; got -1"),
@@ -119,7 +119,7 @@ def test_a_wide_image_is_edited_completely(run_edit):
         ("--output photo.png --overwrite", r"--output: must not overwrite the input photo\.png"),
         ("--image missing.png", r"--image: missing\.png cannot be read as an image"),
         ("--image text.png", r"--image: text\.png cannot be read as an image"),
-        ("--image strip.png --resolution 64", "`image` of 640 x 1 pixels is too elongated"),
+        ("--image strip.png --resolution 64", "--image of 640 x 1 pixels is too elongated"),
         ("", "--model: must be a folder or a Hub id; there is no folder missing/model"),
     ],
 )

@@ -74,10 +74,13 @@ def test_edited_images_are_those_of_ask(run_predict, pipe):
 
 def test_a_run_continues_and_skips_unreadable_images(run_predict, tmp_path, capsys):
     (tmp_path / "photos" / "4.png").write_bytes(b"no picture")
+    tiny.picture(640, 64).save(tmp_path / "photos" / "5.png")
     options = ("--task", "segmentation", "--objects", "cat")
     run_predict(*options)
     captured = capsys.readouterr()
-    assert "4 of 5 images processed" in captured.out and "4.png cannot be read" in captured.out + captured.err
+    said = captured.out + captured.err
+    assert "4 of 6 images processed" in said and "4.png cannot be read" in said
+    assert "skipped: photos/5.png: `image` of 640 x 64 pixels is too elongated" in said
     whole = tiny.contents(tmp_path / "out")
     # As if it had been killed: two images have no record, and one of them lacks files.
     for path in ("records/1.json", "records/3.json", "1-cat.png", "coco.json"):
