@@ -546,7 +546,7 @@ def test_another_pipeline_raises_an_error(write: Callable, tmp_path: Path):
 @pytest.mark.parametrize("write", [export, push])
 def test_a_pipeline_with_lora_layers_raises_an_error(pipe: InstructDiffusionPipeline, write: Callable, tmp_path: Path):
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="`pipeline` must not have LoRA layers, but its unet has"):
+    with pytest.raises(ValueError, match="The pipeline must not have LoRA layers, but its unet has"):
         write(pipe, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
