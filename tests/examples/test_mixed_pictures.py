@@ -119,7 +119,7 @@ def test_training_on_mixed_images_and_pushing_to_the_hub(pictures, start, tmp_pa
     said = run([*train, "--output_dir", whole], env)
     named = {int(row) for row in re.findall(r"table: row (\d+) cannot be used and is replaced", said)}
     assert named == {TRUNCATED, EMPTY, NO_PICTURE, MISSING}
-    assert said.count("instruction of more than 77 tokens is cut") == 1
+    assert said.count("more than 77 tokens is truncated") == 1
 
     kill_after_a_checkpoint([*train, "--output_dir", broken], broken, env)
     with running_hub() as hub:
