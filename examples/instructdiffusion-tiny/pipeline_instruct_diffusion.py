@@ -379,18 +379,21 @@ def _check_caches(unet: UNet2DConditionModel) -> None:
         )
 
 
+def _hook_registries(unet: UNet2DConditionModel) -> Iterator[Any]:
+    """The `HookRegistry` of each module to which hooks of diffusers are applied."""
+    return (module._diffusers_hook for module in unet.modules() if hasattr(module, "_diffusers_hook"))
+
+
 def _has_caches(unet: UNet2DConditionModel | None) -> bool:
     """Whether one of diffusers' caches, such as PyramidAttentionBroadcast, is applied to the UNet."""
-    modules = () if unet is None else unet.modules()
-    registries = (module._diffusers_hook for module in modules if hasattr(module, "_diffusers_hook"))
+    registries = () if unet is None else _hook_registries(unet)
     return any(hook._is_stateful for registry in registries for hook in registry.hooks.values())
 
 
 def _reset_caches(unet: UNet2DConditionModel) -> None:
     """Empty the caches of diffusers' hooks, which contain the attention of an earlier call or of other predictions."""
-    for module in unet.modules():
-        if hasattr(module, "_diffusers_hook"):
-            module._diffusers_hook.reset_stateful_hooks(recurse=False)
+    for registry in _hook_registries(unet):
+        registry.reset_stateful_hooks(recurse=False)
 
 
 # Ids of the objects that serve one call only: pipelines and schedulers, which store its state, and models that it

@@ -86,8 +86,6 @@ def combine_slices(
     for the slices that contain it. Pixels of a slice have a lower weight near its edges inside the image, because it
     may contain only a part of an object there.
     """
-    if not sliced:
-        return dict(whole)
     margins: dict[str, np.ndarray] = {}
     slices = [(view, view_margins(view, response, readout)) for view, response in sliced]
     for name, margin in whole.items():

@@ -47,24 +47,15 @@ Joints = Mapping[str, Joint | None]
 Masks = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class LabeledMasks(Mapping[str, np.ndarray]):
+class LabeledMasks(dict[str, np.ndarray]):
     """The masks of an image of which not all pixels are labeled.
 
-    Pixels that are False in `labeled`, [height, width], belong to no mask, and metrics ignore them.
+    Pixels that are False in `labeled` (bool, [height, width]) belong to no mask, and metrics ignore them.
     """
 
-    masks: Masks
-    labeled: np.ndarray
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.masks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.masks)
-
-    def __len__(self) -> int:
-        return len(self.masks)
+    def __init__(self, masks: Masks, labeled: np.ndarray):
+        super().__init__(masks)
+        self.labeled = labeled
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.frames import inner_box
 from instructdiffusion_pipeline.tasks.segmentation import Mask
-from instructdiffusion_pipeline.types import Joint, LabeledMasks, Pose
+from instructdiffusion_pipeline.types import Joint, Joints, LabeledMasks, Pose
 
 Scores = dict[str, float | None]
 
@@ -97,17 +97,20 @@ def _joint_scores(measures: Sequence[Mapping[str, Any]]) -> Scores:
     scores: Scores = {}
     if all(pose.area and pose.sigmas and pose.sigmas.keys() == pose.keys() for pose in poses):
         scores.update(metrics.keypoint_ap(poses, found) or {})
-    references = {
-        ("PCK@0.05 of the side", 0.05): [measure["side"] for measure in measures],
-        ("PCK@0.2 of the torso", 0.2): [metrics.length(pose, metrics.TORSO) for pose in poses],
-        ("PCKh@0.5", 0.5): [metrics.length(pose, metrics.HEAD) for pose in poses],
+    inner = [{name: joint for name, joint in pose.items() if name not in metrics.NOT_IN_PCKH} for pose in poses]
+    references: dict[tuple[str, float], tuple[Sequence[Joints], list[float | None]]] = {
+        ("PCK@0.05 of the side", 0.05): (poses, [measure["side"] for measure in measures]),
+        ("PCK@0.2 of the torso", 0.2): (poses, [metrics.length(pose, metrics.TORSO) for pose in poses]),
+        ("PCKh@0.5", 0.5): (inner, [metrics.length(pose, metrics.HEAD) for pose in poses]),
     }
-    for (name, share), lengths in references.items():
-        left_out = metrics.NOT_IN_PCKH if name == "PCKh@0.5" else ()
-        counted = [{joint: place for joint, place in pose.items() if joint not in left_out} for pose in poses]
-        people = [person for person in zip(counted, found, lengths, strict=True) if person[2]]
-        if people:
-            scores[name] = metrics.pck([step for person in people for step in metrics.distances(*person)], share)
+    for (name, fraction), (counted, lengths) in references.items():
+        steps = [
+            metrics.distances(truth, joints, length)
+            for truth, joints, length in zip(counted, found, lengths, strict=True)
+            if length
+        ]
+        if steps:
+            scores[name] = metrics.pck([step for person in steps for step in person], fraction)
     scores["ECE"] = _calibration_error(measures)
     return scores
 
