@@ -50,9 +50,10 @@ def main() -> None:
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
+    resolution = max(map(pipeline.task_resolution, ("segmentation", "keypoints")))
     try:
         examples, held_out = load_examples(
-            args.data, pipeline.default_resolution, args.samples, args.test_samples, args.test_split, args.seed
+            args.data, resolution, args.samples, args.test_samples, args.test_split, args.seed
         )
     except ValueError as error:
         raise UsageError(error) from error

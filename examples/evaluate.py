@@ -48,7 +48,7 @@ def main() -> None:
         "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
-    parser.add_argument("--resolution", type=integer(16), help="in pixels (default: the model's resolution)")
+    parser.add_argument("--resolution", type=integer(16), help="in pixels (default: that of the model for each task)")
     parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited images")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="output folder (default: %(default)s)")
     args = parser.parse_args()
@@ -64,16 +64,15 @@ def main() -> None:
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    resolution = args.resolution or pipeline.default_resolution
     steps = {"num_inference_steps": args.steps} if args.steps else {}
     settings = {task.family: steps for task in TASKS if steps}
     if args.tables:
-        run = (args.samples, settings, args.batch_size, args.seed, resolution)
+        run = (args.samples, settings, args.batch_size, args.seed, args.resolution)
         print(evaluate_paper(pipeline, args.root, args.output, *run))
         return
     examples = []
     try:
-        sources = load_test_sources(args.data, resolution, args.split, columns)
+        sources = load_test_sources(args.data, args.resolution or pipeline.default_resolution, args.split, columns)
     except ValueError as error:
         raise UsageError(error) from error
     if args.clip and not any(source.make_task == Editing.from_annotation for source in sources):
@@ -90,7 +89,7 @@ def main() -> None:
         settings,
         args.batch_size,
         args.seed,
-        resolution,
+        args.resolution,
         clip=clip,
     )
     print((args.output / "table.md").read_text(), f"\nContact sheets: {args.output}/*.png")

@@ -14,7 +14,9 @@ from tiny import contents
 from instructdiffusion_pipeline import (
     Editing,
     InstructDiffusionPipeline,
+    Keypoints,
     Restoration,
+    Segmentation,
     ask,
     export,
 )
@@ -65,6 +67,38 @@ def test_none_is_the_default_of_the_task_and_not_that_of_editing(tuned):
     unset = {"num_inference_steps": 2, "guidance_scale": None, "image_guidance_scale": None}
     answer = ask(tuned, tiny.picture(), Restoration("blur"), generator=tiny.generator(), **unset)
     assert np.array_equal(answer.picture, default.picture)
+
+
+def test_each_task_has_its_own_resolution():
+    one_step = {"num_inference_steps": 1}
+    settings = {"editing": one_step | {"resolution": 48}, "segmentation": one_step | {"resolution": 64}}
+    pipe = InstructDiffusionPipeline(**tiny.components(), task_settings=settings)
+    pipe.set_progress_bar_config(disable=True)
+    assert [pipe.task_resolution(family) for family in ("editing", "segmentation", "keypoints")] == [48, 64, 32]
+    assert pipe.default_resolution == 48
+
+    def working_side(task, **given):
+        sides = []
+        handle = pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+        ask(pipe, tiny.picture(90, 90), task, **given)
+        handle.remove()
+        return pipe.vae_scale_factor * sides[0]
+
+    cat, nose = Segmentation({"cat": "red"}), Keypoints({"nose": "red"})
+    tasks = (Editing("make it winter"), cat, nose)
+    assert [working_side(task, num_inference_steps=1) for task in tasks] == [48, 64, 32]
+    assert [working_side(cat, resolution=side) for side in (None, 32, 0)] == [64, 32, 90]
+    arguments = {"resize_mode": "stretch", "output_type": "np", "generator": tiny.generator()}
+    assert pipe("make it winter", tiny.picture(90, 90), **arguments).images.shape[1] == 48
+    latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8)
+    assert pipe("make it winter", latents, output_type="latent").images.shape[-1] == 8
+
+
+@pytest.mark.parametrize("resolution", [8, 64.5, "large"])
+def test_a_wrong_resolution_of_a_task_raises_an_error(resolution):
+    settings = {"segmentation": {"resolution": resolution, "num_inference_steps": 1}}
+    with pytest.raises(ValueError, match=r"`task_settings\['segmentation'\]\['resolution'\]` must be an integer"):
+        InstructDiffusionPipeline(**tiny.components(), task_settings=settings)
 
 
 @dataclass(frozen=True)
@@ -123,9 +157,9 @@ def test_the_default_resolution_is_that_of_the_unet(pipe):
         pipe(**tiny.inputs(resolution=None))
 
 
-@pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resolution": 256}, {"negative_prompt": "blurry"}])
-def test_task_settings_have_only_steps_and_scales(settings):
-    with pytest.raises(ValueError, match="`task_settings` must be .* guidance_scale, image_guidance_scale"):
+@pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resize_mode": "crop"}, {"negative_prompt": "blurry"}])
+def test_task_settings_have_only_steps_scales_and_resolution(settings):
+    with pytest.raises(ValueError, match="`task_settings` must be .* image_guidance_scale or resolution"):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
 
 

@@ -47,20 +47,22 @@ def main() -> None:
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
     recipe = RECIPES[args.recipe]
-    training = held_out_world(recipe, args.world, unseen_photographs=False)
-    examples = rows({"training scenes": training}, args.samples, SEED)
+    scenes = partial(held_out_world, recipe, args.world)
+    training = scenes(unseen_photographs=False)
+    figures = scenes(recipe.keypoint_side, unseen_photographs=False)
+    examples = rows({"training scenes": training}, figures, args.samples, SEED)
     styles = {
-        "styles of training": held_out_world(recipe, args.world),
-        "another drawing style": held_out_world(recipe, args.world, styles=(UNSEEN_STYLE,)),
+        "styles of training": scenes(),
+        "another drawing style": scenes(styles=(UNSEEN_STYLE,)),
     }
-    held_out = rows(styles, args.test_samples, HELD_OUT_SEED)
+    held_out = rows(styles, scenes(recipe.keypoint_side), args.test_samples, HELD_OUT_SEED)
     fits = calibrate(pipeline, examples, held_out, args.output_dir, batch_size=32)
     save_calibration(fits, args.model)
     print((args.output_dir / "reliability.md").read_text())
 
 
-def rows(worlds: dict[str, World], count: int, seed: int) -> list[LazyExample]:
-    """Return `count` examples of masks in each world, and of joints in the first one."""
+def rows(worlds: dict[str, World], figures: World, count: int, seed: int) -> list[LazyExample]:
+    """Return `count` examples of masks in each of `worlds`, and of joints in the world `figures`."""
 
     def row(name: str, example: partial, make_task: sources.Callable) -> list[LazyExample]:
         return examples_from(Source(name, GeneratedDataset(example, count, seed), make_task), count)
@@ -69,7 +71,7 @@ def rows(worlds: dict[str, World], count: int, seed: int) -> list[LazyExample]:
         row(f"masks, {name}", partial(sources.segmentation, world), Segmentation.from_annotation)
         for name, world in worlds.items()
     ]
-    joints = row("joints", partial(sources.keypoints, next(iter(worlds.values()))), Keypoints.from_annotation)
+    joints = row("joints", partial(sources.keypoints, figures), Keypoints.from_annotation)
     return [*(example for part in masks for example in part), *joints]
 
 

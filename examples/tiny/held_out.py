@@ -34,10 +34,13 @@ SEED = 7  # of the scenes; training uses 0 and 1, the readout 3
 CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.add, "moved": edits.move}
 
 
-def held_out_world(recipe: Recipe, folder: Path, **options: Any) -> World:
-    """Return a world of held-out photographs with the table's scenes. `options` are arguments of `World`."""
+def held_out_world(recipe: Recipe, folder: Path, side: int | None = None, **options: Any) -> World:
+    """Return a world of held-out photographs with the table's scenes.
+
+    `options` are arguments of `Recipe.world`.
+    """
     table = {"unseen_photographs": True, "sizes": SIZES, "counts": COUNTS, "figures": 0, "varied": False}
-    return recipe.world(folder, **table | options)
+    return recipe.world(folder, side, **table | options)
 
 
 def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
@@ -45,6 +48,7 @@ def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
     seen = held_out_world(recipe, folder)
     names = held_out_world(recipe, folder, unseen_objects=True)
     style = held_out_world(recipe, folder, styles=(UNSEEN_STYLE,))
+    figures = held_out_world(recipe, folder, recipe.keypoint_side)
     figure = partial(sources.keypoints, objects_share=0)
     layouts = {row: {"sizes": sizes} for row, sizes in SIZE_ROWS.items()}
     layouts |= {row: {"sizes": (0.3, 0.5), "counts": {count: 1}} for row, count in COUNT_ROWS.items()}
@@ -66,12 +70,12 @@ def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
             )
             for row, layout in layouts.items()
         ),
-        source("one joint, facing", figure, partial(few_keypoints, counts=(1,)), facing_share=1),
-        source("one joint, from behind", figure, partial(few_keypoints, counts=(1,)), facing_share=0),
-        source("keypoints, facing", figure, Keypoints.from_annotation, facing_share=1),
-        source("keypoints, from behind", figure, Keypoints.from_annotation, facing_share=0),
-        source("pose, facing", figure, FixedTask(WholePose()), facing_share=1),
-        source("pose, from behind", figure, FixedTask(WholePose()), facing_share=0),
+        source("one joint, facing", figure, partial(few_keypoints, counts=(1,)), figures, facing_share=1),
+        source("one joint, from behind", figure, partial(few_keypoints, counts=(1,)), figures, facing_share=0),
+        source("keypoints, facing", figure, Keypoints.from_annotation, figures, facing_share=1),
+        source("keypoints, from behind", figure, Keypoints.from_annotation, figures, facing_share=0),
+        source("pose, facing", figure, FixedTask(WholePose()), figures, facing_share=1),
+        source("pose, from behind", figure, FixedTask(WholePose()), figures, facing_share=0),
         source("noise", sources.noisy, FixedTask(Restoration("noise")), sigmas=(SIGMA, SIGMA)),
         source("blur", sources.blurred, FixedTask(Restoration("blur")), radii=BLUR_RADII),
         source("watermark", sources.watermarked, FixedTask(Restoration("watermark")), opacities=OPACITIES),

@@ -20,12 +20,19 @@ from instructdiffusion_pipeline.files import atomic_write
 
 MERGES = 8_000  # number of merges, of CLIP's 48,894; with fewer merges, rare words are split into more tokens
 # Call arguments by task family; they are saved in the pipeline's configuration.
-TASK_SETTINGS = {
+SETTINGS: dict[str, dict[str, float]] = {
     "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
     "keypoints": {"num_inference_steps": 5, "guidance_scale": 3.0, "image_guidance_scale": 0.5},
     "restoration": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
     "editing": {"num_inference_steps": 2, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
 }
+
+
+def task_settings(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """`SETTINGS` with the resolution of keypoints, if it differs from that of the UNet."""
+    if recipe.keypoint_side == recipe.side:
+        return SETTINGS
+    return SETTINGS | {"keypoints": SETTINGS["keypoints"] | {"resolution": recipe.keypoint_side}}
 
 
 def build_pipeline(recipe: Recipe, vae: AutoencoderKL, world: Path) -> InstructDiffusionPipeline:
@@ -64,7 +71,9 @@ def build_pipeline(recipe: Recipe, vae: AutoencoderKL, world: Path) -> InstructD
         prediction_type="v_prediction",
         timestep_spacing="linspace",
     )
-    return InstructDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, task_settings=TASK_SETTINGS)
+    return InstructDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, task_settings=task_settings(recipe)
+    )
 
 
 def export_model(recipe: Recipe, pipeline: InstructDiffusionPipeline, folder: Path, world: Path) -> None:
@@ -76,6 +85,7 @@ def export_model(recipe: Recipe, pipeline: InstructDiffusionPipeline, folder: Pa
         held_out = recipe.held_out
         values = {
             "side": recipe.side,
+            "keypoint_side": recipe.keypoint_side,
             "names": ", ".join(name for name in recipe.names if name not in held_out),
             "held_out": f"{len(held_out)} of the {len(recipe.names)} object names ({', '.join(held_out)})",
         }

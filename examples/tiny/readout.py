@@ -9,16 +9,18 @@ started again.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from model import export_model
-from recipes import RECIPES, add_recipe_argument
+from recipes import RECIPES, Recipe, add_recipe_argument
 from sources import source
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import run_script
-from instructdiffusion_pipeline.evaluation import examples_from
+from instructdiffusion_pipeline.evaluation import LazyExample, examples_from
 from instructdiffusion_pipeline.training.readout import ReadoutConfig, train_readout
 
 QUESTIONS = {"segmentation": 1600, "keypoints": 700, "few keypoints": 700, "pose": 400}
@@ -41,19 +43,21 @@ def main() -> None:
     recipe = RECIPES[args.recipe]
     pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    examples, held_out = (
-        [
-            example
-            for name, count in QUESTIONS.items()
-            for example in examples_from(source(name, world, share(count), SEED), share(count), SEED)
-        ]
-        for world, share in (
-            (recipe.world(args.world), int),
-            (recipe.world(args.world, unseen_photographs=True), lambda count: min(count, HELD_OUT)),
-        )
-    )
+    examples = questions(recipe, args.world, QUESTIONS)
+    few = {name: min(count, HELD_OUT) for name, count in QUESTIONS.items()}
+    held_out = questions(recipe, args.world, few, unseen_photographs=True)
     train_readout(pipeline, examples, held_out, args.work_dir, ReadoutConfig(recipe.side), batch_size=32)
     export_model(recipe, pipeline, args.output_dir, args.world)
+
+
+def questions(recipe: Recipe, folder: Path, counts: Mapping[str, int], **options: Any) -> list[LazyExample]:
+    """Return `counts` examples of each source. `options` are arguments of `World`."""
+    worlds = {side: recipe.world(folder, side, **options) for side in {recipe.side, recipe.keypoint_side}}
+    return [
+        example
+        for name, count in counts.items()
+        for example in examples_from(source(name, worlds[recipe.side_of(name)], count, SEED), count, SEED)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generated datasets of each task family, with (image, annotation) by index."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -201,16 +201,16 @@ def few_keypoints(
 
 # name -> fraction of the training samples, function that generates an example, function that makes its task
 TRAINING_SOURCES: dict[str, tuple[float, Callable, Callable[..., Task]]] = {
-    "segmentation": (0.28, segmentation, Segmentation.from_annotation),
-    "left or right": (0.05, pairs, Segmentation.from_annotation),
-    "absent": (0.14, absent, Segmentation.from_annotation),
-    "pose": (0.06, keypoints, FixedTask(WholePose())),
-    "keypoints": (0.14, keypoints, Keypoints.from_annotation),
-    "few keypoints": (0.08, keypoints, few_keypoints),
-    "noise": (0.04, noisy, FixedTask(Restoration("noise"))),
-    "blur": (0.04, blurred, FixedTask(Restoration("blur"))),
+    "segmentation": (0.33, segmentation, Segmentation.from_annotation),
+    "left or right": (0.06, pairs, Segmentation.from_annotation),
+    "absent": (0.2, absent, Segmentation.from_annotation),
+    "pose": (0.04, keypoints, FixedTask(WholePose())),
+    "keypoints": (0.08, keypoints, Keypoints.from_annotation),
+    "few keypoints": (0.04, keypoints, few_keypoints),
+    "noise": (0.03, noisy, FixedTask(Restoration("noise"))),
+    "blur": (0.03, blurred, FixedTask(Restoration("blur"))),
     "watermark": (0.04, watermarked, FixedTask(Restoration("watermark"))),
-    "objects": (0.1, edit_objects, Editing.from_annotation),
+    "objects": (0.12, edit_objects, Editing.from_annotation),
     "color edits": (0.03, color_edited, Editing.from_annotation),
 }
 
@@ -224,9 +224,7 @@ def source(name: str, world: World, count: int, seed: int) -> Source:
     return Source(name, GeneratedDataset(partial(example, world), count, f"{seed} {name}"), make_task)
 
 
-def mixture(world: World, count: int, seed: int = 0) -> Mixture:
-    """Return about `count` different training samples of all families, in proportion to their fractions."""
-    return Mixture(
-        [(source(name, world, round(share * count), seed), 1.0) for name, (share, *_) in TRAINING_SOURCES.items()],
-        seed,
-    )
+def mixture(world: World, count: int, seed: int = 0, names: Collection[str] = TRAINING_SOURCES.keys()) -> Mixture:
+    """Return the sources `names` of about `count` different training samples, in proportion to their fractions."""
+    shares = {name: share for name, (share, *_) in TRAINING_SOURCES.items() if name in names}
+    return Mixture([(source(name, world, round(share * count), seed), 1.0) for name, share in shares.items()], seed)

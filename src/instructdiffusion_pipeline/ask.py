@@ -223,8 +223,10 @@ def ask_batch(
     if settings.get("timesteps") is not None or settings.get("sigmas") is not None:
         own[0].pop("num_inference_steps", None)
     # None stands for the default of the task, not for that of `__call__`, which is "editing".
-    settings = {name: value for name, value in settings.items() if value is not None or name not in DEFAULT_SETTINGS}
-    settings = {"resolution": None, "resize_mode": "stretch"} | own[0] | settings
+    of_tasks = {*DEFAULT_SETTINGS, "resolution"}
+    settings = {name: value for name, value in settings.items() if value is not None or name not in of_tasks}
+    defaults: dict[str, Any] = {"resolution": pipeline.task_resolution(tasks[0].family), "resize_mode": "stretch"}
+    settings = defaults | own[0] | settings
     readout = pipeline.readout if use_readout else None
     images = [upright_rgb(image) for image in images]
 

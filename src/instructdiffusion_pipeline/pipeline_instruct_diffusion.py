@@ -459,12 +459,19 @@ def _checked_task_settings(task_settings: Any) -> dict[str, dict[str, Any]]:
     value = {} if task_settings is None else task_settings
     _require(
         isinstance(value, Mapping)
-        and all(isinstance(own, Mapping) and own.keys() <= DEFAULT_SETTINGS.keys() for own in value.values()),
+        and all(isinstance(own, Mapping) and set(own) <= {*DEFAULT_SETTINGS, "resolution"} for own in value.values()),
         "task_settings",
-        f"a mapping of task families to values for {', '.join(DEFAULT_SETTINGS)}, as in"
+        f"a mapping of task families to values for {', '.join(DEFAULT_SETTINGS)} or resolution, as in"
         ' {"editing": {"guidance_scale": 4.0}}',
         task_settings,
     )
+    for family, own in value.items():
+        _require(
+            "resolution" not in own or _is_integer(own["resolution"], 16, MAX_RESOLUTION),
+            f"task_settings[{family!r}]['resolution']",
+            f"an integer of at least 16 and at most {MAX_RESOLUTION}",
+            own.get("resolution"),
+        )
     return {family: dict(own) for family, own in value.items()}
 
 
@@ -576,7 +583,7 @@ class InstructDiffusionPipeline(
         readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
-        task_settings: the steps and guidance scales that suit this model, by task family, for example
+        task_settings: the steps, guidance scales and resolution that suit this model, by task family, for example
             `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
             `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
         score_calibration: slope and intercept that `instructdiffusion_pipeline.ask` uses to convert the scores of
@@ -753,7 +760,14 @@ class InstructDiffusionPipeline(
 
     @property
     def default_resolution(self) -> int:
-        """The resolution of the UNet in pixels: 512 for Stable Diffusion 1.5."""
+        """The resolution of a call that gives none, in pixels: that of "editing", see `task_resolution`."""
+        return self.task_resolution("editing")
+
+    def task_resolution(self, family: str) -> int:
+        """The resolution of a task family in `task_settings`, or else of the UNet (512 for Stable Diffusion 1.5)."""
+        own = self.config.task_settings.get(family, {})
+        if "resolution" in own:
+            return int(own["resolution"])
         sample_size = None if self.unet is None else self.unet.config.sample_size
         if sample_size is None:
             raise ValueError(

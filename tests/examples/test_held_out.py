@@ -63,6 +63,7 @@ def test_rows_by_size_and_number_have_such_objects(colored_world, recipe):
         for index in range(8):
             image, masks = by_row[row][index]
             widths = [np.ptp(np.nonzero(mask)[1]) + 1 for mask in masks.values()]  # of discs that may be covered
+            assert image.size == (recipe.side, recipe.side)
             assert low * recipe.side - 2 <= max(widths) <= high * recipe.side + 1
     for row, count in COUNT_ROWS.items():
         assert {len(by_row[row][index][1]) for index in range(8)} == {count}

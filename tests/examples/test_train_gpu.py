@@ -35,7 +35,7 @@ if script.name != "wheels.py":
     import model, recipes
 
     few = {{"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}}
-    model.TASK_SETTINGS = dict.fromkeys(model.TASK_SETTINGS, few)
+    model.SETTINGS = dict.fromkeys(model.SETTINGS, few)
     gpu = recipes.RECIPES["gpu"]
     config, tuning = (
         dataclasses.replace(each, batch_size=2, lr_warmup_steps=1, checkpointing_steps=2)

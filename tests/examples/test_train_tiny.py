@@ -31,7 +31,7 @@ def run(world_folder, tiny_recipe, tmp_path, monkeypatch, tiny_train):
     short = dataclasses.replace(
         tiny_recipe,
         config=dataclasses.replace(tiny_recipe.config, **few),
-        tuning=dataclasses.replace(tiny_recipe.tuning, **few | {"max_train_steps": 1}),
+        tuning=dataclasses.replace(tiny_recipe.tuning, **few | {"max_train_steps": 1, "lr_scheduler": "constant"}),
     )
     monkeypatch.setitem(RECIPES, "cpu", short)
 
@@ -58,7 +58,7 @@ def test_the_recipe_writes_a_folder_that_loads_and_runs(run, tmp_path):
     weights = list(output.glob("*/*.safetensors"))
     assert sum(path.stat().st_size for path in weights) < 40e6
     pipe = InstructDiffusionPipeline.from_pretrained(output)
-    assert pipe.config.task_settings == model.TASK_SETTINGS and pipe.readout is None
+    assert pipe.config.task_settings == model.task_settings(RECIPES["cpu"]) and pipe.readout is None
     answer = pipe("mark the cat in red", Image.new("RGB", (64, 64)), num_inference_steps=1).images[0]
     assert answer.size == (64, 64)
 
@@ -70,6 +70,18 @@ def test_the_recipe_writes_a_folder_that_loads_and_runs(run, tmp_path):
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one training step apart"
     assert (second / VAE).read_bytes() == (output / VAE).read_bytes()
+
+
+def test_images_of_keypoints_have_their_own_size(run, tiny_recipe, world_folder, tiny_train):
+    run("first")
+    tokenizer = model.build_tokenizer(world_folder / "bpe_simple_vocab_16e6.txt.gz")
+    samples = tiny_train.training_samples(tiny_recipe, world_folder, tokenizer, batch_size=2)
+    assert set(samples.sources) == TRAINING_SOURCES.keys()
+    keypoints = {"pose", "keypoints", "few keypoints"}
+    for index in range(len(samples)):
+        name = samples.sources[samples[index]["source"]]
+        side = 64 if name in keypoints else 96
+        assert samples[index]["image"].shape == (3, side, side)
 
 
 def test_a_longer_run_continues_from_the_last_checkpoint(run, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from pairs import Pairs, mixture
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.editing import Editing
-from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, cache, cache_samples
+from instructdiffusion_pipeline.training import CachedDataset, ImageDataset, MultiSizeDataset, cache, cache_samples
 from instructdiffusion_pipeline.training.data import count_workers, pixels, tokenize
 from instructdiffusion_pipeline.training.encoding import FrozenEncoders, draw_step_noise
 
@@ -34,6 +34,39 @@ def test_images_of_several_sizes_raise_an_error(pipe):
     samples = ImageDataset(Mixture([(source, 1) for source in sources]), pipe.tokenizer)
     with pytest.raises(ValueError, match=r"images of one size; .* an image of (small|large) has \((32|64)"):
         [samples[position] for position in range(4)]
+
+
+def two_sizes(pipe, batch_size):
+    """Nine small and four large images, as instructions "make it number ..." from 0 and from 50."""
+    datasets = [
+        ImageDataset(Mixture([(Source(name, Pairs(count, first, side), Editing.from_annotation), 1)]), pipe.tokenizer)
+        for name, count, first, side in (("small", 9, 0, 32), ("large", 4, 50, 64))
+    ]
+    return MultiSizeDataset(datasets, batch_size), datasets
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_batch_of_several_sizes_has_one_size_and_an_epoch_all_samples(pipe, batch_size):
+    samples, datasets = two_sizes(pipe, batch_size)
+    assert samples.sources == ["small", "large"]
+    lengths = [batch_size * -(-len(dataset) // batch_size) for dataset in datasets]
+    assert len(samples) == sum(lengths)
+    orders = []
+    for epoch in range(2):
+        items = [samples[epoch * len(samples) + offset] for offset in range(len(samples))]
+        assert [int(item["position"]) for item in items] == [epoch * len(samples) + i for i in range(len(samples))]
+        sides = [item["image"].shape[-1] for item in items]
+        batches = [set(sides[start : start + batch_size]) for start in range(0, len(sides), batch_size)]
+        assert all(len(batch) == 1 for batch in batches)
+        for number, (side, length) in enumerate(zip((32, 64), lengths, strict=True)):
+            found = [item for item in items if item["source"] == number]
+            assert {item["image"].shape[-1] for item in found} == {side}
+            expected = [datasets[number][epoch * length + index] for index in range(length)]
+            assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, expected, strict=True))
+        orders.append(sides)
+    assert batch_size != 1 or orders[0] != orders[1], "each epoch has another order"
+    other = MultiSizeDataset(datasets, batch_size, seed=1)
+    assert batch_size != 1 or [other[i]["image"].shape[-1] for i in range(len(other))] != orders[0]
 
 
 @pytest.mark.parametrize(

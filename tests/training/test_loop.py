@@ -24,6 +24,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.training import (
     ImageDataset,
+    MultiSizeDataset,
     TrainingConfig,
     ValidationExample,
     cache,
@@ -312,6 +313,39 @@ def test_a_run_can_be_made_longer_and_its_other_batches(pipe, two_samples, tmp_p
     assert all(torch.equal(ended[name], tensor) for name, tensor in again.unet.state_dict().items())
 
 
+def test_images_of_several_sizes_are_trained_in_separate_batches(tmp_path):
+    def run(folder, steps, sides, cached=False):
+        pipe = InstructDiffusionPipeline(**tiny.components())
+        datasets = [
+            ImageDataset(
+                Mixture([(Source(f"side {side}", Pairs(4, side=side), Editing.from_annotation), 1)]), pipe.tokenizer
+            )
+            for side in sides
+        ]
+        if cached:
+            datasets = [cache_samples(each, 4, pipe, tmp_path / each.sources[0]) for each in datasets]
+        dataset = datasets[0] if len(sides) == 1 else MultiSizeDataset(datasets, 2, seed=1)
+        config = TrainingConfig(max_train_steps=steps, batch_size=2, checkpointing_steps=1)
+        return train(pipe, dataset, config, tmp_path / folder, resume="latest").unet.state_dict()
+
+    whole = run("whole", 4, (32, 48))
+    run("resumed", 2, (32, 48))
+    # A run is made longer with the same data, so its checkpoint must fit.
+    resumed = run("resumed", 4, (32, 48))
+    small = run("small", 4, (32,))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], small[name]) for name in whole)
+    cached = run("cached", 4, (32, 48), cached=True)
+    assert max((whole[name] - cached[name]).abs().max() for name in whole) < 1e-3
+
+
+def test_several_datasets_of_one_size_train_like_one(pipe, two_samples, tmp_path):
+    single = train(pipe, two_samples, FEW, tmp_path / "single").unet.state_dict()
+    other = InstructDiffusionPipeline(**tiny.components())
+    grouped = train(other, MultiSizeDataset([two_samples], 2), FEW, tmp_path / "grouped").unet.state_dict()
+    assert all(torch.equal(single[name], grouped[name]) for name in single)
+
+
 def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, tmp_path, monkeypatch):
     for settings, words in (
         ({"mixed_precision": "fp16"}, '`mixed_precision` must be "bf16" or "no" on a CPU'),
@@ -334,6 +368,10 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
     odd = ImageDataset(Mixture([(Source("odd", Pairs(2, side=34), Editing.from_annotation), 1)]), pipe.tokenizer)
     with pytest.raises(ValueError, match="34 x 34 pixels; both must be multiples of 4"):
         train(pipe, odd, FEW, tmp_path / "out")
+    with pytest.raises(ValueError, match="34 x 34 pixels; both must be multiples of 4"):
+        train(pipe, MultiSizeDataset([two_samples, odd], 2), FEW, tmp_path / "out")
+    with pytest.raises(ValueError, match="`batch_size` must be 4, as in `dataset`, .*; got 2"):
+        train(pipe, MultiSizeDataset([two_samples], 4), FEW, tmp_path / "out")
     clean = InstructDiffusionPipeline(**tiny.components())
     clean.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match='prediction_type "epsilon" or "v_prediction"; got \'sample\''):

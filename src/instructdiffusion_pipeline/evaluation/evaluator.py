@@ -195,8 +195,9 @@ class Evaluator:
     def size(self, task: Task) -> dict[str, Any]:
         """`resolution` and `resize_mode` for a task: of the run, or else of its settings, or else of `ask`."""
         settings = {**settings_of(self.pipeline, task), **self.settings.get(task.family, {})}
+        default = settings.get("resolution", self.pipeline.task_resolution(task.family))
         return {
-            "resolution": settings.get("resolution") if self.resolution is None else self.resolution,
+            "resolution": default if self.resolution is None else self.resolution,
             "resize_mode": self.resize_mode or settings.get("resize_mode", "stretch"),
         }
 

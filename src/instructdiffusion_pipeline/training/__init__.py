@@ -2,7 +2,7 @@
 
 from instructdiffusion_pipeline.training.cache import CachedDataset, cache_samples
 from instructdiffusion_pipeline.training.config import RECIPES, TrainingConfig
-from instructdiffusion_pipeline.training.data import ImageDataset
+from instructdiffusion_pipeline.training.data import ImageDataset, MultiSizeDataset
 from instructdiffusion_pipeline.training.loop import train
 from instructdiffusion_pipeline.training.model import expand_conv_in, load_for_training, save_lora
 from instructdiffusion_pipeline.training.validation import ValidationExample, validation_examples
@@ -11,6 +11,7 @@ __all__ = [
     "RECIPES",
     "CachedDataset",
     "ImageDataset",
+    "MultiSizeDataset",
     "TrainingConfig",
     "ValidationExample",
     "cache_samples",

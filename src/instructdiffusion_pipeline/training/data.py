@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +24,7 @@ MOST_WORKERS = 8  # of a process, unless more are requested
 
 
 class TrainingSamples(Protocol):
-    """The type of training data of `train`: an `ImageDataset` or a `CachedDataset`.
+    """The type of training data of `train`: an `ImageDataset`, a `CachedDataset` or a `MultiSizeDataset`.
 
     `len` is the length of an epoch. Larger indices continue with the next epoch.
     """
@@ -86,6 +88,47 @@ class ImageDataset(Dataset):
                 )
             self.cut[instruction] += 1
         return ids
+
+
+class MultiSizeDataset(Dataset):
+    """The samples of several datasets whose images differ in size. All samples of a batch are from one dataset.
+
+    In an epoch, each dataset has a number of batches in proportion to its length. Their order is random.
+
+    Args:
+        datasets: an `ImageDataset` or a `CachedDataset` for each size.
+        batch_size: that of the run.
+        seed: of the order.
+    """
+
+    def __init__(self, datasets: Sequence[TrainingSamples], batch_size: int, seed: int = 0):
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self.sources = [name for dataset in datasets for name in dataset.sources]
+        check_source_names(self.sources)
+        self._batches = [math.ceil(len(dataset) / batch_size) for dataset in datasets]
+        self._plan: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._batches) * self.batch_size
+
+    def __getitem__(self, position: int) -> Batch:
+        epoch, offset = divmod(position, len(self))
+        batch, place = divmod(offset, self.batch_size)
+        chosen, number = self._locate(epoch, batch)
+        sample = self.datasets[chosen][(epoch * self._batches[chosen] + number) * self.batch_size + place]
+        first_source = sum(len(dataset.sources) for dataset in self.datasets[:chosen])
+        return sample | {"position": torch.tensor(position), "source": sample["source"] + first_source}
+
+    def _locate(self, epoch: int, batch: int) -> tuple[int, int]:
+        """The dataset of a batch, and how many batches of the epoch before it have the same dataset."""
+        if self._plan is None or self._plan[0] != epoch:
+            order = np.repeat(np.arange(len(self.datasets)), self._batches)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+            numbers = np.zeros_like(order)
+            for chosen, count in enumerate(self._batches):
+                numbers[order == chosen] = np.arange(count)
+            self._plan = epoch, order, numbers
+        return int(self._plan[1][batch]), int(self._plan[2][batch])
 
 
 def count_workers(given: int | None, device: torch.device, cached: bool = False) -> int:

@@ -104,14 +104,23 @@ class NoiseCollator:
     """A `collate_fn` that adds the samples' `StepNoise` as "step_noise"; it runs in the data loader workers."""
 
     seed: int
-    latent_shape: torch.Size
+    latent_channels: int
+    vae_scale_factor: int
     num_train_timesteps: int
     timestep_bias: float = 1.0
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> Batch:
         positions = [int(item["position"]) for item in items]
-        noise = draw_step_noise(self.seed, positions, self.latent_shape, self.num_train_timesteps, self.timestep_bias)
+        shape = self.latent_shape(items[0])
+        noise = draw_step_noise(self.seed, positions, shape, self.num_train_timesteps, self.timestep_bias)
         return default_collate(list(items)) | {"step_noise": noise}
+
+    def latent_shape(self, item: Batch) -> torch.Size:
+        """The shape [C, h, w] of the latents of a sample, encoded or not."""
+        if "target_mean" in item:
+            return item["target_mean"].shape
+        height, width = item["target"].shape[1:]
+        return torch.Size([self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor])
 
 
 def diffusion_latents(

@@ -33,6 +33,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffu
 from instructdiffusion_pipeline.training import checkpoints
 from instructdiffusion_pipeline.training.config import PRECISIONS, TrainingConfig
 from instructdiffusion_pipeline.training.data import (
+    MultiSizeDataset,
     TrainingSamples,
     count_workers,
     dataset_fingerprint,
@@ -71,7 +72,7 @@ def train(
 
     Args:
         pipeline: trained in place, see `load_for_training`.
-        dataset: an `ImageDataset` or a `CachedDataset`.
+        dataset: an `ImageDataset`, a `CachedDataset`, or a `MultiSizeDataset` of these.
         config: the settings.
         output_dir: gets checkpoints, validation images and logs.
         resume: "latest" or the folder of a checkpoint, to continue a run.
@@ -95,7 +96,7 @@ def train(
     # 1. Set up the machine and the modules to train.
     first = dataset[0]
     check_source_names(dataset.sources)
-    check_config(config, pipeline, first)
+    check_config(config, pipeline, dataset)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     # On Hopper GPUs cuDNN's attention, the default since PyTorch 2.11, returns NaN gradients if all attention logits
     # of a query are below -88 (pytorch/pytorch#196678). Flash attention is then used instead.
@@ -149,13 +150,17 @@ def train(
         )
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.print(describe_size(pipeline, model, config, folder))
-    noise_shape, timesteps = latent_shape(first, pipeline), scheduler.config.num_train_timesteps
+    latents_and_timesteps = (
+        pipeline.vae.config.latent_channels,
+        pipeline.vae_scale_factor,
+        scheduler.config.num_train_timesteps,
+    )
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=count_workers(config.num_workers, device, cached="target_mean" in first),
-        collate_fn=NoiseCollator(config.seed, noise_shape, timesteps, config.timestep_bias),
+        collate_fn=NoiseCollator(config.seed, *latents_and_timesteps, config.timestep_bias),
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
@@ -205,7 +210,7 @@ def train(
     validation_batches: Iterable[Batch] = ()
     if validation_dataset is not None:
         count = min(len(validation_dataset), VALIDATION_SAMPLES)
-        collate = NoiseCollator(SEED, noise_shape, timesteps)
+        collate = NoiseCollator(SEED, *latents_and_timesteps)
         validation_batches = DataLoader(
             validation_dataset,  # type: ignore[arg-type]
             config.batch_size,
@@ -317,8 +322,8 @@ def validation_path(folder: Path, step: int) -> Path:
     return folder / "validation" / f"step-{step:06d}.png"
 
 
-def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, first: Batch) -> None:
-    """Raise a ValueError if `config` does not fit the machine, the pipeline or `first`, a sample of the data."""
+def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, dataset: TrainingSamples) -> None:
+    """Raise a ValueError if `config` does not fit the machine, the pipeline or the data."""
     # PartialState selects the device like Accelerator, but does not set the precision of the process.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device.type
@@ -350,15 +355,26 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, fi
         raise ValueError(
             f'`pipeline.scheduler` must have the prediction_type "epsilon" or "v_prediction"; got {prediction_type!r}.'
         )
-    if config.train_text_encoder and "prompt_embeds" in first:
-        raise ValueError(
-            "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."
-        )
-    if "target" in first:
-        height, width = first["target"].shape[1:]
-        factor = pipeline.size_multiple
-        if height % factor or width % factor:
-            raise ValueError(f"`dataset` has images of {width} x {height} pixels; both must be multiples of {factor}.")
+    parts: Sequence[TrainingSamples] = [dataset]
+    if isinstance(dataset, MultiSizeDataset):
+        parts = dataset.datasets
+        if dataset.batch_size != config.batch_size:
+            raise ValueError(
+                f"`batch_size` must be {dataset.batch_size}, as in `dataset`, so that the images of a batch have one"
+                f" size; got {config.batch_size}."
+            )
+    for first in (part[0] for part in parts):
+        if config.train_text_encoder and "prompt_embeds" in first:
+            raise ValueError(
+                "`train_text_encoder` needs token ids, but `dataset` has embeddings; cache it with embeddings=False."
+            )
+        if "target" in first:
+            height, width = first["target"].shape[1:]
+            factor = pipeline.size_multiple
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"`dataset` has images of {width} x {height} pixels; both must be multiples of {factor}."
+                )
 
 
 def describe_size(pipeline: InstructDiffusionPipeline, model: Denoiser, config: TrainingConfig, folder: Path) -> str:
@@ -386,15 +402,6 @@ def describe_size(pipeline: InstructDiffusionPipeline, model: Denoiser, config: 
 def count(parameters: Iterable[torch.nn.Parameter]) -> int:
     """The number of values in `parameters`."""
     return sum(parameter.numel() for parameter in parameters)
-
-
-def latent_shape(item: Batch, pipeline: InstructDiffusionPipeline) -> torch.Size:
-    """The shape [C, h, w] of the latents of a training sample, encoded or not."""
-    if "target_mean" in item:
-        return item["target_mean"].shape
-    height, width = item["target"].shape[1:]
-    factor = pipeline.vae_scale_factor
-    return torch.Size([pipeline.vae.config.latent_channels, height // factor, width // factor])
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -99,7 +99,7 @@ def validation_grid(
             zeros if text_to_image else sample.image,
             generator=torch.Generator().manual_seed(SEED),
             return_dict=False,
-            **{"resolution": 0, **example.settings},  # the size of the training images
+            **{**example.settings, "resolution": 0},  # the size of the training images
         )
         panels = [(f'"{sample.instruction}"', answer), ("target", sample.target)]
         rows.append((example.title, panels if text_to_image else [("input", sample.image), *panels]))
