@@ -72,7 +72,8 @@ def train_readout(
 
     Args:
         pipeline: its component `readout` is set to the new readout, and its `score_calibration` is removed.
-        examples: with masks or joints, whose images have one size; see `evaluation.examples_from`.
+        examples: with masks or joints; see `evaluation.examples_from`. Their images have one size, or are at least as
+            large as the readout's input.
         held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the outputs in answers/ and the evaluation in held-out/, where
             table.md has the scores of the readout in the column "score", and those of decoding by color next to them.
