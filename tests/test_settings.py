@@ -90,6 +90,10 @@ def test_each_task_has_its_own_resolution():
     assert [working_side(cat, resolution=side) for side in (None, 32, 0)] == [64, 32, 90]
     arguments = {"resize_mode": "stretch", "output_type": "np", "generator": tiny.generator()}
     assert pipe("make it winter", tiny.picture(90, 90), **arguments).images.shape[1] == 48
+    pipe.unet.register_to_config(sample_size=None)
+    assert working_side(nose, resolution=32, num_inference_steps=1) == 32
+    with pytest.raises(ValueError, match="`resolution` must be given"):
+        working_side(nose, num_inference_steps=1)
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8)
     assert pipe("make it winter", latents, output_type="latent").images.shape[-1] == 8
 

@@ -466,12 +466,10 @@ def _checked_task_settings(task_settings: Any) -> dict[str, dict[str, Any]]:
         task_settings,
     )
     for family, own in value.items():
-        _require(
-            "resolution" not in own or _is_integer(own["resolution"], 16, MAX_RESOLUTION),
-            f"task_settings[{family!r}]['resolution']",
-            f"an integer of at least 16 and at most {MAX_RESOLUTION}",
-            own.get("resolution"),
-        )
+        if "resolution" in own:
+            is_resolution = _is_integer(own["resolution"], 16, MAX_RESOLUTION)
+            expected = f"an integer of at least 16 and at most {MAX_RESOLUTION}"
+            _require(is_resolution, f"task_settings[{family!r}]['resolution']", expected, own["resolution"])
     return {family: dict(own) for family, own in value.items()}
 
 
@@ -764,7 +762,13 @@ class InstructDiffusionPipeline(
         return self.task_resolution("editing")
 
     def task_resolution(self, family: str) -> int:
-        """The resolution of a task family in `task_settings`, or else of the UNet (512 for Stable Diffusion 1.5)."""
+        """The resolution of a task family in pixels: that in `task_settings`, or else that of the UNet.
+
+        The UNet of Stable Diffusion 1.5 has 512. `instructdiffusion_pipeline.ask` uses it for the short side.
+
+        Raises:
+            ValueError: if neither is there.
+        """
         own = self.config.task_settings.get(family, {})
         if "resolution" in own:
             return int(own["resolution"])

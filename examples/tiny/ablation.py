@@ -61,14 +61,9 @@ def main() -> None:
         pipeline = InstructDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         examples = cases[name] if sources else [case for family in cases.values() for case in family]
-        results = evaluate(
-            # The models are trained with images of one size.
-            pipeline,
-            examples,
-            args.output_dir / f"{name}-scores",
-            batch_size=32,
-            resolution=recipe.side,
-        )
+        folder = args.output_dir / f"{name}-scores"
+        # The models are trained with images of one size, also of keypoints.
+        results = evaluate(pipeline, examples, folder, batch_size=32, resolution=recipe.side)
         (alone if sources else together).update({row["row"]: row["scores"] for row in results["rows"]})
     markdown = table(together, alone)
     write_text(args.output_dir / "ablation.md", markdown)

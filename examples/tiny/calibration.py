@@ -49,13 +49,14 @@ def main() -> None:
     recipe = RECIPES[args.recipe]
     scenes = partial(held_out_world, recipe, args.world)
     training = scenes(unseen_photographs=False)
-    figures = scenes(recipe.keypoint_side, unseen_photographs=False)
+    frame = recipe.frame_of("keypoints")
+    figures = scenes(frame=frame, unseen_photographs=False)
     examples = rows({"training scenes": training}, figures, args.samples, SEED)
     styles = {
         "styles of training": scenes(),
         "another drawing style": scenes(styles=(UNSEEN_STYLE,)),
     }
-    held_out = rows(styles, scenes(recipe.keypoint_side), args.test_samples, HELD_OUT_SEED)
+    held_out = rows(styles, scenes(frame=frame), args.test_samples, HELD_OUT_SEED)
     fits = calibrate(pipeline, examples, held_out, args.output_dir, batch_size=32)
     save_calibration(fits, args.model)
     print((args.output_dir / "reliability.md").read_text())

@@ -34,13 +34,10 @@ SEED = 7  # of the scenes; training uses 0 and 1, the readout 3
 CHANGES = {"removed": edits.remove, "replaced": edits.replace, "added": edits.add, "moved": edits.move}
 
 
-def held_out_world(recipe: Recipe, folder: Path, side: int | None = None, **options: Any) -> World:
-    """Return a world of held-out photographs with the table's scenes.
-
-    `options` are arguments of `Recipe.world`.
-    """
+def held_out_world(recipe: Recipe, folder: Path, **options: Any) -> World:
+    """Return a world of held-out photographs with the table's scenes. `options` are arguments of `World`."""
     table = {"unseen_photographs": True, "sizes": SIZES, "counts": COUNTS, "figures": 0, "varied": False}
-    return recipe.world(folder, side, **table | options)
+    return recipe.world(folder, **table | options)
 
 
 def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
@@ -48,7 +45,7 @@ def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
     seen = held_out_world(recipe, folder)
     names = held_out_world(recipe, folder, unseen_objects=True)
     style = held_out_world(recipe, folder, styles=(UNSEEN_STYLE,))
-    figures = held_out_world(recipe, folder, recipe.keypoint_side)
+    figures = held_out_world(recipe, folder, frame=recipe.frame_of("keypoints"))
     figure = partial(sources.keypoints, objects_share=0)
     layouts = {row: {"sizes": sizes} for row, sizes in SIZE_ROWS.items()}
     layouts |= {row: {"sizes": (0.3, 0.5), "counts": {count: 1}} for row, count in COUNT_ROWS.items()}

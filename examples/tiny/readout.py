@@ -54,11 +54,11 @@ def main() -> None:
 
 def questions(recipe: Recipe, folder: Path, counts: Mapping[str, int], **options: Any) -> list[LazyExample]:
     """Return `counts` examples of each source. `options` are arguments of `World`."""
-    worlds = {side: recipe.world(folder, side, **options) for side in {recipe.side, recipe.keypoint_side}}
+    worlds = {frame: recipe.world(folder, frame=frame, **options) for frame in set(map(recipe.frame_of, counts))}
     return [
         example
         for name, count in counts.items()
-        for example in examples_from(source(name, worlds[recipe.side_of(name)], count, SEED), count, SEED)
+        for example in examples_from(source(name, worlds[recipe.frame_of(name)], count, SEED), count, SEED)
     ]
 
 

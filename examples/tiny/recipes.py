@@ -44,17 +44,15 @@ class Recipe:
         """The names that are not used in training."""
         return sorted(filter(is_held_out, self.names))
 
-    def side_of(self, name: str) -> int:
-        """The side of the images of one of `TRAINING_SOURCES`."""
+    def frame_of(self, name: str) -> tuple[int, int]:
+        """The size of the images of one of `TRAINING_SOURCES`."""
         _, example, _ = TRAINING_SOURCES[name]
-        return self.keypoint_side if example is keypoints else self.side
+        side = self.keypoint_side if example is keypoints else self.side
+        return side, side
 
-    def world(self, folder: Path, side: int | None = None, **options: Any) -> World:
-        """Return the world of this recipe, with images of `side` (default: `self.side`) pixels.
-
-        `options` are other arguments of `World`.
-        """
-        defaults = {"frame": (side or self.side,) * 2, "names": self.names, "styles": self.styles}
+    def world(self, folder: Path, **options: Any) -> World:
+        """Return the world of this recipe. `options` are other arguments of `World`."""
+        defaults = {"frame": (self.side, self.side), "names": self.names, "styles": self.styles}
         return World(folder, **defaults | options)
 
 

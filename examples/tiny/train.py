@@ -54,11 +54,10 @@ def main() -> None:
         )
         pipeline.unet.register_to_config(sample_size=recipe.side // pipeline.vae_scale_factor)
     else:
-        vae = (
-            AutoencoderKL.from_pretrained(recipe.vae)
-            if recipe.vae
-            else train_vae(recipe.world(world_folder), args.work_dir)
-        )
+        if recipe.vae:
+            vae = AutoencoderKL.from_pretrained(recipe.vae)
+        else:
+            vae = train_vae(recipe.world(world_folder), args.work_dir)
         torch.manual_seed(0)
         pipeline = build_pipeline(recipe, vae, world_folder)
     if torch.cuda.is_available():
@@ -75,12 +74,12 @@ def main() -> None:
 
 def training_samples(recipe: Recipe, world: Path, tokenizer: CLIPTokenizer, batch_size: int) -> MultiSizeDataset:
     """Return samples of all families. The images of a batch have one size."""
-    by_side: dict[int, list[str]] = {}
+    by_frame: dict[tuple[int, int], list[str]] = {}
     for name in TRAINING_SOURCES:
-        by_side.setdefault(recipe.side_of(name), []).append(name)
+        by_frame.setdefault(recipe.frame_of(name), []).append(name)
     datasets = [
-        ImageDataset(mixture(recipe.world(world, side), SAMPLES, seed=1, names=names), tokenizer)
-        for side, names in by_side.items()
+        ImageDataset(mixture(recipe.world(world, frame=frame), SAMPLES, seed=1, names=names), tokenizer)
+        for frame, names in by_frame.items()
     ]
     return MultiSizeDataset(datasets, batch_size)
 

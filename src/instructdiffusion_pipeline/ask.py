@@ -1,7 +1,7 @@
 """Run a pipeline for a vision task and decode its output image."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -225,8 +225,8 @@ def ask_batch(
     # None stands for the default of the task, not for that of `__call__`, which is "editing".
     of_tasks = {*DEFAULT_SETTINGS, "resolution"}
     settings = {name: value for name, value in settings.items() if value is not None or name not in of_tasks}
-    defaults: dict[str, Any] = {"resolution": pipeline.task_resolution(tasks[0].family), "resize_mode": "stretch"}
-    settings = defaults | own[0] | settings
+    settings = {"resize_mode": "stretch"} | own[0] | settings
+    settings["resolution"] = resolution_of(pipeline, tasks[0], settings)
     readout = pipeline.readout if use_readout else None
     images = [upright_rgb(image) for image in images]
 
@@ -288,6 +288,11 @@ def make_answer(
 def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:
     """The default call arguments of `ask`: those of the task or its class, overridden by the model's."""
     return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
+
+
+def resolution_of(pipeline: InstructDiffusionPipeline, task: Task[Any], settings: Mapping[str, Any]) -> int:
+    """The `resolution` in `settings`, or else the pipeline's for the task."""
+    return settings["resolution"] if "resolution" in settings else pipeline.task_resolution(task.family)
 
 
 def check_questions(

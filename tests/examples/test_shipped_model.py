@@ -13,6 +13,7 @@ import torch
 from color_edits import COLOR_EDITS, edit_colors
 from fetch import NAMES
 from figures import draw_figure
+from model import task_settings
 from PIL import Image
 from pose import WholePose
 from recipes import RECIPES
@@ -99,9 +100,10 @@ def test_it_is_small_and_contains_no_local_paths():
 def test_it_has_settings_for_every_family(model):
     settings = model.config.task_settings
     assert settings.keys() == {"keypoints", "segmentation", "restoration", "editing"}
-    for values in settings.values():
-        assert values.keys() - {"resolution"} == {"num_inference_steps", "guidance_scale", "image_guidance_scale"}
-    assert model.task_resolution("keypoints") == RECIPE.keypoint_side
+    for family, values in settings.items():
+        own_size = {"resolution"} if family == "keypoints" else set()
+        assert values.keys() == {"num_inference_steps", "guidance_scale", "image_guidance_scale"} | own_size
+    assert settings == task_settings(RECIPE)
 
 
 def test_its_own_settings_are_better_for_editing_than_those_of_the_paper(model, photographs):

@@ -65,6 +65,8 @@ def test_a_batch_of_several_sizes_has_one_size_and_an_epoch_all_samples(pipe, ba
             assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, expected, strict=True))
         orders.append(sides)
     assert batch_size != 1 or orders[0] != orders[1], "each epoch has another order"
+    with pytest.raises(ValueError, match="`datasets` must have at least one dataset"):
+        MultiSizeDataset([], batch_size)
     other = MultiSizeDataset(datasets, batch_size, seed=1)
     assert batch_size != 1 or [other[i]["image"].shape[-1] for i in range(len(other))] != orders[0]
 

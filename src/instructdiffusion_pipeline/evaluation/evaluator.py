@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch, settings_of
+from instructdiffusion_pipeline.ask import Answer, ask_batch, resolution_of, settings_of
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -195,9 +195,10 @@ class Evaluator:
     def size(self, task: Task) -> dict[str, Any]:
         """`resolution` and `resize_mode` for a task: of the run, or else of its settings, or else of `ask`."""
         settings = {**settings_of(self.pipeline, task), **self.settings.get(task.family, {})}
-        default = settings.get("resolution", self.pipeline.task_resolution(task.family))
+        if self.resolution is not None:
+            settings["resolution"] = self.resolution
         return {
-            "resolution": default if self.resolution is None else self.resolution,
+            "resolution": resolution_of(self.pipeline, task, settings),
             "resize_mode": self.resize_mode or settings.get("resize_mode", "stretch"),
         }
 

@@ -99,14 +99,19 @@ class MultiSizeDataset(Dataset):
         datasets: an `ImageDataset` or a `CachedDataset` for each size.
         batch_size: that of the run.
         seed: of the order.
+
+    Raises:
+        ValueError: if there are no datasets, or two sources have the same name.
     """
 
     def __init__(self, datasets: Sequence[TrainingSamples], batch_size: int, seed: int = 0):
+        if not datasets:
+            raise ValueError("`datasets` must have at least one dataset; got none.")
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.sources = [name for dataset in datasets for name in dataset.sources]
         check_source_names(self.sources)
         self._batches = [math.ceil(len(dataset) / batch_size) for dataset in datasets]
-        self._plan: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._plan: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return sum(self._batches) * self.batch_size
@@ -114,21 +119,19 @@ class MultiSizeDataset(Dataset):
     def __getitem__(self, position: int) -> Batch:
         epoch, offset = divmod(position, len(self))
         batch, place = divmod(offset, self.batch_size)
-        chosen, number = self._locate(epoch, batch)
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, self._order(epoch)
+        order = self._plan[1]
+        chosen = int(order[batch])
+        number = int(np.count_nonzero(order[:batch] == chosen))  # batches of the same dataset before it
         sample = self.datasets[chosen][(epoch * self._batches[chosen] + number) * self.batch_size + place]
         first_source = sum(len(dataset.sources) for dataset in self.datasets[:chosen])
         return sample | {"position": torch.tensor(position), "source": sample["source"] + first_source}
 
-    def _locate(self, epoch: int, batch: int) -> tuple[int, int]:
-        """The dataset of a batch, and how many batches of the epoch before it have the same dataset."""
-        if self._plan is None or self._plan[0] != epoch:
-            order = np.repeat(np.arange(len(self.datasets)), self._batches)
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-            numbers = np.zeros_like(order)
-            for chosen, count in enumerate(self._batches):
-                numbers[order == chosen] = np.arange(count)
-            self._plan = epoch, order, numbers
-        return int(self._plan[1][batch]), int(self._plan[2][batch])
+    def _order(self, epoch: int) -> np.ndarray:
+        """The dataset of each batch of an epoch, as an index into `datasets`."""
+        order = np.repeat(np.arange(len(self.datasets)), self._batches)
+        return np.random.default_rng((self.seed, epoch)).permutation(order)
 
 
 def count_workers(given: int | None, device: torch.device, cached: bool = False) -> int:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -150,17 +151,18 @@ def train(
         )
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.print(describe_size(pipeline, model, config, folder))
-    latents_and_timesteps = (
-        pipeline.vae.config.latent_channels,
-        pipeline.vae_scale_factor,
-        scheduler.config.num_train_timesteps,
+    collator = partial(
+        NoiseCollator,
+        latent_channels=pipeline.vae.config.latent_channels,
+        vae_scale_factor=pipeline.vae_scale_factor,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
     )
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # a protocol, not torch's class
         config.batch_size,
         sampler=range(step * samples_per_step, config.max_train_steps * samples_per_step),
         num_workers=count_workers(config.num_workers, device, cached="target_mean" in first),
-        collate_fn=NoiseCollator(config.seed, *latents_and_timesteps, config.timestep_bias),
+        collate_fn=collator(config.seed, timestep_bias=config.timestep_bias),
         pin_memory=device.type == "cuda",
     )
     denoiser, optimizer, lr_scheduler, loader = accelerator.prepare(model, optimizer, lr_scheduler, loader)
@@ -210,12 +212,11 @@ def train(
     validation_batches: Iterable[Batch] = ()
     if validation_dataset is not None:
         count = min(len(validation_dataset), VALIDATION_SAMPLES)
-        collate = NoiseCollator(SEED, *latents_and_timesteps)
         validation_batches = DataLoader(
             validation_dataset,  # type: ignore[arg-type]
             config.batch_size,
             sampler=range(count),
-            collate_fn=collate,
+            collate_fn=collator(SEED),
         )
 
     def validate(step: int) -> None:
