@@ -64,6 +64,21 @@ def test_instructdiffusion_tiny_is_calibrated_on_its_world(
     assert json.loads((model / "model_index.json").read_text())["score_calibration"] == {"keypoints": [1.25, -0.3333]}
 
 
+def test_images_have_the_larger_resolution_of_both_tasks(monkeypatch, tmp_path, coco, calls):
+    sizes, replaced = [], calibrate.calibrate
+    settings = {"segmentation": {"resolution": 48}}
+    InstructDiffusionPipeline(**tiny.components(), task_settings=settings).save_pretrained(tmp_path / "model")
+
+    def record(pipeline, examples, *args):
+        sizes.extend(example.open().image.size for example in examples)
+        return replaced(pipeline, examples, *args)
+
+    monkeypatch.setattr(calibrate, "calibrate", record)
+    data = ("--data", f"coco={coco}")
+    run(monkeypatch, calibrate, "--model", tmp_path / "model", *data, "--output_dir", tmp_path / "out")
+    assert sizes == [(48, 48)]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

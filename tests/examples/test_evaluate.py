@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
@@ -57,6 +58,29 @@ def gopro(tmp_path):
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     evaluate.main()
+
+
+def test_each_task_is_evaluated_at_its_own_resolution(monkeypatch, tmp_path, coco_stuff):
+    settings = {"segmentation": {"num_inference_steps": 1, "resolution": 64}}
+    InstructDiffusionPipeline(**tiny.components(), task_settings=settings).save_pretrained(tmp_path / "model")
+    sides = []
+    predict, score = UNet2DConditionModel.forward, evaluate.evaluate
+
+    def record(unet, sample, *args, **kwargs):
+        sides.append(min(sample.shape[-2:]))
+        return predict(unet, sample, *args, **kwargs)
+
+    def only_record_the_evaluation(*args, **kwargs):
+        sides.clear()  # of a trial run after loading
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", record)
+    monkeypatch.setattr(evaluate, "evaluate", only_record_the_evaluation)
+    options = ("--model", tmp_path / "model", "--data", f"coco-stuff={coco_stuff}", "--samples", 1)
+    for given, side in ((), 64), (("--resolution", 32), 32):
+        call(monkeypatch, *options, *given, "--output", tmp_path / f"out-{side}")
+        factor = InstructDiffusionPipeline.from_pretrained(tmp_path / "model").vae_scale_factor
+        assert set(sides) == {side // factor}
 
 
 def test_datasets_are_rows_of_one_table(monkeypatch, capsys, tmp_path, model, coco, coco_stuff, gopro):

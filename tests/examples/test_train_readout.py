@@ -43,6 +43,14 @@ def run(monkeypatch, *arguments):
     run_script(train_readout.main)
 
 
+def test_masks_and_joints_may_have_different_resolutions(monkeypatch, tmp_path, coco_stuff, coco):
+    settings = {"segmentation": {"num_inference_steps": 1, "resolution": 48}, "keypoints": {"num_inference_steps": 1}}
+    InstructDiffusionPipeline(**tiny.components(), task_settings=settings).save_pretrained(tmp_path / "model")
+    data = ["--data", f"coco-stuff={coco_stuff}", f"coco={coco}", "--max_train_steps", 2]
+    run(monkeypatch, "--model", tmp_path / "model", *data, "--output_dir", tmp_path / "out")
+    assert InstructDiffusionPipeline.from_pretrained(tmp_path / "model").readout.config.sample_size == 48
+
+
 def test_a_readout_for_masks_and_joints_is_saved_in_the_model_folder(
     monkeypatch, capsys, tmp_path, model, coco_stuff, coco
 ):

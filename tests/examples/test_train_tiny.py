@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sources import TRAINING_SOURCES
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline.files import update_json
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
 
@@ -65,7 +66,9 @@ def test_the_recipe_writes_a_folder_that_loads_and_runs(run, tmp_path):
     with pytest.raises(SystemExit):  # the folder exists
         run("first")
 
+    update_json(output / "unet" / "config.json", {"sample_size": 16})  # as in a model for 64 x 64 pixels
     second = run("second", "--init", str(output))
+    assert InstructDiffusionPipeline.from_pretrained(second).default_resolution == RECIPES["cpu"].side
     first_unet, second_unet = (load_file(folder / UNET) for folder in (output, second))
     step = max((first_unet[name].float() - second_unet[name].float()).abs().max() for name in first_unet)
     assert 0 < step < 0.01, "one training step apart"

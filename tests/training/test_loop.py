@@ -467,7 +467,7 @@ def test_validation_images_have_the_size_of_the_training_images(pipe):
         return tensors
 
     image = tiny.picture(48, 48)
-    settings = {"num_inference_steps": 1, "callback_on_step_end": note}
+    settings = {"num_inference_steps": 1, "callback_on_step_end": note, "resolution": 64}
     validation_grid(pipe, [ValidationExample("editing", Sample(image, image, "paint"), settings)])
     assert pipe.default_resolution == 32 and sizes == [(48 // pipe.vae_scale_factor,) * 2]
 
