@@ -4,9 +4,9 @@
 
 Training starts from random weights, or with `--init FOLDER` from the weights of an earlier model, whose VAE is kept.
 Samples are generated during the training of the UNet, so no sample is repeated. Each stage saves its state in the work
-folder, so an interrupted run is resumed when it is started again. Two processes on two cores of a server CPU train the
-UNet on 39 samples per second, which is five and a half hours from random weights. For a machine with a GPU and no
-network, `pack.py` makes a folder with everything needed.
+folder, so an interrupted run is resumed when it is started again. On two cores of a server CPU, the UNet is trained on
+35 samples per second, which is six hours from random weights. For a machine with a GPU and no network, `pack.py` makes
+a folder with everything needed.
 """
 
 import argparse
