@@ -86,7 +86,7 @@ def test_noisy_values_are_clipped():
 
 def test_a_frame_has_the_requested_short_side_and_maps_points():
     image, box = Image.new("RGB", (1000, 500)), (100.0, 30.0, 900.0, 430.0)
-    frame = Frame.of(image, Image.new("RGB", (1000, 500)), box, shortest=256)
+    frame = Frame.of(image, Image.new("RGB", (1000, 500)), box, max_short_side=256)
     assert frame.source.shape == frame.answer.shape == (256, 512, 3)
     assert frame.scale == (800 / 512, 400 / 256)
     assert frame.point(0, 0) == pytest.approx((100 + 0.5 * 800 / 512 - 0.5, 30 + 0.5 * 400 / 256 - 0.5))

@@ -24,10 +24,20 @@ FIT_SIDE = 64  # pixels along the short side at which the color transform is fit
 FIT_RADIUS = 24  # radius of the fit's window, in pixels at this size
 FIT_ITERATIONS = 6
 FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window, to regularize the fit
-EDGE_RADIUS = 3  # working pixels; radius of the window in which a changed region is aligned with the input's edges
+CLOSING = 1  # working pixels; holes and gaps in a changed region are filled up to twice this width
+# How a changed region is aligned with the input's edges; lengths in working pixels.
+EDGE_RADIUS = 10  # of the fit's window
+EDGE_RIDGE = 4.0  # squared levels
+EDGE_BAND = (1, 2)  # outside and inside of the border; there it is uncertain whether a pixel has changed
+BAND_WEIGHT = 0.2  # of these pixels in the fit
+# Fractions of the region's variance that colors explain: from FULL_FIT on, the fit is used without the region itself.
+# It is used less if the output's colors explain more than the input's, as with an added object; not at all if they
+# explain MAX_EXCESS more.
+FULL_FIT, MAX_EXCESS = 0.4, 0.3
 EDGE_CUT = 0.45  # of the fit; below one half, so that the blend covers the mixed pixels along an edge
-CLOSING = 3  # working pixels; holes and gaps in a changed region are filled up to twice this width
-EDGE_RIDGE = 100.0  # squared levels
+EDGE_STEEPNESS = 3.0  # of the blend, because the fit blurs edges
+REACH = 1  # how far the blend may extend a region
+CORE = 6  # from this distance to its border, a region is replaced completely
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
@@ -73,8 +83,8 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
         answer: the model's output at working size, like `reconstruction`.
 
     Returns:
-        The edited image [H, W, 3], 8-bit RGB. Pixels are exactly those of `image` from a distance of one working pixel
-        (H / h input pixels) outside of the regions that changed.
+        The edited image [H, W, 3], 8-bit RGB. Pixels are exactly those of `image` from a distance of two working
+        pixels (2 * H / h input pixels) outside of the regions that changed.
     """
     copy, target = _planes(reconstruction), _planes(answer)
     change = target - copy
@@ -102,15 +112,16 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
         return recolored
 
     result = recolored.copy()
+    small = np.asarray(Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.BOX))
     enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
-    for rows, (slope_rows, intercept_rows, content_rows, inside_rows) in _strips(
-        image.shape[:2], content, *fit_edges(torch.cat([copy, target]), content), content, _erode(content, 1)
+    reach = _dilate(content, REACH)
+    for rows, (slope_rows, intercept_rows, reach_rows, core_rows) in _strips(
+        image.shape[:2], reach, *fit_edges(_planes(small), target, content), reach, _erode(content, CORE)
     ):
-        source, shown = _planes(image[rows]), _planes(enlarged[rows])
-        edge = (slope_rows * torch.cat([source, shown])).sum(0, keepdim=True) + intercept_rows
-        # Twice as steep as the fit, because the fit blurs edges; 0 far outside the region, and 1 inside of it.
-        blend = (2 * (edge - EDGE_CUT) + 0.5).clamp(0, 1).minimum((2 * content_rows).clamp(max=1)).maximum(inside_rows)
-        background = _planes(recolored[rows])
+        source, shown, background = _planes(image[rows]), _planes(enlarged[rows]), _planes(recolored[rows])
+        edge = (slope_rows * source).sum(0, keepdim=True) + intercept_rows
+        blend = (EDGE_STEEPNESS * (edge - EDGE_CUT) + 0.5).clamp(0, 1)
+        blend = blend.minimum((2 * reach_rows).clamp(max=1)).maximum(core_rows)
         result[rows] = _levels(background + blend * (shown - background))
     return result
 
@@ -177,17 +188,46 @@ def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float
     return matrix, offset
 
 
-def fit_edges(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit region = slope . guide + intercept around each pixel, so that the region follows edges of the guide.
+def fit_edges(source: torch.Tensor, target: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit region = slope . color + intercept around each pixel, so that the region follows the edges of the input.
 
-    `guide` is [C, h, w] and `region` [1, h, w]; slope is [C, h, w] and intercept [1, h, w] (He et al., "Guided Image
-    Filtering", 2013).
+    Where the input's colors do not explain the region, for example that of an added object, the blurred region itself
+    is used.
+
+    Args:
+        source, target: input and output, [3, h, w], in levels of 0 to 255.
+        region: the changed region, [1, h, w], 0 or 1.
+
+    Returns:
+        slope [3, h, w] and intercept [1, h, w], for the input's colors.
     """
-    mean_guide, mean_region = _mean(guide, EDGE_RADIUS), _mean(region, EDGE_RADIUS)
-    spread = _mean(_products(guide, guide), EDGE_RADIUS) - _products(mean_guide, mean_guide)
-    slope = _solve(spread, _mean(guide * region, EDGE_RADIUS) - mean_guide * mean_region, EDGE_RIDGE)
-    intercept = mean_region - (slope * mean_guide).sum(0, keepdim=True)
-    return _mean(slope, EDGE_RADIUS), _mean(intercept, EDGE_RADIUS)
+    slope, intercept, explained = guided_fit(source, region)
+    *_, explained_by_target = guided_fit(target, region)
+    excess = (explained_by_target - explained).clamp(min=0)
+    share = (explained / FULL_FIT).clamp(0, 1) * (1 - excess / MAX_EXCESS).clamp(min=0)
+    slope, intercept, share = (_mean(plane, EDGE_RADIUS) for plane in (share * slope, share * intercept, share))
+    return slope, intercept + (1 - share) * _mean(region, 1)
+
+
+def guided_fit(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fit region = slope . guide + intercept around each pixel (He et al., "Guided Image Filtering", 2013).
+
+    Pixels near the border of the region have a small weight, as the output does not show precisely where it is.
+
+    Returns:
+        slope [3, h, w], intercept [1, h, w] and the explained fraction of the region's variance [1, h, w].
+    """
+    outside, inside = EDGE_BAND
+    certain = _erode(region, inside) + 1 - _dilate(region, outside)
+    weight = BAND_WEIGHT + (1 - BAND_WEIGHT) * certain
+    total = _mean(weight, EDGE_RADIUS)
+    mean_guide, mean_region = (_mean(weight * plane, EDGE_RADIUS) / total for plane in (guide, region))
+    spread = _mean(weight * _products(guide, guide), EDGE_RADIUS) / total - _products(mean_guide, mean_guide)
+    shared = _mean(weight * guide * region, EDGE_RADIUS) / total - mean_guide * mean_region
+    slope = _solve(spread, shared, EDGE_RIDGE)
+    explained = (slope * shared).sum(0, keepdim=True)
+    variance = (mean_region * (1 - mean_region)).clamp(min=1e-3)
+    return slope, mean_region - (slope * mean_guide).sum(0, keepdim=True), explained / variance
 
 
 def changed_region(
