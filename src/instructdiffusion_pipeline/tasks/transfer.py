@@ -37,7 +37,7 @@ FULL_FIT, MAX_EXCESS = 0.4, 0.3
 EDGE_CUT = 0.45  # of the fit; below one half, so that the blend covers the mixed pixels along an edge
 EDGE_STEEPNESS = 3.0  # of the blend, because the fit blurs edges
 REACH = 1  # how far the blend may extend a region
-CORE = 6  # from this distance to its border, a region is replaced completely
+CORE = 3  # from this distance to its border, a region is replaced completely
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
