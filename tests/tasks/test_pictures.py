@@ -93,6 +93,14 @@ def test_a_frame_has_the_requested_short_side_and_maps_points():
     assert frame.point(511, 255) == pytest.approx((900 - 0.5 * 800 / 512 - 0.5, 430 - 0.5 * 400 / 256 - 0.5))
 
 
+@pytest.mark.parametrize(
+    ("sides", "shape"), [({"short_side": 96}, (96, 144, 3)), ({"max_short_side": 96}, (40, 60, 3))]
+)
+def test_only_an_exact_short_side_enlarges_a_frame(sides, shape):
+    frame = Frame.of(Image.new("RGB", (300, 200)), Image.new("RGB", (60, 40)), **sides)
+    assert frame.source.shape == frame.answer.shape == shape
+
+
 def test_an_output_is_pasted_with_subpixel_accuracy():
     ramp = np.broadcast_to(1.5 * np.arange(160)[None, :, None], (120, 160, 3)).astype(np.uint8)
     for axes, box in (((0, 1, 2), (10.5, 20.25, 90.5, 80.25)), ((1, 0, 2), (20.25, 10.5, 80.25, 90.5))):

@@ -12,6 +12,9 @@ from skimage.metrics import peak_signal_noise_ratio
 from skimage.transform import SimilarityTransform, warp
 
 from instructdiffusion_pipeline.tasks.transfer import (
+    BAND_WEIGHT,
+    EDGE_RIDGE,
+    guided_fit,
     transfer_change,
     transfer_denoised,
     transfer_in_box,
@@ -159,6 +162,43 @@ def test_there_is_no_seam_around_a_change(reconstruct, kind):
             return np.quantile(np.hypot(down, across).max(-1)[ring], 0.99)
 
         assert steepness(result) <= 1.1 * steepness(truth) + 5
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_the_surroundings_of_a_removed_object_are_kept_if_the_output_blurs_them(reconstruct, factor):
+    """Models often change a wide margin around a removed object. The border is found in the input instead."""
+    for name in PHOTOGRAPHS:
+        image, truth = LOCAL["removed"](photograph(name, factor * WORKING_SIDE))
+        margin = grow((image != truth).any(-1), 3 * factor)
+        blurred = truth.copy()
+        blurred[margin] = enlarged(enlarged(truth, 16), len(truth))[margin]
+        answer = reconstruct(blurred)
+        result, plain = transfer_change(image, reconstruct(image), answer), enlarged(answer, len(image))
+        changed = (image != truth).any(-1)
+        surroundings = margin & ~changed
+        assert psnr(truth, result, surroundings) > psnr(truth, plain, surroundings) + 7
+        assert psnr(truth, result, changed) > psnr(truth, plain, changed) - 2
+
+
+def test_guided_fit_is_a_weighted_ridge_regression():
+    """In an image smaller than the window, all pixels have the same fit, that of the closed form in NumPy."""
+    rng = np.random.default_rng(0)
+    region = np.zeros((11, 9), np.float32)
+    region[3:9, 2:7] = 1
+    guide = (60 * region + rng.normal(100, 20, (3, 11, 9))).astype(np.float32)
+    slope, intercept, explained = guided_fit(torch.from_numpy(guide), torch.from_numpy(region)[None])
+    # Pixels next to the border: one outside, two inside.
+    certain = np.ones((11, 9), bool)
+    certain[2:10, 1:8] = False
+    certain[5:7, 4] = True
+    weights = np.where(certain, 1, BAND_WEIGHT).ravel()
+    moments = np.cov(np.vstack([guide.reshape(3, -1), region.reshape(1, -1)]), aweights=weights, bias=True)
+    expected = np.linalg.solve(moments[:3, :3] + EDGE_RIDGE * np.eye(3), moments[:3, 3])
+    means = np.average(guide.reshape(3, -1), axis=1, weights=weights)
+    constant = np.average(region.ravel(), weights=weights) - expected @ means
+    assert np.allclose(slope.numpy(), expected[:, None, None], rtol=1e-3)
+    assert np.allclose(intercept.numpy(), constant, rtol=1e-3)
+    assert np.allclose(explained.numpy(), expected @ moments[:3, 3] / moments[3, 3], rtol=1e-3)
 
 
 def test_an_unchanged_output_returns_the_input(reconstruct):
