@@ -37,7 +37,7 @@ FULL_FIT, MAX_EXCESS = 0.4, 0.3
 EDGE_CUT = 0.45  # of the fit; below one half, so that the blend covers the mixed pixels along an edge
 EDGE_STEEPNESS = 3.0  # of the blend, because the fit blurs edges
 REACH = 1  # how far the blend may extend a region
-CORE = 3  # from this distance to its border, a region is replaced completely
+CORE = 3  # a region is eroded by this radius; what remains is replaced completely
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
@@ -215,7 +215,8 @@ def guided_fit(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor,
     Pixels near the border of the region have a small weight, as the output does not show precisely where it is.
 
     Returns:
-        slope [3, h, w], intercept [1, h, w] and the explained fraction of the region's variance [1, h, w].
+        slope [3, h, w], divided by the explained fraction of the region's variance, intercept [1, h, w], and this
+        fraction [1, h, w].
     """
     outside, inside = EDGE_BAND
     certain = _erode(region, inside) + 1 - _dilate(region, outside)
@@ -227,7 +228,11 @@ def guided_fit(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor,
     slope = _solve(spread, shared, EDGE_RIDGE)
     explained = (slope * shared).sum(0, keepdim=True)
     variance = (mean_region * (1 - mean_region)).clamp(min=1e-3)
-    return slope, mean_region - (slope * mean_guide).sum(0, keepdim=True), explained / variance
+    explained = explained / variance
+    # The means of the fit inside and outside of the region differ by the explained fraction only. Without this
+    # division, a small region would be replaced only partly.
+    slope = slope / explained.clamp(min=FULL_FIT)
+    return slope, mean_region - (slope * mean_guide).sum(0, keepdim=True), explained
 
 
 def changed_region(
