@@ -46,7 +46,9 @@ def main() -> None:
     examples = questions(recipe, args.world, QUESTIONS)
     few = {name: min(count, HELD_OUT) for name, count in QUESTIONS.items()}
     held_out = questions(recipe, args.world, few, unseen_photographs=True)
-    train_readout(pipeline, examples, held_out, args.work_dir, ReadoutConfig(recipe.side), batch_size=32)
+    # The images of a batch must have one size.
+    config = ReadoutConfig(min(recipe.side, recipe.keypoint_side))
+    train_readout(pipeline, examples, held_out, args.work_dir, config, batch_size=32)
     export_model(recipe, pipeline, args.output_dir, args.world)
 
 

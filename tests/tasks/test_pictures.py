@@ -86,19 +86,11 @@ def test_noisy_values_are_clipped():
 
 def test_a_frame_has_the_requested_short_side_and_maps_points():
     image, box = Image.new("RGB", (1000, 500)), (100.0, 30.0, 900.0, 430.0)
-    frame = Frame.of(image, Image.new("RGB", (1000, 500)), box, max_short_side=256)
+    frame = Frame.of(image, Image.new("RGB", (1000, 500)), box, shortest=256)
     assert frame.source.shape == frame.answer.shape == (256, 512, 3)
     assert frame.scale == (800 / 512, 400 / 256)
     assert frame.point(0, 0) == pytest.approx((100 + 0.5 * 800 / 512 - 0.5, 30 + 0.5 * 400 / 256 - 0.5))
     assert frame.point(511, 255) == pytest.approx((900 - 0.5 * 800 / 512 - 0.5, 430 - 0.5 * 400 / 256 - 0.5))
-
-
-@pytest.mark.parametrize(
-    ("sides", "shape"), [({"short_side": 96}, (96, 144, 3)), ({"max_short_side": 96}, (40, 60, 3))]
-)
-def test_only_an_exact_short_side_enlarges_a_frame(sides, shape):
-    frame = Frame.of(Image.new("RGB", (300, 200)), Image.new("RGB", (60, 40)), **sides)
-    assert frame.source.shape == frame.answer.shape == shape
 
 
 def test_an_output_is_pasted_with_subpixel_accuracy():

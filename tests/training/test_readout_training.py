@@ -142,7 +142,7 @@ def test_targets_are_in_pixels_of_the_frame(box):
     image, joint = tiny.picture(100, 60), Joint(61.5, 21.25)
     mask = np.zeros((60, 100), bool)
     mask[10:30, 40:70] = True
-    frame = Frame.of(image, image.resize((64, 48)), box, short_side=24)
+    frame = Frame.of(image, image.resize((64, 48)), box, shortest=24)
     x, y, value = heatmap_peak(heatmap_target(joint, frame))
     assert frame.point(x, y) == pytest.approx(joint[:2], abs=0.2) and value > 0.7
     placed = frame.place(mask_target(mask, frame) - 0.5, outside=-0.5) > 0

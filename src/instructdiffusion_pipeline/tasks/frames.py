@@ -23,17 +23,11 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        image: Image.Image,
-        answer: Image.Image,
-        box: Box | None = None,
-        max_short_side: int | None = None,
-        short_side: int | None = None,
+        cls, image: Image.Image, answer: Image.Image, box: Box | None = None, shortest: int | None = None
     ) -> "Frame":
-        """Resize `answer` and the `box` of `image` that it shows (None: all of it) to one size.
+        """Resize `answer` and the `box` of `image` that it shows (None: all of it) to the smaller of their two sizes.
 
-        This is the smaller of their two sizes, with a shorter side of at most `max_short_side` pixels; or it has a
-        shorter side of exactly `short_side` pixels.
+        `shortest` limits the shorter side, in pixels.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
         box = box or (0.0, 0.0, float(image.width), float(image.height))
@@ -41,8 +35,8 @@ class Frame(NamedTuple):
             raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
         spans = (box[2] - box[0], box[3] - box[1])
         size = [max(1, min(round(span), side)) for span, side in zip(spans, answer.size, strict=True)]
-        short_side = short_side or min(min(size), max_short_side or min(size))
-        size = [round(side * short_side / min(size)) for side in size]
+        if shortest and min(size) > shortest:
+            size = [round(side * shortest / min(size)) for side in size]
         width, height = size
         source = image.resize((width, height), Image.Resampling.LANCZOS, box)
         shown = answer.resize((width, height), Image.Resampling.LANCZOS)

@@ -144,7 +144,7 @@ class Keypoints:
         None. The score of a joint is the mean coverage inside the disc minus the mean coverage in a ring around it (1
         for a perfect disc). Discs that are visible to less than 10 % are not detected.
         """
-        frame = Frame.of(image, answer, box, max_short_side=READING_SIDE)
+        frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [KEYPOINT_COLORS[color] for color in self.colors.values()]
         shares, evidence = coverage(frame.source, frame.answer, colors, 1.0)
         radius = disc_radius((frame.source.shape[1], frame.source.shape[0]))

@@ -124,7 +124,7 @@ class Segmentation:
 
         Arguments as in `read`. Outside the box the margin is -0.5.
         """
-        frame = Frame.of(image, answer, box, max_short_side=READING_SIDE)
+        frame = Frame.of(image, answer, box, shortest=READING_SIDE)
         colors = [MASK_COLORS[color] for color in self.colors.values()]
         shares, _ = coverage(frame.source, frame.answer, colors, OPACITY)
         return {name: frame.place(share - 0.5, outside=-0.5) for name, share in zip(self.colors, shares, strict=True)}

@@ -72,7 +72,8 @@ def train_readout(
 
     Args:
         pipeline: its component `readout` is set to the new readout, and its `score_calibration` is removed.
-        examples: with masks or joints; see `evaluation.examples_from`. Their images have one aspect ratio.
+        examples: with masks or joints; see `evaluation.examples_from`. Their images have one size, or are at least as
+            large as the readout's input.
         held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the outputs in answers/ and the evaluation in held-out/, where
             table.md has the scores of the readout in the column "score", and those of decoding by color next to them.
@@ -167,7 +168,7 @@ class ReadoutDataset(Dataset):
         index, number, name = self.rows[row]
         example = self.examples[index].open()
         task, answer = example.tasks[number], Image.open(self.folder / "answers" / answer_name(index, number))
-        frame = Frame.of(example.image, answer, self.boxes[index], short_side=self.size)
+        frame = Frame.of(example.image, answer, self.boxes[index], shortest=self.size)
         colors, opacity = asked_colors(task)
         inputs = readout_inputs(frame, colors, opacity)[list(task.colors).index(name)]
         truth = example.truth.get(name)
