@@ -205,6 +205,21 @@ def test_guided_fit_is_a_weighted_ridge_regression():
     assert np.allclose(explained.numpy(), fraction, rtol=1e-3)
 
 
+def test_a_hole_of_one_pixel_is_replaced_and_pixels_two_working_pixels_outside_are_kept():
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 110, (96, 96, 3), np.uint8)
+    copy = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BOX))
+    answer = copy.copy()
+    answer[8:16, 8:16] = (250, 10, 10)
+    answer[12, 12] = copy[12, 12]
+    result = transfer_change(image, copy, answer).astype(int)
+    outside = np.ones((96, 96), bool)
+    outside[24:72, 24:72] = False  # two working pixels around the square
+    assert np.array_equal(result[outside], image[outside])
+    shown = np.asarray(Image.fromarray(answer).resize((96, 96), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(result - shown)[44:56, 44:56].max() <= 1, "pixels of the output, also where it shows the hole"
+
+
 def test_an_unchanged_output_returns_the_input(reconstruct):
     image = photograph("coffee", 300)
     copy = reconstruct(image)

@@ -101,24 +101,23 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     content = (_mean(content, 1) > 0.5).float()
     content = _erode(_dilate(content, CLOSING), CLOSING)
 
-    recolored = image.copy()
+    result = image.copy()
     for rows, (matrix_rows, offset_rows, region_rows) in _strips(
         image.shape[:2], color_region, matrix.flatten(0, 1), offset, color_region
     ):
         source = _planes(image[rows])
         shift = torch.einsum("ijhw,jhw->ihw", matrix_rows.unflatten(0, (3, 3)), source) + offset_rows
-        recolored[rows] = _levels(source + (2 * region_rows).clamp(max=1) * shift)
+        result[rows] = _levels(source + (2 * region_rows).clamp(max=1) * shift)
     if not content.any():
-        return recolored
+        return result
 
-    result = recolored.copy()
     small = np.asarray(Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.BOX))
     enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
     reach = _dilate(content, REACH)
     for rows, (slope_rows, intercept_rows, reach_rows, core_rows) in _strips(
         image.shape[:2], reach, *fit_edges(_planes(small), target, content), reach, _erode(content, CORE)
     ):
-        source, shown, background = _planes(image[rows]), _planes(enlarged[rows]), _planes(recolored[rows])
+        source, shown, background = _planes(image[rows]), _planes(enlarged[rows]), _planes(result[rows])
         edge = (slope_rows * source).sum(0, keepdim=True) + intercept_rows
         blend = (EDGE_STEEPNESS * (edge - EDGE_CUT) + 0.5).clamp(0, 1)
         blend = blend.minimum((2 * reach_rows).clamp(max=1)).maximum(core_rows)
@@ -174,11 +173,7 @@ def fit_color_transform(copy: torch.Tensor, change: torch.Tensor, outlier: float
     copy, change = (F.interpolate(plane[None], size, mode="area")[0] for plane in (copy, change))
     weight = torch.ones_like(copy[:1])
     for _ in range(FIT_ITERATIONS):
-        total = _mean(weight, FIT_RADIUS).clamp(min=1e-4)
-        mean_copy, mean_change = (_mean(weight * plane, FIT_RADIUS) / total for plane in (copy, change))
-        spread = _mean(weight * _products(copy, copy), FIT_RADIUS) / total - _products(mean_copy, mean_copy)
-        shared = _mean(weight * _products(change, copy), FIT_RADIUS) / total - _products(mean_change, mean_copy)
-        matrix = _solve(spread, shared, FIT_RIDGE)
+        total, mean_copy, mean_change, _, matrix = _regress(copy, change, weight, FIT_RADIUS, FIT_RIDGE)
         offset = mean_change - torch.einsum("ijhw,jhw->ihw", matrix.unflatten(0, (3, 3)), mean_copy)
         # Each pixel is in many windows, whose fits are averaged with their weights.
         matrix, offset = (_mean(total * plane, FIT_RADIUS) / _mean(total, FIT_RADIUS) for plane in (matrix, offset))
@@ -221,14 +216,9 @@ def guided_fit(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor,
     outside, inside = EDGE_BAND
     certain = _erode(region, inside) + 1 - _dilate(region, outside)
     weight = BAND_WEIGHT + (1 - BAND_WEIGHT) * certain
-    total = _mean(weight, EDGE_RADIUS)
-    mean_guide, mean_region = (_mean(weight * plane, EDGE_RADIUS) / total for plane in (guide, region))
-    spread = _mean(weight * _products(guide, guide), EDGE_RADIUS) / total - _products(mean_guide, mean_guide)
-    shared = _mean(weight * guide * region, EDGE_RADIUS) / total - mean_guide * mean_region
-    slope = _solve(spread, shared, EDGE_RIDGE)
-    explained = (slope * shared).sum(0, keepdim=True)
+    _, mean_guide, mean_region, shared, slope = _regress(guide, region, weight, EDGE_RADIUS, EDGE_RIDGE)
     variance = (mean_region * (1 - mean_region)).clamp(min=1e-3)
-    explained = explained / variance
+    explained = (slope * shared).sum(0, keepdim=True) / variance
     # The means of the fit inside and outside of the region differ by the explained fraction only. Without this
     # division, a small region would be replaced only partly.
     slope = slope / explained.clamp(min=FULL_FIT)
@@ -277,6 +267,20 @@ def _erode(region: torch.Tensor, radius: int) -> torch.Tensor:
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The products of all pairs of channels."""
     return (left[:, None] * right[None]).flatten(0, 1)
+
+
+def _regress(
+    guide: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, radius: int, ridge: float
+) -> tuple[torch.Tensor, ...]:
+    """Weighted ridge regression of values [n, h, w] on guide [C, h, w] in a window around each pixel.
+
+    Returns the total weight, the means of guide and values, their covariance and the slope (both [n * C, h, w]).
+    """
+    total = _mean(weight, radius).clamp(min=1e-4)
+    mean_guide, mean_values = (_mean(weight * planes, radius) / total for planes in (guide, values))
+    spread = _mean(weight * _products(guide, guide), radius) / total - _products(mean_guide, mean_guide)
+    shared = _mean(weight * _products(values, guide), radius) / total - _products(mean_values, mean_guide)
+    return total, mean_guide, mean_values, shared, _solve(spread, shared, ridge)
 
 
 def _solve(spread: torch.Tensor, shared: torch.Tensor, ridge: float) -> torch.Tensor:
