@@ -24,7 +24,7 @@ FIT_SIDE = 64  # pixels along the short side at which the color transform is fit
 FIT_RADIUS = 24  # radius of the fit's window, in pixels at this size
 FIT_ITERATIONS = 6
 FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window, to regularize the fit
-CLOSING = 1  # working pixels; holes and gaps in a changed region are filled up to twice this width
+CLOSING = 3  # working pixels; holes and gaps in a changed region are filled up to twice this width
 # How a changed region is aligned with the input's edges; lengths in working pixels.
 EDGE_RADIUS = 10  # of the fit's window
 EDGE_RIDGE = 4.0  # squared levels
