@@ -24,7 +24,7 @@ FIT_SIDE = 64  # pixels along the short side at which the color transform is fit
 FIT_RADIUS = 24  # radius of the fit's window, in pixels at this size
 FIT_ITERATIONS = 6
 FIT_RIDGE = 50.0  # squared levels, added to the variance of the colors in a window, to regularize the fit
-CLOSING = 3  # working pixels; holes and gaps in a changed region are filled up to twice this width
+HOLES = 6  # working pixels; holes in a changed region are filled up to twice this width
 # How a changed region is aligned with the input's edges; lengths in working pixels.
 EDGE_RADIUS = 10  # of the fit's window
 EDGE_RIDGE = 4.0  # squared levels
@@ -99,7 +99,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     # Changed content: changes that no such transform explains.
     content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
-    content = _erode(_dilate(content, CLOSING), CLOSING)
+    content = _fill_holes(content, HOLES)
 
     result = image.copy()
     for rows, (matrix_rows, offset_rows, region_rows) in _strips(
@@ -230,13 +230,7 @@ def changed_region(
 ) -> torch.Tensor:
     """The regions [1, h, w] of ones where `strength` is above a lower threshold, and at some pixel above an upper."""
     lower, upper = (max(share * strongest, level) for share, level in zip(shares, levels, strict=True))
-    candidates = (strength > lower).float()
-    region = (strength > upper).float()
-    while True:
-        grown = _dilate(region, 1) * candidates
-        if torch.equal(grown, region):
-            return region
-        region = grown
+    return _grow((strength > upper).float(), (strength > lower).float())
 
 
 def _planes(pixels: np.ndarray) -> torch.Tensor:
@@ -262,6 +256,23 @@ def _dilate(region: torch.Tensor, radius: int) -> torch.Tensor:
 
 def _erode(region: torch.Tensor, radius: int) -> torch.Tensor:
     return -_dilate(-region, radius)
+
+
+def _grow(region: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """The parts of `limit` that are connected with `region`."""
+    while True:
+        grown = _dilate(region, 1) * limit
+        if torch.equal(grown, region):
+            return region
+        region = grown
+
+
+def _fill_holes(region: torch.Tensor, radius: int) -> torch.Tensor:
+    """Fill the parts that `region` encloses, except pixels more than about `radius` away from it."""
+    border = F.pad(torch.zeros_like(region), (1, 1, 1, 1), value=1.0)
+    surroundings = _grow(border, F.pad(1 - region, (1, 1, 1, 1), value=1.0))[:, 1:-1, 1:-1]
+    closed = _erode(_dilate(region, radius), radius)
+    return torch.maximum(region, closed - surroundings)
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
