@@ -34,8 +34,7 @@ BAND_WEIGHT = 0.2  # of these pixels in the fit
 # It is used less if the output's colors explain more than the input's, as with an added object; not at all if they
 # explain MAX_EXCESS more.
 FULL_FIT, MAX_EXCESS = 0.4, 0.3
-EDGE_CUT = 0.45  # of the fit; below one half, so that the blend covers the mixed pixels along an edge
-EDGE_STEEPNESS = 3.0  # of the blend, because the fit blurs edges
+EDGE_STEEPNESS = 3.0  # of the blend at half of the fit, because the fit blurs edges
 REACH = 1  # how far the blend may extend a region
 CORE = 3  # a region is eroded by this radius; what remains is replaced completely
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
@@ -119,7 +118,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     ):
         source, shown, background = _planes(image[rows]), _planes(enlarged[rows]), _planes(result[rows])
         edge = (slope_rows * source).sum(0, keepdim=True) + intercept_rows
-        blend = (EDGE_STEEPNESS * (edge - EDGE_CUT) + 0.5).clamp(0, 1)
+        blend = (EDGE_STEEPNESS * (edge - 0.5) + 0.5).clamp(0, 1)
         blend = blend.minimum((2 * reach_rows).clamp(max=1)).maximum(core_rows)
         result[rows] = _levels(background + blend * (shown - background))
     return result
