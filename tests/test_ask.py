@@ -153,6 +153,17 @@ def test_a_pixel_of_two_objects_belongs_to_the_one_with_the_higher_margin():
     masks = masks_from_margins({"cat": cat, "dog": dog})
     assert masks["cat"].pixels[:, :2].all() and not masks["cat"].pixels[:, 2:].any()
     assert masks["dog"].pixels[:, 2:].all() and not masks["dog"].pixels[:, :2].any()
+    equal = masks_from_margins({"dog": dog, "cat": dog})
+    assert np.array_equal(equal["dog"].pixels, dog > 0) and not equal["cat"].pixels.any(), "the first one"
+
+
+def test_traces_that_are_too_weak_for_a_mask_take_no_pixels_from_other_objects():
+    cat, dog = np.full((4, 4), -0.5, np.float32), np.full((4, 4), -0.5, np.float32)
+    dog[:, 2:] = 0.2
+    cat[:, 2], cat[:, :2] = 0.25, 0.05
+    masks = masks_from_margins({"cat": cat, "dog": dog})
+    assert not masks["cat"].pixels.any() and masks["cat"].score == 0
+    assert np.array_equal(masks["dog"].pixels, dog > 0)
 
 
 def test_result_images_have_the_resolution_of_the_input(pipe):

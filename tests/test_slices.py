@@ -64,10 +64,11 @@ def test_new_regions_are_connected_parts_not_next_to_the_known_mask():
     pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = pixels[250, 150] = True
     known[10:40, 30:60] = True
     only, regions = new_regions(pixels, known)
-    assert regions[0].sum() == 800 and regions[1][10:40, 10:40].sum() == regions[1].sum() and regions[2].sum() == 450
+    beside, wide, tall = regions
+    assert beside[10:40, 10:40].sum() == beside.sum() and wide.sum() == 800 and tall.sum() == 450
     assert only[250, 150] and not any(region[250, 150] for region in regions), "too small"
     assert not only[10:40, 30:40].any() and not (only & ~pixels).any() and only[10:40, 10:24].all()
-    assert regions[0][100:120, 100:140].all() and not regions[0][:100].any()
+    assert wide[100:120, 100:140].all() and not wide[:100].any()
     nothing, none = new_regions(np.zeros((5, 5), bool), np.zeros((5, 5), bool))
     assert not nothing.any() and none == []
 
@@ -158,6 +159,42 @@ def test_a_region_that_only_slices_mark_is_kept_if_its_crops_mark_it_too():
     assert sizes == [(56, 56)] * 9 + crops * 2
 
 
+def test_all_of_six_objects_that_only_slices_show_are_kept():
+    image, task = Image.new("RGB", (200, 200), (90, 90, 90)), Segmentation({"balls": "red"})
+    balls = np.logical_or.reduce([disc(x, y, 9, 200) for x in (40, 100, 160) for y in (50, 150)])
+
+    def run(views):
+        masks = [{"balls": balls[window_of(view)]} for view in views]
+        return [
+            Response(task.draw(view.image, mask), None, (0, 0, *view.image.size), False)
+            for view, mask in zip(views, masks, strict=True)
+        ]
+
+    margins, _ = segment_slices(run, [view_of(task, image)], {"balls": np.full((200, 200), -0.5)}, 0.56, None)
+    found = masks_from_margins(margins)["balls"].pixels
+    assert all(found[y, x] for x in (40, 100, 160) for y in (50, 150))
+    assert (found & balls).sum() / (found | balls).sum() > 0.9
+
+
+@pytest.mark.parametrize("fraction, kept", [(0.2, False), (0.4, True)])
+def test_a_crop_confirms_a_region_if_it_marks_enough_of_it(fraction, kept):
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    region, part = np.zeros((2, 100, 100), bool)
+    region[40:60, 40:60] = part[40:60, 40 : 40 + round(20 * fraction)] = True
+    views = [crop_view(view_of(task, image), close_up(region, share)) for share in (0.3, 0.45, 0.6)]
+    crops = [(view, drawn(view, part)) for view in views]
+    assert (confirm_region(np.full((100, 100), -0.5), "ball", region, crops, None) > 0).any() == kept
+
+
+def test_a_confirmed_region_has_the_pixels_that_most_crops_mark():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, beside = disc(50, 50), disc(50, 62, 3)
+    views = [crop_view(view_of(task, image), close_up(ball, 0.3))] * 3
+    crops = [(view, drawn(view, ball | beside if number == 0 else ball)) for number, view in enumerate(views)]
+    found = confirm_region(np.full((100, 100), -0.5), "ball", ball, crops, None) > 0
+    assert (found & ball).sum() > 0.95 * ball.sum() and not (found & beside & ~ball).any()
+
+
 def test_an_object_in_the_output_for_the_whole_image_needs_no_confirmation():
     image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
     ball, calls = disc(50, 50), []
@@ -198,12 +235,12 @@ def test_a_faint_output_for_the_whole_image_does_not_become_a_mask_with_slices()
     assert found.any() and not (found & disc(70, 70)).any()
 
 
-def test_small_regions_are_dropped_and_the_three_largest_remain():
+def test_small_regions_are_dropped():
     pixels = np.zeros((200, 200), bool)
     for number, side in enumerate((3, 20, 14, 26, 10)):
         pixels[10 : 10 + side, 40 * number : 40 * number + side] = True
     _, regions = new_regions(pixels, np.zeros_like(pixels))
-    assert [region.sum() for region in regions] == [26**2, 20**2, 14**2]
+    assert [region.sum() for region in regions] == [20**2, 14**2, 26**2, 10**2]
     small = np.zeros((200, 200), bool)
     small[10:13, 10:13] = True
     assert new_regions(small, np.zeros_like(small))[1] == []

@@ -98,8 +98,8 @@ def ask(
             outputs are decoded by color; if the pipeline has a readout, the scores are then not calibrated.
         slices: for segmentation of small objects: the model is also run on overlapping slices of the image, whose
             sides are this fraction of the image's sides, and the masks are combined. With 0.56 there are nine slices
-            per object, so the computation is ten times as large. If only the slices show an object, the model is also
-            run on three crops around it, for up to three regions of the image.
+            per object, so the computation is ten times as large. The model is also run on three crops around each
+            region that only the slices mark.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, without_traces
 from instructdiffusion_pipeline.views import Response, View, view_margins
 
 SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
@@ -17,7 +17,6 @@ SLICE_BATCH = 8  # slices per call of the pipeline
 # If only slices show an object, the model is also run on crops around it, of whose sides it takes up these fractions.
 CLOSE_UPS = (0.3, 0.45, 0.6)
 CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
-MAX_REGIONS = 3  # per object; the largest ones
 MIN_REGION = 0.001  # of the image; smaller regions are dropped
 MIN_SEEN = 0.3  # fraction of a region that the output for a crop must mark to confirm it
 GRID = 128  # cells along the longer side of the grid in which connected regions are found
@@ -99,7 +98,7 @@ def combine_slices(
             seen[window] += weight
             votes[window] += weight * painted
             strength[window] += weight * np.where(painted, parts[name], 0)
-        found = margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
+        found = without_traces(margin)
         agreed = strength / np.where(votes > 0, votes, 1)
         margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)
     return margins
@@ -163,7 +162,10 @@ def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
 
 
 def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The `pixels` (bool, [height, width]) that are not next to `known` ones, and their largest connected parts."""
+    """The `pixels` (bool, [height, width]) that are not next to `known` ones, and their connected parts.
+
+    Parts smaller than `MIN_REGION` are left out.
+    """
     step = math.ceil(max(pixels.shape) / GRID)
 
     def cells(plane: np.ndarray) -> torch.Tensor:
@@ -185,5 +187,4 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
             part = larger
         left = left - part
         parts.append(placed(part))
-    large = [part for part in parts if part.mean() >= MIN_REGION]
-    return only, sorted(large, key=lambda part: -part.sum())[:MAX_REGIONS]
+    return only, [part for part in parts if part.mean() >= MIN_REGION]

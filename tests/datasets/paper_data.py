@@ -74,7 +74,7 @@ def write_pascal_context_459(root: Path, split: str = "training") -> Path:
 
 
 def write_voc(root: Path, split: str = "train") -> Path:
-    path = write_label(root / "JPEGImages", root / "SegmentationClass", [0, 1, 255, 20])
+    path = write_label(root / "JPEGImages", root / "SegmentationClass", [255, 1, 255, 20])
     label = Image.open(path)
     label.putpalette([(7 * value + 3) % 256 for value in range(768)])
     label.save(path)

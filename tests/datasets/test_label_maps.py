@@ -19,6 +19,9 @@ from instructdiffusion_pipeline.datasets.label_maps import (
     pascal_context_459,
     voc,
 )
+from instructdiffusion_pipeline.evaluation.examples import Example
+from instructdiffusion_pipeline.evaluation.scoring import measure, summarize
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
 
 # The classes of the quarters 1 to 3, and the number of all classes.
 CASES = {
@@ -117,6 +120,31 @@ def test_the_images_of_voc_are_those_of_its_list(tmp_path):
     ]
     with pytest.raises(ValueError, match="val.txt must be a list of images; got FileNotFoundError"):
         voc(tmp_path, "val")
+
+
+def test_the_background_of_voc_is_labeled_and_its_void_rim_is_not(tmp_path):
+    """Otherwise an output that paints the whole image would have a perfect score."""
+    paper_data.write_voc(tmp_path)
+    label = np.zeros((100, 100), np.uint8)
+    label[38:62, 38:62] = 255
+    label[40:60, 40:60] = 8  # cat
+    Image.fromarray(label).save(tmp_path / "SegmentationClass" / "1.png")
+    save_image(tmp_path / "JPEGImages" / "1.jpg", tiny.picture(100, 100))
+    image, masks = voc(tmp_path)[0]
+    assert np.array_equal(masks.labeled, label != 255) and np.array_equal(masks["cat"], label == 8)
+    whole, nothing = Mask(np.ones_like(masks.labeled), 0.9), Mask(np.zeros_like(masks.labeled), 0.0)
+    for name, found, iou, absent_found in (
+        ("cat", whole, 400 / (100**2 - 24**2 + 20**2), None),
+        ("cat", Mask(label > 0, 0.9), 1, None),
+        ("dog", whole, 0, 0),
+        ("dog", nothing, 1, 1),
+    ):
+        example = Example(image, [Segmentation({name: "red"})], masks)
+        scores = summarize([measure(example, {name: found}, (0, 0, 100, 100))])
+        assert scores["mIoU"] == pytest.approx(iou) and scores["N-acc"] == absent_found
+    label[:] = 0
+    Image.fromarray(label).save(tmp_path / "SegmentationClass" / "1.png")
+    assert voc(tmp_path)[0][1].labeled.all(), "an image without objects"
 
 
 @pytest.mark.parametrize("read", [ade20k_150, ade20k_847, pascal_context_459])

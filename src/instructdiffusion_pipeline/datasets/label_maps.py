@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from os import PathLike
 from pathlib import Path
 
@@ -60,8 +60,9 @@ class LabelMaps:
         pictures: the folder of the images.
         labels: the folder of the label maps: .png (8 bits, gray or with a palette) or .tif (16 bits).
         classes: the numbers of each class.
-        unlabeled: values of pixels that belong to no class. Any other value without a class makes a label map
-            unreadable.
+        unlabeled: values of pixels whose class is unknown; metrics ignore these pixels.
+        background: values of pixels that are known to belong to none of the classes. Any other value without a class
+            makes a label map unreadable.
         offset: the difference between class number and pixel value.
         suffix: the file name extension of the label maps.
         stems: the images to read, without ".jpg"; None: all of the folder.
@@ -76,11 +77,12 @@ class LabelMaps:
         offset: int = 0,
         suffix: str = ".png",
         stems: Sequence[str] | None = None,
+        background: Set[int] = frozenset(),
     ):
         self.folder, self.labels, self.suffix, self.offset = pictures, labels, suffix, offset
         self.skipped = Skipped()
         self._values = {name: {number - offset for number in numbers} for name, numbers in classes.items()}
-        self._unlabeled = unlabeled
+        self._unlabeled, self._background = unlabeled, background
         self._stems = []
         labeled = [path.stem for path in labels.glob(f"*{suffix}")]
         for stem in sorted({path.stem for path in pictures.glob("*.jpg")}.union(labeled) if stems is None else stems):
@@ -104,15 +106,16 @@ class LabelMaps:
         if label.shape != (image.height, image.width):
             raise UnreadableSample(path, f"is of {label.shape[::-1]} pixels, its image of {image.size}")
         present = set(np.unique(label).tolist()) - self._unlabeled
-        if strange := sorted(present.difference(*self._values.values())):
+        if strange := sorted(present.difference(self._background, *self._values.values())):
             raise UnreadableSample(path, f"has values that belong to no class, such as {strange[0]}")
-        if not present:
+        labeled = ~np.isin(label, list(self._unlabeled))
+        if not labeled.any():
             raise UnreadableSample(path, "no pixel is labeled")
         absent = np.zeros(label.shape, bool)
         masks = {
             name: np.isin(label, list(values)) if values & present else absent for name, values in self._values.items()
         }
-        return image, LabeledMasks(masks, ~np.isin(label, list(self._unlabeled)))
+        return image, LabeledMasks(masks, labeled)
 
     def name(self, index: int) -> str:
         return f"{self._stems[index]}.jpg"
@@ -186,7 +189,8 @@ def voc(root: str | PathLike[str], split: str = "train") -> LabelMaps:
     folder = Path(root)
     classes = {name: {number} for number, name in enumerate(VOC_CLASSES, start=1)}
     stems = read_annotations(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "a list of images", str.split)
-    return LabelMaps(folder / "JPEGImages", folder / "SegmentationClass", classes, {0, 255}, stems=stems)
+    labels = folder / "SegmentationClass"
+    return LabelMaps(folder / "JPEGImages", labels, classes, {255}, stems=stems, background={0})
 
 
 def read_label(path: Path) -> np.ndarray:

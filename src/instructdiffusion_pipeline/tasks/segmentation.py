@@ -147,12 +147,22 @@ class Segmentation:
 
 
 def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:
-    """The mask of each object. A pixel with several positive margins belongs to the object with the highest one."""
-    highest = np.maximum.reduce(list(margins.values()))
+    """The mask of each object.
+
+    A pixel with several positive margins belongs to the object with the highest one, or the first of these. Traces of
+    color that are too weak for a mask take no pixels from other objects.
+    """
+    found = {name: without_traces(margin) for name, margin in margins.items()}
+    owner = np.argmax(list(found.values()), axis=0)
     return {
-        name: Mask.from_margin(np.where(margin < highest, np.minimum(margin, 0), margin))
-        for name, margin in margins.items()
+        name: Mask.from_margin(np.where(owner == number, margin, np.minimum(margin, 0)))
+        for number, (name, margin) in enumerate(found.items())
     }
+
+
+def without_traces(margin: np.ndarray) -> np.ndarray:
+    """The margin of an object, at most 0 if its mask is empty."""
+    return margin if Mask.from_margin(margin).pixels.any() else np.minimum(margin, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +181,7 @@ class Mask:
         """The mask of pixels with a positive margin (coverage minus 0.5); empty if the score is below `MIN_SCORE`."""
         pixels = margin > 0
         score = float(np.clip(2 * margin[pixels], 0, 1).mean()) if pixels.any() else 0.0
-        return cls(pixels if score >= MIN_SCORE else np.zeros_like(pixels), score)
+        return cls(pixels, score) if score >= MIN_SCORE else cls(np.zeros_like(pixels), 0.0)
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
