@@ -13,7 +13,8 @@ again. Images that cannot be read are skipped with a message.
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +34,7 @@ from instructdiffusion_pipeline import (
     Segmentation,
     ask_batch,
 )
+from instructdiffusion_pipeline.ask import size_settings
 from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script, split_names
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
@@ -96,12 +98,13 @@ def main() -> None:
 
     open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
     with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="images") as bar:
-        for batch in batches(pipe, open_paths, args.batch_size, bar):
-            tasks = [make_tasks(args.task, question, image) for image in batch.values()]
+        tasks_for = partial(make_tasks, args.task, question)
+        for batch in batches(pipe, open_paths, tasks_for, args.batch_size, bar):
+            images, tasks = zip(*batch.values(), strict=True)
             answers = [
                 ask_batch(
                     pipe,
-                    list(batch.values()),
+                    images,
                     column,
                     slices=args.slices,
                     # The noise depends on the image, not on its batch.
@@ -194,19 +197,27 @@ def check_mask_files(names: Iterable[str], objects: Sequence[str]) -> None:
 
 
 def batches(
-    pipe: InstructDiffusionPipeline, paths: Sequence[Path], batch_size: int, bar: tqdm
-) -> Iterator[dict[Path, Image.Image]]:
-    """Batches of images of one working size. Images that cannot be used are skipped with a message."""
-    waiting: dict[tuple[int, int], dict[Path, Image.Image]] = defaultdict(dict)
+    pipe: InstructDiffusionPipeline,
+    paths: Sequence[Path],
+    make_tasks: Callable[[Image.Image], list[Task]],
+    batch_size: int,
+    bar: tqdm,
+) -> Iterator[dict[Path, tuple[Image.Image, list[Task]]]]:
+    """Batches of images of one working size, with their tasks.
+
+    Images that cannot be used are skipped with a message.
+    """
+    waiting: dict[tuple[int, int], dict[Path, tuple[Image.Image, list[Task]]]] = defaultdict(dict)
     for path in paths:
         try:
             image = open_image("--images", path)
-            size = pipe.working_size(*image.size, resize_mode="stretch").size
+            tasks = make_tasks(image)
+            size = pipe.working_size(*image.size, **size_settings(pipe, tasks[0], {})).size
         except ValueError as error:
             bar.write(f"skipped: {error if isinstance(error, UsageError) else f'{path}: {error}'}")
             bar.update()
             continue
-        waiting[size][path] = image
+        waiting[size][path] = image, tasks
         # If there are many different sizes, incomplete batches are returned, so that few images are in memory.
         if len(waiting[size]) == batch_size or sum(map(len, waiting.values())) == 4 * batch_size:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))

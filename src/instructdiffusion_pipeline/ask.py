@@ -225,8 +225,7 @@ def ask_batch(
     # None stands for the default of the task, not for that of `__call__`, which is "editing".
     of_tasks = {*DEFAULT_SETTINGS, "resolution"}
     settings = {name: value for name, value in settings.items() if value is not None or name not in of_tasks}
-    settings = {"resize_mode": "stretch"} | own[0] | settings
-    settings["resolution"] = resolution_of(pipeline, tasks[0], settings)
+    settings = own[0] | settings | size_settings(pipeline, tasks[0], settings)
     readout = pipeline.readout if use_readout else None
     images = [upright_rgb(image) for image in images]
 
@@ -290,9 +289,16 @@ def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task
     return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
-def resolution_of(pipeline: InstructDiffusionPipeline, task: Task[Any], settings: Mapping[str, Any]) -> int:
-    """The `resolution` in `settings`, or else the pipeline's for the task."""
-    return settings["resolution"] if "resolution" in settings else pipeline.task_resolution(task.family)
+def size_settings(
+    pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `resolution` and `resize_mode` of a task: those in `settings`, or else the model's, or else `ask`'s.
+
+    They determine the working size of an image: `pipeline.working_size(*image.size, **size_settings(...))`.
+    """
+    settings = {**settings_of(pipeline, task), **settings}
+    resolution = settings["resolution"] if "resolution" in settings else pipeline.task_resolution(task.family)
+    return {"resolution": resolution, "resize_mode": settings.get("resize_mode", "stretch")}
 
 
 def check_questions(

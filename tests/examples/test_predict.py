@@ -113,12 +113,27 @@ def test_batches_have_one_working_size_and_each_image_once(pipe, tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(20)]
     for number, path in enumerate(paths):
         Image.new("RGB", (64 + 64 * (number % 3), 64 + 32 * (number % 2))).save(path)
-    found = list(predict.batches(pipe, paths, 2, predict.tqdm(disable=True)))
+    task = Editing("make it night")
+    found = list(predict.batches(pipe, paths, lambda image: [task], 2, predict.tqdm(disable=True)))
     sizes = [
-        {pipe.working_size(*image.size, resize_mode="stretch").size for image in batch.values()} for batch in found
+        {pipe.working_size(*image.size, resize_mode="stretch").size for image, _ in batch.values()} for batch in found
     ]
     assert all(len(size) == 1 for size in sizes) and all(len(batch) <= 2 for batch in found)
     assert sorted(path for batch in found for path in batch) == sorted(paths)
+
+
+def test_batches_have_the_working_size_of_the_models_settings(run_predict, pipe, tmp_path):
+    """At the resolution of the pipeline, 32, these two images have one working size."""
+    sizes = [(234, 200), (237, 200)]
+    assert len({pipe.working_size(*size, resize_mode="stretch").size for size in sizes}) == 1
+    model = InstructDiffusionPipeline(**pipe.components, task_settings={"keypoints": {"resolution": 128}})
+    model.save_pretrained(tmp_path / "own")
+    assert len({model.working_size(*size, 128, "stretch").size for size in sizes}) == 2
+    (tmp_path / "two").mkdir()
+    for number, size in enumerate(sizes):
+        tiny.picture(*size).save(tmp_path / "two" / f"{number}.png")
+    run_predict("--task", "keypoints", "--joints", "nose", "--model", "own", "--images", "two")
+    assert len(list(Path("out/records").iterdir())) == 2
 
 
 def run_until(records, command, folder):

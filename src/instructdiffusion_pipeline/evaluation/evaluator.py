@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch, resolution_of, settings_of
+from instructdiffusion_pipeline.ask import Answer, ask_batch, size_settings
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
@@ -194,13 +194,9 @@ class Evaluator:
 
     def size(self, task: Task) -> dict[str, Any]:
         """`resolution` and `resize_mode` for a task: of the run, or else of its settings, or else of `ask`."""
-        settings = {**settings_of(self.pipeline, task), **self.settings.get(task.family, {})}
-        if self.resolution is not None:
-            settings["resolution"] = self.resolution
-        return {
-            "resolution": resolution_of(self.pipeline, task, settings),
-            "resize_mode": self.resize_mode or settings.get("resize_mode", "stretch"),
-        }
+        of_run = {"resolution": self.resolution, "resize_mode": self.resize_mode}
+        given = {name: value for name, value in of_run.items() if value is not None}
+        return size_settings(self.pipeline, task, {**self.settings.get(task.family, {}), **given})
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Run the pipeline on tasks of one family and one working size, each with its own seed."""
