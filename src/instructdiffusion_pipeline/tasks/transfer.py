@@ -87,16 +87,20 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     """
     copy, target = _planes(reconstruction), _planes(answer)
     change = target - copy
-    strongest = float(_mean(change.norm(dim=0, keepdim=True), 1).quantile(0.995))
+    amount = change.norm(dim=0, keepdim=True)
+    strongest = float(_mean(amount, 1).quantile(0.995))
 
     # Smooth changes of color. In each window: change = matrix @ color + offset.
     matrix, offset = fit_color_transform(copy, change, outlier=max(15.0, 0.1 * strongest))
     explained = torch.einsum("ijhw,jhw->ihw", _enlarge(matrix.flatten(0, 1), copy).unflatten(0, (3, 3)), copy)
     explained = explained + _enlarge(offset, copy)
-    color_region = changed_region(_mean(explained.norm(dim=0, keepdim=True), 2), strongest, COLOR_SHARES, COLOR_LEVELS)
+    # An unchanged part in a window whose other colors changed is explained badly, but has not changed.
+    color_change = _mean(explained.norm(dim=0, keepdim=True), 2).minimum(_mean(amount, 2))
+    color_region = changed_region(color_change, strongest, COLOR_SHARES, COLOR_LEVELS)
 
     # Changed content: changes that no such transform explains.
-    content = changed_region((change - explained).norm(dim=0, keepdim=True), strongest, CONTENT_SHARES, CONTENT_LEVELS)
+    content_change = (change - explained).norm(dim=0, keepdim=True).minimum(amount)
+    content = changed_region(content_change, strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
     content = _fill_holes(content, HOLES)
 
