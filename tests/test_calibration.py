@@ -197,3 +197,19 @@ def test_the_fingerprint_of_a_model_has_the_scale_of_its_lora(pipe):
         pipe.set_adapters(adapters)
         found.add(pipeline_fingerprint(pipe))
     assert len(found) == 6
+
+
+def test_the_fingerprint_of_a_model_has_its_configuration_but_not_its_path(tmp_path):
+    pipe = InstructDiffusionPipeline(**tiny.components())
+    whole = pipeline_fingerprint(pipe)
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
+    loaded.tokenizer("a cat", padding="max_length", truncation=True)
+    assert pipeline_fingerprint(loaded) == whole
+    scale = pipe.vae.config.scaling_factor
+    pipe.vae.register_to_config(scaling_factor=0.5 * scale)
+    assert pipeline_fingerprint(pipe) != whole
+    pipe.vae.register_to_config(scaling_factor=scale)
+    assert pipeline_fingerprint(pipe) == whole
+    pipe.text_encoder.config.hidden_act = "gelu"
+    assert pipeline_fingerprint(pipe) != whole

@@ -56,6 +56,8 @@ class Answer(Generic[Reading]):
             slices, by a black image; `data` is then meaningless.
         reconstruction: the input after encoding and decoding by the VAE, at working size, for a task whose data is an
             image; otherwise None.
+        outputs: the task and the output image of each prompt, at working size. A segmentation of several objects has
+            one task per object.
     """
 
     task: Task[Reading]
@@ -66,6 +68,15 @@ class Answer(Generic[Reading]):
     data: Reading
     nsfw_content_detected: bool = False
     reconstruction: Image.Image | None = None
+    outputs: Sequence[tuple[Task[Reading], Image.Image]] = ()
+
+    def decode_by_color(self) -> Reading:
+        """The data as `ask` returns it with `use_readout=False`, without slices and calibration."""
+        if isinstance(self.task, Segmentation):
+            parts = [cast(Segmentation, task).margins(self.image, output, self.box) for task, output in self.outputs]
+            return cast(Reading, masks_from_margins({name: margin for part in parts for name, margin in part.items()}))
+        ((task, output),) = self.outputs
+        return task.read(self.image, output, self.box)
 
     @property
     def overlay(self) -> Image.Image:
@@ -281,7 +292,8 @@ def make_answer(
     if task.family in calibrations and readout is pipeline.readout:
         data = calibrate_answer(data, Platt(*calibrations[task.family]))
     prompt = "\n".join(view.prompt for view, _ in views)
-    return Answer(task, image, prompt, picture, box, data, flag, response.reconstruction)
+    outputs = [(view.task, part.picture) for view, part in views]
+    return Answer(task, image, prompt, picture, box, data, flag, response.reconstruction, outputs)
 
 
 def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:

@@ -37,16 +37,32 @@ def fingerprint(*models: nn.Module, also: str = "") -> str:
 
 
 def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
-    """A hash of all that outputs depend on: weights, readout, scheduler, settings, calibration, precision, device."""
+    """A hash of all that outputs depend on.
+
+    These are the weights and configurations of the models, the tokenizer, the scheduler, the settings of the tasks,
+    the calibration, the precision and the kind of device.
+    """
     parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     if pipeline.readout is not None:
         parts.append(pipeline.readout)
-    settings = json.dumps(pipeline.config.task_settings, sort_keys=True)
-    if calibration := pipeline.config.get("score_calibration"):
-        settings += json.dumps(calibration, sort_keys=True)
-    scheduler = pipeline.scheduler.to_json_string()
-    device = pipeline._execution_device.type
-    return fingerprint(*parts, also=f"{pipeline.dtype} {device} {scheduler} {settings}")
+    settings = {
+        "models": [model_config(part) for part in parts],
+        "vocabulary": pipeline.tokenizer.get_vocab(),
+        "scheduler": pipeline.scheduler.to_json_string(),
+        "task_settings": pipeline.config.task_settings,
+        "score_calibration": pipeline.config.get("score_calibration"),
+        "dtype": pipeline.dtype,
+        "device": pipeline._execution_device.type,
+    }
+    return fingerprint(*parts, also=json.dumps(settings, sort_keys=True, default=str))
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model of diffusers or transformers, without paths and what changes when it is saved."""
+    config: Any = model.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    saved = {"architectures", "dtype", "transformers_version"}
+    return {name: value for name, value in values.items() if name[0] != "_" and name not in saved}
 
 
 def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str) -> None:

@@ -50,9 +50,9 @@ def evaluate(
     "output alone" has the output of the model, enlarged. With a readout, the column "model" is decoded by the readout
     and the column "decoding by color" by `task.read`.
 
-    An interrupted run is resumed by calling it again with the same arguments; the results are identical. An example
-    that cannot be opened, drawn or scored is counted and listed below the table. An exception of the pipeline ends the
-    run.
+    An interrupted run is resumed by calling it again with the same arguments; the results are identical. The examples
+    that it has scored are opened again to check that they have not changed. An example that cannot be opened, drawn or
+    scored is counted and listed below the table. An exception of the pipeline ends the run.
 
     Args:
         pipeline: an `InstructDiffusionPipeline`.
@@ -70,8 +70,8 @@ def evaluate(
         The content of results.json.
 
     Raises:
-        ValueError: if names of examples or sources are not unique, the folder has records of another run, or no
-            example can be scored.
+        ValueError: if names of examples or sources are not unique, the folder has records of another run or of
+            examples with other content, or no example can be scored.
     """
     settings = settings_by_family or {}
     if batch_size < 1:
@@ -91,6 +91,7 @@ def evaluate(
     folder = Path(folder)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     records = resume(folder, run, len(examples), batch_size)
+    check_content(folder, examples, records)
     evaluator = Evaluator(
         pipeline, settings, batch_size, seed, resolution, resize_mode, clip, baselines or {}, folder / "answers"
     )
@@ -106,7 +107,7 @@ def evaluate(
             os.fsync(file.fileno())
             records += chunk
             bar.update(len(chunk))
-    return report.write(folder, run, examples, records, pipeline.readout)
+    return report.write(folder, run, examples, records)
 
 
 def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) -> list[dict[str, Any]]:
@@ -123,6 +124,30 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
     if path.exists():
         os.truncate(path, sum(map(len, lines)))
     return [json.loads(line) for line in lines]
+
+
+def check_content(folder: Path, examples: Sequence[LazyExample], records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError if an example has other images or instructions than when its record was made."""
+    for record in tqdm(records, desc="checking", disable=not records):
+        example = examples[record["index"]]
+        if "content" in record and content_hash(opened := example.open(), draw_truths(opened)) != record["content"]:
+            raise ValueError(
+                f"`folder` must be new or have records of the same run; {example.name!r} has changed since {folder}"
+                " was written. Choose another folder, or delete this one."
+            )
+
+
+def draw_truths(example: Example) -> list[Image.Image]:
+    """The ground-truth image of each task."""
+    return [task.draw(example.image, example.truth) for task in example.tasks]
+
+
+def content_hash(example: Example, truths: Sequence[Image.Image]) -> str:
+    """A hash of the image, the instructions and the ground-truth images of an example."""
+    digest = hashlib.sha256(example.image.tobytes())
+    for task, truth in zip(example.tasks, truths, strict=True):
+        digest.update(task.instruction().encode() + truth.tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -160,13 +185,14 @@ class Evaluator:
                 example = lazy.open()
                 options = self.size(example.tasks[0])
                 size = self.pipeline.working_size(*example.image.size, **options).size
-                truths = [task.draw(example.image, example.truth) for task in example.tasks]
+                truths = draw_truths(example)
                 if odd := [picture.size for picture in truths if picture.size != example.image.size]:
                     raise ValueError(f"the ground truth must have the image size {example.image.size}; got {odd[0]}.")
             except Exception as error:  # any exception, so that one bad example does not end the run
                 records[index]["error"] = one_line(error)
                 continue
             examples[index] = example
+            records[index]["content"] = content_hash(example, truths)
             for number, (task, picture) in enumerate(zip(example.tasks, truths, strict=True)):
                 groups[task.family, size].append(Question(index, number, example, task, picture))
 
@@ -179,7 +205,8 @@ class Evaluator:
                 reconstructed = vae_reconstruction(self.pipeline, truths, **self.size(questions[0].task))
                 for question, answer, picture in zip(questions, self.ask(questions), reconstructed, strict=True):
                     place = question.index, question.number
-                    save_image(self.folder / report.answer_name(*place), answer.picture)
+                    for part, (_, output) in enumerate(answer.outputs):
+                        save_image(self.folder / report.answer_name(*place, part), output)
                     if isinstance(question.task, PictureTask):
                         save_image(self.folder / report.result_name(*place), answer.data)
                     answers[question.index].append(answer)
@@ -187,6 +214,7 @@ class Evaluator:
 
         for index, example in examples.items():
             try:
+                save_image(self.folder / report.overlay_name(index), draw_overlay(example, answers[index]))
                 records[index] |= self.score(example, answers[index], ceilings[index])
             except Exception as error:
                 records[index]["error"] = one_line(error)
@@ -214,10 +242,6 @@ class Evaluator:
         """Measurements per column: model, ceiling, decoding by color or (for images) output and input, baselines."""
         box, task = answers[0].box, example.tasks[0]
 
-        def read_by_color(pictures: Sequence[Image.Image]) -> Any:
-            pairs = zip(example.tasks, pictures, strict=True)
-            return merge([task.read(example.image, picture, box) for task, picture in pairs])
-
         readings = {"model": merge([answer.data for answer in answers])}
         reconstructed = answers[0].reconstruction
         if isinstance(task, PictureTask) and reconstructed is not None:
@@ -227,9 +251,10 @@ class Evaluator:
             readings["input"] = example.image
             readings["input through the VAE"] = task.read(example.image, reconstructed, box)
         else:
-            readings["ceiling"] = read_by_color(ceilings)
+            pairs = zip(example.tasks, ceilings, strict=True)
+            readings["ceiling"] = merge([task.read(example.image, picture, box) for task, picture in pairs])
             if self.pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
-                readings["decoding by color"] = read_by_color([answer.picture for answer in answers])
+                readings["decoding by color"] = merge([answer.decode_by_color() for answer in answers])
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading
@@ -247,6 +272,14 @@ def vae_reconstruction(
     """Encode and decode images of one working size, with the same resizing as in a call. Results have working size."""
     pixels, _ = pipeline.preprocess_image(list(pictures), resolution, resize_mode)
     return decode_pictures(pipeline, pipeline.encode_image_latents(pixels, pipeline._execution_device))
+
+
+def draw_overlay(example: Example, answers: Sequence[Answer]) -> Image.Image:
+    """The data of all tasks drawn on the image."""
+    overlay = example.image
+    for answer in answers:
+        overlay = answer.task.overlay(overlay, answer.data)
+    return overlay
 
 
 def one_line(error: Exception) -> str:

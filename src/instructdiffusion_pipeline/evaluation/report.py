@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.mixture import check_source_names
@@ -15,8 +14,7 @@ from instructdiffusion_pipeline.evaluation.examples import LazyExample
 from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.image_grid import labeled_grid
-from instructdiffusion_pipeline.readout import read_answer
-from instructdiffusion_pipeline.tasks import PictureTask
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # both are in the first column of scores
@@ -41,7 +39,6 @@ def write(
     run: Mapping[str, Any],
     examples: Sequence[LazyExample],
     records: Sequence[dict[str, Any]],
-    readout: UNet2DModel | None,
 ) -> dict:
     """Write results.json, table.md and a contact sheet ROW.png for each row into `folder`, and return the results."""
     rows = [
@@ -53,7 +50,7 @@ def write(
     write_text(folder / "table.md", table(rows))
     for row in rows:
         if scored := [record for record in records if record["row"] == row["row"] and "measures" in record]:
-            sheet = contact_sheet(folder / "answers", examples, scored, readout)
+            sheet = contact_sheet(folder / "answers", examples, scored)
             save_image(folder / f"{file_name(row['row'])}.png", sheet)
     if not any(row["samples"] for row in rows):
         raise NothingScored(f"`examples`: none of the {len(records)} could be scored, see {folder}/table.md.")
@@ -95,27 +92,19 @@ def format_score(metric: str, value: float | None) -> str:
     return f"{value:.{DECIMALS[metric]}f}" if metric in DECIMALS else f"{100 * value:.1f}"
 
 
-def contact_sheet(
-    answers: Path,
-    examples: Sequence[LazyExample],
-    records: Sequence[Mapping[str, Any]],
-    readout: UNet2DModel | None,
-) -> Image.Image:
+def contact_sheet(answers: Path, examples: Sequence[LazyExample], records: Sequence[Mapping[str, Any]]) -> Image.Image:
     """The best, median and worst of `records`, each with input, output images, decoded data and ground truth."""
     ranked = sorted(records, key=lambda record: -record["score_key"])
     ranks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = []
     for rank, record in ranks.items():
         example = examples[record["index"]].open()
-        panels, overlay = [("input", example.image)], example.image
-        for index, task in enumerate(example.tasks):
-            answer = Image.open(answers / answer_name(record["index"], index))
-            panels.append((f'"{task.instruction()}"', answer))
-            if isinstance(task, PictureTask):
-                data = Image.open(answers / result_name(record["index"], index))
-            else:
-                data = read_answer(task, example.image, answer, tuple(record["box"]), readout)
-            overlay = task.overlay(overlay, data)
+        panels = [("input", example.image)]
+        for number, task in enumerate(example.tasks):
+            for part, prompted in enumerate(task.split() if isinstance(task, Segmentation) else [task]):
+                output = Image.open(answers / answer_name(record["index"], number, part))
+                panels.append((f'"{prompted.instruction()}"', output))
+        overlay = Image.open(answers / overlay_name(record["index"]))
         panels += [("decoded", overlay), ("truth", draw_truth(example))]
         metric, value = next(iter(summarize([record["measures"]["model"]]).items()))
         rows.append((f"{rank}: {metric} {format_score(metric, value)}, {record['name']}", panels))
@@ -151,9 +140,17 @@ def file_name(row: str) -> str:
     return re.sub(r"[^\w+]+", "-", row.lower()).strip("-")
 
 
-def answer_name(index: int, number: int) -> str:
-    """The file name of the output image for task `number` of the example at `index`."""
-    return f"{index:06d}-{number}.png"
+def answer_name(index: int, number: int, part: int = 0) -> str:
+    """The file name of an output image, at working size, for task `number` of the example at `index`.
+
+    A segmentation of several objects has an output image for each of them, its `part`.
+    """
+    return f"{index:06d}-{number}-{part}.png" if part else f"{index:06d}-{number}.png"
+
+
+def overlay_name(index: int) -> str:
+    """The file name of the image on which the decoded data of the example at `index` are drawn."""
+    return f"{index:06d}-overlay.png"
 
 
 def result_name(index: int, number: int) -> str:

@@ -63,7 +63,7 @@ def make_candidates(
         "batch_size": batch_size,
         "seed": seed,
         "samples": len(samples),
-        "instructions": hashlib.sha256("\n".join(sample.instruction for sample in samples).encode()).hexdigest()[:16],
+        "content": content_hash(samples),
     }
     check_run_config(folder, "run.json", run, "candidates of the same run")
     lines = [
@@ -79,6 +79,14 @@ def make_candidates(
                 batch = {number: samples[number] for number in numbers}
                 generate_candidates(pipeline, batch, folder, grid, num_inference_steps, seed)
             bar.update(len(numbers))
+
+
+def content_hash(samples: Sequence[Sample]) -> str:
+    """A hash of the images and instructions of all samples."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.instruction.encode() + sample.image.tobytes() + sample.target.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def generate_candidates(
