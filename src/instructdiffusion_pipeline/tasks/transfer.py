@@ -40,9 +40,10 @@ CORE = 3  # a region is eroded by this radius; what remains is replaced complete
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
-# are fractions of the strongest change, with a minimum in levels; weaker differences are noise of the model.
+# are fractions of the strongest change, with a minimum in levels (Euclidean distance of colors); weaker differences
+# are noise of the model.
 CONTENT_SHARES, CONTENT_LEVELS = (0.2, 0.4), (30.0, 45.0)
-COLOR_SHARES, COLOR_LEVELS = (0.125, 0.25), (8.0, 14.0)
+COLOR_SHARES, COLOR_LEVELS = (0.125, 0.25), (5.0, 9.0)
 
 
 Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -147,14 +148,11 @@ def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.
 
 
 def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Add half of the change to the blurred input. Arguments as in `transfer_change`.
-
-    With `instructdiffusion-tiny`, half of the change scores better than all of it or none.
-    """
+    """Add the change to the blurred input. Arguments as in `transfer_change`."""
     change = _planes(answer) - _planes(reconstruction)
     result = image.copy()
     for rows, (change_rows,) in _strips(image.shape[:2], torch.ones_like(change[:1]), change):
-        result[rows] = _levels(_planes(image[rows]) + 0.5 * change_rows)
+        result[rows] = _levels(_planes(image[rows]) + change_rows)
     return result
 
 
