@@ -7,11 +7,14 @@
 
 Segmentation writes masks as PNG and coco.json (RLE, boxes, scores), keypoints writes coco.json, both with overlays;
 restoration and editing write images at the resolution of the input. An interrupted run is resumed when it is started
-again. Images that cannot be read are skipped with a message.
+again; it processes images that have changed, or whose results are missing. Images that cannot be read are skipped with
+a message.
 """
 
 import argparse
+import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -45,6 +48,7 @@ from instructdiffusion_pipeline.tasks.restoration import Degradation
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MAX_NAME = 220  # bytes of a file name; while a file is written, its name is longer
 # task -> the option with its argument
 QUESTIONS = {
     "segmentation": "objects",
@@ -81,6 +85,7 @@ def main() -> None:
     names = unique_names(paths)
     if args.task == "segmentation":
         check_mask_files(names.values(), question)
+    check_folder(args.output)
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def main() -> None:
     numbers = {path: number for number, path in enumerate(paths)}
     settings = {} if args.steps is None else {"num_inference_steps": args.steps}
 
-    open_paths = [path for path in paths if not (records / f"{names[path]}.json").exists()]
+    open_paths = [path for path in paths if not is_done(path, records / f"{names[path]}.json")]
     with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="images") as bar:
         tasks_for = partial(make_tasks, args.task, question)
         for batch in batches(pipe, open_paths, tasks_for, args.batch_size, bar):
@@ -114,13 +119,13 @@ def main() -> None:
                 for column in zip(*tasks, strict=True)
             ]
             for path, parts in zip(batch, zip(*answers, strict=True), strict=True):
-                record = write_answer(args.output, names[path], path, parts)
+                record = write_answer(args.output, names[path], path, parts) | {"sha256": file_hash(path)}
                 # Written last, so that an image without a record is processed again.
                 write_text(records / f"{names[path]}.json", json.dumps(record) + "\n")
                 bar.update()
 
     found = {path: records / f"{names[path]}.json" for path in paths}
-    done = {path: json.loads(record.read_text()) for path, record in found.items() if record.exists()}
+    done = {path: json.loads(record.read_text()) for path, record in found.items() if is_done(path, record)}
     flagged = [path for path, record in done.items() if record.get("nsfw_content_detected")]
     for path in flagged:
         del done[path]
@@ -186,9 +191,37 @@ def output_file(name: str, part: str) -> str:
     return f"{name}-{part}.png".replace("/", " ")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise a UsageError if --output is a file, or a folder with other files than those of an earlier run."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output: must be a folder, but {folder} is a file.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise UsageError(f"--output: {folder} has files that are not of an interrupted run. Choose a new folder.")
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_done(path: Path, record: Path) -> bool:
+    """Whether there is a record of an image with the present content of its file, and all files of its results."""
+    if not record.exists():
+        return False
+    try:
+        content = json.loads(record.read_text())
+    except ValueError:  # damaged
+        return False
+    files = [record.parents[1] / file for file in content["files"]]
+    return path.exists() and content["sha256"] == file_hash(path) and all(file.exists() for file in files)
+
+
 def check_mask_files(names: Iterable[str], objects: Sequence[str]) -> None:
-    """Raise a UsageError if two masks or overlays would have the same file name."""
+    """Raise a UsageError if two masks or overlays would have the same file name, or one a too long name."""
     counts = Counter(output_file(name, part) for name in names for part in ("overlay", *objects))
+    if long := [file for file in counts if len(os.fsencode(file)) > MAX_NAME]:
+        raise UsageError(f"--objects: file names must have at most {MAX_NAME} bytes; got {long[0]}.")
     if repeated := [file for file, count in counts.items() if count > 1]:
         raise UsageError(
             f"--objects: several outputs would have the name {repeated[0]}: masks are called IMAGE-OBJECT.png, and"
@@ -245,21 +278,24 @@ def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer])
     """
     (answer, *_) = answers
     record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
+    pictures: dict[str, Image.Image] = {}
     if any(part.nsfw_content_detected for part in answers):
-        return record | {"nsfw_content_detected": True}
-    if isinstance(answer.data, Image.Image):
-        save_image(folder / f"{name}.png", answer.data)
-        return record
-    overlay = answer.image
-    for part in answers:
-        overlay = part.task.overlay(overlay, part.data)
-    save_image(folder / output_file(name, "overlay"), overlay)
-    readings = {key: reading for part in answers for key, reading in part.data.items()}
-    for key, reading in readings.items():
-        if isinstance(reading, Mask):
-            save_image(folder / output_file(name, key), Image.fromarray(reading.pixels))
-    record["readings"] = {key: as_json(reading) for key, reading in readings.items()}
-    return record
+        record["nsfw_content_detected"] = True
+    elif isinstance(answer.data, Image.Image):
+        pictures[f"{name}.png"] = answer.data
+    else:
+        overlay = answer.image
+        for part in answers:
+            overlay = part.task.overlay(overlay, part.data)
+        pictures[output_file(name, "overlay")] = overlay
+        readings = {key: reading for part in answers for key, reading in part.data.items()}
+        for key, reading in readings.items():
+            if isinstance(reading, Mask):
+                pictures[output_file(name, key)] = Image.fromarray(reading.pixels)
+        record["readings"] = {key: as_json(reading) for key, reading in readings.items()}
+    for file, picture in pictures.items():
+        save_image(folder / file, picture)
+    return record | {"files": list(pictures)}
 
 
 def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None:
@@ -279,8 +315,8 @@ def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -
     """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each image."""
     images, annotations = [], []
     for number, record in enumerate(records.values(), 1):
-        readings = record.pop("readings")
-        images.append({"id": number, **record})
+        readings = record["readings"]
+        images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
         if task == "segmentation":
             annotations += [
                 {"image_id": number, "category_id": 1 + names.index(name), "iscrowd": 0, **reading}

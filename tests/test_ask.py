@@ -199,6 +199,7 @@ def test_joints_of_each_box_are_in_pixels_of_the_image(pipe):
         [np.array(boxes[0], dtype=np.float32)],
         [list(boxes[0])],
         np.array(boxes[:1]) / 1.0,
+        *(np.array(boxes[:1], dtype=kind) for kind in (np.uint8, np.uint16, np.uint32)),
     ):
         (answer,) = ask_boxes(pipe, image, task, given, generator=torch.Generator().manual_seed(0), **FAST)
         assert answer.box == answers[0].box and answer.data == answers[0].data
@@ -211,6 +212,11 @@ def test_joints_of_each_box_are_in_pixels_of_the_image(pipe):
         ask_boxes(pipe, image, task, [(5, 5, 5, 9)])
     with pytest.raises(ValueError, match=r"with values from -480 to 480 \(four times the longer side"):
         ask_boxes(pipe, image, task, [(5, 5, 10, 481)])
+    for outside in ((-30, 5, -20, 20), (120, 5, 130, 20), (5, -9, 20, 0), (5, 90, 20, 99)):
+        with pytest.raises(ValueError, match=r"`boxes` must be in the image of 120 x 90 pixels, at least in part"):
+            ask_boxes(pipe, image, task, [outside])
+    (tiny_box,) = ask_boxes(pipe, image, task, [(10, 10, 10.1, 10.1)], **FAST)
+    assert tiny_box.box == (10, 10, 11, 11)
     with pytest.raises(TypeError, match="`task` must be Keypoints; got Segmentation"):
         ask_boxes(pipe, image, TASKS[0], boxes)
 

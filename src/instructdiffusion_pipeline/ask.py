@@ -152,7 +152,8 @@ def ask_boxes(
         An answer for each box. Its `data` is in pixels of `image`; its `box` is the part around the person.
 
     Raises:
-        TypeError, ValueError: see `ask_batch`; also if a box has no area, or `task` is not a `Keypoints`.
+        TypeError, ValueError: see `ask_batch`; also if a box has no area or is outside the image, or `task` is not a
+            `Keypoints`.
     """
     if not isinstance(task, Keypoints):
         raise TypeError(f"`task` must be Keypoints; got {type(task).__name__}.")
@@ -163,7 +164,7 @@ def ask_boxes(
     if not isinstance(boxes, Sequence | np.ndarray):
         raise TypeError(f"`boxes` must be a list or an array; got {type(boxes).__name__}.")
     image = upright_rgb(image)
-    regions = [padded_square(box, limit=4 * max(image.size)) for box in boxes]
+    regions = [padded_square(box, image.size) for box in boxes]
     check_lengths(settings, len(regions), "box")
     answers: list[Answer[dict[str, Joint | None]]] = []
     for start in range(0, len(regions), batch_size):
@@ -180,11 +181,13 @@ def ask_boxes(
     return answers
 
 
-def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
+def padded_square(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The square of whole pixels with the center of a box and `BOX_PADDING` times its longer side.
 
-    Raises a ValueError if an edge is not from -`limit` to `limit`, which would make a huge square.
+    Raises a ValueError if the box has no area in an image of `size`, or an edge so far outside that the square would
+    be huge.
     """
+    limit = 4 * max(size)
     is_box = (
         isinstance(box, Sequence | np.ndarray)
         and len(box) == 4
@@ -195,8 +198,12 @@ def padded_square(box: Box, limit: float) -> tuple[int, int, int, int]:
             "`boxes` must have entries (left, top, right, bottom) with an area, with values from"
             f" {-limit:g} to {limit:g} (four times the longer side of the image); got {box!r}."
         )
-    left, top, right, bottom = box
-    side = round(BOX_PADDING * max(right - left, bottom - top))
+    left, top, right, bottom = map(float, box)  # NumPy's unsigned integers would wrap around
+    if right <= 0 or bottom <= 0 or left >= size[0] or top >= size[1]:
+        raise ValueError(
+            f"`boxes` must be in the image of {size[0]} x {size[1]} pixels, at least in part; got {box!r}."
+        )
+    side = max(1, round(BOX_PADDING * max(right - left, bottom - top)))
     x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     return x, y, x + side, y + side
 

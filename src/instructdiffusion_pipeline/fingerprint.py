@@ -77,7 +77,12 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
     written = folder / name
     if not written.exists():
         write_text(written, json.dumps(run, indent=2) + "\n")
-    elif other := differences(json.loads(written.read_text()), run):
+        return
+    try:
+        before = json.loads(written.read_text())
+    except ValueError as error:
+        raise ValueError(f"`folder` has a damaged file {written} ({error}). Choose another folder.") from error
+    if other := differences(before, run):
         raise ValueError(
             f"`folder` must be new or have {what}; in {folder}, {other}. Choose another folder, or delete this one."
         )

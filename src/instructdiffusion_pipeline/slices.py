@@ -70,7 +70,7 @@ def crop_view(view: View, box: tuple[int, int, int, int]) -> View:
 def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, int, int]]:
     """Overlapping slices of an image of (width, height): (left, top, right, bottom) of each."""
     count = math.ceil((1 / fraction - 1) / (1 - SLICE_OVERLAP)) + 1
-    width, height = (round(fraction * side) for side in size)
+    width, height = (max(1, round(fraction * side)) for side in size)
     lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
     tops = np.linspace(0, size[1] - height, count).round().astype(int).tolist()
     return [(left, top, left + width, top + height) for top in tops for left in lefts]

@@ -136,6 +136,63 @@ def test_batches_have_the_working_size_of_the_models_settings(run_predict, pipe,
     assert len(list(Path("out/records").iterdir())) == 2
 
 
+@pytest.mark.parametrize("output", ["photos", "other"])
+def test_a_folder_with_other_files_is_not_written_to(run_predict, tmp_path, capsys, output):
+    Path("other").mkdir()
+    Path("other/1.png").write_bytes(b"not of this run")
+    before = tiny.contents(tmp_path / output)
+    with pytest.raises(SystemExit):
+        run_predict("--task", "editing", "--instruction", "make it night", "--output", output)
+    assert f"error: --output: {output} has files that are not of an interrupted run" in capsys.readouterr().err
+    assert tiny.contents(tmp_path / output) == before
+
+
+def test_an_empty_folder_is_written_to_and_a_file_is_not(run_predict, capsys):
+    Path("out").mkdir()
+    run_predict("--task", "editing", "--instruction", "make it night")
+    assert Path("out/1.png").exists()
+    with pytest.raises(SystemExit):
+        run_predict("--task", "editing", "--instruction", "make it night", "--output", "photos/1.png")
+    assert "--output: must be a folder, but photos/1.png is a file" in capsys.readouterr().err
+
+
+def test_changed_images_missing_results_and_damaged_records_are_processed_again(run_predict, tmp_path):
+    options = ("--task", "segmentation", "--objects", "cat")
+    run_predict(*options)
+    before = tiny.contents(tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in Path("out/records").iterdir()}
+    Path("out/0-cat.png").unlink()
+    Path("out/records/1.json").write_text("{")
+    run_predict(*options)
+    assert tiny.contents(tmp_path / "out") == before
+    tiny.picture(96, 96, seed=9).save("photos/2.png")
+    run_predict(*options)
+    after = tiny.contents(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {
+        "2-cat.png", "2-overlay.png", "coco.json", "records/2.json"
+    }  # fmt: skip
+    assert Path("out/records/3.json").stat().st_mtime_ns == times["3.json"]
+
+
+def test_a_damaged_run_file_and_long_names_end_with_a_message_before_the_model_runs(run_predict, capsys):
+    with pytest.raises(SystemExit):
+        run_predict("--task", "segmentation", "--objects", "cat," + 300 * "x")
+    assert "--objects: file names must have at most 220 bytes" in capsys.readouterr().err
+    assert not Path("out").exists()
+    run_predict("--task", "segmentation", "--objects", 210 * "x")
+    Path("out/run.json").write_text("{")
+    with pytest.raises(SystemExit):
+        run_predict("--task", "segmentation", "--objects", 210 * "x")
+    assert "damaged file out/run.json" in capsys.readouterr().err
+
+
+def test_slices_of_tiny_images_have_at_least_one_pixel(run_predict):
+    Path("tiny").mkdir()
+    tiny.picture(3, 3).save("tiny/0.png")
+    run_predict("--task", "segmentation", "--objects", "cat", "--slices", "0.1", "--images", "tiny")
+    assert Image.open("out/0-cat.png").size == (3, 3)
+
+
 def run_until(records, command, folder):
     """Run predict.py, and kill it when the output has this number of records (None: do not kill it)."""
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
