@@ -8,6 +8,7 @@ image and the output of the model. By default the model's `task_settings` for ed
 
 import argparse
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -51,8 +52,8 @@ def main() -> None:
     args = parser.parse_args()
 
     # Check all arguments before the model is loaded.
-    if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
-        parser.error(f"--output: must have an image file extension such as .png; got {args.output}")
+    if not holds_rgb(args.output.suffix):
+        parser.error(f"--output: must have the extension of a format for RGB images of any size; got {args.output}")
     image = open_image("--image", args.image)
     side_by_side = args.output.with_stem(args.output.stem + "-side-by-side")
     for path in (args.output, side_by_side):
@@ -80,6 +81,17 @@ def main() -> None:
     panels = [("input", image), (args.instruction, answer.data), ("output of the model, enlarged", answer.picture)]
     save_image(side_by_side, labeled_grid([(args.image.name, panels)]))
     print(f"{args.output}: the edited image\n{side_by_side}: input, edited image and output of the model")
+
+
+def holds_rgb(suffix: str) -> bool:
+    """Whether Pillow writes and reads RGB images of any size in the format of a file name extension."""
+    image, file = Image.new("RGB", (300, 200)), BytesIO()
+    try:
+        image.save(file, Image.registered_extensions()[suffix.lower()])
+        found = Image.open(file)
+    except Exception:  # the format is unknown, cannot be written or read, or has no RGB images
+        return False
+    return (found.size, found.mode) == (image.size, image.mode)
 
 
 def check_size(image: Image.Image, resolution: int | None, rule: Callable[..., WorkingSize] = working_size) -> None:

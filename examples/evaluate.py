@@ -13,7 +13,7 @@ from pathlib import Path
 
 from instructdiffusion_pipeline import Editing, Keypoints, Restoration, Segmentation
 from instructdiffusion_pipeline.cli import UsageError, add_data_argument, integer, load_pipeline, reading, run_script
-from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources, parse_entries
 from instructdiffusion_pipeline.evaluation import evaluate, evaluate_paper, examples_from, whole_person
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.paper import PAPER_FOLDERS
@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument(
         "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
+    parser.add_argument(
+        "--seed", type=integer(0), default=0, help="seed of the noise and the choice of samples (default: 0)"
+    )
     parser.add_argument("--resolution", type=integer(16), help="in pixels (default: that of the model for each task)")
     parser.add_argument("--clip", help="folder or Hub id of a CLIP model, for the similarity of edited images")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="output folder (default: %(default)s)")
@@ -57,6 +59,8 @@ def main() -> None:
 
     if args.tables and (args.split or args.clip or columns):
         raise UsageError("--tables paper: cannot be combined with --split, --clip or --*_column.")
+    if args.data and columns and not any(entry.key == "table" for entry in parse_entries(args.data)):
+        raise UsageError("--*_column: has an effect on tables only; --data has none.")
     if args.tables:
         check_root(args.root)
     elif args.root:

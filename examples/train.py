@@ -151,7 +151,8 @@ def run(options: Options, config: TrainingConfig) -> None:
             raise UsageError(
                 f"--validation_data: {entry.key}={entry.folder} is trained on; name other data or a split."
             )
-    for name in ("max_train_samples", "num_validation_images", "cache_samples"):
+    check_effects(options)
+    for name in ("max_train_samples", "num_validation_images", "cache_samples", "validation_num_inference_steps"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name}: must be 1 or more; got {value}.")
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
@@ -185,7 +186,8 @@ def run(options: Options, config: TrainingConfig) -> None:
         )
     held_out = Mixture(validation_sources(options, size), config.seed) if options.validation_data else None
     questions = validation_examples(held_out or mixture, pipeline.config.task_settings, options.num_validation_images)
-    if steps := options.validation_num_inference_steps:
+    steps = options.validation_num_inference_steps
+    if steps is not None:
         questions = [
             replace(question, settings={**question.settings, "num_inference_steps": steps}) for question in questions
         ]
@@ -222,6 +224,26 @@ def run(options: Options, config: TrainingConfig) -> None:
                 ModelCard.load(options.push_to).save(Path(folder, "README.md"))
                 describe(Path(folder), options, config, about)
                 upload_folder(repo_id=options.push_to, folder_path=folder)
+
+
+def check_effects(options: Options) -> None:
+    """Raise a UsageError if an option was given that has no effect on this run."""
+    trained, held_out = (
+        any(entry.key == "table" for entry in parse_entries(entries))
+        for entries in (options.data, options.validation_data)
+    )
+    either = trained or held_out, "a table in --data or --validation_data"
+    needs = {
+        **dict.fromkeys(("image_column", "instruction_column", "target_column", "revision"), either),
+        **dict.fromkeys(("split", "random_flip"), (trained, "a table in --data")),
+        "validation_split": (held_out, "a table in --validation_data"),
+        "conversion": (Path(options.init).is_file(), "a checkpoint file as --init"),
+        "resume_changes": (options.resume is not None, "--resume"),
+    }
+    defaults = Options("", [], Path())
+    for name, (has_effect, needed) in needs.items():
+        if getattr(options, name) != getattr(defaults, name) and not has_effect:
+            raise UsageError(f"--{name}: has an effect with {needed} only.")
 
 
 def train_split(key: str, options: Options) -> str:

@@ -35,7 +35,6 @@ from instructdiffusion_pipeline.cli import (
     UsageError,
     add_data_argument,
     check_model_folder,
-    check_output,
     finite,
     integer,
     load_pipeline,
@@ -93,13 +92,15 @@ def main() -> None:
     parser.add_argument(
         "--batch_size", type=integer(1), default=8, help="samples per pipeline call (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the choice of samples (default: 0)")
+    parser.add_argument(
+        "--seed", type=integer(0), default=0, help="seed of the noise and the choice of samples (default: 0)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for scores and outputs")
     parser.add_argument("--output_model", type=Path, help="new folder for the model with the settings")
     args = parser.parse_args()
     check_model_folder(args.model)
-    if args.output_model:
-        check_output("--output_model", args.output_model, overwrite=False)
+    if args.output_model and (args.output_model.exists() or not args.output_model.parent.is_dir()):
+        raise UsageError(f"--output_model: must be a new folder in an existing one; got {args.output_model}.")
 
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
@@ -115,6 +116,10 @@ def main() -> None:
         found = examples_from(source, args.samples, args.seed)
         # In random order, because different kinds of images can alternate in a dataset.
         examples += rng.sample(found, len(found))
+    if len(examples) < 2:
+        raise UsageError(
+            f"--data: must have at least two samples, to choose on one and compare on the other; got {len(examples)}."
+        )
     tasks = {source.name: first_task(source) for source in sources}
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:

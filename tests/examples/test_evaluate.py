@@ -181,6 +181,21 @@ def test_an_unusable_clip_model_raises_an_error(monkeypatch, tmp_path, model, go
         call(monkeypatch, "--model", model, f"--data={name}={folder}", "--clip", tmp_path / "clip")
 
 
+def test_columns_without_a_table_and_negative_seeds_are_errors(monkeypatch, model, gopro, tmp_path, capsys):
+    options = ("--model", model, "--data", f"gopro={gopro}", "--output", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--\*_column: has an effect on tables only; --data has none"):
+        call(monkeypatch, *options, "--instruction_column", "text")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *options, "--seed", -1)
+    assert "--seed: must be at least 0; got -1" in capsys.readouterr().err
+    (tmp_path / "pairs.csv").write_text("a,b\n")
+    (tmp_path / "bad.parquet").write_text("ab")
+    with pytest.raises(UsageError, match="bad.parquet cannot be read as a table: .*Parquet"):
+        call(monkeypatch, *options[:2], f"--data=table={tmp_path}/bad.parquet", *options[4:])
+    with pytest.raises(UsageError, match="must be a folder, a parquet file or a Hub id; got the file .*pairs.csv"):
+        call(monkeypatch, *options[:2], f"--data=table={tmp_path}/pairs.csv", *options[4:])
+
+
 def test_sidd_is_not_scored_on_its_training_data(monkeypatch, tmp_path, model):
     (tmp_path / "Data").mkdir()
     with pytest.raises(ValueError, match="`split` is 'val', but .*Data is the split 'train'"):

@@ -358,3 +358,33 @@ def test_accelerate_reads_the_configuration_files(path):
     comment = " ".join(line.removeprefix("#").strip() for line in first if line.startswith("#"))
     assert ("Tested." if path.stem == "two_processes_cpu" else "Not tested") in comment
     assert set(yaml.safe_load(path.read_text())) >= {"num_processes", "mixed_precision", "num_machines"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"split": "val"}, "--split: has an effect with a table in --data only."),
+        ({"image_column": "photo"}, "--image_column: has an effect with a table in --data or --validation_data only."),
+        ({"instruction_column": "text"}, "--instruction_column: has an effect with a table"),
+        ({"target_column": "after"}, "--target_column: has an effect with a table"),
+        ({"revision": "v2"}, "--revision: has an effect with a table in --data or --validation_data only."),
+        ({"random_flip": "true"}, "--random_flip: has an effect with a table in --data only."),
+        ({"validation_split": "val"}, "--validation_split: has an effect with a table in --validation_data only."),
+        ({"conversion": " --half"}, "--conversion: has an effect with a checkpoint file as --init only."),
+        ({"resume_changes": "learning_rate"}, "--resume_changes: has an effect with --resume only."),
+        ({"validation_num_inference_steps": 0}, "--validation_num_inference_steps: must be 1 or more; got 0."),
+    ],
+)
+def test_an_option_without_effect_is_an_error(model, tmp_path, monkeypatch, capfd, options, told):
+    output = tmp_path / "out"
+    assert told in refused(monkeypatch, capfd, model, f"gopro={tmp_path}", output, **options)
+    assert not output.exists()
+
+
+def test_table_options_have_an_effect_on_tables_for_validation(model, table, tmp_path, monkeypatch, capfd):
+    options = {"validation_data": f"table={table}", "validation_split": "train[:2]", "image_column": "none"}
+    message = refused(monkeypatch, capfd, model, f"gopro={tmp_path}", tmp_path / "out", **options)
+    assert "has an effect" not in message, "the folder of gopro is empty"
+    assert "--split: has an effect" in refused(
+        monkeypatch, capfd, model, f"gopro={tmp_path}", tmp_path / "out", **options, split="val"
+    )

@@ -172,12 +172,22 @@ def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
         (["--scheduler", "DDIM"], "--scheduler DDIM: must be one of .*DDIMScheduler"),
         (["--model", "/nowhere"], "--model: must be the folder of a pipeline"),
         (["--data", "gopro=/nowhere"], "there is no folder /nowhere"),
-        (["--output_model", Path("/")], "--output_model"),
+        (["--output_model", Path("/")], "--output_model: must be a new folder in an existing one; got /"),
+        (["--output_model", Path("/nowhere/model")], "--output_model: must be a new folder in an existing one"),
     ],
 )
 def test_errors_name_the_option(run, options, message):
     with pytest.raises(tune.UsageError, match=message):
         run(*options)
+
+
+def test_a_single_sample_is_an_error_before_the_search(run, gopro, tmp_path):
+    for path in sorted(gopro.rglob("test/*/*/*.png")):
+        if path.stem != "0":
+            path.unlink()
+    with pytest.raises(tune.UsageError, match="--data: must have at least two samples, .*; got 1"):
+        run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_datasets_of_two_tasks_raise_an_error(run, coco):

@@ -398,6 +398,8 @@ class HubTable(ReducibleImages):
         from datasets.exceptions import DatasetGenerationError
 
         path = Path(name)
+        if path.is_file() and path.suffix != ".parquet":
+            raise ValueError(f"`name` must be a folder, a parquet file or a Hub id; got the file {name}.")
         try:
             if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
                 table = load_from_disk(str(path))
@@ -406,7 +408,7 @@ class HubTable(ReducibleImages):
             else:
                 table = load_dataset(str(name), split=split, revision=revision)
         # `datasets` raises these for damaged files, and for a folder with a script, which it does not run.
-        except (DatasetGenerationError, RuntimeError) as error:
+        except (DatasetGenerationError, RuntimeError, ValueError) as error:
             raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):
             if split not in table:
