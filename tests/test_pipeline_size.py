@@ -1,6 +1,7 @@
 """The working size, the box that an output shows, and resizing to it and back."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,17 @@ def test_pil_outputs_have_the_input_size_and_arrays_the_working_size(
     assert array.shape == (1, height, width, 3)
     assert tensor.shape == (1, 3, height, width)
     assert latent.shape == (1, 4, height // 2, width // 2)
+
+
+def test_a_crop_warns_how_much_it_cuts_off(pipe: InstructDiffusionPipeline) -> None:
+    wide = tiny.picture(160, 100)
+    with pytest.warns(UserWarning, match='`resize_mode="crop"` cuts off 38% of the image; "stretch" uses all of it'):
+        pipe(**tiny.inputs(image=wide, num_inference_steps=1, resolution=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for settings in ({"resize_mode": "stretch", "resolution": 64}, {"resolution": 0}):
+            pipe(**tiny.inputs(image=wide, num_inference_steps=1) | settings)
+        pipe(**tiny.inputs(image=tiny.picture(100, 100), num_inference_steps=1, resolution=64))
 
 
 def test_pil_outputs_are_truncated_to_8_bits_and_fitted_back(pipe: InstructDiffusionPipeline) -> None:

@@ -1,6 +1,5 @@
 """Run a pipeline for a vision task and decode its output image."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -258,9 +257,6 @@ def ask_batch(
     for number, (image, task) in enumerate(zip(images, tasks, strict=True)):
         own_views = [pair for pair in zip(views, responses, strict=True) if pair[0].number == number]
         answers.append(make_answer(pipeline, image, task, own_views, readout, slices, settings))
-        left, top, right, bottom = answers[-1].box
-        if (kept := (right - left) * (bottom - top) / (image.width * image.height)) < 0.995:
-            warnings.warn(f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the image.', stacklevel=2)
     return answers
 
 

@@ -40,14 +40,17 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 ```
 
-With the package `instructdiffusion_pipeline` installed, its code is used, and `trust_remote_code` is not needed:
+The image is cropped as in the original code, and the result is enlarged from the working size of the model.
+
+With the package `instructdiffusion_pipeline` installed, its code is used, and `trust_remote_code` is not needed. `ask`
+uses the whole image and keeps its resolution:
 
 ```python
 from diffusers.utils import load_image
-from instructdiffusion_pipeline import InstructDiffusionPipeline
+from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, ask
 
 pipe = InstructDiffusionPipeline.from_pretrained("{name}")
-answer = pipe("make it winter", load_image("photo.jpg")).images[0]
+answer = ask(pipe, load_image("photo.jpg"), Editing("make it winter")).data
 ```
 """
 

@@ -93,6 +93,19 @@ def test_missing_files_of_coco_stuff_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
+def test_labels_of_a_few_classes_are_recognized_by_the_numbers_in_labels_txt(offset, tmp_path):
+    for number in range(1, 5):
+        write_stuff(
+            tmp_path, str(number), values=((number - offset, 1 - offset), (4 - offset, {0: 0, 1: 255}[offset]))
+        )
+    (tmp_path / "labels.txt").write_text("0: unlabeled\n1: apple\n2: bell\n3: carrot\n4: drum\n")
+    dataset = CocoStuff(tmp_path)
+    assert dataset.offset == offset and len(dataset) == 4
+    for number, name in enumerate(("apple", "bell", "carrot", "drum")):
+        assert dataset[number][1][name].any()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
 def test_labels_that_contain_the_class_numbers_are_recognized(offset, tmp_path):
     """Number 67 is a dining table and 66 a mirror, which was never annotated; 157 is the sky, 18 a dog."""
     unlabeled = {0: 0, 1: 255}[offset]

@@ -225,7 +225,7 @@ def test_invalid_colors_raise_errors(colors):
 
 
 def test_six_joints_at_once_raise_an_error():
-    with pytest.raises(ValueError, match="at most 5 joints at once; got 6"):
+    with pytest.raises(ValueError, match="at most 5 joints per task; got 6. Use several tasks"):
         Keypoints(dict(zip(COCO_JOINTS[:6], KEYPOINT_COLORS, strict=False)))
 
 

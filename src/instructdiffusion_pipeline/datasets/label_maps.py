@@ -133,7 +133,7 @@ class CocoStuff(LabelMaps):
         folder = Path(root)
         labels = folder / "annotations" / split
         classes = read_annotations(folder / "labels.txt", 'lines like "171: wall-brick"', class_numbers)
-        offset = find_offset(sorted(labels.glob("*.png")))
+        offset = find_offset(sorted(labels.glob("*.png")), set().union(*classes.values()))
         unnamed = possible_values(offset).difference({number - offset for of in classes.values() for number in of})
         super().__init__(folder / "images" / split, labels, classes, unnamed, offset)
 
@@ -258,8 +258,8 @@ def readable_name(label: str) -> str:
     return f"{kind} {noun}" if kind not in ("", "other", "stuff") else noun
 
 
-def find_offset(labels: Sequence[Path]) -> int:
-    """The offset from pixel values to class numbers in COCO-Stuff: 1 as published, 0 if more label maps match that."""
+def find_offset(labels: Sequence[Path], numbers: Set[int]) -> int:
+    """The offset from pixel values to class `numbers`: 1 as in COCO-Stuff, or 0 if more label maps match that."""
     fits = {1: 0, 0: 0}
     for path in labels[:: max(1, len(labels) // PROBED)]:
         try:
@@ -267,7 +267,7 @@ def find_offset(labels: Sequence[Path]) -> int:
         except UnreadableSample:
             continue
         for offset in fits:
-            fits[offset] += values <= possible_values(offset)
+            fits[offset] += values <= {number - offset for number in numbers} | {UNLABELED[offset]}
     return 0 if fits[0] > fits[1] else 1
 
 

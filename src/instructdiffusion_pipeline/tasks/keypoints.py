@@ -87,7 +87,9 @@ class Keypoints:
         check_colors(self.colors, KEYPOINT_COLORS)
         object.__setattr__(self, "colors", NamedColors(self.colors))
         if len(self.colors) > MAX_JOINTS:
-            raise ValueError(f"`colors` must have at most {MAX_JOINTS} joints at once; got {len(self.colors)}.")
+            raise ValueError(
+                f"`colors` must have at most {MAX_JOINTS} joints per task; got {len(self.colors)}. Use several tasks."
+            )
 
     @classmethod
     def from_annotation(cls, image: Image.Image, joints: Joints, rng: random.Random) -> "Keypoints":
