@@ -167,8 +167,11 @@ class ReadoutDataset(Dataset):
         row = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))[offset]
         index, number, name = self.rows[row]
         example = self.examples[index].open()
-        task, answer = example.tasks[number], Image.open(self.folder / "answers" / answer_name(index, number))
-        frame = Frame.of(example.image, answer, self.boxes[index], shortest=self.size)
+        task, box = example.tasks[number], self.boxes[index]
+        output = Image.open(self.folder / "answers" / answer_name(index, number))
+        # Enlarged to the pixels of the input, so that outputs of different working sizes have frames of one size.
+        answer = output.resize((round(box[2] - box[0]), round(box[3] - box[1])), Image.Resampling.LANCZOS)
+        frame = Frame.of(example.image, answer, box, shortest=self.size)
         colors, opacity = asked_colors(task)
         inputs = readout_inputs(frame, colors, opacity)[list(task.colors).index(name)]
         truth = example.truth.get(name)
