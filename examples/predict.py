@@ -195,7 +195,9 @@ def check_folder(folder: Path) -> None:
     """Raise a UsageError if --output is a file, or a folder with other files than those of an earlier run."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output: must be a folder, but {folder} is a file.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+    # A run that was killed before it wrote run.json leaves a hidden file.
+    others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if others and not (folder / "run.json").exists():
         raise UsageError(f"--output: {folder} has files that are not of an interrupted run. Choose a new folder.")
 
 
