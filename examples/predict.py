@@ -85,7 +85,7 @@ def main() -> None:
     names = unique_names(paths)
     if args.task == "segmentation":
         check_mask_files(names.values(), question)
-    check_folder(args.output)
+    check_folder(args.output, paths)
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -191,12 +191,16 @@ def output_file(name: str, part: str) -> str:
     return f"{name}-{part}.png".replace("/", " ")
 
 
-def check_folder(folder: Path) -> None:
-    """Raise a UsageError if --output is a file, or a folder with other files than those of an earlier run."""
-    if folder.exists() and not folder.is_dir():
+def check_folder(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise a UsageError if --output is a file, has images of `paths`, or has other files and no run.json."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise UsageError(f"--output: must be a folder, but {folder} is a file.")
-    # A run that was killed before it wrote run.json leaves a hidden file.
-    others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if inside := [path.name for path in paths if path.parent.samefile(folder)]:
+        raise UsageError(f"--output: must not be the folder of --images; {folder} has {inside[0]}.")
+    # A run that was killed before it wrote run.json leaves a hidden folder.
+    others = any(not path.name.startswith(".") for path in folder.iterdir())
     if others and not (folder / "run.json").exists():
         raise UsageError(f"--output: {folder} has files that are not of an interrupted run. Choose a new folder.")
 

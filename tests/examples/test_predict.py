@@ -136,15 +136,31 @@ def test_batches_have_the_working_size_of_the_models_settings(run_predict, pipe,
     assert len(list(Path("out/records").iterdir())) == 2
 
 
-@pytest.mark.parametrize("output", ["photos", "other"])
-def test_a_folder_with_other_files_is_not_written_to(run_predict, tmp_path, capsys, output):
+def test_a_folder_with_other_files_is_not_written_to(run_predict, tmp_path, capsys):
     Path("other").mkdir()
     Path("other/1.png").write_bytes(b"not of this run")
-    before = tiny.contents(tmp_path / output)
-    with pytest.raises(SystemExit):
-        run_predict("--task", "editing", "--instruction", "make it night", "--output", output)
-    assert f"error: --output: {output} has files that are not of an interrupted run" in capsys.readouterr().err
-    assert tiny.contents(tmp_path / output) == before
+    before = tiny.contents(tmp_path / "other")
+    with pytest.raises(SystemExit) as exit:
+        run_predict("--task", "editing", "--instruction", "make it night", "--output", "other")
+    assert exit.value.code == 2
+    assert "error: --output: other has files that are not of an interrupted run" in capsys.readouterr().err
+    assert tiny.contents(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("output", ["photos", "model/../photos", "link"])
+def test_the_folder_of_the_images_is_not_written_to(run_predict, tmp_path, capsys, output):
+    """Not even if a run has written to it, as earlier versions did."""
+    options = ("--task", "editing", "--instruction", "make it night")
+    run_predict(*options)
+    for entry in ("run.json", "records"):
+        Path("out", entry).rename(Path("photos", entry))
+    Path("link").symlink_to("photos")
+    before = tiny.contents(tmp_path / "photos")
+    with pytest.raises(SystemExit) as exit:
+        run_predict(*options, "--output", output)
+    assert exit.value.code == 2
+    assert f"error: --output: must not be the folder of --images; {output} has 0.png." in capsys.readouterr().err
+    assert tiny.contents(tmp_path / "photos") == before
 
 
 def test_an_empty_folder_is_written_to_and_a_file_is_not(run_predict, capsys):
@@ -154,6 +170,12 @@ def test_an_empty_folder_is_written_to_and_a_file_is_not(run_predict, capsys):
     with pytest.raises(SystemExit):
         run_predict("--task", "editing", "--instruction", "make it night", "--output", "photos/1.png")
     assert "--output: must be a folder, but photos/1.png is a file" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_it_writes_its_configuration_continues(run_predict):
+    Path("out/.run.json.x7rq").mkdir(parents=True)
+    run_predict("--task", "editing", "--instruction", "make it night")
+    assert Path("out/1.png").exists()
 
 
 def test_changed_images_missing_results_and_damaged_records_are_processed_again(run_predict, tmp_path):
