@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -56,6 +56,14 @@ QUESTIONS = {
     "restoration": "degradation",
     "editing": "instruction",
 }
+
+
+class Input(NamedTuple):
+    """An image with its tasks, and the hash of its file."""
+
+    image: Image.Image
+    tasks: list[Task]
+    sha256: str
 
 
 def main() -> None:
@@ -101,11 +109,17 @@ def main() -> None:
     numbers = {path: number for number, path in enumerate(paths)}
     settings = {} if args.steps is None else {"num_inference_steps": args.steps}
 
-    open_paths = [path for path in paths if not is_done(path, records / f"{names[path]}.json")]
+    found = {path: records / f"{names[path]}.json" for path in paths}
+    results = {path: [args.output / file for file in result_files(args.task, question, names[path])] for path in paths}
+    open_paths = [path for path in paths if not is_done(path, found[path], results[path])]
+    for path in open_paths:
+        # So that no results of an earlier content of the image remain if it is skipped now.
+        for file in (found[path], *results[path]):
+            file.unlink(missing_ok=True)
     with tqdm(total=len(paths), initial=len(paths) - len(open_paths), desc="images") as bar:
         tasks_for = partial(make_tasks, args.task, question)
         for batch in batches(pipe, open_paths, tasks_for, args.batch_size, bar):
-            images, tasks = zip(*batch.values(), strict=True)
+            images, tasks, hashes = zip(*batch.values(), strict=True)
             answers = [
                 ask_batch(
                     pipe,
@@ -118,14 +132,13 @@ def main() -> None:
                 )
                 for column in zip(*tasks, strict=True)
             ]
-            for path, parts in zip(batch, zip(*answers, strict=True), strict=True):
-                record = write_answer(args.output, names[path], path, parts) | {"sha256": file_hash(path)}
+            for path, parts, sha256 in zip(batch, zip(*answers, strict=True), hashes, strict=True):
+                record = write_answer(args.output, names[path], path, parts) | {"sha256": sha256}
                 # Written last, so that an image without a record is processed again.
-                write_text(records / f"{names[path]}.json", json.dumps(record) + "\n")
+                write_text(found[path], json.dumps(record) + "\n")
                 bar.update()
 
-    found = {path: records / f"{names[path]}.json" for path in paths}
-    done = {path: json.loads(record.read_text()) for path, record in found.items() if is_done(path, record)}
+    done = {path: json.loads(record.read_text()) for path, record in found.items() if record.exists()}
     flagged = [path for path, record in done.items() if record.get("nsfw_content_detected")]
     for path in flagged:
         del done[path]
@@ -191,6 +204,13 @@ def output_file(name: str, part: str) -> str:
     return f"{name}-{part}.png".replace("/", " ")
 
 
+def result_files(task: str, question: Any, name: str) -> list[str]:
+    """The file names of the results of an image."""
+    if task in ("restoration", "editing"):
+        return [f"{name}.png"]
+    return [output_file(name, part) for part in ("overlay", *(question if task == "segmentation" else ()))]
+
+
 def check_folder(folder: Path, paths: Iterable[Path]) -> None:
     """Raise a UsageError if --output is a file, has images of `paths`, or has other files and no run.json."""
     if not folder.exists():
@@ -211,16 +231,17 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_done(path: Path, record: Path) -> bool:
-    """Whether there is a record of an image with the present content of its file, and all files of its results."""
-    if not record.exists():
-        return False
+def is_done(path: Path, record: Path, results: Iterable[Path]) -> bool:
+    """Whether there is a record of an image with the present content of its file, and all files of its results.
+
+    A record that is damaged or of an earlier version does not count, nor one of an image that cannot be read now.
+    """
     try:
         content = json.loads(record.read_text())
-    except ValueError:  # damaged
+        same = content["sha256"] == file_hash(path)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    files = [record.parents[1] / file for file in content["files"]]
-    return path.exists() and content["sha256"] == file_hash(path) and all(file.exists() for file in files)
+    return same and ("nsfw_content_detected" in content or all(file.exists() for file in results))
 
 
 def check_mask_files(names: Iterable[str], objects: Sequence[str]) -> None:
@@ -241,22 +262,24 @@ def batches(
     make_tasks: Callable[[Image.Image], list[Task]],
     batch_size: int,
     bar: tqdm,
-) -> Iterator[dict[Path, tuple[Image.Image, list[Task]]]]:
+) -> Iterator[dict[Path, Input]]:
     """Batches of images of one working size, with their tasks.
 
     Images that cannot be used are skipped with a message.
     """
-    waiting: dict[tuple[int, int], dict[Path, tuple[Image.Image, list[Task]]]] = defaultdict(dict)
+    waiting: dict[tuple[int, int], dict[Path, Input]] = defaultdict(dict)
     for path in paths:
         try:
+            # Before the image is read: if the file changes meanwhile, the image is processed again by the next run.
+            sha256 = file_hash(path)
             image = open_image("--images", path)
             tasks = make_tasks(image)
             size = pipe.working_size(*image.size, **size_settings(pipe, tasks[0], {})).size
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             bar.write(f"skipped: {error if isinstance(error, UsageError) else f'{path}: {error}'}")
             bar.update()
             continue
-        waiting[size][path] = image, tasks
+        waiting[size][path] = Input(image, tasks, sha256)
         # If there are many different sizes, incomplete batches are returned, so that few images are in memory.
         if len(waiting[size]) == batch_size or sum(map(len, waiting.values())) == 4 * batch_size:
             yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
@@ -284,24 +307,20 @@ def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer])
     """
     (answer, *_) = answers
     record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
-    pictures: dict[str, Image.Image] = {}
     if any(part.nsfw_content_detected for part in answers):
-        record["nsfw_content_detected"] = True
-    elif isinstance(answer.data, Image.Image):
-        pictures[f"{name}.png"] = answer.data
-    else:
-        overlay = answer.image
-        for part in answers:
-            overlay = part.task.overlay(overlay, part.data)
-        pictures[output_file(name, "overlay")] = overlay
-        readings = {key: reading for part in answers for key, reading in part.data.items()}
-        for key, reading in readings.items():
-            if isinstance(reading, Mask):
-                pictures[output_file(name, key)] = Image.fromarray(reading.pixels)
-        record["readings"] = {key: as_json(reading) for key, reading in readings.items()}
-    for file, picture in pictures.items():
-        save_image(folder / file, picture)
-    return record | {"files": list(pictures)}
+        return record | {"nsfw_content_detected": True}
+    if isinstance(answer.data, Image.Image):
+        save_image(folder / f"{name}.png", answer.data)
+        return record
+    overlay = answer.image
+    for part in answers:
+        overlay = part.task.overlay(overlay, part.data)
+    save_image(folder / output_file(name, "overlay"), overlay)
+    readings = {key: reading for part in answers for key, reading in part.data.items()}
+    for key, reading in readings.items():
+        if isinstance(reading, Mask):
+            save_image(folder / output_file(name, key), Image.fromarray(reading.pixels))
+    return record | {"readings": {key: as_json(reading) for key, reading in readings.items()}}
 
 
 def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None:

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_mixed_pictures import save_picture
 
-from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Segmentation, ask
+from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Segmentation, ask, ask_batch
 from instructdiffusion_pipeline.cli import run_script
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_first
 
@@ -116,7 +116,7 @@ def test_batches_have_one_working_size_and_each_image_once(pipe, tmp_path):
     task = Editing("make it night")
     found = list(predict.batches(pipe, paths, lambda image: [task], 2, predict.tqdm(disable=True)))
     sizes = [
-        {pipe.working_size(*image.size, resize_mode="stretch").size for image, _ in batch.values()} for batch in found
+        {pipe.working_size(*image.size, resize_mode="stretch").size for image, *_ in batch.values()} for batch in found
     ]
     assert all(len(size) == 1 for size in sizes) and all(len(batch) <= 2 for batch in found)
     assert sorted(path for batch in found for path in batch) == sorted(paths)
@@ -178,13 +178,14 @@ def test_a_run_killed_while_it_writes_its_configuration_continues(run_predict):
     assert Path("out/1.png").exists()
 
 
-def test_changed_images_missing_results_and_damaged_records_are_processed_again(run_predict, tmp_path):
+@pytest.mark.parametrize("damaged", ["{", "{}", "null", "[]", "\xff"])
+def test_changed_images_missing_results_and_damaged_records_are_processed_again(run_predict, tmp_path, damaged):
     options = ("--task", "segmentation", "--objects", "cat")
     run_predict(*options)
     before = tiny.contents(tmp_path / "out")
     times = {path.name: path.stat().st_mtime_ns for path in Path("out/records").iterdir()}
     Path("out/0-cat.png").unlink()
-    Path("out/records/1.json").write_text("{")
+    Path("out/records/1.json").write_text(damaged, "latin-1")
     run_predict(*options)
     assert tiny.contents(tmp_path / "out") == before
     tiny.picture(96, 96, seed=9).save("photos/2.png")
@@ -194,6 +195,45 @@ def test_changed_images_missing_results_and_damaged_records_are_processed_again(
         "2-cat.png", "2-overlay.png", "coco.json", "records/2.json"
     }  # fmt: skip
     assert Path("out/records/3.json").stat().st_mtime_ns == times["3.json"]
+
+
+@pytest.mark.parametrize("task", [("segmentation", "--objects", "cat"), ("editing", "--instruction", "make it night")])
+def test_no_results_of_images_remain_that_are_skipped_now(run_predict, capsys, task):
+    """One is damaged and one is a folder; a folder cannot be hashed."""
+    run_predict("--task", *task)
+    assert list(Path("out").glob("0*.png"))
+    Path("photos/0.png").write_bytes(b"no picture")
+    Path("photos/1.png").unlink()
+    Path("photos/1.png").mkdir()
+    capsys.readouterr()
+    run_predict("--task", *task)
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "2 of 4 images processed" in said
+    assert "0.png cannot be read" in said and "skipped: photos/1.png: " in said and "Is a directory" in said
+    assert not list(Path("out").glob("[01]*.png")) and list(Path("out").glob("2*.png"))
+
+
+def test_an_image_that_changes_while_the_model_runs_is_processed_again(run_predict, pipe, monkeypatch, capsys):
+    """It changes after it was read, when the batch with it is processed; another one is removed then."""
+    options = ("--task", "editing", "--instruction", "make it night")
+    other = tiny.picture(64, 64, seed=9)
+    runs = []
+
+    def change_first(model, *arguments, **settings):
+        if not runs:
+            other.save("photos/0.png")
+            Path("photos/2.png").unlink()
+        runs.append(1)
+        return ask_batch(model, *arguments, **settings)
+
+    monkeypatch.setattr(predict, "ask_batch", change_first)
+    run_predict(*options)
+    assert "4 of 4 images processed" in capsys.readouterr().out
+    tiny.picture(64, 64, seed=2).save("photos/2.png")
+    run_predict(*options)
+    answer = ask(pipe, other, Editing("make it night"), num_inference_steps=1, generator=predict.seeded(0, 0))
+    np.testing.assert_array_equal(Image.open("out/0.png"), answer.data)
 
 
 def test_a_damaged_run_file_and_long_names_end_with_a_message_before_the_model_runs(run_predict, capsys):
