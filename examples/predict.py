@@ -48,7 +48,7 @@ from instructdiffusion_pipeline.tasks.restoration import Degradation
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-MAX_NAME = 220  # bytes of a file name; while a file is written, its name is longer
+MAX_NAME = 245  # bytes of a file name: file systems allow 255, of which `atomic_write` needs ten
 # task -> the option with its argument
 QUESTIONS = {
     "segmentation": "objects",
@@ -91,8 +91,7 @@ def main() -> None:
     question = check_question(args)
     paths = list(find_pictures(args.images))
     names = unique_names(paths)
-    if args.task == "segmentation":
-        check_mask_files(names.values(), question)
+    check_file_names(args.task, question, names.values())
     check_folder(args.output, paths)
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
@@ -244,11 +243,15 @@ def is_done(path: Path, record: Path, results: Iterable[Path]) -> bool:
     return same and ("nsfw_content_detected" in content or all(file.exists() for file in results))
 
 
-def check_mask_files(names: Iterable[str], objects: Sequence[str]) -> None:
-    """Raise a UsageError if two masks or overlays would have the same file name, or one a too long name."""
-    counts = Counter(output_file(name, part) for name in names for part in ("overlay", *objects))
+def check_file_names(task: str, question: Any, names: Iterable[str]) -> None:
+    """Raise a UsageError if a file of an image would have a too long name, or two results the same name."""
+    counts = Counter(file for name in names for file in (f"{name}.json", *result_files(task, question, name)))
     if long := [file for file in counts if len(os.fsencode(file)) > MAX_NAME]:
-        raise UsageError(f"--objects: file names must have at most {MAX_NAME} bytes; got {long[0]}.")
+        option = "--objects" if task == "segmentation" else "--images"
+        raise UsageError(
+            f"{option}: file names of results must have at most {MAX_NAME} bytes; got {long[0]}. Rename the image"
+            f"{' or the object' if task == 'segmentation' else ''}."
+        )
     if repeated := [file for file, count in counts.items() if count > 1]:
         raise UsageError(
             f"--objects: several outputs would have the name {repeated[0]}: masks are called IMAGE-OBJECT.png, and"

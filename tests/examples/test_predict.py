@@ -236,16 +236,35 @@ def test_an_image_that_changes_while_the_model_runs_is_processed_again(run_predi
     np.testing.assert_array_equal(Image.open("out/0.png"), answer.data)
 
 
-def test_a_damaged_run_file_and_long_names_end_with_a_message_before_the_model_runs(run_predict, capsys):
-    with pytest.raises(SystemExit):
-        run_predict("--task", "segmentation", "--objects", "cat," + 300 * "x")
-    assert "--objects: file names must have at most 220 bytes" in capsys.readouterr().err
-    assert not Path("out").exists()
-    run_predict("--task", "segmentation", "--objects", 210 * "x")
+def test_a_damaged_run_file_is_named(run_predict, capsys):
+    options = ("--task", "segmentation", "--objects", "cat")
+    run_predict(*options)
     Path("out/run.json").write_text("{")
     with pytest.raises(SystemExit):
-        run_predict("--task", "segmentation", "--objects", 210 * "x")
+        run_predict(*options)
     assert "damaged file out/run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "question", "stem", "option"),
+    [
+        ("segmentation", ("--objects", "cat," + 239 * "x"), "0", "--objects"),
+        ("segmentation", ("--objects", "cat"), 233 * "0", "--objects"),
+        ("keypoints", ("--joints", "nose"), 233 * "0", "--images"),
+        ("editing", ("--instruction", "make it night"), 240 * "0", "--images"),
+    ],
+)
+def test_too_long_file_names_are_found_before_the_model_runs(run_predict, capsys, task, question, stem, option):
+    """The longest results have names of 245 bytes. With one byte more, they are refused."""
+    for name in (f"{stem}.png", f"{stem}0.png"):
+        tiny.picture(64, 64).save(name)
+    run_predict("--task", task, *question, "--images", f"{stem}.png")
+    assert "1 of 1 images processed" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        run_predict("--task", task, *question, "--images", f"{stem}0.png", "--output", "other")
+    assert exit.value.code == 2
+    assert f"error: {option}: file names of results must have at most 245 bytes; got 00" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def test_slices_of_tiny_images_have_at_least_one_pixel(run_predict):
