@@ -33,6 +33,25 @@ def test_slices_cover_the_image(size):
     assert len(boxes) == 9 and seen.min() == 1 and seen.max() == 9
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.12, 0.5, 0.56, 0.9])
+def test_slices_of_small_images_have_pixels_and_none_is_too_elongated(fraction):
+    sizes = [(width, height) for width in range(1, 31) for height in range(1, 31)]
+    for size in [size for size in sizes if max(size) <= 4 * min(size)]:
+        seen = np.zeros(size[::-1], int)
+        for left, top, right, bottom in slice_boxes(size, fraction):
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+            assert max(right - left, bottom - top) <= 4 * min(right - left, bottom - top)
+            seen[top:bottom, left:right] += 1
+        assert seen.all(), size
+
+
+@pytest.mark.parametrize("size, fraction", [((1, 1), 0.5), ((3, 2), 0.3), ((19, 5), 0.9), ((5, 19), 0.9)])
+def test_small_images_are_segmented_with_slices(pipe, size, fraction):
+    """Without a limit, slices of the last two would be of 17 x 4 pixels: more elongated than the pipeline accepts."""
+    answer = ask(pipe, tiny.picture(*size), Segmentation({"cat": "red"}), slices=fraction, num_inference_steps=1)
+    assert answer.data["cat"].pixels.shape == size[::-1]
+
+
 @pytest.mark.parametrize("size, center", [((100, 100), (30, 30)), ((160, 100), (122, 74)), ((100, 160), (26, 122))])
 def test_an_object_in_half_of_the_slices_is_found(size, center):
     """The answers are drawn: each view paints the disc where it sees all of it; the whole image paints nothing."""

@@ -71,6 +71,8 @@ def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, 
     """Overlapping slices of an image of (width, height): (left, top, right, bottom) of each."""
     count = math.ceil((1 / fraction - 1) / (1 - SLICE_OVERLAP)) + 1
     width, height = (max(1, round(fraction * side)) for side in size)
+    # Rounding can make slices more elongated than the image; the pipeline accepts four to one.
+    width, height = min(width, 4 * height), min(height, 4 * width)
     lefts = np.linspace(0, size[0] - width, count).round().astype(int).tolist()
     tops = np.linspace(0, size[1] - height, count).round().astype(int).tolist()
     return [(left, top, left + width, top + height) for top in tops for left in lefts]
