@@ -212,7 +212,11 @@ def test_joints_of_each_box_are_in_pixels_of_the_image(pipe):
         ask_boxes(pipe, image, task, [(5, 5, 5, 9)])
     with pytest.raises(ValueError, match=r"with values from -480 to 480 \(four times the longer side"):
         ask_boxes(pipe, image, task, [(5, 5, 10, 481)])
-    for outside in ((-30, 5, -20, 20), (120, 5, 130, 20), (5, -9, 20, 0), (5, 90, 20, 99)):
+    # The last ones are not outside, but the pixels of their squares are.
+    for outside in (
+        (-30, 5, -20, 20), (120, 5, 130, 20), (5, -9, 20, 0), (5, 90, 20, 99),
+        (-0.1, 5, 0.05, 5.1), (5, -0.1, 5.1, 0.05), (119.9, 5, 121.9, 7), (5, 89.9, 7, 91.9),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"`boxes` must be in the image of 120 x 90 pixels, at least in part"):
             ask_boxes(pipe, image, task, [outside])
     (tiny_box,) = ask_boxes(pipe, image, task, [(10, 10, 10.1, 10.1)], **FAST)

@@ -183,8 +183,8 @@ def ask_boxes(
 def padded_square(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The square of whole pixels with the center of a box and `BOX_PADDING` times its longer side.
 
-    Raises a ValueError if the box has no area in an image of `size`, or an edge so far outside that the square would
-    be huge.
+    Raises a ValueError if the box or the square has no area in an image of `size`, or the box has an edge so far
+    outside that the square would be huge.
     """
     limit = 4 * max(size)
     is_box = (
@@ -198,12 +198,13 @@ def padded_square(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
             f" {-limit:g} to {limit:g} (four times the longer side of the image); got {box!r}."
         )
     left, top, right, bottom = map(float, box)  # NumPy's unsigned integers would wrap around
-    if right <= 0 or bottom <= 0 or left >= size[0] or top >= size[1]:
+    side = max(1, round(BOX_PADDING * max(right - left, bottom - top)))
+    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    # The square of a box that reaches less than a pixel into the image can be outside, because it is rounded.
+    if min(right, x + side, bottom, y + side) <= 0 or max(left, x) >= size[0] or max(top, y) >= size[1]:
         raise ValueError(
             f"`boxes` must be in the image of {size[0]} x {size[1]} pixels, at least in part; got {box!r}."
         )
-    side = max(1, round(BOX_PADDING * max(right - left, bottom - top)))
-    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
     return x, y, x + side, y + side
 
 
