@@ -37,7 +37,7 @@ from instructdiffusion_pipeline import (
     Segmentation,
     ask_batch,
 )
-from instructdiffusion_pipeline.ask import size_settings
+from instructdiffusion_pipeline.ask import draw_overlay, size_settings
 from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script, split_names
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
@@ -315,10 +315,7 @@ def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer])
     if isinstance(answer.data, Image.Image):
         save_image(folder / f"{name}.png", answer.data)
         return record
-    overlay = answer.image
-    for part in answers:
-        overlay = part.task.overlay(overlay, part.data)
-    save_image(folder / output_file(name, "overlay"), overlay)
+    save_image(folder / output_file(name, "overlay"), draw_overlay(answers))
     readings = {key: reading for part in answers for key, reading in part.data.items()}
     for key, reading in readings.items():
         if isinstance(reading, Mask):

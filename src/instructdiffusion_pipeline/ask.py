@@ -23,7 +23,7 @@ from instructdiffusion_pipeline.readout import read_answer
 from instructdiffusion_pipeline.slices import segment_slices
 from instructdiffusion_pipeline.tasks import PictureTask, Task
 from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins, prompted_tasks
 from instructdiffusion_pipeline.types import Joint
 from instructdiffusion_pipeline.views import (
     Response,
@@ -69,18 +69,18 @@ class Answer(Generic[Reading]):
     reconstruction: Image.Image | None = None
     outputs: Sequence[tuple[Task[Reading], Image.Image]] = ()
 
-    def decode_by_color(self) -> Reading:
-        """The data as `ask` returns it with `use_readout=False`, without slices and calibration."""
-        if isinstance(self.task, Segmentation):
-            parts = [cast(Segmentation, task).margins(self.image, output, self.box) for task, output in self.outputs]
-            return cast(Reading, masks_from_margins({name: margin for part in parts for name, margin in part.items()}))
-        ((task, output),) = self.outputs
-        return task.read(self.image, output, self.box)
-
     @property
     def overlay(self) -> Image.Image:
         """The decoded data drawn on the input."""
         return self.task.overlay(self.image, self.data)
+
+
+def draw_overlay(answers: Sequence[Answer[Any]]) -> Image.Image:
+    """The decoded data of several answers for one image, drawn on it."""
+    overlay = answers[0].image
+    for answer in answers:
+        overlay = answer.task.overlay(overlay, answer.data)
+    return overlay
 
 
 def ask(
@@ -251,7 +251,7 @@ def ask_batch(
     views = [
         View(number, part, part.instruction() if words is None else words, image, (0, 0))
         for number, (image, task, words) in enumerate(zip(images, tasks, instructions, strict=True))
-        for part in (task.split() if isinstance(task, Segmentation) and words is None else [task])
+        for part in (prompted_tasks(task) if words is None else [task])
     ]
     responses = run_views(pipeline, views, **settings)
     answers = []

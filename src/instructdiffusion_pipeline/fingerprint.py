@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from instructdiffusion_pipeline.files import write_text
@@ -57,6 +58,14 @@ def pipeline_fingerprint(pipeline: InstructDiffusionPipeline) -> str:
     return fingerprint(*parts, also=json.dumps(settings, sort_keys=True, default=str))
 
 
+def content_hash(images: Iterable[Image.Image], texts: Iterable[str]) -> str:
+    """A hash of the pixels of images and of texts."""
+    digest = hashlib.sha256(json.dumps(list(texts)).encode())
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def model_config(model: nn.Module) -> dict[str, Any]:
     """The configuration of a model of diffusers or transformers, without paths and what changes when it is saved."""
     config: Any = model.config
@@ -80,6 +89,8 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
         return
     try:
         before = json.loads(written.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         raise ValueError(f"`folder` has a damaged file {written} ({error}). Choose another folder.") from error
     if other := differences(before, run):

@@ -1361,13 +1361,14 @@ class InstructDiffusionPipeline(
             else:
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
             sizes.append(self.working_size(*answer_sizes[-1], resolution, resize_mode).size)
-            left, top, right, bottom = center_crop(answer_sizes[-1], sizes[-1] if crop else answer_sizes[-1])
-            kept = (right - left) * (bottom - top) / math.prod(answer_sizes[-1])
-            if kept < 0.995:
-                warnings.warn(
-                    f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the image; "stretch" uses all of it.',
-                    stacklevel=3,
-                )
+            if crop:
+                left, top, right, bottom = center_crop(answer_sizes[-1], sizes[-1])
+                kept = (right - left) * (bottom - top) / math.prod(answer_sizes[-1])
+                if kept < 0.995:
+                    warnings.warn(
+                        f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the image; "stretch" uses all of it.',
+                        stacklevel=3,
+                    )
             if len(set(sizes)) > 1:
                 continue  # This raises an error below; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):

@@ -243,6 +243,10 @@ def test_a_damaged_run_file_is_named(run_predict, capsys):
     with pytest.raises(SystemExit):
         run_predict(*options)
     assert "damaged file out/run.json" in capsys.readouterr().err
+    Path("out/run.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        run_predict(*options)
+    assert "damaged file out/run.json (not an object)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

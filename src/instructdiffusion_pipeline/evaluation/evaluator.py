@@ -7,24 +7,24 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instructdiffusion_pipeline.ask import Answer, ask_batch, size_settings
+from instructdiffusion_pipeline.ask import Answer, ask_batch, draw_overlay, size_settings
 from instructdiffusion_pipeline.evaluation import report
 from instructdiffusion_pipeline.evaluation.examples import Example, LazyExample
 from instructdiffusion_pipeline.evaluation.metrics import ClipSimilarity
 from instructdiffusion_pipeline.evaluation.scoring import measure, score_key
 from instructdiffusion_pipeline.files import save_image
-from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
+from instructdiffusion_pipeline.fingerprint import check_run_config, content_hash, pipeline_fingerprint
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.tasks import PictureTask, Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins
 from instructdiffusion_pipeline.views import decode_pictures
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -130,7 +130,7 @@ def check_content(folder: Path, examples: Sequence[LazyExample], records: Sequen
     """Raise a ValueError if an example has other images or instructions than when its record was made."""
     for record in tqdm(records, desc="checking", disable=not records):
         example = examples[record["index"]]
-        if "content" in record and content_hash(opened := example.open(), draw_truths(opened)) != record["content"]:
+        if "content" in record and example_hash(opened := example.open(), draw_truths(opened)) != record["content"]:
             raise ValueError(
                 f"`folder` must be new or have records of the same run; {example.name!r} has changed since {folder}"
                 " was written. Choose another folder, or delete this one."
@@ -142,12 +142,9 @@ def draw_truths(example: Example) -> list[Image.Image]:
     return [task.draw(example.image, example.truth) for task in example.tasks]
 
 
-def content_hash(example: Example, truths: Sequence[Image.Image]) -> str:
+def example_hash(example: Example, truths: Sequence[Image.Image]) -> str:
     """A hash of the image, the instructions and the ground-truth images of an example."""
-    digest = hashlib.sha256(example.image.tobytes())
-    for task, truth in zip(example.tasks, truths, strict=True):
-        digest.update(task.instruction().encode() + truth.tobytes())
-    return digest.hexdigest()[:16]
+    return content_hash([example.image, *truths], [task.instruction() for task in example.tasks])
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ class Evaluator:
                 records[index]["error"] = one_line(error)
                 continue
             examples[index] = example
-            records[index]["content"] = content_hash(example, truths)
+            records[index]["content"] = example_hash(example, truths)
             for number, (task, picture) in enumerate(zip(example.tasks, truths, strict=True)):
                 groups[task.family, size].append(Question(index, number, example, task, picture))
 
@@ -214,7 +211,7 @@ class Evaluator:
 
         for index, example in examples.items():
             try:
-                save_image(self.folder / report.overlay_name(index), draw_overlay(example, answers[index]))
+                save_image(self.folder / report.overlay_name(index), draw_overlay(answers[index]))
                 records[index] |= self.score(example, answers[index], ceilings[index])
             except Exception as error:
                 records[index]["error"] = one_line(error)
@@ -254,7 +251,7 @@ class Evaluator:
             pairs = zip(example.tasks, ceilings, strict=True)
             readings["ceiling"] = merge([task.read(example.image, picture, box) for task, picture in pairs])
             if self.pipeline.readout is not None and isinstance(task, Segmentation | Keypoints):
-                readings["decoding by color"] = merge([answer.decode_by_color() for answer in answers])
+                readings["decoding by color"] = merge([decode_by_color(answer) for answer in answers])
         for name, baseline in self.baselines.items():
             if (reading := baseline(example)) is not None:
                 readings[name] = reading
@@ -274,12 +271,13 @@ def vae_reconstruction(
     return decode_pictures(pipeline, pipeline.encode_image_latents(pixels, pipeline._execution_device))
 
 
-def draw_overlay(example: Example, answers: Sequence[Answer]) -> Image.Image:
-    """The data of all tasks drawn on the image."""
-    overlay = example.image
-    for answer in answers:
-        overlay = answer.task.overlay(overlay, answer.data)
-    return overlay
+def decode_by_color(answer: Answer) -> Any:
+    """The data of an answer of `ask` with `use_readout=False`, without slices and calibration."""
+    if isinstance(answer.task, Segmentation):
+        parts = [cast(Segmentation, task).margins(answer.image, output, answer.box) for task, output in answer.outputs]
+        return masks_from_margins({name: margin for part in parts for name, margin in part.items()})
+    ((task, output),) = answer.outputs
+    return task.read(answer.image, output, answer.box)
 
 
 def one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.evaluation.examples import LazyExample
 from instructdiffusion_pipeline.evaluation.scoring import Scores, draw_truth, summarize
 from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.image_grid import labeled_grid
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import prompted_tasks
 
 DECIMALS = {"PSNR": 2, "SSIM": 3, "CLIP similarity": 3}  # all other scores are shown in percent
 FIRST = ("model", "ceiling")  # both are in the first column of scores
@@ -101,7 +101,7 @@ def contact_sheet(answers: Path, examples: Sequence[LazyExample], records: Seque
         example = examples[record["index"]].open()
         panels = [("input", example.image)]
         for number, task in enumerate(example.tasks):
-            for part, prompted in enumerate(task.split() if isinstance(task, Segmentation) else [task]):
+            for part, prompted in enumerate(prompted_tasks(task)):
                 output = Image.open(answers / answer_name(record["index"], number, part))
                 panels.append((f'"{prompted.instruction()}"', output))
         overlay = Image.open(answers / overlay_name(record["index"]))

@@ -1,7 +1,7 @@
 """Segmentation: the named object is blended with a color at 50 % opacity (Geng et al., CVPR 2024, section 3.1)."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
-from instructdiffusion_pipeline.tasks import EmptyAnnotation
+from instructdiffusion_pipeline.tasks import EmptyAnnotation, Task
 from instructdiffusion_pipeline.tasks.colors import (
     MASK_COLORS,
     NamedColors,
@@ -144,6 +144,11 @@ class Segmentation:
             outline = find_boundaries(mask, connectivity=1, mode="inner")
             paint(pixels, outline, (255 - red, 255 - green, 255 - blue), opacity=1.0)
         return Image.fromarray(pixels)
+
+
+def prompted_tasks(task: Task) -> Sequence[Task]:
+    """The tasks that have a prompt each: one for each object of a segmentation, otherwise `task` itself."""
+    return task.split() if isinstance(task, Segmentation) else [task]
 
 
 def masks_from_margins(margins: Mapping[str, np.ndarray]) -> dict[str, "Mask"]:

@@ -4,7 +4,6 @@ Geng et al., CVPR 2024, section 3.4: twenty guidance settings per sample, of whi
 uses about 1,000 selected images. `datasets.preferences` reads the selected images for fine-tuning.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from os import PathLike
@@ -16,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from instructdiffusion_pipeline.files import save_image, write_text
-from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
+from instructdiffusion_pipeline.fingerprint import check_run_config, content_hash, pipeline_fingerprint
 from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.types import Sample
@@ -63,7 +62,10 @@ def make_candidates(
         "batch_size": batch_size,
         "seed": seed,
         "samples": len(samples),
-        "content": content_hash(samples),
+        "content": content_hash(
+            [picture for sample in samples for picture in (sample.image, sample.target)],
+            [sample.instruction for sample in samples],
+        ),
     }
     check_run_config(folder, "run.json", run, "candidates of the same run")
     lines = [
@@ -79,14 +81,6 @@ def make_candidates(
                 batch = {number: samples[number] for number in numbers}
                 generate_candidates(pipeline, batch, folder, grid, num_inference_steps, seed)
             bar.update(len(numbers))
-
-
-def content_hash(samples: Sequence[Sample]) -> str:
-    """A hash of the images and instructions of all samples."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.instruction.encode() + sample.image.tobytes() + sample.target.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def generate_candidates(
