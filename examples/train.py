@@ -152,7 +152,8 @@ def run(options: Options, config: TrainingConfig) -> None:
                 f"--validation_data: {entry.key}={entry.folder} is trained on; name other data or a split."
             )
     check_effects(options)
-    for name in ("max_train_samples", "num_validation_images", "cache_samples", "validation_num_inference_steps"):
+    counts = "resolution max_train_samples num_validation_images cache_samples validation_num_inference_steps"
+    for name in counts.split():
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name}: must be 1 or more; got {value}.")
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
@@ -229,12 +230,14 @@ def run(options: Options, config: TrainingConfig) -> None:
 def check_effects(options: Options) -> None:
     """Raise a UsageError if an option was given that has no effect on this run."""
     trained, held_out = (
-        any(entry.key == "table" for entry in parse_entries(entries))
+        [entry.folder for entry in parse_entries(entries) if entry.key == "table"]
         for entries in (options.data, options.validation_data)
     )
-    either = trained or held_out, "a table in --data or --validation_data"
+    either = trained + held_out, "a table in --data or --validation_data"
+    on_hub = [folder for folder in trained + held_out if not folder.exists()]
     needs = {
-        **dict.fromkeys(("image_column", "instruction_column", "target_column", "revision"), either),
+        **dict.fromkeys(("image_column", "instruction_column", "target_column"), either),
+        "revision": (on_hub, "a table on the Hub in --data or --validation_data"),
         **dict.fromkeys(("split", "random_flip"), (trained, "a table in --data")),
         "validation_split": (held_out, "a table in --validation_data"),
         "conversion": (Path(options.init).is_file(), "a checkpoint file as --init"),

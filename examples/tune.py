@@ -45,7 +45,7 @@ from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_test_sources
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, evaluate, examples_from
 from instructdiffusion_pipeline.files import atomic_write, update_json, write_text
-from instructdiffusion_pipeline.tasks import Task
+from instructdiffusion_pipeline.tasks import EmptyAnnotation, Task
 
 SCALES = "guidance_scale", "image_guidance_scale"
 
@@ -116,10 +116,6 @@ def main() -> None:
         found = examples_from(source, args.samples, args.seed)
         # In random order, because different kinds of images can alternate in a dataset.
         examples += rng.sample(found, len(found))
-    if len(examples) < 2:
-        raise UsageError(
-            f"--data: must have at least two samples, to choose on one and compare on the other; got {len(examples)}."
-        )
     tasks = {source.name: first_task(source) for source in sources}
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
@@ -127,6 +123,12 @@ def main() -> None:
     search = Search(pipeline, next(iter(tasks.values())), args.output, args.batch_size, args.seed)
 
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
+    for half in (choice, held_out):
+        if not any(readable(half.examples)):
+            raise UsageError(
+                "--data: must have a usable sample for the choice and one for the comparison; got"
+                f" {len(half.examples)} for the {half.name} images, of which none is usable."
+            )
     trials = [search.run(choice, search.own)]
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):
         trials.append(search.run(choice, search.own | dict(zip(SCALES, scales, strict=True))))
@@ -227,9 +229,9 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
 
 
 def readable(examples: Iterable[LazyExample]) -> Iterator[Example]:
-    """Open the examples, and skip those that cannot be read."""
+    """Open the examples, and skip those that cannot be read or have nothing to ask for."""
     for example in examples:
-        with contextlib.suppress(UnreadableSample):
+        with contextlib.suppress(UnreadableSample, EmptyAnnotation):
             yield example.open()
 
 

@@ -507,6 +507,27 @@ def picture_folder(path, first):
     return path
 
 
+def test_a_split_of_a_saved_table_without_splits_is_an_error(tmp_path, own_cache):
+    from datasets import load_dataset
+
+    load_dataset(str(picture_folder(tmp_path / "mine", "before.png")), split="train").save_to_disk(tmp_path / "saved")
+    assert is_triple(HubTable.load(tmp_path / "saved", split="train")[0], "make it winter")
+    for split in ("test", ""):
+        with pytest.raises(ValueError, match="`split` must be 'train', because .*saved was saved without splits"):
+            HubTable.load(tmp_path / "saved", split=split)
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_damaged_saved_table_is_named(tmp_path, own_cache, file, content):
+    from datasets import load_dataset
+
+    load_dataset(str(picture_folder(tmp_path / "mine", "before.png")), split="train").save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / file).write_bytes(content)
+    with pytest.raises(ValueError, match="saved cannot be read as a table: "):
+        HubTable.load(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("name", ["mine", "other"])
 def test_a_script_in_a_folder_is_never_run(tmp_path, own_cache, name):
     folder = picture_folder(tmp_path / "mine", "before.png")

@@ -144,6 +144,12 @@ def test_invalid_entries_raise_errors(tmp_path, monkeypatch, entries, message):
         parse_entries(entries)
 
 
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match="--data coco: must be a folder; got the file .*images.zip"):
+        parse_entries([f"coco={tmp_path / 'images.zip'}"])
+
+
 def test_a_table_has_the_given_columns(tmp_path):
     save_image(tmp_path / "a.png", tiny.picture(32, 32, 1))
     save_image(tmp_path / "b.png", tiny.picture(32, 32, 2))

@@ -331,6 +331,9 @@ def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, 
     for init in ("nofile.ckpt", "some/nofile.safetensors", "/no/such/folder"):
         assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
     assert "--max_train_samples: must be 1 or more; got 0" in says(model, f"table={table}", max_train_samples=0)
+    assert "--resolution: must be 1 or more; got 0" in says(model, f"table={table}", resolution=0)
+    assert "`seed` must be at least 0; got -1" in says(model, f"table={table}", seed=-1)
+    assert "--revision: has an effect with a table on the Hub" in says(model, f"table={table}", revision="v2")
     assert "`batch_size` must be 1 or more; got 0" in says(model, f"table={table}", batch_size=0)
     assert "Repo id must" in says(model, f"table={table}", push_to="not/a/name")
     assert not (tmp_path / "run").exists()
@@ -367,7 +370,7 @@ def test_accelerate_reads_the_configuration_files(path):
         ({"image_column": "photo"}, "--image_column: has an effect with a table in --data or --validation_data only."),
         ({"instruction_column": "text"}, "--instruction_column: has an effect with a table"),
         ({"target_column": "after"}, "--target_column: has an effect with a table"),
-        ({"revision": "v2"}, "--revision: has an effect with a table in --data or --validation_data only."),
+        ({"revision": "v2"}, "--revision: has an effect with a table on the Hub in --data or --validation_data only."),
         ({"random_flip": "true"}, "--random_flip: has an effect with a table in --data only."),
         ({"validation_split": "val"}, "--validation_split: has an effect with a table in --validation_data only."),
         ({"conversion": " --half"}, "--conversion: has an effect with a checkpoint file as --init only."),

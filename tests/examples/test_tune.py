@@ -18,6 +18,7 @@ from PIL import Image
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import UsageError
 from instructdiffusion_pipeline.evaluation import Example, LazyExample
+from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.editing import Editing
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.restoration import Restoration
@@ -185,9 +186,22 @@ def test_a_single_sample_is_an_error_before_the_search(run, gopro, tmp_path):
     for path in sorted(gopro.rglob("test/*/*/*.png")):
         if path.stem != "0":
             path.unlink()
-    with pytest.raises(tune.UsageError, match="--data: must have at least two samples, .*; got 1"):
+    with pytest.raises(tune.UsageError, match="one for the comparison; got 0 for the held-out images"):
         run()
     assert not (tmp_path / "out").exists()
+
+
+def test_halves_without_a_usable_sample_are_an_error_before_the_search(run, gopro, tmp_path):
+    for path in gopro.rglob("test/*/blur/*.png"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(tune.UsageError, match="--data: no sample of .* can be read"):
+        run()
+    assert not (tmp_path / "out").exists()
+    assert list(tune.readable([LazyExample("0", "row", empty)])) == []
+
+
+def empty():
+    raise EmptyAnnotation("nothing to ask for")
 
 
 def test_datasets_of_two_tasks_raise_an_error(run, coco):

@@ -386,7 +386,7 @@ class HubTable(ReducibleImages):
 
         Args:
             name: the folder, file or Hub id.
-            split: the part of the table, as in `load_dataset`; not for a folder of `save_to_disk` without splits.
+            split: the part of the table, as in `load_dataset`. A folder of `save_to_disk` without splits is "train".
             revision: branch, tag or commit of the Hub.
             columns: the arguments `image`, `instruction` and `edited` of the class.
 
@@ -395,7 +395,6 @@ class HubTable(ReducibleImages):
             OSError: if the Hub cannot be reached.
         """
         from datasets import DatasetDict, load_dataset, load_from_disk  # from the extra `data`
-        from datasets.exceptions import DatasetGenerationError
 
         path = Path(name)
         if path.is_file() and path.suffix != ".parquet":
@@ -407,13 +406,17 @@ class HubTable(ReducibleImages):
                 table = load_dataset("parquet", data_files=str(path), split=split)
             else:
                 table = load_dataset(str(name), split=split, revision=revision)
-        # `datasets` raises these for damaged files, and for a folder with a script, which it does not run.
-        except (DatasetGenerationError, RuntimeError, ValueError) as error:
+        # A damaged file can raise any exception, as can a folder with a script, which `datasets` does not run.
+        except Exception as error:
+            if isinstance(error, OSError) and not path.exists():  # the Hub cannot be reached
+                raise
             raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):
             if split not in table:
                 raise ValueError(f"`split` must be one of {', '.join(table)}; got {split!r}.")
             table = table[split]
+        elif (path / "state.json").is_file() and split != "train":
+            raise ValueError(f"`split` must be 'train', because {name} was saved without splits; got {split!r}.")
         return cls(table, **columns)
 
     def reduce_to(self, size: int) -> None:

@@ -89,7 +89,7 @@ class DatasetSpec:
 
     def test_source(self, name: str, folder: Path, size: int, split: str | None = None, **columns: str) -> Source:
         """The test split of `folder`, or another `split`, as a source called "name split"."""
-        chosen = split or self.test_split
+        chosen = self.test_split if split is None else split
         if chosen is None or self.test_split is None:
             raise ValueError(f"--data {name}: this dataset is for training only.")
         transform = self.test_transform and replace(self.test_transform, size=size)
@@ -98,7 +98,7 @@ class DatasetSpec:
 
 def table(folder: Path, default_split: str, split: str | None = None, **options: str) -> HubTable:
     """Pairs of images as a table of Hugging Face's `datasets`; `options` are those of `HubTable.load`."""
-    return HubTable.load(folder, split or default_split, **options)
+    return HubTable.load(folder, default_split if split is None else split, **options)
 
 
 KEYPOINTS, SEGMENTATION = Keypoints.from_annotation, Segmentation.from_annotation
@@ -201,7 +201,7 @@ def parse_entries(entries: Sequence[str]) -> list[Entry]:
     """Parse entries "NAME=FOLDER" of the option --data. FOLDER may contain any characters, including commas and "=".
 
     Several folders of one NAME are called "NAME:folder name", or "NAME:path" if two folders have the same name. Raises
-    a ValueError for an unknown NAME, a folder that does not exist, and a repeated entry.
+    a ValueError for an unknown NAME, a folder that does not exist, a file instead of a folder, and a repeated entry.
     """
     pairs: list[tuple[str, Path]] = []
     for entry in entries:
@@ -211,6 +211,8 @@ def parse_entries(entries: Sequence[str]) -> list[Entry]:
         path = Path(folder).expanduser()
         if not path.exists() and not (key in ON_HUB and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
             raise ValueError(f"--data {key}: there is no folder {folder}.")
+        if path.is_file() and key != "table":
+            raise ValueError(f"--data {key}: must be a folder; got the file {folder}.")
         if (key, path.resolve()) in [(other, known.resolve()) for other, known in pairs]:
             raise ValueError(f"--data {entry} is given twice; name each folder once.")
         pairs.append((key, path))

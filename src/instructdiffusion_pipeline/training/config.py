@@ -82,6 +82,9 @@ class TrainingConfig:
         for name in counts.split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
+        for name in ("lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
         for name in (
             "num_train_epochs",
             "learning_rate",
