@@ -92,15 +92,26 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
         if not isinstance(before, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise ValueError(f"`folder` has a damaged file {written} ({error}). Choose another folder.") from error
+        raise ValueError(f"The file {written} is damaged ({error}). Choose another folder, or delete this one.") from error
     if other := differences(before, run):
         raise ValueError(
-            f"`folder` must be new or have {what}; in {folder}, {other}. Choose another folder, or delete this one."
+            f"The folder {folder} must be new or have {what}; {other}. Choose another folder, or delete this one."
         )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The values of `now` that differ from `before`, as text; empty if there are none."""
     return ", ".join(
-        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
+        f"{name} was {_first_difference(before.get(name), value)} and is {_first_difference(value, before.get(name))}"
+        for name, value in now.items()
+        if before.get(name) != value
     )
+
+
+def _first_difference(value: Any, other: Any) -> str:
+    """`value` as text; of two long lists, the number of entries and the first one that differs."""
+    if not (isinstance(value, list) and isinstance(other, list) and max(len(value), len(other)) > 3):
+        return repr(value)
+    place = next((i for i, (own, its) in enumerate(zip(value, other, strict=False)) if own != its), len(other))
+    ending = f" with entry {place} {value[place]!r}" if place < len(value) else ""
+    return f"a list of {len(value)}{ending}"

@@ -132,7 +132,7 @@ def test_every_example_has_one_record_in_order(whole):
 )
 def test_records_of_another_run_raise_an_error(whole, word, changes):
     before = tiny.contents(whole)
-    with pytest.raises(ValueError, match=f"`folder` must be new .*, {word} was "):
+    with pytest.raises(ValueError, match=f"{whole.name} must be new or have records of the same run; {word} was "):
         run_tiny.run(whole, **changes)
     assert tiny.contents(whole) == before
 

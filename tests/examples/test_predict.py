@@ -242,11 +242,23 @@ def test_a_damaged_run_file_is_named(run_predict, capsys):
     Path("out/run.json").write_text("{")
     with pytest.raises(SystemExit):
         run_predict(*options)
-    assert "damaged file out/run.json" in capsys.readouterr().err
+    assert "The file out/run.json is damaged (" in capsys.readouterr().err
     Path("out/run.json").write_text("[]")
     with pytest.raises(SystemExit):
         run_predict(*options)
-    assert "damaged file out/run.json (not an object)" in capsys.readouterr().err
+    assert "The file out/run.json is damaged (not an object)" in capsys.readouterr().err
+
+
+def test_a_run_with_other_images_says_which(run_predict, capsys):
+    options = ("--task", "segmentation", "--objects", "cat")
+    run_predict(*options)
+    for number in range(6):
+        tiny.picture(64, 64, number).save(f"photos/new-{number}.png")
+    with pytest.raises(SystemExit):
+        run_predict(*options)
+    error = capsys.readouterr().err
+    assert "error: The folder out must be new or have answers of the same run; pictures was " in error
+    assert "'photos/new-0.png'" in error and "new-5" not in error
 
 
 @pytest.mark.parametrize(

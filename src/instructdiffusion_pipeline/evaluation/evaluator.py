@@ -114,7 +114,7 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
     """The complete batches of records of this `run` in `folder`. An incomplete batch is removed from the file."""
     path = folder / "records.jsonl"
     if path.exists() and not (folder / "run.json").exists():
-        raise ValueError(f"`folder` has {path} without run.json, so its settings are unknown. Choose another folder.")
+        raise ValueError(f"The file {path} has no run.json beside it, so its settings are unknown. Choose another folder.")
     check_run_config(folder, "run.json", run, "records of the same run")
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
@@ -132,8 +132,8 @@ def check_content(folder: Path, examples: Sequence[LazyExample], records: Sequen
         example = examples[record["index"]]
         if "content" in record and example_hash(opened := example.open(), draw_truths(opened)) != record["content"]:
             raise ValueError(
-                f"`folder` must be new or have records of the same run; {example.name!r} has changed since {folder}"
-                " was written. Choose another folder, or delete this one."
+                f"The folder {folder} must be new or have records of the same run; {example.name!r} has changed since."
+                " Choose another folder, or delete this one."
             )
 
 
