@@ -92,7 +92,7 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
         if not isinstance(before, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise ValueError(f"The file {written} is damaged ({error}). Choose another folder, or delete this one.") from error
+        raise ValueError(f"The file {written} is damaged ({error}). Choose another folder.") from error
     if other := differences(before, run):
         raise ValueError(
             f"The folder {folder} must be new or have {what}; {other}. Choose another folder, or delete this one."

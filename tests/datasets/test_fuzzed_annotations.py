@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import test_segmentation_datasets
 from folders import save_image, write_json
 from paper_data import (
     write_ade20k_150,
@@ -22,11 +23,12 @@ from paper_data import (
 from PIL import Image
 from test_editing_datasets import gier_item, pair, prompt, write_scenes, write_shard
 from test_keypoints_datasets import annotation, people
-from test_segmentation_datasets import LABELS, reference, write_references
+from test_segmentation_datasets import LABELS, OTHER, SQUARE, instance, reference, write_references
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.captions import coco_captions
 from instructdiffusion_pipeline.datasets.editing import InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.datasets.instances import coco_instances
 from instructdiffusion_pipeline.datasets.keypoints import ap10k, coco, humanart, mpii
 from instructdiffusion_pipeline.datasets.label_maps import (
     CocoStuff,
@@ -115,6 +117,12 @@ def write_instances(root):
     return root / "instances.json"
 
 
+def write_coco_instances(root):
+    crowd = {"size": [30, 40], "counts": [0, 30, 30 * 39]}
+    found = [instance(1, 1, 1, [SQUARE]), instance(2, 1, 7, [OTHER, SQUARE]), instance(3, 1, 9, crowd)]
+    return test_segmentation_datasets.write_coco_instances(root, *found)
+
+
 def write_grefs(root):
     items = [reference(1, [1, 3], "both", "two"), reference(2, [-1], "the zebra"), reference(3, 2, "cat")]
     return write_references(root, items, "grefs(unc).json")[0]
@@ -193,6 +201,7 @@ READERS = {
         lambda root: ReferringExpressions(root / "refs(unc).p", root / "images"),
         SquareCrop(32),
     ),
+    "coco-instances": (write_coco_instances, coco_instances, SquareCrop(32)),
     "grefs": (
         write_grefs,
         lambda root: ReferringExpressions(root / "grefs(unc).json", root / "images"),

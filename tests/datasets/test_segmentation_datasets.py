@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
+from instructdiffusion_pipeline.datasets.instances import CocoInstances, coco_instances
 from instructdiffusion_pipeline.datasets.label_maps import CocoStuff, readable_name
-from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions, encode_outline
+from instructdiffusion_pipeline.datasets.outlines import encode_outline
+from instructdiffusion_pipeline.datasets.referring_expressions import ReferringExpressions
 
 LABELS = """0: unlabeled
 1: person
@@ -375,3 +378,108 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
     text = "(lp0\n(dp1\nS'ref_id'\nI1\nsS'ann_id'\nI1\nsS'image_id'\nL5L\nsS'split'\nS'train'\nsS'sentences'\n"
     path.write_text(text + "(lp2\n(dp3\nS'sent'\nS'the cat'\nsasa.")
     assert list(ReferringExpressions(path, images)[0][1]) == ["the cat"]
+
+
+def instance(id, image_id, category_id, segmentation, **others):
+    return {"id": id, "image_id": image_id, "category_id": category_id, "segmentation": segmentation} | others
+
+
+def write_coco_instances(root, *annotations, sizes=((40, 30), (30, 40))):
+    """Images 1, 2 ... of COCO 2017 and their instances."""
+    images = []
+    for number, (width, height) in enumerate(sizes, 1):
+        save_image(root / "train2017" / f"{number}.jpg", tiny.picture(width, height, number))
+        images.append({"id": number, "file_name": f"{number}.jpg", "width": width, "height": height})
+    categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "zebra"}]
+    content = {"images": images, "annotations": list(annotations), "categories": categories}
+    return write_json(root / "annotations" / "instances_train2017.json", content)
+
+
+def test_masks_of_coco_instances_are_those_of_its_own_api(tmp_path):
+    rle = coco_mask.encode(np.asfortranarray(np.eye(40, 30, dtype=np.uint8)))
+    rle["counts"] = rle["counts"].decode()
+    file = write_coco_instances(
+        tmp_path,
+        instance(1, 1, 1, [SQUARE]),
+        instance(2, 1, 1, [OTHER, SQUARE]),
+        instance(3, 1, 7, {"size": [30, 40], "counts": [0, 30, 30 * 39]}),
+        instance(4, 2, 7, rle),
+    )
+    api, dataset = COCO(file), coco_instances(tmp_path)
+    assert len(dataset) == 2 and not dataset.skipped
+    for index, id in enumerate(api.getImgIds()):
+        image, masks = dataset[index]
+        assert same(image, Image.open(tmp_path / "train2017" / dataset.name(index)))
+        assert list(masks) == ["cat", "dog", "zebra"]
+        for category in api.loadCats(api.getCatIds()):
+            found = api.loadAnns(api.getAnnIds(id, category["id"]))
+            expected = sum((api.annToMask(item) for item in found), np.zeros((image.height, image.width), int)) > 0
+            assert (masks[category["name"]] == expected).all()
+
+
+def test_images_of_coco_instances_can_be_in_a_folder_images(tmp_path):
+    write_coco_instances(tmp_path, instance(1, 1, 1, [SQUARE]))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train2017").rename(tmp_path / "images" / "train2017")
+    assert len(coco_instances(tmp_path)) == 2
+
+
+def test_a_category_with_an_unknown_mask_is_left_out_of_the_image(tmp_path):
+    crowd = {"size": [30, 40], "counts": [0, 30, 30 * 39]}
+    write_coco_instances(
+        tmp_path,
+        instance(1, 1, 1, [SQUARE]),
+        instance(2, 1, 1, crowd, iscrowd=1),
+        instance(3, 1, 7, [OTHER]),
+        instance(4, 2, 7, [[0, 0, 1]]),
+        instance(5, 2, 1, [SQUARE]),
+    )
+    dataset = coco_instances(tmp_path)
+    (_, first), (_, second) = dataset
+    assert list(first) == ["dog", "zebra"] and list(second) == ["cat", "zebra"]
+    assert dataset.skipped == [
+        ("annotation 2 of image 1", "a crowd"),
+        ("annotation 4 of image 2", "a malformed outline"),
+    ]
+
+
+def test_instances_that_cannot_be_used_are_listed(tmp_path):
+    file = write_coco_instances(
+        tmp_path,
+        instance(1, 1, 1, [SQUARE]),
+        instance(2, 3, 1, [SQUARE]),
+        instance(3, 1, 8, [SQUARE]),
+        instance(4, 1, None, [SQUARE]),
+        instance(5, 4, 1, [SQUARE]),
+        instance(6, 5, 1, [SQUARE]),
+        sizes=[(40, 30)] * 5,
+    )
+    content = json.loads(file.read_text())
+    del content["images"][4]["width"]
+    content["images"].pop(2)
+    content["categories"].append({"id": 11})
+    write_json(file, content)
+    (tmp_path / "train2017" / "4.jpg").unlink()
+    dataset = coco_instances(tmp_path)
+    assert [dataset.name(index) for index in range(len(dataset))] == ["1.jpg", "2.jpg"]
+    assert dataset.skipped == [
+        ("category 11", "no 'name'"),
+        ("4.jpg", "a missing file"),
+        ("5.jpg", "no 'width'"),
+        ("annotation 2 of image 3", "an image that the JSON lacks"),
+        ("annotation 3 of image 1", "a category that the JSON lacks"),
+        ("annotation 4 of image 1", "no 'category_id'"),
+    ]
+    write_broken(tmp_path / "train2017" / "1.jpg")
+    with pytest.raises(UnreadableSample, match="1.jpg"):
+        dataset[0]
+    save_image(tmp_path / "train2017" / "2.jpg", tiny.picture(30, 30))
+    with pytest.raises(UnreadableSample, match=r"2.jpg: is of \(30, 30\) pixels, but of \(40, 30\)"):
+        dataset[1]
+
+
+def test_instances_without_categories_raise_an_error(tmp_path):
+    file = write_coco_instances(tmp_path)
+    write_json(file, json.loads(file.read_text()) | {"categories": []})
+    with pytest.raises(ValueError, match="instances_train2017.json: no samples found"):
+        CocoInstances(file, tmp_path / "train2017")

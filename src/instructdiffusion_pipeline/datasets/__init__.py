@@ -157,6 +157,11 @@ def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
     return ""
 
 
+def coco_images(root: Path, split: str) -> Path:
+    """The folder of the images of a split of COCO: {split}/ or images/{split}/."""
+    return root / split if (root / split).is_dir() else root / "images" / split
+
+
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
     """The images of a COCO JSON by id; entries without an id or a file name are added to `skipped`."""
     pictures = {}

@@ -10,6 +10,7 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     ReducibleImages,
     Skipped,
+    coco_images,
     coco_pictures,
     files_below,
     is_id,
@@ -69,7 +70,6 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
     root = Path(root)
     file = root / "annotations" / f"captions_{split}.json"
     about = read_annotations(file, "a JSON file of captions")
-    folder = root / split if (root / split).is_dir() else root / "images" / split
     pictures = coco_pictures(about, file, skipped := Skipped())
 
     def captions() -> Iterator[tuple[str, Any]]:
@@ -77,6 +77,6 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
             picture = pictures.get(item["image_id"]) if is_id(item.get("image_id")) else None
             yield picture["file_name"] if picture else f"image {item.get('image_id')}", item.get("caption")
 
-    data = CaptionedPictures(folder, captions())
+    data = CaptionedPictures(coco_images(root, split), captions())
     data.skipped[:0] = skipped
     return data

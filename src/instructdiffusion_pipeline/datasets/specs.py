@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from instructdiffusion_pipeline.datasets import AnnotatedImages, ReducibleImages
 from instructdiffusion_pipeline.datasets.captions import coco_captions, img2dataset
 from instructdiffusion_pipeline.datasets.editing import HubTable, InstructPix2Pix, gier, gqa_inpaint, magicbrush
+from instructdiffusion_pipeline.datasets.instances import coco_instances
 from instructdiffusion_pipeline.datasets.keypoints import (
     AIC_SIGMAS,
     AP10K_SIGMAS,
@@ -152,6 +153,7 @@ DATASETS: dict[str, DatasetSpec] = {
         folder="ap-10k",
     ),
     "coco-stuff": DatasetSpec(CocoStuff, SEGMENTATION, FLIPPED, None, *COCO_SPLITS, folder="coco-stuff"),
+    "coco-instances": DatasetSpec(coco_instances, SEGMENTATION, FLIPPED, None, *COCO_SPLITS),
     "ade20k-150": label_maps(ade20k_150, "ADEChallengeData2016"),
     "ade20k-847": label_maps(ade20k_847, "ADE20K_2021_17_01"),
     "pascal-context-59": label_maps(pascal_context_59, "pascal_ctx_d2"),

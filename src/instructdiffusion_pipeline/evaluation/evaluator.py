@@ -114,7 +114,7 @@ def resume(folder: Path, run: Mapping[str, Any], count: int, batch_size: int) ->
     """The complete batches of records of this `run` in `folder`. An incomplete batch is removed from the file."""
     path = folder / "records.jsonl"
     if path.exists() and not (folder / "run.json").exists():
-        raise ValueError(f"The file {path} has no run.json beside it, so its settings are unknown. Choose another folder.")
+        raise ValueError(f"There is no run.json beside {path}, so its settings are unknown. Choose another folder.")
     check_run_config(folder, "run.json", run, "records of the same run")
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
