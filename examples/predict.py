@@ -337,11 +337,17 @@ def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None
 
 
 def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each image."""
+    """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each image.
+
+    As in COCO, file names are relative to the folder of the images. Images of several folders have names relative to
+    the folder that contains all of them.
+    """
+    folder = os.path.commonpath([path.absolute().parent for path in records]) if records else ""
     images, annotations = [], []
-    for number, record in enumerate(records.values(), 1):
+    for number, (path, record) in enumerate(records.items(), 1):
         readings = record["readings"]
-        images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}})
+        name = path.absolute().relative_to(folder).as_posix()
+        images.append({"id": number, "file_name": name, "width": record["width"], "height": record["height"]})
         if task == "segmentation":
             annotations += [
                 {"image_id": number, "category_id": 1 + names.index(name), "iscrowd": 0, **reading}

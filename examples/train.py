@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -358,8 +358,10 @@ def converted(init: str, output_dir: Path, options: str) -> str:
                 raise UsageError(f"--init: {init} was not converted (see above). Pass options with --conversion.")
             write_text(partial / "conversion.json", json.dumps(source, indent=2) + "\n")
         return str(folder)
-    record = folder / "conversion.json"
-    if other := differences(json.loads(record.read_text()) if record.exists() else {}, source):
+    before: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # a missing or damaged file is treated as another conversion
+        before = dict(json.loads((folder / "conversion.json").read_text()))
+    if other := differences(before, source):
         raise UsageError(f"--init: {folder} has another conversion: {other}. Delete it, or change --output_dir.")
     return str(folder)
 

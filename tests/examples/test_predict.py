@@ -18,6 +18,7 @@ from test_mixed_pictures import save_picture
 
 from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Segmentation, ask, ask_batch
 from instructdiffusion_pipeline.cli import run_script
+from instructdiffusion_pipeline.datasets.instances import CocoInstances
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_first
 
 
@@ -42,7 +43,7 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
     run_predict("--task", "segmentation", "--objects", "cat, dog")
     data = COCO("out/coco.json")
     assert [category["name"] for category in data.loadCats(data.getCatIds())] == ["cat", "dog"]
-    assert [image["file_name"] for image in data.loadImgs(data.getImgIds())] == [f"photos/{n}.png" for n in range(4)]
+    assert [image["file_name"] for image in data.loadImgs(data.getImgIds())] == [f"{n}.png" for n in range(4)]
     for number in range(4):
         image = Image.open(f"photos/{number}.png")
         task = Segmentation(dict(zip(("cat", "dog"), most_visible_first(image, MASK_COLORS), strict=False)))
@@ -55,6 +56,25 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
                 np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), mask.pixels)
                 assert annotation["bbox"] == list(coco_mask.toBbox(mask.rle))
                 assert annotation["score"] == pytest.approx(mask.score)
+
+
+def test_masks_can_be_trained_on(run_predict):
+    run_predict("--task", "segmentation", "--objects", "cat, dog")
+    dataset = CocoInstances("out/coco.json", "photos")
+    assert len(dataset) == 4 and not dataset.skipped
+    for index in range(4):
+        image, masks = dataset[index]
+        np.testing.assert_array_equal(image, Image.open(f"photos/{dataset.name(index)}"))
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(np.asarray(Image.open(f"out/{index}-{name}.png")), mask)
+
+
+def test_file_names_of_several_folders_are_relative_to_their_common_folder(run_predict):
+    Path("more").mkdir()
+    tiny.picture(64, 64).save("more/x.png")
+    run_predict("--task", "segmentation", "--objects", "cat", "--images", "photos/0.png", "more")
+    content = json.loads(Path("out/coco.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["photos/0.png", "more/x.png"]
 
 
 def test_more_than_five_joints_need_several_tasks(run_predict):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +203,10 @@ def test_a_conversion_is_reused_only_for_its_own_checkpoint(tmp_path):
     with pytest.raises(UsageError, match="another conversion: time was"):
         script.converted(str(checkpoint), tmp_path / "run", options)
     assert tiny.contents(tmp_path / "run") == written
+    for content in ("{", "[1]"):
+        Path(start, "conversion.json").write_text(content)
+        with pytest.raises(UsageError, match="start has another conversion: init was None"):
+            script.converted(str(checkpoint), tmp_path / "run", options)
 
 
 def test_two_processes_of_a_configuration_file_train_like_one(model, table, tmp_path):
