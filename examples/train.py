@@ -359,7 +359,7 @@ def converted(init: str, output_dir: Path, options: str) -> str:
             write_text(partial / "conversion.json", json.dumps(source, indent=2) + "\n")
         return str(folder)
     before: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # a missing or damaged file is treated as another conversion
+    with suppress(OSError, ValueError, TypeError):  # a missing or damaged file is treated as another conversion
         before = dict(json.loads((folder / "conversion.json").read_text()))
     if other := differences(before, source):
         raise UsageError(f"--init: {folder} has another conversion: {other}. Delete it, or change --output_dir.")
