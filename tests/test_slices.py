@@ -12,6 +12,7 @@ from instructdiffusion_pipeline.slices import (
     combine_slices,
     confirm_region,
     crop_view,
+    lone_regions,
     new_regions,
     segment_slices,
     slice_boxes,
@@ -124,11 +125,12 @@ def test_crops_confirm_a_region_by_majority(marks, kept):
         shown = task.draw(view.image, {"ball": ball[window_of(view)]}) if number < marks else view.image
         crops.append((view, Response(shown, None, (0, 0, *view.image.size), False)))
     assert [view.image.size for view, _ in crops] == [(43, 43), (29, 29), (22, 22)]
-    margin = np.full((100, 100), -0.5)
-    found = Mask.from_margin(confirm_region(margin, "ball", region, crops, None)).pixels
-    assert found.any() == kept and (not kept or (found & ball).sum() / (found | ball).sum() > 0.9)
+    confirmed, margin = confirm_region(region, "ball", crops, None)
+    found = Mask.from_margin(margin).pixels
+    assert confirmed == kept and (not kept or (found & ball).sum() / (found | ball).sum() > 0.9)
     flagged = [(view, response._replace(flag=True)) for view, response in crops]
-    assert np.array_equal(confirm_region(margin, "ball", region, flagged, None), margin)
+    confirmed, margin = confirm_region(region, "ball", flagged, None)
+    assert not confirmed and (margin == -0.5).all()
 
 
 def test_with_slices_the_model_is_also_run_on_slices(pipe):
@@ -202,7 +204,7 @@ def test_a_crop_confirms_a_region_if_it_marks_enough_of_it(fraction, kept):
     region[40:60, 40:60] = part[40:60, 40 : 40 + round(20 * fraction)] = True
     views = [crop_view(view_of(task, image), close_up(region, share)) for share in (0.3, 0.45, 0.6)]
     crops = [(view, drawn(view, part)) for view in views]
-    assert (confirm_region(np.full((100, 100), -0.5), "ball", region, crops, None) > 0).any() == kept
+    assert confirm_region(region, "ball", crops, None)[0] == kept
 
 
 def test_a_confirmed_region_has_the_pixels_that_most_crops_mark():
@@ -210,20 +212,70 @@ def test_a_confirmed_region_has_the_pixels_that_most_crops_mark():
     ball, beside = disc(50, 50), disc(50, 62, 3)
     views = [crop_view(view_of(task, image), close_up(ball, 0.3))] * 3
     crops = [(view, drawn(view, ball | beside if number == 0 else ball)) for number, view in enumerate(views)]
-    found = confirm_region(np.full((100, 100), -0.5), "ball", ball, crops, None) > 0
+    confirmed, margin = confirm_region(ball, "ball", crops, None)
+    found = margin > 0
+    assert confirmed
     assert (found & ball).sum() > 0.95 * ball.sum() and not (found & beside & ~ball).any()
 
 
-def test_an_object_in_the_output_for_the_whole_image_needs_no_confirmation():
+@pytest.mark.parametrize("marking, kept", [(0, False), (1, False), (2, True), (3, True)])
+def test_an_object_that_only_the_whole_image_shows_is_kept_if_most_of_its_crops_show_it(marking, kept):
     image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
     ball, calls = disc(50, 50), []
 
     def run(views):
         calls.append(len(views))
-        return [drawn(view, np.zeros_like(ball)) for view in views]
+        # The crops are run together, after the slices.
+        shown = [len(views) == 3 and number < marking for number in range(len(views))]
+        return [drawn(view, ball if show else np.zeros_like(ball)) for view, show in zip(views, shown, strict=True)]
+
+    margins, _ = segment_slices(run, [view_of(task, image)], {"ball": np.where(ball, 0.5, -0.5)}, 0.56, None)
+    found = masks_from_margins(margins)["ball"].pixels
+    assert calls == [8, 1, 3] and np.array_equal(found, ball & kept)
+
+
+def test_an_object_that_slices_show_too_needs_no_confirmation():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball, part, calls = disc(50, 50, 12), disc(50, 50, 4), []
+
+    def run(views):
+        calls.append(len(views))
+        return [drawn(view, part) for view in views]
 
     margins, _ = segment_slices(run, [view_of(task, image)], {"ball": np.where(ball, 0.5, -0.5)}, 0.56, None)
     assert calls == [8, 1] and np.array_equal(masks_from_margins(margins)["ball"].pixels, ball)
+
+
+def test_a_wide_object_keeps_its_pixels_outside_the_crops():
+    image, task = Image.new("RGB", (200, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    wide = np.zeros((100, 200), bool)
+    wide[40:60, 10:190] = True
+
+    def run(views):
+        marked = [wide if view.image.size == (100, 100) else np.zeros_like(wide) for view in views]
+        return [drawn(view, mask) for view, mask in zip(views, marked, strict=True)]
+
+    margins, _ = segment_slices(run, [view_of(task, image)], {"ball": np.where(wide, 0.5, -0.5)}, 0.56, None)
+    assert np.array_equal(masks_from_margins(margins)["ball"].pixels, wide)
+
+
+def test_the_safety_checker_is_reported_for_crops():
+    image, task = Image.new("RGB", (100, 100), (90, 90, 90)), Segmentation({"ball": "red"})
+    ball = disc(50, 50)
+
+    def run(views):
+        return [drawn(view, ball)._replace(flag=len(views) == 3) for view in views]
+
+    for margin, flag in ((np.where(ball, 0.5, -0.5), False), (np.full((100, 100), -0.5), True)):
+        assert segment_slices(run, [view_of(task, image)], {"ball": margin}, 0.56, None)[1] == flag
+
+
+def test_lone_regions_are_connected_parts_without_a_pixel_of_the_others():
+    pixels, others = np.zeros((2, 300, 200), bool)
+    pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = True
+    others[30:80, 39:60] = others[290:, 20:25] = True
+    wide, tall = lone_regions(pixels, others)
+    assert wide.sum() == 800 and wide[100:120, 100:140].all() and tall.sum() == 450
 
 
 @pytest.mark.parametrize("marking, views, kept", [(1, 2, True), (1, 3, False), (2, 3, True)])
@@ -250,7 +302,8 @@ def test_a_faint_output_for_the_whole_image_does_not_become_a_mask_with_slices()
     ball, view = disc(30, 30), view_of(task, image)
     faint = {"ball": np.where(disc(70, 70), 0.05, -0.5)}
     assert not masks_from_margins(faint)["ball"].pixels.any()
-    found = masks_from_margins(combine_slices(faint, [(view, drawn(view, ball))], None))["ball"].pixels
+    margins, _ = segment_slices(lambda views: [drawn(view, ball) for view in views], [view], faint, 0.56, None)
+    found = masks_from_margins(margins)["ball"].pixels
     assert found.any() and not (found & disc(70, 70)).any()
 
 

@@ -1,7 +1,7 @@
 """Segmentation of small objects: run the model on overlapping slices of an image as well, and combine the masks."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from instructdiffusion_pipeline.views import Response, View, view_margins
 
 SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
-# If only slices show an object, the model is also run on crops around it, of whose sides it takes up these fractions.
+# An object that only slices show, or only the whole image, takes up these fractions of the sides of crops around it.
 CLOSE_UPS = (0.3, 0.45, 0.6)
 CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
 MIN_REGION = 0.001  # of the image; smaller regions are dropped
@@ -48,16 +48,23 @@ def segment_slices(
     responses = []
     for start in range(0, len(parts), SLICE_BATCH):
         responses += run(parts[start : start + SLICE_BATCH])
-    combined = combine_slices(margins, list(zip(parts, responses, strict=True)), readout)
+    sliced = combine_slices(margins, list(zip(parts, responses, strict=True)), readout)
+    combined: dict[str, np.ndarray] = {}
     for view in views:
         for name in cast(Segmentation, view.task).colors:
-            pixels = (Mask.from_margin(margin).pixels for margin in (combined[name], margins[name]))
-            unconfirmed, regions = new_regions(*pixels)
-            margin = np.where(unconfirmed, np.minimum(combined[name], 0), combined[name])
-            for region in regions:
-                crops = [crop_view(view, close_up(region, fraction)) for fraction in CLOSE_UPS]
-                answered = list(zip(crops, run(crops), strict=True))
-                margin = confirm_region(margin, name, region, answered, readout)
+            whole = without_traces(margins[name])
+            margin = np.maximum(whole, sliced[name])
+            unconfirmed, regions = new_regions(Mask.from_margin(margin).pixels, whole > 0)
+            margin = np.where(unconfirmed, np.minimum(margin, 0), margin)
+            lone = lone_regions(whole > 0, sliced[name] > 0)
+            for number, region in enumerate([*regions, *lone]):
+                crops = run_close_ups(run, view, region)
+                responses += [response for _, response in crops]
+                confirmed, shown = confirm_region(region, name, crops, readout)
+                if number < len(regions):
+                    margin = np.maximum(margin, shown) if confirmed else margin
+                elif not confirmed:
+                    margin = np.where(region, np.minimum(margin, 0), margin)
             combined[name] = margin
     return combined, any(response.flag for response in responses)
 
@@ -81,11 +88,11 @@ def slice_boxes(size: tuple[int, int], fraction: float) -> list[tuple[int, int, 
 def combine_slices(
     whole: Mapping[str, np.ndarray], sliced: Sequence[tuple[View, Response]], readout: UNet2DModel | None
 ) -> dict[str, np.ndarray]:
-    """The margin [height, width] of each object, from those of the whole image and from the outputs for its slices.
+    """The margin [height, width] of each object, from the outputs for the slices of an image.
 
-    A pixel belongs to an object if it is marked in the output for the whole image, or in at least half of the outputs
-    for the slices that contain it. Pixels of a slice have a lower weight near its edges inside the image, because it
-    may contain only a part of an object there.
+    A pixel belongs to an object if it is marked in at least half of the outputs for the slices that contain it. Pixels
+    of a slice have a lower weight near its edges inside the image, because it may contain only a part of an object
+    there. `whole` has the margins in the output for the whole image, of which only the names and sizes are used.
     """
     margins: dict[str, np.ndarray] = {}
     slices = [(view, view_margins(view, response, readout)) for view, response in sliced]
@@ -100,9 +107,8 @@ def combine_slices(
             seen[window] += weight
             votes[window] += weight * painted
             strength[window] += weight * np.where(painted, parts[name], 0)
-        found = without_traces(margin)
-        agreed = strength / np.where(votes > 0, votes, 1)
-        margins[name] = np.where((votes > 0) & (2 * votes >= seen), np.maximum(found, agreed), found)
+        agreed = (votes > 0) & (2 * votes >= seen)
+        margins[name] = np.where(agreed, strength / np.where(agreed, votes, 1), -0.5)
     return margins
 
 
@@ -124,18 +130,22 @@ def centrality(view: View, size: tuple[int, int]) -> np.ndarray:
     return np.clip(2 * inside / min(view.image.size), 0.1, 1).astype(np.float32)
 
 
-def confirm_region(
-    margin: np.ndarray,
-    name: str,
-    region: np.ndarray,
-    crops: Sequence[tuple[View, Response]],
-    readout: UNet2DModel | None,
-) -> np.ndarray:
-    """The margin [height, width] of an object, with a region if most of the `crops` around it show the object there.
+def run_close_ups(
+    run: Callable[[Sequence[View]], list[Response]], view: View, region: np.ndarray
+) -> list[tuple[View, Response]]:
+    """Crops of a view of the whole image around a region [height, width], with the outputs of the model for them."""
+    crops = [crop_view(view, close_up(region, fraction)) for fraction in CLOSE_UPS]
+    return list(zip(crops, run(crops), strict=True))
 
-    The region then has the pixels that are marked in most of the crops.
+
+def confirm_region(
+    region: np.ndarray, name: str, crops: Sequence[tuple[View, Response]], readout: UNet2DModel | None
+) -> tuple[bool, np.ndarray]:
+    """Whether most of the `crops` around a region [height, width] show the object `name` there.
+
+    Also returns the margin [height, width] of the object: positive for pixels that are marked in most of the crops.
     """
-    votes, strength = np.zeros_like(margin), np.zeros_like(margin)
+    votes, strength = np.zeros(region.shape, np.float32), np.zeros(region.shape, np.float32)
     confirmed = 0
     for view, response in crops:
         if response.flag:  # a black image
@@ -145,9 +155,8 @@ def confirm_region(
         votes[window] += painted
         strength[window] += np.where(painted, part, 0)
         confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
-    if 2 * confirmed <= len(crops):
-        return margin
-    return np.where(2 * votes > len(crops), np.maximum(margin, strength / votes.clip(min=1)), margin)
+    margin = np.where(2 * votes > len(crops), strength / votes.clip(min=1), -0.5)
+    return 2 * confirmed > len(crops), margin
 
 
 def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
@@ -168,25 +177,40 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
 
     Parts smaller than `MIN_REGION` are left out.
     """
+    left = _cells(pixels) * (1 - _grown(_cells(known)))
+    regions = (_pixels(part, pixels) for part in _connected_parts(left))
+    return _pixels(left, pixels), [region for region in regions if region.mean() >= MIN_REGION]
+
+
+def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of `pixels` (bool, [height, width]) without a pixel of `others`."""
+    regions = (_pixels(part, pixels) for part in _connected_parts(_cells(pixels)))
+    return [region for region in regions if not (region & others).any()]
+
+
+def _cells(pixels: np.ndarray) -> torch.Tensor:
+    """The cells [1, h, w] of a grid that contain some of the `pixels`."""
     step = math.ceil(max(pixels.shape) / GRID)
+    return F.max_pool2d(torch.from_numpy(pixels).float()[None], step, ceil_mode=True)
 
-    def cells(plane: np.ndarray) -> torch.Tensor:
-        return F.max_pool2d(torch.from_numpy(plane).float()[None], step, ceil_mode=True)
 
-    def grown(plane: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(plane, 3, 1, 1)
+def _pixels(cells: torch.Tensor, pixels: np.ndarray) -> np.ndarray:
+    """The `pixels` that are in the `cells` of the grid."""
+    step = math.ceil(max(pixels.shape) / GRID)
+    large = cells[0].numpy().repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
+    return (large > 0) & pixels
 
-    def placed(plane: torch.Tensor) -> np.ndarray:
-        large = plane[0].numpy().repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
-        return (large > 0) & pixels
 
-    left = cells(pixels) * (1 - grown(cells(known)))
-    only, parts = placed(left), []
+def _grown(cells: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(cells, 3, 1, 1)
+
+
+def _connected_parts(cells: torch.Tensor) -> Iterator[torch.Tensor]:
+    left = cells.clone()
     while left.any():
         part = torch.zeros_like(left)
         part.view(-1)[left.argmax()] = 1
-        while not torch.equal(part, larger := grown(part) * left):
+        while not torch.equal(part, larger := _grown(part) * left):
             part = larger
         left = left - part
-        parts.append(placed(part))
-    return only, [part for part in parts if part.mean() >= MIN_REGION]
+        yield part
