@@ -36,6 +36,7 @@ from instructdiffusion_pipeline import (
     Restoration,
     Segmentation,
     ask_batch,
+    joint_tasks,
 )
 from instructdiffusion_pipeline.ask import draw_overlay, size_settings
 from instructdiffusion_pipeline.cli import UsageError, integer, load_pipeline, open_image, run_script, split_names
@@ -43,7 +44,6 @@ from instructdiffusion_pipeline.files import save_image, write_text
 from instructdiffusion_pipeline.fingerprint import check_run_config, pipeline_fingerprint
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.colors import assign_colors
-from instructdiffusion_pipeline.tasks.keypoints import joint_tasks
 from instructdiffusion_pipeline.tasks.restoration import Degradation
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
@@ -143,7 +143,9 @@ def main() -> None:
         del done[path]
         print(f"skipped: the safety checker replaced the output for {path}")
     if args.task in ("segmentation", "keypoints"):
-        write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done), indent=1) + "\n")
+        folder = common_folder(paths)
+        write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done, folder), indent=1) + "\n")
+        print(f"coco.json: file names are relative to {folder}")
     print(f"{len(done)} of {len(paths)} images processed: {args.output}")
 
 
@@ -336,17 +338,20 @@ def as_json(reading: Mask | Joint | None) -> dict[str, Any] | list[float] | None
     }
 
 
-def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+def common_folder(paths: Sequence[Path]) -> str:
+    """The folder that contains all images, directly or in folders."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+
+
+def coco(task: str, names: Sequence[str], records: dict[Path, dict[str, Any]], folder: str) -> dict[str, Any]:
     """The content of coco.json: an annotation for each mask that is not empty, or for the joints of each image.
 
-    As in COCO, file names are relative to the folder of the images. Images of several folders have names relative to
-    the folder that contains all of them.
+    As in COCO, file names are relative to the `folder` of the images.
     """
-    folder = os.path.commonpath([path.absolute().parent for path in records]) if records else ""
     images, annotations = [], []
     for number, (path, record) in enumerate(records.items(), 1):
         readings = record["readings"]
-        name = path.absolute().relative_to(folder).as_posix()
+        name = Path(os.path.relpath(path, folder)).as_posix()
         images.append({"id": number, "file_name": name, "width": record["width"], "height": record["height"]})
         if task == "segmentation":
             annotations += [

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,13 @@ def run(options: Options, config: TrainingConfig) -> None:
                 f"--validation_data: {entry.key}={entry.folder} is trained on; name other data or a split."
             )
     check_effects(options)
-    counts = "resolution max_train_samples num_validation_images cache_samples validation_num_inference_steps"
-    for name in counts.split():
+    for name in (
+        "resolution",
+        "max_train_samples",
+        "num_validation_images",
+        "cache_samples",
+        "validation_num_inference_steps",
+    ):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name}: must be 1 or more; got {value}.")
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
@@ -358,9 +363,9 @@ def converted(init: str, output_dir: Path, options: str) -> str:
                 raise UsageError(f"--init: {init} was not converted (see above). Pass options with --conversion.")
             write_text(partial / "conversion.json", json.dumps(source, indent=2) + "\n")
         return str(folder)
-    before: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError):  # a missing or damaged file is treated as another conversion
-        before = dict(json.loads((folder / "conversion.json").read_text()))
+    record = folder / "conversion.json"
+    with reading(f"--init: {record} is missing or damaged; delete {folder}, or change --output_dir"):
+        before = dict(json.loads(record.read_text()))
     if other := differences(before, source):
         raise UsageError(f"--init: {folder} has another conversion: {other}. Delete it, or change --output_dir.")
     return str(folder)

@@ -124,10 +124,9 @@ def main() -> None:
 
     choice, held_out = Images("choice", examples[::2]), Images("held-out", examples[1::2])
     for half in (choice, held_out):
-        if not any(readable(half.examples)):
+        if next(readable(half.examples), None) is None:
             raise UsageError(
-                "--data: must have a usable sample for the choice and one for the comparison; got"
-                f" {len(half.examples)} for the {half.name} images, of which none is usable."
+                f"--data: none of the {len(half.examples)} samples of the half {half.name!r} can be used; add samples."
             )
     trials = [search.run(choice, search.own)]
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):

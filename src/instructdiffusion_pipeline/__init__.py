@@ -16,7 +16,7 @@ from .pipeline_instruct_diffusion import (
 )
 from .tasks.colors import KEYPOINT_COLORS, MASK_COLORS
 from .tasks.editing import Editing
-from .tasks.keypoints import COCO_JOINTS, Keypoints
+from .tasks.keypoints import COCO_JOINTS, Keypoints, joint_tasks
 from .tasks.restoration import Restoration
 from .tasks.segmentation import Mask, Segmentation
 from .types import Edit, Joint, Sample
@@ -48,6 +48,7 @@ __all__ = [
     "ask_batch",
     "ask_boxes",
     "export",
+    "joint_tasks",
     "push",
     "upright_rgb",
     "working_size",

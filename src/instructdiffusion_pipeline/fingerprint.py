@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,13 @@ def check_run_config(folder: Path, name: str, run: Mapping[str, Any], what: str)
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The values of `now` that differ from `before`, as text; empty if there are none."""
     return ", ".join(
-        f"{name} was {_first_difference(before.get(name), value)} and is {_first_difference(value, before.get(name))}"
-        for name, value in now.items()
-        if before.get(name) != value
+        _difference(name, before.get(name), value) for name, value in now.items() if before.get(name) != value
     )
 
 
-def _first_difference(value: Any, other: Any) -> str:
-    """`value` as text; of two long lists, the number of entries and the first one that differs."""
-    if not (isinstance(value, list) and isinstance(other, list) and max(len(value), len(other)) > 3):
-        return repr(value)
-    place = next((i for i, (own, its) in enumerate(zip(value, other, strict=False)) if own != its), len(other))
-    ending = f" with entry {place} {value[place]!r}" if place < len(value) else ""
-    return f"a list of {len(value)}{ending}"
+def _difference(name: str, before: Any, now: Any) -> str:
+    """The change of a value as text: for long lists, their lengths and the first entries that differ."""
+    if not (isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > 3):
+        return f"{name} was {before!r} and is {now!r}"
+    old, new = next(pair for pair in zip_longest(before, now, fillvalue="nothing") if pair[0] != pair[1])
+    return f"{name} had {len(before)} entries and has {len(now)}; the first change is from {old!r} to {new!r}"

@@ -9,7 +9,7 @@ import tiny
 from folders import reasons, same, save_image, write_broken, write_json
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -384,13 +384,17 @@ def instance(id, image_id, category_id, segmentation, **others):
     return {"id": id, "image_id": image_id, "category_id": category_id, "segmentation": segmentation} | others
 
 
+def listed(id, file_name):
+    return {"id": id, "file_name": file_name, "width": 40, "height": 30}
+
+
 def write_coco_instances(root, *annotations, sizes=((40, 30), (30, 40))):
     """Images 1, 2 ... of COCO 2017 and their instances."""
     images = []
     for number, (width, height) in enumerate(sizes, 1):
         save_image(root / "train2017" / f"{number}.jpg", tiny.picture(width, height, number))
         images.append({"id": number, "file_name": f"{number}.jpg", "width": width, "height": height})
-    categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "zebra"}]
+    categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "zebra "}]
     content = {"images": images, "annotations": list(annotations), "categories": categories}
     return write_json(root / "annotations" / "instances_train2017.json", content)
 
@@ -402,8 +406,9 @@ def test_masks_of_coco_instances_are_those_of_its_own_api(tmp_path):
         tmp_path,
         instance(1, 1, 1, [SQUARE]),
         instance(2, 1, 1, [OTHER, SQUARE]),
-        instance(3, 1, 7, {"size": [30, 40], "counts": [0, 30, 30 * 39]}),
+        instance(3, 1, 7, {"size": [30, 40], "counts": [0, 30, 30 * 39]}, iscrowd=1),
         instance(4, 2, 7, rle),
+        instance(5, 2, 9, [SQUARE]),
     )
     api, dataset = COCO(file), coco_instances(tmp_path)
     assert len(dataset) == 2 and not dataset.skipped
@@ -414,7 +419,7 @@ def test_masks_of_coco_instances_are_those_of_its_own_api(tmp_path):
         for category in api.loadCats(api.getCatIds()):
             found = api.loadAnns(api.getAnnIds(id, category["id"]))
             expected = sum((api.annToMask(item) for item in found), np.zeros((image.height, image.width), int)) > 0
-            assert (masks[category["name"]] == expected).all()
+            assert (masks[category["name"].strip()] == expected).all()
 
 
 def test_images_of_coco_instances_can_be_in_a_folder_images(tmp_path):
@@ -424,51 +429,55 @@ def test_images_of_coco_instances_can_be_in_a_folder_images(tmp_path):
     assert len(coco_instances(tmp_path)) == 2
 
 
+def test_a_category_without_objects_is_not_used(tmp_path):
+    write_coco_instances(tmp_path, instance(1, 1, 1, [SQUARE]))
+    dataset = coco_instances(tmp_path)
+    (_, first), (_, second) = dataset
+    assert list(first) == list(second) == ["cat"] and first["cat"].any() and not second["cat"].any()
+    assert dataset.skipped == [("category dog", "no object"), ("category zebra", "no object")]
+
+
 def test_a_category_with_an_unknown_mask_is_left_out_of_the_image(tmp_path):
-    crowd = {"size": [30, 40], "counts": [0, 30, 30 * 39]}
     write_coco_instances(
         tmp_path,
         instance(1, 1, 1, [SQUARE]),
-        instance(2, 1, 1, crowd, iscrowd=1),
+        instance(2, 1, 1, []),
         instance(3, 1, 7, [OTHER]),
-        instance(4, 2, 7, [[0, 0, 1]]),
+        instance(4, 2, 7, [[0.1, 0.1, 0.9, 0.1, 0.5, 0.8]]),
         instance(5, 2, 1, [SQUARE]),
     )
     dataset = coco_instances(tmp_path)
     (_, first), (_, second) = dataset
-    assert list(first) == ["dog", "zebra"] and list(second) == ["cat", "zebra"]
-    assert dataset.skipped == [
-        ("annotation 2 of image 1", "a crowd"),
-        ("annotation 4 of image 2", "a malformed outline"),
-    ]
+    assert list(first) == ["dog"] and list(second) == ["cat"]
+    assert dict(dataset.skipped) == {
+        "annotation 2 of 1.jpg": "no outline",
+        "annotation 4 of 2.jpg": "an outline in relative coordinates instead of pixels",
+        "category zebra": "no object",
+    }
 
 
-def test_instances_that_cannot_be_used_are_listed(tmp_path):
-    file = write_coco_instances(
-        tmp_path,
-        instance(1, 1, 1, [SQUARE]),
-        instance(2, 3, 1, [SQUARE]),
-        instance(3, 1, 8, [SQUARE]),
-        instance(4, 1, None, [SQUARE]),
-        instance(5, 4, 1, [SQUARE]),
-        instance(6, 5, 1, [SQUARE]),
-        sizes=[(40, 30)] * 5,
-    )
+@pytest.mark.parametrize("category", [8, "1", None, 1.0])
+def test_an_image_with_an_object_of_an_unknown_category_is_skipped(tmp_path, category):
+    write_coco_instances(tmp_path, instance(1, 1, category, [SQUARE]), instance(2, 2, 1, [SQUARE]))
+    dataset = coco_instances(tmp_path)
+    assert [dataset.name(index) for index in range(len(dataset))] == ["2.jpg"]
+    assert ("1.jpg", "an object of an unknown category") in dataset.skipped
+
+
+def test_images_and_instances_that_cannot_be_used_are_listed(tmp_path):
+    sizes = [(40, 30)] * 5
+    file = write_coco_instances(tmp_path, *(instance(id, id, 1, [SQUARE]) for id in range(1, 6)), sizes=sizes)
     content = json.loads(file.read_text())
     del content["images"][4]["width"]
     content["images"].pop(2)
-    content["categories"].append({"id": 11})
     write_json(file, content)
     (tmp_path / "train2017" / "4.jpg").unlink()
     dataset = coco_instances(tmp_path)
     assert [dataset.name(index) for index in range(len(dataset))] == ["1.jpg", "2.jpg"]
-    assert dataset.skipped == [
-        ("category 11", "no 'name'"),
+    assert dataset.skipped[:3] == [
         ("4.jpg", "a missing file"),
         ("5.jpg", "no 'width'"),
-        ("annotation 2 of image 3", "an image that the JSON lacks"),
-        ("annotation 3 of image 1", "a category that the JSON lacks"),
-        ("annotation 4 of image 1", "no 'category_id'"),
+        ("annotation 3 of image 3", "an image that the JSON lacks"),
     ]
     write_broken(tmp_path / "train2017" / "1.jpg")
     with pytest.raises(UnreadableSample, match="1.jpg"):
@@ -478,8 +487,35 @@ def test_instances_that_cannot_be_used_are_listed(tmp_path):
         dataset[1]
 
 
-def test_instances_without_categories_raise_an_error(tmp_path):
-    file = write_coco_instances(tmp_path)
-    write_json(file, json.loads(file.read_text()) | {"categories": []})
-    with pytest.raises(ValueError, match="instances_train2017.json: no samples found"):
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6])
+def test_an_image_with_an_exif_orientation_is_unreadable(tmp_path, orientation):
+    write_coco_instances(tmp_path, instance(1, 1, 1, [SQUARE]), sizes=[(30, 30)])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    tiny.picture(30, 30).save(tmp_path / "train2017" / "1.jpg", exif=exif)
+    dataset = coco_instances(tmp_path)
+    if orientation == 1:
+        assert dataset[0][1]["cat"].any()
+    else:
+        with pytest.raises(UnreadableSample, match="1.jpg: has an EXIF orientation; save it without one"):
+            dataset[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"categories": [{"id": 1, "name": " "}]}, "the category .* has a malformed 'name'"),
+        ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "has an id that another one has"),
+        ({"categories": []}, "no usable samples; skipped 1 with an object of an unknown category; the first one is 1"),
+        ({"images": [listed(1, "1.jpg"), listed(1, "2.jpg")]}, "1.jpg and 2.jpg have the id 1"),
+        ({"images": [listed(1, "1.jpg"), listed(2, "1.jpg")]}, "several images have the file name 1.jpg"),
+        ({"annotations": [instance(1, "1", 1, [SQUARE])]}, "annotation 1 has a malformed 'image_id', so any image"),
+        ({"annotations": [instance(1, 1, 1, [])]}, "no usable samples; skipped 2 with no object, 1 with no outline"),
+        ({"annotations": []}, "no usable samples; skipped 3 with no object"),
+    ],
+)
+def test_a_malformed_json_of_instances_raises_an_error(tmp_path, changes, message):
+    file = write_coco_instances(tmp_path, instance(1, 1, 1, [SQUARE]))
+    write_json(file, json.loads(file.read_text()) | changes)
+    with pytest.raises(ValueError, match=f"instances_train2017.json: .*{message}"):
         CocoInstances(file, tmp_path / "train2017")

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_mixed_pictures import save_picture
 
-from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Segmentation, ask, ask_batch
+from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, Mask, Segmentation, ask, ask_batch
 from instructdiffusion_pipeline.cli import run_script
 from instructdiffusion_pipeline.datasets.instances import CocoInstances
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, most_visible_first
@@ -58,23 +58,40 @@ def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
                 assert annotation["score"] == pytest.approx(mask.score)
 
 
-def test_masks_can_be_trained_on(run_predict):
-    run_predict("--task", "segmentation", "--objects", "cat, dog")
-    dataset = CocoInstances("out/coco.json", "photos")
-    assert len(dataset) == 4 and not dataset.skipped
-    for index in range(4):
-        image, masks = dataset[index]
-        np.testing.assert_array_equal(image, Image.open(f"photos/{dataset.name(index)}"))
-        for name, mask in masks.items():
-            np.testing.assert_array_equal(np.asarray(Image.open(f"out/{index}-{name}.png")), mask)
+def test_masks_can_be_trained_on(tmp_path):
+    records, masks = {}, {}
+    rows, columns = np.mgrid[:30, :40]
+    for number in (1, 2):
+        tiny.picture(40, 30, number).save(path := tmp_path / f"{number}.png")
+        disc = (columns - 10 * number) ** 2 + (rows - 15) ** 2 < 50
+        found = {"cat": Mask(disc, 0.9), "dog": Mask(np.zeros_like(disc) if number == 1 else ~disc, 0.8)}
+        masks[path.name] = found
+        readings = {name: predict.as_json(mask) for name, mask in found.items()}
+        records[path] = {"width": 40, "height": 30, "readings": readings}
+    file = tmp_path / "coco.json"
+    content = predict.coco("segmentation", ["cat", "dog"], records, predict.common_folder(list(records)))
+    file.write_text(json.dumps(content))
+    dataset = CocoInstances(file, tmp_path)
+    assert len(dataset) == 2 and not dataset.skipped
+    for index in range(2):
+        image, read = dataset[index]
+        np.testing.assert_array_equal(image, Image.open(tmp_path / dataset.name(index)))
+        for name, mask in read.items():
+            np.testing.assert_array_equal(mask, masks[dataset.name(index)][name].pixels)
 
 
 def test_file_names_of_several_folders_are_relative_to_their_common_folder(run_predict):
     Path("more").mkdir()
     tiny.picture(64, 64).save("more/x.png")
-    run_predict("--task", "segmentation", "--objects", "cat", "--images", "photos/0.png", "more")
-    content = json.loads(Path("out/coco.json").read_text())
-    assert [image["file_name"] for image in content["images"]] == ["photos/0.png", "more/x.png"]
+    Path("photos/1.png").write_bytes(b"damaged")  # names do not depend on which images can be read
+    for images, names in (
+        (["photos/0.png", "photos/../more"], ["photos/0.png", "more/x.png"]),
+        (["photos/1.png", "more"], ["more/x.png"]),
+    ):
+        output = f"out-{len(names)}"
+        run_predict("--task", "segmentation", "--objects", "cat", "--images", *images, "--output", output)
+        content = json.loads(Path(output, "coco.json").read_text())
+        assert [image["file_name"] for image in content["images"]] == names
 
 
 def test_more_than_five_joints_need_several_tasks(run_predict):
@@ -277,8 +294,11 @@ def test_a_run_with_other_images_says_which(run_predict, capsys):
     with pytest.raises(SystemExit):
         run_predict(*options)
     error = capsys.readouterr().err
-    assert "error: The folder out must be new or have answers of the same run; pictures was " in error
-    assert "'photos/new-0.png'" in error and "new-5" not in error
+    assert (
+        "error: The folder out must be new or have answers of the same run; pictures had 4 entries and has 10;"
+        in error
+    )
+    assert "the first change is from 'nothing' to 'photos/new-0.png'. Choose another" in error
 
 
 @pytest.mark.parametrize(

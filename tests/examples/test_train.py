@@ -205,7 +205,7 @@ def test_a_conversion_is_reused_only_for_its_own_checkpoint(tmp_path):
     assert tiny.contents(tmp_path / "run") == written
     for content in ("{", "[1]"):
         Path(start, "conversion.json").write_text(content)
-        with pytest.raises(UsageError, match="start has another conversion: init was None"):
+        with pytest.raises(UsageError, match="conversion.json is missing or damaged; delete .*start, or change"):
             script.converted(str(checkpoint), tmp_path / "run", options)
 
 
@@ -337,7 +337,7 @@ def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, 
         assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
     assert "--max_train_samples: must be 1 or more; got 0" in says(model, f"table={table}", max_train_samples=0)
     assert "--resolution: must be 1 or more; got 0" in says(model, f"table={table}", resolution=0)
-    assert "`seed` must be at least 0; got -1" in says(model, f"table={table}", seed=-1)
+    assert "`seed` must be from 0 to 4294967295; got -1" in says(model, f"table={table}", seed=-1)
     assert "--revision: has an effect with a table on the Hub" in says(model, f"table={table}", revision="v2")
     assert "`batch_size` must be 1 or more; got 0" in says(model, f"table={table}", batch_size=0)
     assert "Repo id must" in says(model, f"table={table}", push_to="not/a/name")

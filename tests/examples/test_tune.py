@@ -186,22 +186,27 @@ def test_a_single_sample_is_an_error_before_the_search(run, gopro, tmp_path):
     for path in sorted(gopro.rglob("test/*/*/*.png")):
         if path.stem != "0":
             path.unlink()
-    with pytest.raises(tune.UsageError, match="one for the comparison; got 0 for the held-out images"):
+    with pytest.raises(tune.UsageError, match="none of the 0 samples of the half 'held-out' can be used"):
         run()
     assert not (tmp_path / "out").exists()
 
 
-def test_halves_without_a_usable_sample_are_an_error_before_the_search(run, gopro, tmp_path):
-    for path in gopro.rglob("test/*/blur/*.png"):
+def test_a_half_without_a_usable_sample_is_an_error_before_the_search(run, gopro, tmp_path):
+    first, *others = sorted(gopro.rglob("test/*/blur/*.png"))
+    for path in others:
         path.write_bytes(b"damaged")
-    with pytest.raises(tune.UsageError, match="--data: no sample of .* can be read"):
+    with pytest.raises(tune.UsageError, match=r"--data: none of the \d+ samples of the half '.*' can be used"):
         run()
     assert not (tmp_path / "out").exists()
-    assert list(tune.readable([LazyExample("0", "row", empty)])) == []
 
 
-def empty():
-    raise EmptyAnnotation("nothing to ask for")
+def test_samples_with_nothing_to_ask_for_are_left_out():
+    def empty():
+        raise EmptyAnnotation("nothing to ask for")
+
+    image = tiny.picture(64, 64)
+    usable = LazyExample("1", "row", partial(Example, image, [Restoration("blur")], image))
+    assert [example.image for example in tune.readable([LazyExample("0", "row", empty), usable])] == [image]
 
 
 def test_datasets_of_two_tasks_raise_an_error(run, coco):

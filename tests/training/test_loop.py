@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -399,7 +400,10 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
         ({"lr_warmup_steps": -1, "lr_scheduler": "linear"}, "`lr_warmup_steps` must be at least 0; got -1"),
         ({"weight_decay": -0.1}, "`weight_decay` must be at least 0; got -0.1"),
         ({"num_workers": -1}, "`num_workers` must be at least 0; got -1"),
-        ({"seed": -1}, "`seed` must be at least 0; got -1"),
+        ({"weight_decay": math.inf}, "`weight_decay` must be at least 0; got inf"),
+        ({"learning_rate": math.inf}, "`learning_rate` must be above 0; got inf"),
+        ({"seed": -1}, "`seed` must be from 0 to 4294967295; got -1"),
+        ({"seed": 2**32}, "`seed` must be from 0 to 4294967295; got 4294967296"),
         ({"lora_rank": 0}, "`lora_rank` must be 1 or more"),
         ({"lora_rank": 4, "train_text_encoder": True}, "`train_text_encoder` must be False"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of no, bf16, fp16; got 'fp8'"),

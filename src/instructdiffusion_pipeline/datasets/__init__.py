@@ -157,19 +157,23 @@ def wrong_field(entry: dict[str, Any], **checks: Callable[[Any], bool]) -> str:
     return ""
 
 
-def coco_images(root: Path, split: str) -> Path:
+def coco_image_folder(root: str | PathLike[str], split: str) -> Path:
     """The folder of the images of a split of COCO: {split}/ or images/{split}/."""
-    return root / split if (root / split).is_dir() else root / "images" / split
+    folder = Path(root, split)
+    return folder if folder.is_dir() else Path(root, "images", split)
 
 
 def coco_pictures(content: Any, file: str | PathLike[str], skipped: Skipped) -> dict[Any, dict[str, Any]]:
-    """The images of a COCO JSON by id; entries without an id or a file name are added to `skipped`."""
-    pictures = {}
+    """The images of a COCO JSON by id; entries without an id or a file name are added to `skipped`.
+
+    Raises a ValueError if two different images have the same id.
+    """
+    pictures: dict[Any, dict[str, Any]] = {}
     for picture in list_records(content, file, "images"):
         if why := wrong_field(picture, id=is_id, file_name=is_file_name):
             skipped.append((f"image {picture.get('file_name') or picture.get('id')}", why))
-        else:
-            pictures[picture["id"]] = picture
+        elif (known := pictures.setdefault(picture["id"], picture))["file_name"] != picture["file_name"]:
+            raise ValueError(f"{file}: {known['file_name']} and {picture['file_name']} have the id {picture['id']}.")
     return pictures
 
 
@@ -178,7 +182,8 @@ def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skippe
     if not len(samples):
         reasons = Counter(why for _, why in skipped)
         counts = ", ".join(f"{count} with {why}" for why, count in reasons.most_common())
-        raise ValueError(f"{folder}: " + (f"no usable samples; skipped {counts}." if counts else "no samples found."))
+        first = f"no usable samples; skipped {counts}; the first one is {skipped[0][0]}." if skipped else ""
+        raise ValueError(f"{folder}: {first or 'no samples found.'}")
 
 
 def files_below(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     ReducibleImages,
     Skipped,
-    coco_images,
+    coco_image_folder,
     coco_pictures,
     files_below,
     is_id,
@@ -77,6 +77,6 @@ def coco_captions(root: str | PathLike[str], split: str = "train2017") -> Captio
             picture = pictures.get(item["image_id"]) if is_id(item.get("image_id")) else None
             yield picture["file_name"] if picture else f"image {item.get('image_id')}", item.get("caption")
 
-    data = CaptionedPictures(coco_images(root, split), captions())
+    data = CaptionedPictures(coco_image_folder(root, split), captions())
     data.skipped[:0] = skipped
     return data

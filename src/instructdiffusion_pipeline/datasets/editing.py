@@ -395,8 +395,10 @@ class HubTable(ReducibleImages):
             OSError: if the Hub cannot be reached.
         """
         from datasets import DatasetDict, load_dataset, load_from_disk  # from the extra `data`
+        from datasets.exceptions import DatasetGenerationError
 
         path = Path(name)
+        on_hub = not path.exists()
         if path.is_file() and path.suffix != ".parquet":
             raise ValueError(f"`name` must be a folder, a parquet file or a Hub id; got the file {name}.")
         try:
@@ -406,9 +408,9 @@ class HubTable(ReducibleImages):
                 table = load_dataset("parquet", data_files=str(path), split=split)
             else:
                 table = load_dataset(str(name), split=split, revision=revision)
-        # A damaged file can raise any exception, as can a folder with a script, which `datasets` does not run.
         except Exception as error:
-            if isinstance(error, OSError) and not path.exists():  # the Hub cannot be reached
+            # A damaged file can raise any exception, as can a folder with a script, which `datasets` does not run.
+            if on_hub and not isinstance(error, DatasetGenerationError | RuntimeError | ValueError):
                 raise
             raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):

@@ -1,16 +1,19 @@
 """Segmentation of the objects in a COCO instances JSON: COCO's own, or one for your images."""
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from instructdiffusion_pipeline.datasets import (
     Skipped,
-    coco_images,
+    UnreadableSample,
+    coco_image_folder,
     coco_pictures,
     is_id,
     is_size,
@@ -25,6 +28,15 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import is_text
 from instructdiffusion_pipeline.types import Masks
 
 
+class AnnotatedImage(NamedTuple):
+    """An image of the JSON, the outlines of its objects by category, and the categories whose mask is unknown."""
+
+    file_name: str
+    size: tuple[int, int]
+    outlines: dict[str, list[RunLengths]]
+    unknown: set[str]
+
+
 class CocoInstances:
     """Images with the objects of a COCO instances JSON, one sample per image.
 
@@ -32,81 +44,105 @@ class CocoInstances:
         annotations: the JSON file.
         images: the folder of the images.
 
-    The annotation maps each category of the JSON to the union of the masks of its objects; absent categories share one
-    empty mask. A category is left out of an image in which one of its objects is a crowd, whose outline is coarse, or
-    has an outline that cannot be used. Coordinates count pixels as they are stored; a file's EXIF orientation is
-    ignored, as COCO's tools do. Needs pycocotools.
+    The annotation maps each category that the JSON has objects of to the union of their masks in the image; categories
+    without an object in the image share one empty mask. A category is left out of an image if the outline of one of
+    its objects cannot be used, and an image is skipped if the category of one of its objects is unknown. An image with
+    an EXIF orientation is unreadable, because annotation tools differ on whether outlines refer to the stored or the
+    turned image. Needs pycocotools.
+
+    Raises:
+        ValueError: if the JSON is malformed, two images have the same id or file, an object belongs to no image, or no
+            object has an outline that can be used.
     """
 
     def __init__(self, annotations: str | PathLike[str], images: str | PathLike[str]):
         content = read_annotations(Path(annotations), "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
-        categories: dict[int, str] = {}
-        for item in list_records(content, annotations, "categories"):
-            if why := wrong_field(item, id=is_id, name=is_text):
-                self.skipped.append((f"category {item.get('name') or item.get('id')}", why))
-            else:
-                categories[item["id"]] = item["name"]
+        categories = read_categories(content, annotations)
+        found: dict[int, AnnotatedImage] = {}
+        names = set()
         pictures = coco_pictures(content, annotations, self.skipped)
-        # The outlines of each category by image; None if the mask of the category is unknown.
-        outlines: dict[int, dict[str, list[RunLengths] | None]] = {}
         for id, picture in pictures.items():
-            missing = not os.path.isfile(self.folder / picture["file_name"])
-            if why := wrong_field(picture, width=is_size, height=is_size) or ("a missing file" if missing else ""):
-                self.skipped.append((picture["file_name"], why))
+            name = picture["file_name"]
+            if name in names:
+                raise ValueError(f"{annotations}: several images have the file name {name}.")
+            names.add(name)
+            if why := wrong_field(picture, width=is_size, height=is_size):
+                self.skipped.append((name, why))
+            elif not os.path.isfile(self.folder / name):
+                self.skipped.append((name, "a missing file"))
             else:
-                outlines[id] = {name: [] for name in categories.values()}
+                found[id] = AnnotatedImage(name, (picture["width"], picture["height"]), {}, set())
+
+        used = set()
         for item in list_records(content, annotations, "annotations"):
-            unusable = (
-                wrong_field(item, image_id=is_id, category_id=is_id)
-                or (item["image_id"] not in pictures and "an image that the JSON lacks")
-                or (item["category_id"] not in categories and "a category that the JSON lacks")
-            )
-            if not unusable and (found := outlines.get(item["image_id"])):
-                unusable = add_outline(item, found, categories[item["category_id"]], pictures[item["image_id"]])
-            if unusable:
-                self.skipped.append((f"annotation {item.get('id')} of image {item.get('image_id')}", unusable))
-        self._samples = []
-        for id, found in outlines.items():
-            known = {name: parts for name, parts in found.items() if parts is not None}
-            if known:
-                self._samples.append((pictures[id], known))
-        require_samples(annotations, self._samples, self.skipped)
+            what = f"annotation {item.get('id')}"
+            if why := wrong_field(item, image_id=is_id):
+                raise ValueError(f"{annotations}: {what} has {why}, so any image may lack an object.")
+            image = found.get(item["image_id"])
+            if image is None:
+                if item["image_id"] not in pictures:
+                    self.skipped.append((f"{what} of image {item['image_id']}", "an image that the JSON lacks"))
+                continue
+            if not is_id(item.get("category_id")) or item["category_id"] not in categories:
+                self.skipped.append((image.file_name, "an object of an unknown category"))
+                del found[item["image_id"]]
+                continue
+            name = categories[item["category_id"]]
+            used.add(name)
+            try:
+                outline = encode_outline(item.get("segmentation"), *image.size)
+            except ValueError as error:
+                self.skipped.append((f"{what} of {image.file_name}", str(error)))
+                image.unknown.add(name)
+            else:
+                image.outlines.setdefault(name, []).append(outline)
+        # A category without objects was not annotated; Roboflow exports the supercategory as one.
+        self.skipped += [(f"category {name}", "no object") for name in sorted(set(categories.values()) - used)]
+        self._categories = [name for name in dict.fromkeys(categories.values()) if name in used]
+        self._images = [image for image in found.values() if not image.unknown.issuperset(self._categories)]
+        usable = [image for image in self._images if image.outlines.keys() - image.unknown]
+        require_samples(annotations, usable, self.skipped)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Masks]:
         from pycocotools import mask
 
-        picture, found = self._samples[index]
-        size = picture["width"], picture["height"]
-        image = read_image(self.folder / picture["file_name"], turn=False, size=size)
+        file_name, size, outlines, unknown = self._images[index]
+        image = read_image(self.folder / file_name, turn=False, size=size)
+        if is_turned(self.folder / file_name):
+            raise UnreadableSample(self.folder / file_name, "has an EXIF orientation; save it without one")
         absent = np.zeros((image.height, image.width), bool)
         return image, {
-            name: mask.decode(mask.merge(parts)).astype(bool) if parts else absent for name, parts in found.items()
+            name: mask.decode(mask.merge(outlines[name])).astype(bool) if name in outlines else absent
+            for name in self._categories
+            if name not in unknown
         }
 
     def name(self, index: int) -> str:
-        return self._samples[index][0]["file_name"]
+        return self._images[index].file_name
 
 
-def add_outline(
-    item: dict[str, Any], outlines: dict[str, list[RunLengths] | None], name: str, picture: dict[str, Any]
-) -> str:
-    """Add the outline of an object to those of the category `name`. Returns the reason if it cannot be used, or ""."""
-    try:
-        if item.get("iscrowd"):
-            raise ValueError("a crowd")
-        outline = encode_outline(item.get("segmentation"), picture["width"], picture["height"])
-    except ValueError as error:
-        outlines[name] = None
-        return str(error)
-    if (parts := outlines[name]) is not None:
-        parts.append(outline)
-    return ""
+def read_categories(content: Any, file: str | PathLike[str]) -> Mapping[int, str]:
+    """The names of the categories of a COCO JSON by id. Raises a ValueError if one is malformed or an id repeats."""
+    categories: dict[int, str] = {}
+    for item in list_records(content, file, "categories"):
+        why = wrong_field(item, id=is_id, name=lambda name: is_text(name) and bool(name.strip()))
+        if why or item["id"] in categories:
+            raise ValueError(f"{file}: the category {item} has {why or 'an id that another one has'}.")
+        categories[item["id"]] = item["name"].strip()
+    return categories
+
+
+def is_turned(path: Path) -> bool:
+    """Whether an image has an EXIF orientation other than upright."""
+    with Image.open(path) as image, suppress(Exception):  # a damaged EXIF block can raise any exception
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
 
 
 def coco_instances(root: str | PathLike[str], split: str = "train2017") -> CocoInstances:
     """COCO: annotations/instances_{split}.json, and images in {split}/ or images/{split}/."""
-    return CocoInstances(Path(root, "annotations", f"instances_{split}.json"), coco_images(Path(root), split))
+    return CocoInstances(Path(root, "annotations", f"instances_{split}.json"), coco_image_folder(root, split))

@@ -16,7 +16,7 @@ from PIL import Image
 from instructdiffusion_pipeline.datasets import (
     LARGEST_NUMBER,
     Skipped,
-    coco_images,
+    coco_image_folder,
     coco_pictures,
     is_file_name,
     is_id,
@@ -253,7 +253,7 @@ class MpiiKeypoints:
 def coco(root: str | PathLike[str], split: str = "train2017") -> CocoKeypoints:
     """COCO: annotations/person_keypoints_{split}.json, and images in {split}/ or images/{split}/."""
     root = Path(root)
-    return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", coco_images(root, split))
+    return CocoKeypoints(root / "annotations" / f"person_keypoints_{split}.json", coco_image_folder(root, split))
 
 
 def crowdpose(root: str | PathLike[str], split: str = "train") -> CocoKeypoints:

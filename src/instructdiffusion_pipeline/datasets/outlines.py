@@ -64,6 +64,8 @@ def polygons(outline: Any, width: int, height: int) -> list[list[float]]:
     found = [polygon for polygon in outline if len(polygon) >= 6]
     if not found:
         raise ValueError("no outline")
+    if max(map(max, found)) <= 1:
+        raise ValueError("an outline in relative coordinates instead of pixels")
     for polygon in found:
         for places, side in ((polygon[0::2], width), (polygon[1::2], height)):
             if min(places) < -side or max(places) > 2 * side:

@@ -82,9 +82,11 @@ class TrainingConfig:
         for name in counts.split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
-        for name in ("lr_warmup_steps", "weight_decay", "num_workers", "seed"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+        for name in ("lr_warmup_steps", "weight_decay", "num_workers"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be from 0 to {2**32 - 1}; got {self.seed}.")
         for name in (
             "num_train_epochs",
             "learning_rate",
@@ -94,7 +96,7 @@ class TrainingConfig:
             "change_weight",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be above 0; got {value}.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError('`lr_warmup_steps` must be 0 with lr_scheduler "constant"; use "constant_with_warmup".')
