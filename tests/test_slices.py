@@ -246,17 +246,19 @@ def test_an_object_that_slices_show_too_needs_no_confirmation():
     assert calls == [8, 1] and np.array_equal(masks_from_margins(margins)["ball"].pixels, ball)
 
 
-def test_a_wide_object_keeps_its_pixels_outside_the_crops():
+@pytest.mark.parametrize("extent, kept", [(32, True), (28, False)])
+def test_a_large_object_that_only_the_whole_image_shows_needs_no_confirmation(extent, kept):
     image, task = Image.new("RGB", (200, 100), (90, 90, 90)), Segmentation({"ball": "red"})
-    wide = np.zeros((100, 200), bool)
-    wide[40:60, 10:190] = True
-
-    def run(views):
-        marked = [wide if view.image.size == (100, 100) else np.zeros_like(wide) for view in views]
-        return [drawn(view, mask) for view, mask in zip(views, marked, strict=True)]
-
-    margins, _ = segment_slices(run, [view_of(task, image)], {"ball": np.where(wide, 0.5, -0.5)}, 0.56, None)
-    assert np.array_equal(masks_from_margins(margins)["ball"].pixels, wide)
+    found = np.zeros((100, 200), bool)
+    found[40:50, 20 : 20 + extent] = True
+    margins, _ = segment_slices(
+        lambda views: [drawn(view, np.zeros_like(found)) for view in views],
+        [view_of(task, image)],
+        {"ball": np.where(found, 0.5, -0.5)},
+        0.56,
+        None,
+    )
+    assert np.array_equal(masks_from_margins(margins)["ball"].pixels, found & kept)
 
 
 def test_the_safety_checker_is_reported_for_crops():
@@ -272,10 +274,10 @@ def test_the_safety_checker_is_reported_for_crops():
 
 def test_lone_regions_are_connected_parts_without_a_pixel_of_the_others():
     pixels, others = np.zeros((2, 300, 200), bool)
-    pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:290, 20:25] = True
+    pixels[10:40, 10:40] = pixels[100:120, 100:140] = pixels[200:260, 20:25] = pixels[200:261, 120:125] = True
     others[30:80, 39:60] = others[290:, 20:25] = True
     wide, tall = lone_regions(pixels, others)
-    assert wide.sum() == 800 and wide[100:120, 100:140].all() and tall.sum() == 450
+    assert wide.sum() == 800 and wide[100:120, 100:140].all() and tall.sum() == 300, "the last one is too large"
 
 
 @pytest.mark.parametrize("marking, views, kept", [(1, 2, True), (1, 3, False), (2, 3, True)])

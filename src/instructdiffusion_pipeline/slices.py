@@ -161,15 +161,26 @@ def confirm_region(
 
 def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
     """A square around a region [height, width], of whose side the region takes up `fraction` if the image permits."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    top, bottom, left, right = bounds(region)
     shortest = min(region.shape)
-    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / fraction)))
+    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent(region) / fraction)))
     top, left = (
-        min(max(0, round((line[0] + line[-1] + 1 - side) / 2)), length - side)
-        for line, length in zip((rows, columns), region.shape, strict=True)
+        min(max(0, round((start + end - side) / 2)), length - side)
+        for start, end, length in zip((top, left), (bottom, right), region.shape, strict=True)
     )
-    return int(left), int(top), int(left + side), int(top + side)
+    return left, top, left + side, top + side
+
+
+def bounds(region: np.ndarray) -> tuple[int, int, int, int]:
+    """The first row of a region [height, width], the one after the last, and likewise the columns."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def extent(region: np.ndarray) -> int:
+    """The larger side of a region's bounding box, in pixels."""
+    top, bottom, left, right = bounds(region)
+    return max(bottom - top, right - left)
 
 
 def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -183,9 +194,13 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
 
 
 def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of `pixels` (bool, [height, width]) without a pixel of `others`."""
+    """The connected parts of `pixels` (bool, [height, width]) without a pixel of `others`.
+
+    Large parts are left out: crops around them would show no more than the whole image.
+    """
     regions = (_pixels(part, pixels) for part in _connected_parts(_cells(pixels)))
-    return [region for region in regions if not (region & others).any()]
+    limit = CLOSE_UPS[0] * min(pixels.shape)
+    return [region for region in regions if not (region & others).any() and extent(region) <= limit]
 
 
 def _cells(pixels: np.ndarray) -> torch.Tensor:
