@@ -3,8 +3,8 @@
     python examples/tiny/calibration.py --model out/model --world out/tiny/world --output_dir out/calibration
 
 Slope and intercept are written to the model's model_index.json. reliability.md in the output folder compares scores
-and correctness on scenes with photographs that were not used in training. All scenes have the layout of those that
-score.py uses. A run that was stopped continues if it is started again with the same options.
+and correctness on scenes with photographs that were not used in training, which have the layout of those that score.py
+uses. A run that was stopped continues if it is started again with the same options.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 SEED = 4  # of the scenes; training uses 0 and 1, the readout 3, scoring 7
+SIZES = (0.12, 0.62)  # of the objects: masks of small objects have lower raw scores, although they are as often right
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     recipe = RECIPES[args.recipe]
     scenes = partial(held_out_world, recipe, args.world)
-    training = scenes(unseen_photographs=False)
+    training = scenes(unseen_photographs=False, sizes=SIZES)
     frame = recipe.frame_of("keypoints")
     figures = scenes(frame=frame, unseen_photographs=False)
     examples = rows({"training scenes": training}, figures, args.samples, SEED)
