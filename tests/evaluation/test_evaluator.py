@@ -162,7 +162,7 @@ def test_records_of_examples_with_other_content_raise_an_error(tmp_path, part):
 
 def test_records_without_run_json_raise_an_error(tmp_path):
     (tmp_path / "records.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="without run.json"):
+    with pytest.raises(ValueError, match="There is no run.json beside .*records.jsonl"):
         run_tiny.run(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_ablation_trains_a_model_for_all_families_and_one_for_each(run, tmp_path
     assert set().union(*ablation.SOURCES.values()) == TRAINING_SOURCES.keys()
 
     monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, options), "--steps", "2"])
-    with pytest.raises(ValueError, match="models of the same number of steps; in .*, steps was 1 and is 2"):
+    with pytest.raises(ValueError, match="models of the same number of steps; steps was 1 and is 2"):
         ablation.main()
 
 

@@ -36,10 +36,10 @@ def test_a_stopped_run_continues_to_the_same_files(pipe, tmp_path):
     assert not untouched.exists(), "candidates that were moved are not made again"
     assert again.pop("picks/000000_00_s1.5_i1.png") == whole.pop("candidates/000000_00_s1.5_i1.png")
     assert again == whole
-    with pytest.raises(ValueError, match="same run; in .*, seed was 0 and is 1"):
+    with pytest.raises(ValueError, match="same run; seed was 0 and is 1"):
         make_candidates(pipe, SAMPLES, tmp_path, **SMALL, seed=1)
     other = [Sample(sample.image, sample.image, sample.instruction) for sample in SAMPLES]
-    with pytest.raises(ValueError, match="same run; in .*, content was"):
+    with pytest.raises(ValueError, match="same run; content was"):
         make_candidates(pipe, other, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="at least one sample"):
         make_candidates(pipe, [], tmp_path / "none")
