@@ -132,7 +132,7 @@ def main() -> None:
                 for column in zip(*tasks, strict=True)
             ]
             for path, parts, sha256 in zip(batch, zip(*answers, strict=True), hashes, strict=True):
-                record = write_answer(args.output, names[path], path, parts) | {"sha256": sha256}
+                record = write_answer(args.output, names[path], parts) | {"sha256": sha256}
                 # Written last, so that an image without a record is processed again.
                 write_text(found[path], json.dumps(record) + "\n")
                 bar.update()
@@ -305,13 +305,13 @@ def seeded(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
 
 
-def write_answer(folder: Path, name: str, path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
+def write_answer(folder: Path, name: str, answers: Sequence[Answer]) -> dict[str, Any]:
     """Write the result images of one input image, and return its record for coco.json.
 
     If the safety checker has replaced an output, no images are written.
     """
     (answer, *_) = answers
-    record: dict[str, Any] = {"file_name": str(path), "width": answer.image.width, "height": answer.image.height}
+    record: dict[str, Any] = {"width": answer.image.width, "height": answer.image.height}
     if any(part.nsfw_content_detected for part in answers):
         return record | {"nsfw_content_detected": True}
     if isinstance(answer.data, Image.Image):

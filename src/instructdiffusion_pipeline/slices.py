@@ -53,10 +53,10 @@ def segment_slices(
     for view in views:
         for name in cast(Segmentation, view.task).colors:
             whole = without_traces(margins[name])
-            margin = np.maximum(whole, sliced[name])
-            unconfirmed, regions = new_regions(Mask.from_margin(margin).pixels, whole > 0)
+            marked, margin = whole > 0, np.maximum(whole, sliced[name])
+            unconfirmed, regions = new_regions(Mask.from_margin(margin).pixels, marked)
             margin = np.where(unconfirmed, np.minimum(margin, 0), margin)
-            lone = lone_regions(whole > 0, sliced[name] > 0)
+            lone = lone_regions(marked, sliced[name] > 0)
             for number, region in enumerate([*regions, *lone]):
                 crops = run_close_ups(run, view, region)
                 responses += [response for _, response in crops]
@@ -163,7 +163,8 @@ def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
     """A square around a region [height, width], of whose side the region takes up `fraction` if the image permits."""
     top, bottom, left, right = bounds(region)
     shortest = min(region.shape)
-    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent(region) / fraction)))
+    extent = max(bottom - top, right - left)
+    side = min(shortest, max(round(CLOSE_UP_SIDE * shortest), round(extent / fraction)))
     top, left = (
         min(max(0, round((start + end - side) / 2)), length - side)
         for start, end, length in zip((top, left), (bottom, right), region.shape, strict=True)
@@ -175,12 +176,6 @@ def bounds(region: np.ndarray) -> tuple[int, int, int, int]:
     """The first row of a region [height, width], the one after the last, and likewise the columns."""
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def extent(region: np.ndarray) -> int:
-    """The larger side of a region's bounding box, in pixels."""
-    top, bottom, left, right = bounds(region)
-    return max(bottom - top, right - left)
 
 
 def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -198,9 +193,13 @@ def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
 
     Large parts are left out: crops around them would show no more than the whole image.
     """
-    regions = (_pixels(part, pixels) for part in _connected_parts(_cells(pixels)))
-    limit = CLOSE_UPS[0] * min(pixels.shape)
-    return [region for region in regions if not (region & others).any() and extent(region) <= limit]
+    limit, regions = CLOSE_UPS[0] * min(pixels.shape), []
+    for part in _connected_parts(_cells(pixels)):
+        region = _pixels(part, pixels)
+        top, bottom, left, right = bounds(region)
+        if max(bottom - top, right - left) <= limit and not (region & others).any():
+            regions.append(region)
+    return regions
 
 
 def _cells(pixels: np.ndarray) -> torch.Tensor:
