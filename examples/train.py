@@ -144,7 +144,7 @@ def run(options: Options, config: TrainingConfig) -> None:
             " or move model/ and lora/ away and use --resume latest with a larger --max_train_steps."
         )
     for entry in parse_entries(options.data):
-        known = [(other.key, other.folder) for other in parse_entries(options.validation_data)]
+        known = [(other.key, other.folder) for other in parse_entries(options.validation_data, "--validation_data")]
         if (entry.key, entry.folder) in known and validation_split(entry.key, options) == train_split(
             entry.key, options
         ):
@@ -160,7 +160,7 @@ def run(options: Options, config: TrainingConfig) -> None:
         "validation_num_inference_steps",
     ):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise UsageError(f"--{name}: must be 1 or more; got {value}.")
+            raise UsageError(f"--{name}: must be at least 1; got {value}.")
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
     if not Path(options.init).exists() and (options.init.count("/") != 1 or is_file_name):
         raise UsageError(f"--init: there is no file or folder {options.init}.")
@@ -291,7 +291,7 @@ def training_sources(options: Options, size: int) -> list[tuple[Source, float]]:
 def validation_sources(options: Options, size: int) -> list[tuple[Source, float]]:
     """The sources of --validation_data, cropped like those of --data, and their weights."""
     sources = []
-    for entry in parse_entries(options.validation_data):
+    for entry in parse_entries(options.validation_data, "--validation_data"):
         spec = replace(DATASETS[entry.key], train_split=validation_split(entry.key, options))
         columns = columns_of(entry, table_options(options, options.validation_split))
         sources.append(spec.source(entry.name, entry.folder, size, **columns))

@@ -163,7 +163,7 @@ def test_bad_arguments():
     for weight in (-1, 0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"the weight of a must be finite and above 0; got {weight}"):
             Mixture([(Source("a", Numbered(3), BLUR), weight)])
-    with pytest.raises(IndexError, match="`position` must be 0 or more; got -1"):
+    with pytest.raises(IndexError, match="`position` must be at least 0; got -1"):
         mixture()[-1]
 
 

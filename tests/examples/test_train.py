@@ -312,6 +312,8 @@ def test_validation_data_is_not_trained_on(model, table, tmp_path, monkeypatch, 
 def test_training_data_as_validation_data_raises_an_error(model, table, tmp_path, monkeypatch, capfd):
     said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data=f"table={table}")
     assert f"--validation_data: table={table} is trained on" in said
+    said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data="table=nowhere")
+    assert "--validation_data table: there is no folder nowhere." in said
 
 
 def test_limited_samples_and_a_number_of_epochs(model, table, tmp_path, monkeypatch, capsys):
@@ -335,11 +337,11 @@ def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, 
     assert f"--data table={table} is given twice" in twice
     for init in ("nofile.ckpt", "some/nofile.safetensors", "/no/such/folder"):
         assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
-    assert "--max_train_samples: must be 1 or more; got 0" in says(model, f"table={table}", max_train_samples=0)
-    assert "--resolution: must be 1 or more; got 0" in says(model, f"table={table}", resolution=0)
+    assert "--max_train_samples: must be at least 1; got 0" in says(model, f"table={table}", max_train_samples=0)
+    assert "--resolution: must be at least 1; got 0" in says(model, f"table={table}", resolution=0)
     assert "`seed` must be from 0 to 4294967295; got -1" in says(model, f"table={table}", seed=-1)
     assert "--revision: has an effect with a table on the Hub" in says(model, f"table={table}", revision="v2")
-    assert "`batch_size` must be 1 or more; got 0" in says(model, f"table={table}", batch_size=0)
+    assert "`batch_size` must be at least 1; got 0" in says(model, f"table={table}", batch_size=0)
     assert "Repo id must" in says(model, f"table={table}", push_to="not/a/name")
     assert not (tmp_path / "run").exists()
 
@@ -380,7 +382,7 @@ def test_accelerate_reads_the_configuration_files(path):
         ({"validation_split": "val"}, "--validation_split: has an effect with a table in --validation_data only."),
         ({"conversion": " --half"}, "--conversion: has an effect with a checkpoint file as --init only."),
         ({"resume_changes": "learning_rate"}, "--resume_changes: has an effect with --resume only."),
-        ({"validation_num_inference_steps": 0}, "--validation_num_inference_steps: must be 1 or more; got 0."),
+        ({"validation_num_inference_steps": 0}, "--validation_num_inference_steps: must be at least 1; got 0."),
     ],
 )
 def test_an_option_without_effect_is_an_error(model, tmp_path, monkeypatch, capfd, options, told):

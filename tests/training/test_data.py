@@ -222,7 +222,7 @@ def test_an_interrupted_cache_is_completed_and_another_raises_an_error(pipe, sam
     pipe.vae.quant_conv.bias.data += 1
     with pytest.raises(ValueError, match="encoders was"):
         cache_samples(samples, 5, pipe, tmp_path)
-    with pytest.raises(ValueError, match="`count` must be 1 or more"):
+    with pytest.raises(ValueError, match="`count` must be at least 1"):
         cache_samples(samples, 0, pipe, tmp_path / "other")
 
 

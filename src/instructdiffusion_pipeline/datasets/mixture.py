@@ -116,7 +116,7 @@ class Mixture:
 
     def _locate(self, position: int) -> tuple[Source, int]:
         if position < 0:
-            raise IndexError(f"`position` must be 0 or more; got {position}.")
+            raise IndexError(f"`position` must be at least 0; got {position}.")
         epoch, offset = divmod(position, len(self))
         if self._plan is None or self._plan[0] != epoch:
             self._plan = epoch, self._order(epoch)

@@ -199,8 +199,8 @@ class Entry(NamedTuple):
 MASKS_OR_JOINTS = [name for name, spec in DATASETS.items() if spec.make_task in (KEYPOINTS, SEGMENTATION)]
 
 
-def parse_entries(entries: Sequence[str]) -> list[Entry]:
-    """Parse entries "NAME=FOLDER" of the option --data. FOLDER may contain any characters, including commas and "=".
+def parse_entries(entries: Sequence[str], option: str = "--data") -> list[Entry]:
+    """Parse entries "NAME=FOLDER" of a command-line option. FOLDER may contain any characters, even commas and "=".
 
     Several folders of one NAME are called "NAME:folder name", or "NAME:path" if two folders have the same name. Raises
     a ValueError for an unknown NAME, a folder that does not exist, a file instead of a folder, and a repeated entry.
@@ -209,14 +209,14 @@ def parse_entries(entries: Sequence[str]) -> list[Entry]:
     for entry in entries:
         key, _, folder = entry.partition("=")
         if key not in DATASETS or not folder:
-            raise ValueError(f"--data must be NAME=FOLDER with a NAME from {', '.join(DATASETS)}; got {entry!r}.")
+            raise ValueError(f"{option} must be NAME=FOLDER with a NAME from {', '.join(DATASETS)}; got {entry!r}.")
         path = Path(folder).expanduser()
         if not path.exists() and not (key in ON_HUB and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
-            raise ValueError(f"--data {key}: there is no folder {folder}.")
+            raise ValueError(f"{option} {key}: there is no folder {folder}.")
         if path.is_file() and key != "table":
-            raise ValueError(f"--data {key}: must be a folder; got the file {folder}.")
+            raise ValueError(f"{option} {key}: must be a folder; got the file {folder}.")
         if (key, path.resolve()) in [(other, known.resolve()) for other, known in pairs]:
-            raise ValueError(f"--data {entry} is given twice; name each folder once.")
+            raise ValueError(f"{option} {entry} is given twice; name each folder once.")
         pairs.append((key, path))
     keys = Counter(key for key, _ in pairs)
     short = Counter(f"{key}:{path.resolve().name}" for key, path in pairs)

@@ -75,7 +75,7 @@ def evaluate(
     """
     settings = settings_by_family or {}
     if batch_size < 1:
-        raise ValueError(f"`batch_size` must be 1 or more; got {batch_size}.")
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
     report.check_examples(examples)
     run = {
         "model": pipeline_fingerprint(pipeline),

@@ -91,7 +91,7 @@ def cache_samples(
         ValueError: if `count` is not above 0, or `folder` has a cache of other samples.
     """
     if count < 1:
-        raise ValueError(f"`count` must be 1 or more; got {count}.")
+        raise ValueError(f"`count` must be at least 1; got {count}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     encoders = FrozenEncoders.of(pipeline, pipeline.device, pipeline.vae.dtype, with_text=embeddings)

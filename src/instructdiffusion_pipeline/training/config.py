@@ -81,7 +81,7 @@ class TrainingConfig:
         )
         for name in counts.split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be 1 or more; got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
         for name in ("lr_warmup_steps", "weight_decay", "num_workers"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0; got {getattr(self, name)}.")
@@ -107,7 +107,7 @@ class TrainingConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1; got {self.ema_decay}.")
         if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"`lora_rank` must be 1 or more, or None; got {self.lora_rank}.")
+            raise ValueError(f"`lora_rank` must be at least 1, or None; got {self.lora_rank}.")
         if self.text_to_image and self.change_weight is not None:
             raise ValueError("`change_weight` must be None with `text_to_image`, which uses no input image.")
         if self.lora_rank and self.train_text_encoder:
