@@ -86,6 +86,11 @@ def test_the_blocks_return_the_image_of_the_pipeline(
     blocks = modular(pipe, **named(SCALES[branches]))
     generators = [tiny.generator(seed) for seed in range(2 * samples)]
     assert np.array_equal(blocks(**tiny.inputs(**call, generator=generators), output="images"), expected)
+    generators = [tiny.generator(seed) for seed in range(4 * samples)]
+    ensembles = {**call, "num_images_per_prompt": 4, "ensemble_size": 2}
+    expected = pipe(**tiny.inputs(**ensembles, generator=generators, **named(SCALES[branches]))).images
+    generators = [tiny.generator(seed) for seed in range(4 * samples)]
+    assert np.array_equal(blocks(**tiny.inputs(**ensembles, generator=generators), output="images"), expected)
     assert blocks.guider.num_conditions == branches
     settings = task.settings
     scales = {name: settings[name] for name in ("guidance_scale", "image_guidance_scale")}
@@ -176,7 +181,7 @@ def test_saved_blocks_can_be_loaded(pipe: InstructDiffusionPipeline, tmp_path: P
 
 def test_each_block_runs_alone_with_its_own_components(pipe: InstructDiffusionPipeline) -> None:
     """The outputs of each block are the inputs of the next one, which has a separate pipeline."""
-    expected = pipe(**tiny.inputs(num_images_per_prompt=2)).images
+    expected = pipe(**tiny.inputs(num_images_per_prompt=2, ensemble_size=2)).images
     steps = [
         (InstructDiffusionTextEncoderStep(), {"text_encoder", "tokenizer"}),
         (InstructDiffusionVaeEncoderStep(), {"vae"}),
@@ -186,7 +191,7 @@ def test_each_block_runs_alone_with_its_own_components(pipe: InstructDiffusionPi
         (InstructDiffusionDenoiseStep(), {"guider", "unet", "scheduler"}),
         (InstructDiffusionVaeDecoderStep(), {"vae", "safety_checker", "feature_extractor"}),
     ]
-    known = tiny.inputs(num_images_per_prompt=2)
+    known = tiny.inputs(num_images_per_prompt=2, ensemble_size=2)
     for block, components in steps:
         alone = modular(pipe, block)
         assert set(alone.component_names) == components

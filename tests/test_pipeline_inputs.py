@@ -181,6 +181,26 @@ def test_one_generator_draws_the_noise_of_a_batch_in_order(pipe: InstructDiffusi
     assert np.array_equal(drawn, given)
 
 
+def test_an_ensemble_returns_the_mean_of_its_images(pipe: InstructDiffusionPipeline) -> None:
+    call = {"prompt": PROMPTS[:2], "output_type": "pt"}
+    single = pipe(**tiny.inputs(**call, num_images_per_prompt=6)).images
+    means = pipe(**tiny.inputs(**call, num_images_per_prompt=2, ensemble_size=3)).images
+    assert means.shape[0] == 4 and single.var(0).max() > 1e-4
+    expected = torch.stack([single[start : start + 3].mean(0) for start in (0, 3, 6, 9)])
+    assert torch.equal(means, expected)
+
+
+def test_each_ensemble_uses_the_generator_of_its_output(pipe: InstructDiffusionPipeline) -> None:
+    generators = [tiny.generator(seed) for seed in (5, 6)]
+    together = pipe(**tiny.inputs(prompt=PROMPTS[:2], ensemble_size=2, generator=generators)).images
+    alone = pipe(**tiny.inputs(prompt=PROMPTS[1], ensemble_size=2, generator=tiny.generator(6))).images[0]
+    assert abs(together[1] - alone).max() <= 1e-4
+    with pytest.raises(ValueError, match="`generator` must be one or a list of 2, one per output; got 4"):
+        pipe(**tiny.inputs(prompt=PROMPTS[:2], ensemble_size=2, generator=2 * generators))
+    with pytest.raises(ValueError, match=r"`latents` must have the shape \(2, 4, 16, 16\); got \(1, 4, 16, 16\)"):
+        pipe(**tiny.inputs(ensemble_size=2, latents=torch.zeros(1, 4, 16, 16)))
+
+
 def test_embeddings_can_replace_texts(pipe: InstructDiffusionPipeline) -> None:
     expected = pipe(**tiny.inputs(prompt=PROMPTS[:2], negative_prompt="fog")).images
     embeds, negative_embeds = pipe.encode_prompt(PROMPTS[:2], negative_prompt="fog")
@@ -268,6 +288,11 @@ LATENTS = torch.zeros(1, 4, 16, 16)
         (
             {"num_images_per_prompt": 0},
             "`num_images_per_prompt` must be an integer of at least 1 and at most 1000; got 0",
+        ),
+        ({"ensemble_size": 0}, "`ensemble_size` must be an integer of at least 1 and at most 1000; got 0"),
+        (
+            {"ensemble_size": 2, "output_type": "latent"},
+            '`ensemble_size` must be 1 for `output_type="latent"`.*; got 2',
         ),
         ({"guidance_scale": "5"}, "`guidance_scale` must be a finite number; got '5'"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number; got nan"),

@@ -274,13 +274,10 @@ def _check_size(resolution: int | None, resize_mode: str) -> None:
     _require(is_mode, "resize_mode", f"one of {RESIZE_MODES}", resize_mode)
 
 
-def _check_copies(num_images_per_prompt: int) -> None:
-    _require(
-        _is_integer(num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT),
-        "num_images_per_prompt",
-        f"an integer of at least 1 and at most {MAX_IMAGES_PER_PROMPT}",
-        num_images_per_prompt,
-    )
+def _check_copies(num_images_per_prompt: int, ensemble_size: int = 1) -> None:
+    for name, copies in (("num_images_per_prompt", num_images_per_prompt), ("ensemble_size", ensemble_size)):
+        expected = f"an integer of at least 1 and at most {MAX_IMAGES_PER_PROMPT}"
+        _require(_is_integer(copies, 1, MAX_IMAGES_PER_PROMPT), name, expected, copies)
 
 
 def _check_generator(generator: torch.Generator | list[torch.Generator] | None) -> None:
@@ -370,6 +367,22 @@ def _expand(name: str, tensor: torch.Tensor, batch_size: int, copies: int) -> to
             f" {batch_size} samples, the largest number of entries of `prompt`, `negative_prompt` and `image`."
         )
     return tensor.repeat_interleave(copies * (batch_size // tensor.shape[0]), dim=0)
+
+
+def _repeat_generators(
+    generator: torch.Generator | list[torch.Generator] | None, outputs: int, ensemble_size: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """Repeats a list of one generator per output to one per image of the ensembles."""
+    if not isinstance(generator, list):
+        return generator
+    if len(generator) != outputs:
+        raise ValueError(f"`generator` must be one or a list of {outputs}, one per output; got {len(generator)}.")
+    return [single for single in generator for _ in range(ensemble_size)]
+
+
+def _mean_of_ensembles(images: torch.Tensor, ensemble_size: int) -> torch.Tensor:
+    """The means (N, 3, H, W) of ensembles of adjacent images (N * ensemble_size, 3, H, W)."""
+    return images if ensemble_size == 1 else images.unflatten(0, (-1, ensemble_size)).mean(1)
 
 
 def _check_caches(unet: UNet2DConditionModel) -> None:
@@ -846,6 +859,7 @@ class InstructDiffusionPipeline(
         sigmas: list[float] | None = None,
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
+        ensemble_size: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -898,9 +912,12 @@ class InstructDiffusionPipeline(
             strength: the fraction of the steps to run, in (0, 1]. 1.0 runs all steps from pure noise. Below 1.0, the
                 last `round(num_inference_steps * strength)` steps run, starting from the noised image latents.
             num_images_per_prompt: number of outputs per sample.
+            ensemble_size: number of images whose mean is an output, as in Marigold (arXiv 2312.02145). They start from
+                different noise, so that random errors of single images are weaker in the mean. M = N * ensemble_size
+                images are denoised. Must be 1 for `output_type="latent"`.
             eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; used by DDIM-like schedulers only.
             generator: one generator for the call, or a list of N. A CPU generator gives the same noise on any device.
-            latents: standard normal noise (N, C, h, w) to start from, instead of noise from `generator`.
+            latents: standard normal noise (M, C, h, w) to start from, instead of noise from `generator`.
             prompt_embeds: (1 or B, 77, D), instead of `prompt`.
             negative_prompt_embeds: (1 or B, 77, D), instead of `negative_prompt`.
             ip_adapter_image: for each IP-Adapter, a PIL image, a list of K PIL images, or the feature extractor's
@@ -918,8 +935,8 @@ class InstructDiffusionPipeline(
                 tensors to continue with, or `None`. It may set `_guidance_scale`, `_image_guidance_scale` and
                 `_interrupt`.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback receives, among
-                `_callback_tensor_inputs`: latents and image_latents (N, C, h, w) in float32, prompt_embeds and
-                negative_prompt_embeds (N, 77, D).
+                `_callback_tensor_inputs`: latents and image_latents (M, C, h, w) in float32, prompt_embeds and
+                negative_prompt_embeds (M, 77, D).
 
         Examples:
 
@@ -966,6 +983,7 @@ class InstructDiffusionPipeline(
             latents,
             return_dict,
             cross_attention_kwargs,
+            ensemble_size,
         )
         self._guidance_scale = float(guidance_scale)
         self._image_guidance_scale = float(image_guidance_scale)
@@ -987,22 +1005,24 @@ class InstructDiffusionPipeline(
             clip_skip=clip_skip,
         )
 
-        # 3. Expand all conditions to one entry per output, N = B * num_images_per_prompt.
+        # 3. Expand all conditions to one entry per denoised image, M = B * copies.
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
-        prompt_embeds = _expand("prompt", prompt_embeds, batch_size, num_images_per_prompt)
-        negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, num_images_per_prompt)
+        copies = num_images_per_prompt * ensemble_size
+        prompt_embeds = _expand("prompt", prompt_embeds, batch_size, copies)
+        negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, copies)
         ip_adapter_embeds = [
-            [_expand("ip_adapter_image_embeds", half, batch_size, num_images_per_prompt) for half in embeds.chunk(2)]
+            [_expand("ip_adapter_image_embeds", half, batch_size, copies) for half in embeds.chunk(2)]
             for embeds in self.prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, device)
         ]
+        generator = _repeat_generators(generator, batch_size * num_images_per_prompt, ensemble_size)
         masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
         self._check_masks(masks, [positive.shape[1] for _, positive in ip_adapter_embeds])
 
-        # 4. Encode each image once with the VAE: (N, C, h, w).
+        # 4. Encode each image once with the VAE: (M, C, h, w).
         image_latents = self.encode_image_latents(pixels, device)
-        image_latents = _expand("image", image_latents, batch_size, num_images_per_prompt)
+        image_latents = _expand("image", image_latents, batch_size, copies)
 
-        # 5. Prepare the timesteps and the initial latents: (N, C, h, w).
+        # 5. Prepare the timesteps and the initial latents: (M, C, h, w).
         schedule = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, strength, device)
         self._num_timesteps = len(schedule)
         started_late = len(schedule) < len(self.scheduler.timesteps)
@@ -1023,7 +1043,7 @@ class InstructDiffusionPipeline(
                     _reset_caches(self.unet)
                 branches = guidance.branches
 
-                # Concatenate the K branches: (K * N, 2 * C, h, w), noisy latents first. Without an image, the latents
+                # Concatenate the K branches: (K * M, 2 * C, h, w), noisy latents first. Without an image, the latents
                 # are zeros.
                 noisy_latents = self.scheduler.scale_model_input(latents, t)
                 pictures = [torch.zeros_like(image_latents) if b == "no_image" else image_latents for b in branches]
@@ -1042,7 +1062,7 @@ class InstructDiffusionPipeline(
                     return_dict=False,
                 )[0]
 
-                # Combine the predictions (N, C, h, w) and step to the next noise level.
+                # Combine the predictions (M, C, h, w) and step to the next noise level.
                 prediction = guidance.combine(predictions.to(latents.dtype))
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
@@ -1079,7 +1099,7 @@ class InstructDiffusionPipeline(
         nsfw_content_detected = None
         images: Any = latents.to(dtype)
         if output_type != "latent":
-            images = self.decode_latents(latents)
+            images = _mean_of_ensembles(self.decode_latents(latents), ensemble_size)
             images, nsfw_content_detected = self.run_safety_checker(images, device)
             crop = resize_mode == "crop" and resolution != 0
             images = self.postprocess_image(images, output_type, answer_sizes, crop)
@@ -1114,6 +1134,7 @@ class InstructDiffusionPipeline(
         latents: torch.Tensor | None = None,
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        ensemble_size: int = 1,
     ) -> None:
         """Raises a ValueError with the argument's name, expected value and value if an argument is invalid."""
         for name in ("vae", "unet", "scheduler"):
@@ -1138,12 +1159,17 @@ class InstructDiffusionPipeline(
         _check_eta(eta)
 
         # Other numbers and choices.
-        _check_copies(num_images_per_prompt)
+        _check_copies(num_images_per_prompt, ensemble_size)
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
             _require(_is_number(scale), name, "a finite number", scale)
         self._check_clip_skip(clip_skip)
         _check_generator(generator)
         _check_output_type(output_type, OUTPUT_TYPES)
+        if output_type == "latent" and ensemble_size > 1:
+            raise ValueError(
+                '`ensemble_size` must be 1 for `output_type="latent"`, because decoded images are averaged; got'
+                f" {ensemble_size}."
+            )
         _require(isinstance(return_dict, bool), "return_dict", "True or False", return_dict)
         attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
         _require(
@@ -1629,13 +1655,13 @@ class InstructDiffusionPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The initial latents (N, C, h, w): pure noise, or the image latents noised to the timestep `start` (1,).
+        """The initial latents (M, C, h, w): pure noise, or the image latents noised to the timestep `start` (1,).
 
         Latents are always float32, so that a seed gives the same noise with every dtype of the UNet.
         """
         shape = image_latents.shape
         if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"`generator` must be one or a list of {shape[0]}, one per output; got {len(generator)}.")
+            raise ValueError(f"`generator` must be one or a list of {shape[0]}, one per image; got {len(generator)}.")
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=image_latents.device, dtype=torch.float32)
         elif latents.shape == shape:

@@ -43,6 +43,8 @@ from .pipeline_instruct_diffusion import (
     _expand,
     _is_finite_tensor,
     _is_number,
+    _mean_of_ensembles,
+    _repeat_generators,
     _require,
     _reset_caches,
 )
@@ -70,10 +72,11 @@ _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "resolution": (int, None, "The working size in pixels; None is the UNet's, 0 the image's own."),
     "resize_mode": (str, "crop", "'crop' or 'stretch', see `working_size`."),
     "num_images_per_prompt": (int, 1, "The number of outputs per sample."),
+    "ensemble_size": (int, 1, "The number of images, from different noise, whose mean is an output."),
     "num_inference_steps": (int, None, "The number of denoising steps; None is the model's default for editing."),
     "sigmas": (list[float], None, "Custom noise levels in descending order, instead of `num_inference_steps`."),
     "strength": (float, 1.0, "The fraction of the steps to run, in (0, 1]."),
-    "generator": (torch.Generator | list[torch.Generator], None, "One generator, or a list of N."),
+    "generator": (torch.Generator | list[torch.Generator], None, "One generator, or a list of one per output."),
     "eta": (float, 0.0, "The eta of DDIM (arXiv 2010.02502), in [0, 1]."),
     "output_type": (str, "pil", "'pil', 'np' or 'pt'."),
     "prompt_embeds": (torch.Tensor, None, "The encoded instruction (1, B or N, 77, D)."),
@@ -298,7 +301,7 @@ class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionInputStep(ModularPipelineBlocks):
-    """Repeats all conditions to one entry per output.
+    """Repeats all conditions and generators to one entry per image: N = B * num_images_per_prompt * ensemble_size.
 
     Raises:
         ValueError: if the conditions have different numbers of entries, other than 1.
@@ -308,28 +311,33 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return "Repeats the conditions to one entry per output, N = B * num_images_per_prompt."
+        return (
+            "Repeats conditions and generators to one entry per image, N = B * num_images_per_prompt * ensemble_size."
+        )
 
     @property
     def inputs(self) -> list[InputParam]:
         conditions = ("prompt_embeds", "negative_prompt_embeds", "image_latents")
-        return _inputs("num_images_per_prompt", required=conditions)
+        return _inputs("num_images_per_prompt", "ensemble_size", "generator", required=conditions)
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return _outputs("prompt_embeds", "negative_prompt_embeds", "image_latents")
+        return _outputs("prompt_embeds", "negative_prompt_embeds", "image_latents", "generator")
 
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block = self.get_block_state(state)
-        _check_copies(block.num_images_per_prompt)
+        _check_copies(block.num_images_per_prompt, block.ensemble_size)
+        _check_generator(block.generator)
         _check_latents("image_latents", block.image_latents)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = getattr(block, name)
             is_embeds = _is_finite_tensor(embeds) and embeds.ndim == 3
             _require(is_embeds, name, f"{FINITE_TENSOR} of shape (B, 77, D)", embeds)
         batch_size = max(len(block.prompt_embeds), len(block.negative_prompt_embeds), len(block.image_latents))
-        copies = block.num_images_per_prompt
+        outputs = batch_size * block.num_images_per_prompt
+        block.generator = _repeat_generators(block.generator, outputs, block.ensemble_size)
+        copies = block.num_images_per_prompt * block.ensemble_size
         block.prompt_embeds = _expand("prompt", block.prompt_embeds, batch_size, copies)
         block.negative_prompt_embeds = _expand("negative_prompt", block.negative_prompt_embeds, batch_size, copies)
         block.image_latents = _expand("image", block.image_latents, batch_size, copies)
@@ -611,7 +619,8 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return _inputs("output_type", "answer_sizes", "resolution", "resize_mode", required=("latents",))
+        names = ("output_type", "answer_sizes", "resolution", "resize_mode", "ensemble_size")
+        return _inputs(*names, required=("latents",))
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -624,7 +633,8 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
         _check_latents("latents", block.latents)
         _check_size(block.resolution, block.resize_mode)
         _check_output_type(block.output_type, tuple(kind for kind in OUTPUT_TYPES if kind != "latent"))
-        pictures = pipe.decode_latents(block.latents)
+        _check_copies(1, block.ensemble_size)
+        pictures = _mean_of_ensembles(pipe.decode_latents(block.latents), block.ensemble_size)
         pictures, block.nsfw_content_detected = pipe.run_safety_checker(pictures, components._execution_device)
         sizes = block.answer_sizes or [(pictures.shape[3], pictures.shape[2])]
         crop = block.resize_mode == "crop" and block.resolution != 0
