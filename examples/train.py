@@ -143,8 +143,9 @@ def run(options: Options, config: TrainingConfig) -> None:
             f"--output_dir: {model} already exists. Publish it with examples/push_to_hub.py; or choose another folder;"
             " or move model/ and lora/ away and use --resume latest with a larger --max_train_steps."
         )
-    for entry in parse_entries(options.data):
-        known = [(other.key, other.folder) for other in parse_entries(options.validation_data, "--validation_data")]
+    entries = parse_entries(options.data)
+    known = [(entry.key, entry.folder) for entry in parse_entries(options.validation_data, "--validation_data")]
+    for entry in entries:
         if (entry.key, entry.folder) in known and validation_split(entry.key, options) == train_split(
             entry.key, options
         ):
