@@ -3,10 +3,11 @@
     python examples/tune.py --model out/model --data coco-stuff=data/coco-stuff --output out/tune \\
         --output_model out/model-tuned
 
-First the guidance scales are compared, with the model's own number of steps; then the numbers of denoising steps and
-the schedulers, with the best scales. The settings with the best score are compared with the model's own on images that
-were not used for the choice. If their score is at least as good, a copy of the model in which they are the default
-settings of the task (`task_settings`) is written to --output_model. The scheduler is used for all tasks of a model.
+First the guidance scales are compared, with the model's own number of steps; then the numbers of denoising steps, the
+ensemble sizes and the schedulers, with the best scales. The settings with the best score are compared with the model's
+own on images that were not used for the choice. If their score is at least as good, a copy of the model in which they
+are the default settings of the task (`task_settings`) is written to --output_model. The scheduler is used for all
+tasks of a model.
 
 OUTPUT/table.md and OUTPUT/scores.png have all scores and the seconds per output. An interrupted run is resumed when it
 is started again. Needs `pip install ".[eval]"`.
@@ -48,6 +49,7 @@ from instructdiffusion_pipeline.files import atomic_write, update_json, write_te
 from instructdiffusion_pipeline.tasks import EmptyAnnotation, Task
 
 SCALES = "guidance_scale", "image_guidance_scale"
+COMPARED = "num_inference_steps", *SCALES, "ensemble_size"
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Trial:
 
     @property
     def name(self) -> str:
-        steps, *scales = (self.settings[name] for name in ("num_inference_steps", *SCALES))
+        steps, *scales, ensemble_size = (self.settings[name] for name in COMPARED)
         plural = "s" if steps > 1 else ""
-        return f"{self.scheduler}, {steps} step{plural}, scales {scales[0]:g} and {scales[1]:g}"
+        ensemble = f", mean of {ensemble_size}" if ensemble_size > 1 else ""
+        return f"{self.scheduler}, {steps} step{plural}, scales {scales[0]:g} and {scales[1]:g}{ensemble}"
 
 
 class Images(NamedTuple):
@@ -86,6 +89,12 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=finite, nargs="+", default=[1.0, 3.0, 5.0, 7.5], help="to compare")
     parser.add_argument("--image_guidance_scale", type=finite, nargs="+", default=[0.5, 1.0, 1.5], help="to compare")
     parser.add_argument("--steps", type=integer(1), nargs="+", default=[3, 5, 10, 20, 50], help="to compare")
+    parser.add_argument(
+        "--ensemble_size",
+        type=integer(1),
+        nargs="+",
+        help="to compare; each output is the mean of this number of images (default: the model's own)",
+    )
     parser.add_argument(
         "--scheduler", nargs="+", default=[], help="schedulers of diffusers to compare with the model's own"
     )
@@ -132,8 +141,11 @@ def main() -> None:
     for scales in itertools.product(args.guidance_scale, args.image_guidance_scale):
         trials.append(search.run(choice, search.own | dict(zip(SCALES, scales, strict=True))))
     chosen = best(trials)
-    for scheduler, steps in itertools.product([search.scheduler, *args.scheduler], args.steps):
-        trials.append(search.run(choice, {**chosen.settings, "num_inference_steps": steps}, scheduler))
+    schedulers = [search.scheduler, *args.scheduler]
+    sizes = args.ensemble_size or [search.own["ensemble_size"]]
+    for scheduler, steps, size in itertools.product(schedulers, args.steps, sizes):
+        settings = {**chosen.settings, "num_inference_steps": steps, "ensemble_size": size}
+        trials.append(search.run(choice, settings, scheduler))
     trials = list({trial.name: trial for trial in trials}.values())  # the model's own settings can be listed twice
     chosen = best(trials)
     before, after = search.run(held_out, search.own), search.run(held_out, chosen.settings, chosen.scheduler)
@@ -161,7 +173,7 @@ class Search:
         """The mean of the first metric of each row. Settings are not scored twice."""
         scheduler = scheduler or self.scheduler
         self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(self.scheduler_config)
-        values = "-".join(f"{settings[name]:g}" for name in ("num_inference_steps", *SCALES))
+        values = "-".join(f"{settings[name]:g}" for name in COMPARED)
         folder = self.folder / images.name / f"{scheduler}-{values}"
         by_family = {self.family: settings}
         results = evaluate(self.pipeline, images.examples, folder, by_family, self.batch_size, self.seed)

@@ -157,7 +157,8 @@ def test_the_safety_checker_runs(pipe: InstructDiffusionPipeline, threshold: flo
 def test_a_folder_loads_without_trust_remote_code(
     pipe: InstructDiffusionPipeline, tmp_path: Path, write: Callable
 ) -> None:
-    pipe.register_to_config(task_settings={"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}})
+    editing = {"num_inference_steps": 3, "guidance_scale": 2.0, "ensemble_size": 2}
+    pipe.register_to_config(task_settings={"editing": editing})
     write(pipe, tmp_path / "model")
     blocks = InstructDiffusionBlocks().init_pipeline(str(tmp_path / "model"))
     blocks.load_components()
@@ -208,6 +209,10 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     assert torch.equal(state.get("latents"), latent)
     alone = modular(pipe, InstructDiffusionVaeDecoderStep())
     assert np.array_equal(alone(latents=latent, output_type="np", output="images"), state.get("images"))
+    with pytest.raises(
+        ValueError, match="`latents` must be a tensor whose first dimension is a multiple of .* size 2"
+    ):
+        alone(latents=latent, ensemble_size=2)
     # Without the sizes of the inputs, PIL images have the working size.
     assert alone(latents=latent, output="images")[0].size == (32, 32)
 

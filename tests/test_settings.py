@@ -43,6 +43,26 @@ def test_a_call_uses_the_settings_of_the_model_or_else_of_the_original_code(tune
     assert pipe.num_timesteps == 100 and (pipe.guidance_scale, pipe.image_guidance_scale) == (5.0, 1.25)
 
 
+def test_the_ensemble_size_of_a_task_is_used_by_that_task_only(pipe):
+    """The default of `__call__` is that of editing, which tasks without an ensemble size do not use."""
+    editing = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    own = {"editing": {**editing, "ensemble_size": 2}, "keypoints": {"num_inference_steps": 2, "ensemble_size": 3}}
+    tuned = InstructDiffusionPipeline(**tiny.components(), task_settings=own)
+    tuned.set_progress_bar_config(disable=True)
+    assert np.array_equal(run(tuned), run(pipe, **editing, ensemble_size=2))
+    assert np.array_equal(run(tuned, ensemble_size=1), run(pipe, **editing))
+    with pytest.raises(ValueError, match='`ensemble_size` must be 1 for `output_type="latent"`.*; got 2'):
+        run(tuned, output_type="latent")
+    tasks = {1: Restoration("blur"), 2: Editing("make it winter"), 3: Keypoints({"nose": "red"})}
+    for size, task in tasks.items():
+        settings = {**task.settings, **own.get(task.family, {"num_inference_steps": 2}), "ensemble_size": size}
+        expected = ask(pipe, tiny.picture(), task, generator=tiny.generator(), **settings)
+        given = {} if task.family in own else {"num_inference_steps": 2}
+        for unset in ({}, {"ensemble_size": None}):
+            answer = ask(tuned, tiny.picture(), task, generator=tiny.generator(), **given, **unset)
+            assert np.array_equal(answer.picture, expected.picture)
+
+
 def test_a_setting_of_zero_is_used(tuned):
     assert not np.array_equal(run(tuned, guidance_scale=0.0), run(tuned))
 
@@ -162,8 +182,10 @@ def test_the_default_resolution_is_that_of_the_unet(pipe):
 
 
 @pytest.mark.parametrize("settings", [{"guidence_scale": 4.0}, {"resize_mode": "crop"}, {"negative_prompt": "blurry"}])
-def test_task_settings_have_only_steps_scales_and_resolution(settings):
-    with pytest.raises(ValueError, match="`task_settings` must be .* image_guidance_scale or resolution"):
+def test_unknown_names_in_task_settings_raise_an_error(settings):
+    with pytest.raises(
+        ValueError, match="`task_settings` must be .* image_guidance_scale, ensemble_size or resolution"
+    ):
         InstructDiffusionPipeline(**tiny.components(), task_settings={"editing": settings})
 
 

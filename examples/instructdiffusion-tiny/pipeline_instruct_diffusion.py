@@ -73,7 +73,12 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.f
 SET_BY_UNET = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "gligen")
 FINITE_TENSOR = "a floating-point tensor of finite values"
 # The original code's settings for editing, used if neither the caller nor the model gives a value.
-DEFAULT_SETTINGS = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
+DEFAULT_SETTINGS = {
+    "num_inference_steps": 100,
+    "guidance_scale": 5.0,
+    "image_guidance_scale": 1.25,
+    "ensemble_size": 1,
+}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -596,9 +601,9 @@ class InstructDiffusionPipeline(
         readout: a `UNet2DModel` that decodes masks and keypoints. `instructdiffusion_pipeline.ask` uses it;
             the pipeline itself only stores it.
         requires_safety_checker: whether to warn if `safety_checker` is missing.
-        task_settings: the steps, guidance scales and resolution that suit this model, by task family, for example
-            `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of "editing",
-            `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
+        task_settings: the steps, guidance scales, ensemble size and resolution that suit this model, by task family,
+            for example `{"editing": {"num_inference_steps": 20, "guidance_scale": 4.0}}`. `__call__` uses those of
+            "editing", `instructdiffusion_pipeline.ask` those of its task. They are saved in `model_index.json`.
         score_calibration: slope and intercept that `instructdiffusion_pipeline.ask` uses to convert the scores of
             masks and joints to probabilities, as `{"segmentation": [1.2, -0.5], "keypoints": [0.9, 0.1]}`. The script
             `examples/calibrate.py` computes them. They are saved in `model_index.json`.
@@ -768,7 +773,7 @@ class InstructDiffusionPipeline(
 
     @property
     def default_settings(self) -> dict[str, Any]:
-        """The steps and scales of a call that gives none: the model's for "editing", or those of the original code."""
+        """The defaults of a call for `DEFAULT_SETTINGS`: the model's for "editing", or those of the original code."""
         return DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
 
     @property
@@ -859,7 +864,7 @@ class InstructDiffusionPipeline(
         sigmas: list[float] | None = None,
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
-        ensemble_size: int = 1,
+        ensemble_size: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -893,9 +898,9 @@ class InstructDiffusionPipeline(
                 - a tensor of image latents (B, C, h, w): the mode of the VAE's posterior, not multiplied by its
                   scaling factor. C is 4 for Stable Diffusion 1.5;
                 - a list of these.
-            num_inference_steps: number of denoising steps, at least 1. If this or a scale is `None`, the value in
-                `pipe.config.task_settings["editing"]` is used, or, if there is none, the default of the original code
-                (100, 5.0 and 1.25).
+            num_inference_steps: number of denoising steps, at least 1. If this, a scale or `ensemble_size` is `None`,
+                the value in `pipe.config.task_settings["editing"]` is used, or, if there is none, the default of the
+                original code (100, 5.0, 1.25 and 1).
             guidance_scale: guidance scale for the instruction (s_T). Any finite number; see `Guidance`.
             image_guidance_scale: guidance scale for the input image (s_I). If both scales are 0.5, guidance is
                 disabled.
@@ -954,6 +959,7 @@ class InstructDiffusionPipeline(
 
         # 0. Resolve the defaults and check the inputs, before anything slow runs.
         settings = self.default_settings
+        ensemble_size = settings["ensemble_size"] if ensemble_size is None else ensemble_size
         if num_inference_steps is None and timesteps is None and sigmas is None:
             num_inference_steps = settings["num_inference_steps"]
         guidance_scale = settings["guidance_scale"] if guidance_scale is None else guidance_scale

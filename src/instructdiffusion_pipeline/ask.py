@@ -302,7 +302,7 @@ def make_answer(
 
 def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:
     """The default call arguments of `ask`: those of the task or its class, overridden by the model's."""
-    return {**task.settings, **pipeline.config.task_settings.get(task.family, {})}
+    return {"ensemble_size": 1, **task.settings, **pipeline.config.task_settings.get(task.family, {})}
 
 
 def size_settings(

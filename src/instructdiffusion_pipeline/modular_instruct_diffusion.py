@@ -72,7 +72,7 @@ _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "resolution": (int, None, "The working size in pixels; None is the UNet's, 0 the image's own."),
     "resize_mode": (str, "crop", "'crop' or 'stretch', see `working_size`."),
     "num_images_per_prompt": (int, 1, "The number of outputs per sample."),
-    "ensemble_size": (int, 1, "The number of images, from different noise, whose mean is an output."),
+    "ensemble_size": (int, None, "The number of images whose mean is an output; None is the model's for editing."),
     "num_inference_steps": (int, None, "The number of denoising steps; None is the model's default for editing."),
     "sigmas": (list[float], None, "Custom noise levels in descending order, instead of `num_inference_steps`."),
     "strength": (float, 1.0, "The fraction of the steps to run, in (0, 1]."),
@@ -125,6 +125,13 @@ def _pipeline(components: ModularPipeline, *needed: str) -> InstructDiffusionPip
     names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
     parts: dict[str, Any] = {name: getattr(components, name, None) for name in names}
     return InstructDiffusionPipeline(**parts, task_settings=components.config.get("task_settings"))
+
+
+def _ensemble_size(pipe: InstructDiffusionPipeline, ensemble_size: int | None) -> int:
+    """The ensemble size of a call: the argument, or the model's default if it is None."""
+    size: int = pipe.default_settings["ensemble_size"] if ensemble_size is None else ensemble_size
+    _check_copies(1, size)
+    return size
 
 
 def _check_latents(name: str, latents: Any) -> None:
@@ -316,6 +323,10 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
         )
 
     @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return _settings()
+
+    @property
     def inputs(self) -> list[InputParam]:
         conditions = ("prompt_embeds", "negative_prompt_embeds", "image_latents")
         return _inputs("num_images_per_prompt", "ensemble_size", "generator", required=conditions)
@@ -327,7 +338,8 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block = self.get_block_state(state)
-        _check_copies(block.num_images_per_prompt, block.ensemble_size)
+        _check_copies(block.num_images_per_prompt)
+        ensemble_size = _ensemble_size(_pipeline(components), block.ensemble_size)
         _check_generator(block.generator)
         _check_latents("image_latents", block.image_latents)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -336,8 +348,8 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
             _require(is_embeds, name, f"{FINITE_TENSOR} of shape (B, 77, D)", embeds)
         batch_size = max(len(block.prompt_embeds), len(block.negative_prompt_embeds), len(block.image_latents))
         outputs = batch_size * block.num_images_per_prompt
-        block.generator = _repeat_generators(block.generator, outputs, block.ensemble_size)
-        copies = block.num_images_per_prompt * block.ensemble_size
+        block.generator = _repeat_generators(block.generator, outputs, ensemble_size)
+        copies = block.num_images_per_prompt * ensemble_size
         block.prompt_embeds = _expand("prompt", block.prompt_embeds, batch_size, copies)
         block.negative_prompt_embeds = _expand("negative_prompt", block.negative_prompt_embeds, batch_size, copies)
         block.image_latents = _expand("image", block.image_latents, batch_size, copies)
@@ -618,6 +630,10 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
         return _components("vae", "safety_checker", "feature_extractor")
 
     @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return _settings()
+
+    @property
     def inputs(self) -> list[InputParam]:
         names = ("output_type", "answer_sizes", "resolution", "resize_mode", "ensemble_size")
         return _inputs(*names, required=("latents",))
@@ -633,8 +649,10 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
         _check_latents("latents", block.latents)
         _check_size(block.resolution, block.resize_mode)
         _check_output_type(block.output_type, tuple(kind for kind in OUTPUT_TYPES if kind != "latent"))
-        _check_copies(1, block.ensemble_size)
-        pictures = _mean_of_ensembles(pipe.decode_latents(block.latents), block.ensemble_size)
+        ensemble_size = _ensemble_size(pipe, block.ensemble_size)
+        expected = f"a tensor whose first dimension is a multiple of the ensemble size {ensemble_size}"
+        _require(len(block.latents) % ensemble_size == 0, "latents", expected, block.latents)
+        pictures = _mean_of_ensembles(pipe.decode_latents(block.latents), ensemble_size)
         pictures, block.nsfw_content_detected = pipe.run_safety_checker(pictures, components._execution_device)
         sizes = block.answer_sizes or [(pictures.shape[3], pictures.shape[2])]
         crop = block.resize_mode == "crop" and block.resolution != 0

@@ -62,6 +62,7 @@ def test_both_halves_have_images_of_each_dataset_and_kind(run, gopro, tmp_path):
 
 def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
     few = ["--guidance_scale", 0.5, "--image_guidance_scale", 0.5, "--steps", 1, 2, "--scheduler", "DDIMScheduler"]
+    few += ["--ensemble_size", 1, 2]
     run(*few)
     output = capsys.readouterr().out
     table = (tmp_path / "out" / "table.md").read_text()
@@ -70,23 +71,26 @@ def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
         folder.name: json.loads((folder / "results.json").read_text())["rows"][0]["scores"]["PSNR"]["model"]
         for folder in (tmp_path / "out" / "choice").iterdir()
     }
-    own = "EulerAncestralDiscreteScheduler-3-0.5-0.5"
+    own = "EulerAncestralDiscreteScheduler-3-0.5-0.5-1"
     assert scores.keys() == {own} | {
-        f"{scheduler}-{steps}-0.5-0.5"
+        f"{scheduler}-{steps}-0.5-0.5-{size}"
         for scheduler in ("EulerAncestralDiscreteScheduler", "DDIMScheduler")
         for steps in (1, 2)
+        for size in (1, 2)
     }
-    assert len(table.splitlines()) == 2 + 5 + 5 + 4
+    assert len(table.splitlines()) == 2 + 9 + 5 + 4
+    assert sum("mean of 2" in line for line in table.splitlines()[:11]) == 4
     with Image.open(tmp_path / "out" / "scores.png") as picture:
         assert picture.width > 500
     assert max(scores.values()) > min(scores.values())
     if "and are kept" in output:
         assert not (tmp_path / "model").exists()
         return
-    scheduler, steps, _, _ = max(scores, key=scores.get).split("-")
+    scheduler, steps, _, _, size = max(scores, key=scores.get).split("-")
     tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
     before = json.loads((SHIPPED / "model_index.json").read_text())["task_settings"]
     assert tuned.config.task_settings["restoration"]["num_inference_steps"] == int(steps)
+    assert tuned.config.task_settings["restoration"]["ensemble_size"] == int(size)
     assert type(tuned.scheduler).__name__ == scheduler
     others = {family: settings for family, settings in tuned.config.task_settings.items() if family != "restoration"}
     assert others.items() <= before.items() and len(others) == 3
@@ -115,7 +119,7 @@ def test_a_run_that_was_stopped_is_resumed(run, tmp_path, monkeypatch):
 
 def test_the_front_has_the_trials_that_no_other_dominates():
     rng = random.Random(0)
-    settings = {"num_inference_steps": 1, "guidance_scale": 1, "image_guidance_scale": 1}
+    settings = {"num_inference_steps": 1, "guidance_scale": 1, "image_guidance_scale": 1, "ensemble_size": 1}
     trials = [tune.Trial("", settings, rng.random(), rng.random()) for _ in range(50)]
     line = tune.front(trials)
     for trial in trials:
@@ -146,11 +150,11 @@ def test_a_worse_choice_is_not_written(run, tmp_path, monkeypatch, capsys):
 def test_settings_are_compared_with_those_of_ask(tmp_path):
     pipe = InstructDiffusionPipeline(**tiny.components())
     task = Keypoints({"nose": "red"})
-    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings, (
+    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings | {"ensemble_size": 1}, (
         "a model without settings has those of the task"
     )
     pipe.register_to_config(task_settings={"keypoints": {"guidance_scale": 2.0}})
-    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings | {"guidance_scale": 2.0}
+    assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings | {"guidance_scale": 2.0, "ensemble_size": 1}
 
 
 def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
