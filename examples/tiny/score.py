@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import UNet2DModel
 from edits import Change
 from held_out import CHANGES, SEED, held_out_world, rows
 from PIL import Image
@@ -41,6 +42,7 @@ from instructdiffusion_pipeline.evaluation.baselines import inpaint
 from instructdiffusion_pipeline.evaluation.metrics import Overlap
 from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.files import write_text
+from instructdiffusion_pipeline.readout import read_answer
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS, visible_colors
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
@@ -100,9 +102,9 @@ def beyond(
         answer = Image.open(answers[case.name])
         (task,) = example.tasks
         if task.family == "segmentation":
-            measured = in_masks(example, answer)
+            measured = in_masks(example, answer, pipeline.readout)
         elif task.family == "keypoints":
-            measured = in_joints(example, answer)
+            measured = in_joints(example, answer, pipeline.readout)
         else:
             truth = task.draw(example.image, example.truth)
             (ceiling,) = vae_reconstruction(pipeline, [truth], max(truth.size))
@@ -118,15 +120,15 @@ def beyond(
     }
 
 
-def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """Score a mask.
+def in_masks(example: Example, answer: Image.Image, readout: UNet2DModel | None = None) -> dict[str, list[float]]:
+    """Score a mask, decoded with the readout if there is one.
 
     If the object is absent: whether the mask is a false positive. If it is present: the IoU. If there are several
     objects: also the IoU of a mask of all objects, and whether the IoU with the named object is higher than the IoU
     with the others.
     """
     (task,) = example.tasks
-    ((name, found),) = task.read(example.image, answer).items()
+    ((name, found),) = read_answer(task, example.image, answer, readout=readout).items()
     if not example.truth[name].any():
         return {"painted though absent": [found.pixels.mean() > MIN_PAINTED]}
     everything = np.logical_or.reduce(list(example.truth.values()))
@@ -140,12 +142,15 @@ def in_masks(example: Example, answer: Image.Image) -> dict[str, list[float]]:
     return values
 
 
-def in_joints(example: Example, answer: Image.Image) -> dict[str, list[float]]:
-    """Score joints: swapped with the joint on the other side, not detected, or detected but outside the image."""
+def in_joints(example: Example, answer: Image.Image, readout: UNet2DModel | None = None) -> dict[str, list[float]]:
+    """Score joints: swapped with the joint on the other side, not detected, or detected but outside the image.
+
+    They are decoded with the readout if there is one.
+    """
     (task,) = example.tasks
     swaps = {"left": "right", "right": "left"}
     confused, missed, invented = [], [], []
-    for name, found in task.read(example.image, answer).items():
+    for name, found in read_answer(task, example.image, answer, readout=readout).items():
         truth = example.truth[name]
         if truth is None:
             invented.append(found is not None)
