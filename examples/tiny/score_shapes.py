@@ -2,10 +2,11 @@
 
     python examples/tiny/score_shapes.py --world out/tiny/world --samples 300 --output out/shapes
 
-The rows are segmentation of images of four shapes, of objects at the rim, and of two and three objects at once, and
-edits at 384 pixels. The photographs and the drawing style in the segmentation rows were not used in training. With
-`--slices 0.56` the model is also run on overlapping slices of the images. The files are those of an evaluation;
-table.md has the scores. A run that was stopped continues when it is started again.
+The rows are segmentation of images of four shapes, of objects of three sizes, of absent objects, of objects at the
+rim, and of two and three objects at once, and edits at 384 pixels. The photographs and the drawing style in the
+segmentation rows were not used in training. With `--slices 0.56` the model is also run on overlapping slices of the
+images. The files are those of an evaluation; table.md has the scores. The score of an absent object is 1 if its mask is
+empty, otherwise 0. A run that was stopped continues when it is started again.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 SHAPES = {"1:1": (256, 256), "3:2": (384, 256), "2:3": (256, 384), "16:9": (456, 256)}
 SIZES = (0.3, 0.5)  # of the objects, relative to the shorter side
+SIZE_ROWS = (0.12, 0.2), (0.2, 0.4), (0.4, 0.62)
 EDITED = (384, 384)
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
@@ -62,17 +64,25 @@ def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
     def dataset(example: Callable, **options: Any) -> GeneratedDataset:
         return GeneratedDataset(partial(example, held_out_world(recipe, folder, **options)), count, SEED)
 
-    style = {"styles": (UNSEEN_STYLE,), "sizes": SIZES}
+    other_style = {"styles": (UNSEEN_STYLE,)}
+    style = {**other_style, "sizes": SIZES}
     shapes = [
         Source(f"segmentation, {name}", dataset(sources.present, frame=frame, **style), Segmentation.from_annotation)
         for name, frame in SHAPES.items()
     ]
+    alone = {**other_style, "frame": SHAPES["1:1"], "counts": {1: 1}}
+    sizes = {
+        f"one object of {low} to {high} of the side": dataset(sources.present, sizes=(low, high), **alone)
+        for low, high in SIZE_ROWS
+    }
+    sizes["object absent"] = dataset(sources.absent, sizes=(SIZE_ROWS[0][0], SIZE_ROWS[-1][1]), **alone)
     rim = dataset(sources.at_the_rim, frame=SHAPES["3:2"], **style)
     several = {
         number: dataset(sources.one_each, frame=SHAPES["1:1"], counts={number: 1}, **style) for number in (2, 3)
     }
     return [
         *shapes,
+        *(Source(f"segmentation, {name}", data, Segmentation.from_annotation) for name, data in sizes.items()),
         Source("segmentation, at the rim, 3:2", rim, Segmentation.from_annotation),
         *(Source(f"one of {number} objects", data, Segmentation.from_annotation) for number, data in several.items()),
         *(Source(f"{number} objects at once", data, sources.all_at_once) for number, data in several.items()),
