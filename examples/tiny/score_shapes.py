@@ -5,8 +5,8 @@
 The rows are segmentation of images of four shapes, of objects of three sizes, of absent objects, of objects at the
 rim, and of two and three objects at once, and edits at 384 pixels. The photographs and the drawing style in the
 segmentation rows were not used in training. With `--slices 0.56` the model is also run on overlapping slices of the
-images. The files are those of an evaluation; table.md has the scores. The score of an absent object is 1 if its mask is
-empty, otherwise 0. A run that was stopped continues when it is started again.
+images. The files are those of an evaluation; table.md has the scores. The score of an absent object is 1 if its mask
+is empty, otherwise 0. A run that was stopped continues when it is started again.
 """
 
 import argparse
