@@ -21,9 +21,24 @@ from instructdiffusion_pipeline.files import atomic_write
 MERGES = 8_000  # number of merges, of CLIP's 48,894; with fewer merges, rare words are split into more tokens
 # Call arguments by task family; they are saved in the pipeline's configuration.
 SETTINGS: dict[str, dict[str, float]] = {
-    "segmentation": {"num_inference_steps": 10, "guidance_scale": 1.0, "image_guidance_scale": 0.5},
-    "keypoints": {"num_inference_steps": 5, "guidance_scale": 3.0, "image_guidance_scale": 0.5},
-    "restoration": {"num_inference_steps": 3, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
+    "segmentation": {
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 0.5,
+        "ensemble_size": 2,
+    },
+    "keypoints": {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "image_guidance_scale": 0.5,
+        "ensemble_size": 2,
+    },
+    "restoration": {
+        "num_inference_steps": 3,
+        "guidance_scale": 0.5,
+        "image_guidance_scale": 0.5,
+        "ensemble_size": 2,
+    },
     "editing": {"num_inference_steps": 2, "guidance_scale": 0.5, "image_guidance_scale": 0.5},
 }
 
