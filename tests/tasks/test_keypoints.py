@@ -249,6 +249,20 @@ def test_results_can_be_loaded_by_pycocotools():
     assert annotation["score"] == pytest.approx(0.8 / 17)
 
 
+@pytest.mark.parametrize("height", [8.0, 30.5, 55.0])
+def test_labels_of_joints_at_the_same_height_do_not_overlap(height):
+    """Both texts are visible completely."""
+    image, task = Image.new("RGB", (240, 64), (0, 0, 0)), Keypoints({"left wrist": "red", "right wrist": "blue"})
+    joints = {"left wrist": Joint(100, height, 0.5), "right wrist": Joint(140, height, 0.5)}
+
+    def text(*names):
+        return np.asarray(task.overlay(image, {name: joints[name] for name in names})).min(-1) > 100
+
+    left, right = map(text, joints)
+    assert (left & right).any(), "they would overlap"
+    assert text(*joints).sum() == left.sum() + right.sum() > 100
+
+
 def test_overlay_marks_the_joints_that_were_found():
     image = Image.new("RGB", (200, 200), (90, 120, 60))
     shown = Keypoints({"nose": "red", "left eye": "cyan"}).overlay(image, {"nose": Joint(50, 60), "left eye": None})

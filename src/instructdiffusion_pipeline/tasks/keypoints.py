@@ -169,23 +169,25 @@ class Keypoints:
         """`image` with a cross, a name and a score at each joint that was found."""
         sheet = upright_rgb(image)
         pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
-        for name, color in self.colors.items():
-            joint = joints.get(name)
-            if joint is not None:
-                for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), KEYPOINT_COLORS[color])):
-                    pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
-                    pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
-                # next to the cross, on the side with more space
-                side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
-                pen.text(
-                    (joint.x + side * 1.5 * arm, joint.y),
-                    f"{name} {joint.score:.2f}",
-                    "white",
-                    anchor=anchor,
-                    font_size=max(10, min(sheet.size) // 20),
-                    stroke_width=1,
-                    stroke_fill="black",
-                )
+        found = {name: joint for name in self.colors if (joint := joints.get(name)) is not None}
+        for name, joint in found.items():
+            color = KEYPOINT_COLORS[self.colors[name]]
+            for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
+                pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
+                pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
+        font_size = max(10, min(sheet.size) // 20)
+        labels: list[Box] = []
+        for name, joint in found.items():
+            text = f"{name} {joint.score:.2f}"
+            # next to the cross, on the side with more space, and not on an earlier label
+            side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
+            x, y = joint.x + side * 1.5 * arm, joint.y
+            box = pen.textbbox((x, y), text, anchor=anchor, font_size=font_size, stroke_width=1)
+            step = font_size if y < sheet.height / 2 else -font_size
+            while any(overlap(box, label) for label in labels):
+                y, box = y + step, (box[0], box[1] + step, box[2], box[3] + step)
+            labels.append(box)
+            pen.text((x, y), text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
         return sheet
 
 
@@ -193,6 +195,11 @@ def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
     """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that differ from those of `image`."""
     groups = np.array_split(list(names), -(-len(names) // MAX_JOINTS))
     return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
+
+
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes have pixels in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def disc_radius(size: tuple[int, int]) -> float:
