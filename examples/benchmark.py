@@ -214,7 +214,7 @@ def compare_inference(
     peer = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     for each in (pipeline, peer):
         each.set_progress_bar_config(disable=True)
-    ours = partial(pipeline, resolution=0)
+    ours = partial(pipeline, resolution=0, ensemble_size=1)
     turns: dict[str, Callable[..., Any]] = {
         "diffusers' InstructPix2Pix": partial(peer, guidance_scale=7.5, image_guidance_scale=1.5),
         "InstructDiffusion": partial(ours, guidance_scale=7.5, image_guidance_scale=1.5),

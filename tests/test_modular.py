@@ -209,6 +209,11 @@ def test_the_denoising_loop_stores_its_latents(pipe: InstructDiffusionPipeline) 
     assert torch.equal(state.get("latents"), latent)
     alone = modular(pipe, InstructDiffusionVaeDecoderStep())
     assert np.array_equal(alone(latents=latent, output_type="np", output="images"), state.get("images"))
+    # A single block does not use the model's default for editing: it does not know how many images an output has.
+    alone.update_components(task_settings={"editing": {"ensemble_size": 2}})
+    two = torch.cat([latent, latent.flip(-1)])
+    assert len(alone(latents=two, output_type="np", output="images")) == 2
+    assert len(alone(latents=two, output_type="np", ensemble_size=2, output="images")) == 1
     with pytest.raises(
         ValueError, match="`latents` must be a tensor whose first dimension is a multiple of .* size 2"
     ):

@@ -233,6 +233,34 @@ def test_the_safety_checker_replaces_detected_outputs_with_black(
     assert np.array_equal(answer, np.zeros_like(answer) if detected else np.asarray(unchecked[0]))
 
 
+@pytest.mark.parametrize("threshold", [1.0, -1.0])
+def test_the_safety_checker_examines_the_means_of_ensembles(pipe: InstructDiffusionPipeline, threshold: float) -> None:
+    call = {"num_images_per_prompt": 2, "ensemble_size": 3, "output_type": "np"}
+    unchecked = pipe(**tiny.inputs(**call)).images
+    checked = InstructDiffusionPipeline(**pipe.components | tiny.safety_checker(threshold))
+    output = checked(**tiny.inputs(**call))
+    assert output.nsfw_content_detected == 2 * [threshold == -1.0]
+    assert np.array_equal(output.images, np.zeros_like(unchecked) if threshold == -1.0 else unchecked)
+
+
+def test_a_callback_gets_all_images_of_the_ensembles(pipe: InstructDiffusionPipeline) -> None:
+    """The latents of an argument are also one per image; each output is the mean of three adjacent ones."""
+    latents = torch.randn(6, 4, 16, 16, generator=tiny.generator(3))
+    names, shapes = tuple(pipe._callback_tensor_inputs), []
+
+    def callback(pipe, step, timestep, tensors):
+        shapes.append([len(tensors[name]) for name in names])
+        return {}
+
+    call = {"output_type": "pt", "generator": None, "latents": latents}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # draws no noise
+    singles = pipe(**tiny.inputs(num_images_per_prompt=6, **call)).images
+    observed = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    means = pipe(**tiny.inputs(num_images_per_prompt=2, ensemble_size=3, **call, **observed)).images
+    assert set(map(tuple, shapes)) == {(6, 6, 6, 6)}
+    assert torch.equal(means, torch.stack([singles[:3].mean(0), singles[3:].mean(0)]))
+
+
 def test_a_safety_checker_needs_a_feature_extractor(pipe: InstructDiffusionPipeline) -> None:
     config = CLIPConfig(projection_dim=8)
     with pytest.raises(ValueError, match="`safety_checker` needs a `feature_extractor`"):

@@ -459,6 +459,14 @@ def test_ip_adapter_embeddings_in_batches(pipe: InstructDiffusionPipeline) -> No
         assert abs(answer(pipe, **call)[0] - picture).max() <= 1e-4
 
 
+def test_ip_adapter_embeddings_with_ensembles(pipe: InstructDiffusionPipeline) -> None:
+    load(pipe)
+    call = {"image": [tiny.picture(seed=1), tiny.picture(seed=2)], "ip_adapter_image_embeds": [embeds(rows=4)]}
+    singles = answer(pipe, **call, generator=tiny.generator(), num_images_per_prompt=2)
+    means = answer(pipe, **call, generator=tiny.generator(), ensemble_size=2)
+    assert abs(means - singles.reshape(2, 2, *singles.shape[1:]).mean(1)).max() <= 1e-4
+
+
 def test_ip_adapter_masks_restrict_the_region(pipe: InstructDiffusionPipeline) -> None:
     load(pipe)
     call = {"ip_adapter_image_embeds": [embeds()]}

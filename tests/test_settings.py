@@ -1,5 +1,6 @@
 """The settings of a model: where they come from, which of them apply, and that they are saved."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,9 @@ from instructdiffusion_pipeline import (
     ask,
     export,
 )
+from instructdiffusion_pipeline.ask import settings_of
+from instructdiffusion_pipeline.datasets.mixture import FixedTask, Mixture, Source
+from instructdiffusion_pipeline.training.validation import validation_examples
 
 OWN = {"editing": {"num_inference_steps": 3, "guidance_scale": 2.0}, "glow": {"num_inference_steps": 4}}
 
@@ -61,6 +65,24 @@ def test_the_ensemble_size_of_a_task_is_used_by_that_task_only(pipe):
         for unset in ({}, {"ensemble_size": None}):
             answer = ask(tuned, tiny.picture(), task, generator=tiny.generator(), **given, **unset)
             assert np.array_equal(answer.picture, expected.picture)
+
+
+class Pairs(list):
+    """Images with annotations."""
+
+    skipped: ClassVar = ()
+
+    def name(self, index):
+        return str(index)
+
+
+def test_the_images_of_validation_have_the_settings_of_ask():
+    task, image = Restoration("blur"), tiny.picture()
+    source = Source("pictures", Pairs([(image, image)]), FixedTask(task))
+    own = {"editing": {"num_inference_steps": 3, "ensemble_size": 2}}
+    (example,) = validation_examples(Mixture([(source, 1.0)]), own)
+    pipe = InstructDiffusionPipeline(**tiny.components(), task_settings=own)
+    assert example.settings == settings_of(pipe, task) == {**task.settings, "ensemble_size": 1}
 
 
 def test_a_setting_of_zero_is_used(tuned):
@@ -118,11 +140,28 @@ def test_each_task_has_its_own_resolution():
     assert pipe("make it winter", latents, output_type="latent").images.shape[-1] == 8
 
 
-@pytest.mark.parametrize("resolution", [8, 64.5, "large"])
-def test_a_wrong_resolution_of_a_task_raises_an_error(resolution):
-    settings = {"segmentation": {"resolution": resolution, "num_inference_steps": 1}}
-    with pytest.raises(ValueError, match=r"`task_settings\['segmentation'\]\['resolution'\]` must be an integer"):
-        InstructDiffusionPipeline(**tiny.components(), task_settings=settings)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(
+            ["resolution", "num_inference_steps", "ensemble_size"],
+            [0, -1, 64.5, "2", True, None, [2], float("nan"), 10**9],
+        ),
+        *itertools.product(["guidance_scale", "image_guidance_scale"], ["2", True, None, [2], float("nan")]),
+    ],
+)
+def test_a_wrong_setting_of_a_task_raises_an_error(name, value):
+    kind = "a finite number" if name.endswith("scale") else "an integer of at least (1|16) and at most 1"
+    with pytest.raises(ValueError, match=rf"`task_settings\['segmentation'\]\['{name}'\]` must be {kind}"):
+        InstructDiffusionPipeline(**tiny.components(), task_settings={"segmentation": {name: value}})
+
+
+def test_settings_with_numbers_of_numpy_are_saved(tmp_path):
+    own = {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(0.5), "ensemble_size": np.uint8(3)}
+    pipe = InstructDiffusionPipeline(**tiny.components(), task_settings={"keypoints": own})
+    pipe.save_pretrained(tmp_path)
+    loaded = InstructDiffusionPipeline.from_pretrained(tmp_path).config.task_settings
+    assert loaded == {"keypoints": {"num_inference_steps": 2, "guidance_scale": 0.5, "ensemble_size": 3}}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ _COMPONENTS = {
     "safety_checker": StableDiffusionSafetyChecker,
     "feature_extractor": CLIPImageProcessor,
 }
-# Name: type, default, description.
+# Name: type, default, description. B samples have N = B * num_images_per_prompt outputs, each of which is the mean of
+# some of the M = N * ensemble_size denoised images.
 _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "prompt": (str | list[str], None, "The instruction, or a list of B."),
     "negative_prompt": (str | list[str], None, "Used instead of the empty prompt; one, or a list of B."),
@@ -72,19 +73,27 @@ _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "resolution": (int, None, "The working size in pixels; None is the UNet's, 0 the image's own."),
     "resize_mode": (str, "crop", "'crop' or 'stretch', see `working_size`."),
     "num_images_per_prompt": (int, 1, "The number of outputs per sample."),
-    "ensemble_size": (int, None, "The number of images whose mean is an output; None is the model's for editing."),
+    "ensemble_size": (
+        int,
+        None,
+        "The number of images whose mean is an output. None is the model's for editing, or 1 for `decode` alone.",
+    ),
     "num_inference_steps": (int, None, "The number of denoising steps; None is the model's default for editing."),
     "sigmas": (list[float], None, "Custom noise levels in descending order, instead of `num_inference_steps`."),
     "strength": (float, 1.0, "The fraction of the steps to run, in (0, 1]."),
-    "generator": (torch.Generator | list[torch.Generator], None, "One generator, or a list of one per output."),
+    "generator": (
+        torch.Generator | list[torch.Generator],
+        None,
+        "One generator, or a list of N; of M for the blocks after `input`.",
+    ),
     "eta": (float, 0.0, "The eta of DDIM (arXiv 2010.02502), in [0, 1]."),
     "output_type": (str, "pil", "'pil', 'np' or 'pt'."),
-    "prompt_embeds": (torch.Tensor, None, "The encoded instruction (1, B or N, 77, D)."),
-    "negative_prompt_embeds": (torch.Tensor, None, "The encoded negative prompt (1, B or N, 77, D)."),
-    "image_latents": (torch.Tensor, None, "Unscaled latents of the input (1, B or N, C, h, w), float32."),
+    "prompt_embeds": (torch.Tensor, None, "The encoded instruction (1, B or M, 77, D)."),
+    "negative_prompt_embeds": (torch.Tensor, None, "The encoded negative prompt (1, B or M, 77, D)."),
+    "image_latents": (torch.Tensor, None, "Unscaled latents of the input (1, B or M, C, h, w), float32."),
     "answer_sizes": (list[tuple[int, int]], None, "The (width, height) of each input; default: the working size."),
     "timesteps": (torch.Tensor, None, "The timesteps to run (T,)."),
-    "latents": (torch.Tensor, None, "Noisy or denoised latents (N, C, h, w), float32."),
+    "latents": (torch.Tensor, None, "Noisy or denoised latents (M, C, h, w), float32."),
     "images": (list[PIL.Image.Image] | np.ndarray | torch.Tensor, None, "The N outputs, of the type `output_type`."),
     "nsfw_content_detected": (list[bool], None, "One value per output; None without a safety checker."),
 }
@@ -127,15 +136,8 @@ def _pipeline(components: ModularPipeline, *needed: str) -> InstructDiffusionPip
     return InstructDiffusionPipeline(**parts, task_settings=components.config.get("task_settings"))
 
 
-def _ensemble_size(pipe: InstructDiffusionPipeline, ensemble_size: int | None) -> int:
-    """The ensemble size of a call: the argument, or the model's default if it is None."""
-    size: int = pipe.default_settings["ensemble_size"] if ensemble_size is None else ensemble_size
-    _check_copies(1, size)
-    return size
-
-
 def _check_latents(name: str, latents: Any) -> None:
-    _require(_is_finite_tensor(latents) and latents.ndim == 4, name, f"{FINITE_TENSOR} of shape (N, C, h, w)", latents)
+    _require(_is_finite_tensor(latents) and latents.ndim == 4, name, f"{FINITE_TENSOR} of shape (M, C, h, w)", latents)
 
 
 # --- Guider ---------------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class InstructDiffusionGuidance(BaseGuidance):
         ]
 
     def forward(self, **predictions: torch.Tensor) -> GuiderOutput:
-        """The guided prediction (N, C, h, w) from the predictions of the step, by name."""
+        """The guided prediction (M, C, h, w) from the predictions of the step, by name."""
         guidance = self.guidance
         return GuiderOutput(
             pred=guidance.combine(torch.cat([predictions[name] for name in guidance.branches])),
@@ -308,7 +310,7 @@ class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionInputStep(ModularPipelineBlocks):
-    """Repeats all conditions and generators to one entry per image: N = B * num_images_per_prompt * ensemble_size.
+    """Repeats all conditions and generators to one entry per image: M = B * num_images_per_prompt * ensemble_size.
 
     Raises:
         ValueError: if the conditions have different numbers of entries, other than 1.
@@ -319,7 +321,7 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return (
-            "Repeats conditions and generators to one entry per image, N = B * num_images_per_prompt * ensemble_size."
+            "Repeats conditions and generators to one entry per image, M = B * num_images_per_prompt * ensemble_size."
         )
 
     @property
@@ -333,13 +335,14 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return _outputs("prompt_embeds", "negative_prompt_embeds", "image_latents", "generator")
+        return _outputs("prompt_embeds", "negative_prompt_embeds", "image_latents", "generator", "ensemble_size")
 
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block = self.get_block_state(state)
-        _check_copies(block.num_images_per_prompt)
-        ensemble_size = _ensemble_size(_pipeline(components), block.ensemble_size)
+        if block.ensemble_size is None:
+            block.ensemble_size = _pipeline(components).default_settings["ensemble_size"]
+        _check_copies(block.num_images_per_prompt, block.ensemble_size)
         _check_generator(block.generator)
         _check_latents("image_latents", block.image_latents)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -347,9 +350,9 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
             is_embeds = _is_finite_tensor(embeds) and embeds.ndim == 3
             _require(is_embeds, name, f"{FINITE_TENSOR} of shape (B, 77, D)", embeds)
         batch_size = max(len(block.prompt_embeds), len(block.negative_prompt_embeds), len(block.image_latents))
-        outputs = batch_size * block.num_images_per_prompt
-        block.generator = _repeat_generators(block.generator, outputs, ensemble_size)
-        copies = block.num_images_per_prompt * ensemble_size
+        outputs = batch_size * int(block.num_images_per_prompt)
+        block.generator = _repeat_generators(block.generator, outputs, block.ensemble_size)
+        copies = int(block.num_images_per_prompt) * int(block.ensemble_size)
         block.prompt_embeds = _expand("prompt", block.prompt_embeds, batch_size, copies)
         block.negative_prompt_embeds = _expand("negative_prompt", block.negative_prompt_embeds, batch_size, copies)
         block.image_latents = _expand("image", block.image_latents, batch_size, copies)
@@ -630,10 +633,6 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
         return _components("vae", "safety_checker", "feature_extractor")
 
     @property
-    def expected_configs(self) -> list[ConfigSpec]:
-        return _settings()
-
-    @property
     def inputs(self) -> list[InputParam]:
         names = ("output_type", "answer_sizes", "resolution", "resize_mode", "ensemble_size")
         return _inputs(*names, required=("latents",))
@@ -649,7 +648,8 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
         _check_latents("latents", block.latents)
         _check_size(block.resolution, block.resize_mode)
         _check_output_type(block.output_type, tuple(kind for kind in OUTPUT_TYPES if kind != "latent"))
-        ensemble_size = _ensemble_size(pipe, block.ensemble_size)
+        ensemble_size = 1 if block.ensemble_size is None else block.ensemble_size
+        _check_copies(1, ensemble_size)
         expected = f"a tensor whose first dimension is a multiple of the ensemble size {ensemble_size}"
         _require(len(block.latents) % ensemble_size == 0, "latents", expected, block.latents)
         pictures = _mean_of_ensembles(pipe.decode_latents(block.latents), ensemble_size)

@@ -21,7 +21,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 )
 from instructdiffusion_pipeline.readout import read_answer
 from instructdiffusion_pipeline.slices import segment_slices
-from instructdiffusion_pipeline.tasks import PictureTask, Task
+from instructdiffusion_pipeline.tasks import PictureTask, Task, call_settings
 from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins, prompted_tasks
 from instructdiffusion_pipeline.types import Joint
@@ -302,7 +302,7 @@ def make_answer(
 
 def settings_of(pipeline: InstructDiffusionPipeline, task: Task[Any] | type[Task[Any]]) -> dict[str, Any]:
     """The default call arguments of `ask`: those of the task or its class, overridden by the model's."""
-    return {"ensemble_size": 1, **task.settings, **pipeline.config.task_settings.get(task.family, {})}
+    return call_settings(task, pipeline.config.task_settings)
 
 
 def size_settings(

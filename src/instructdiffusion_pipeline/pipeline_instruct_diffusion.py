@@ -67,6 +67,12 @@ RESIZE_MODES = ("crop", "stretch")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_RESOLUTION = 16384
 MAX_IMAGES_PER_PROMPT = 1000
+# Of the integers in `task_settings`.
+SETTING_RANGES = {
+    "num_inference_steps": (1, 10_000),  # a call compares it with the scheduler
+    "ensemble_size": (1, MAX_IMAGES_PER_PROMPT),
+    "resolution": (16, MAX_RESOLUTION),
+}
 # torch cannot compare numbers of these types.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 # Arguments of attention processors that the UNet sets; "gligen" needs another UNet.
@@ -485,12 +491,21 @@ def _checked_task_settings(task_settings: Any) -> dict[str, dict[str, Any]]:
         ' {"editing": {"guidance_scale": 4.0}}',
         task_settings,
     )
-    for family, own in value.items():
-        if "resolution" in own:
-            is_resolution = _is_integer(own["resolution"], 16, MAX_RESOLUTION)
-            expected = f"an integer of at least 16 and at most {MAX_RESOLUTION}"
-            _require(is_resolution, f"task_settings[{family!r}]['resolution']", expected, own["resolution"])
-    return {family: dict(own) for family, own in value.items()}
+    return {
+        family: {name: _checked_setting(family, name, setting) for name, setting in own.items()}
+        for family, own in value.items()
+    }
+
+
+def _checked_setting(family: str, name: str, value: Any) -> float:
+    """A setting of a task family as an int or, for guidance scales, a float: JSON has no numbers of NumPy."""
+    described = f"task_settings[{family!r}][{name!r}]"
+    if name.endswith("guidance_scale"):
+        _require(_is_number(value), described, "a finite number", value)
+        return float(value)
+    low, high = SETTING_RANGES[name]
+    _require(_is_integer(value, low, high), described, f"an integer of at least {low} and at most {high}", value)
+    return int(value)
 
 
 def _checked_calibration(calibration: Any) -> dict[str, list[float]]:
@@ -919,7 +934,7 @@ class InstructDiffusionPipeline(
             num_images_per_prompt: number of outputs per sample.
             ensemble_size: number of images whose mean is an output, as in Marigold (arXiv 2312.02145). They start from
                 different noise, so that random errors of single images are weaker in the mean. M = N * ensemble_size
-                images are denoised. Must be 1 for `output_type="latent"`.
+                images are denoised, all in one batch. Must be 1 for `output_type="latent"`.
             eta: the eta of DDIM (arXiv 2010.02502), in [0, 1]; used by DDIM-like schedulers only.
             generator: one generator for the call, or a list of N. A CPU generator gives the same noise on any device.
             latents: standard normal noise (M, C, h, w) to start from, instead of noise from `generator`.
@@ -1013,7 +1028,7 @@ class InstructDiffusionPipeline(
 
         # 3. Expand all conditions to one entry per denoised image, M = B * copies.
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
-        copies = num_images_per_prompt * ensemble_size
+        copies = int(num_images_per_prompt) * int(ensemble_size)
         prompt_embeds = _expand("prompt", prompt_embeds, batch_size, copies)
         negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, copies)
         ip_adapter_embeds = [

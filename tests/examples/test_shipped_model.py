@@ -101,8 +101,8 @@ def test_it_has_settings_for_every_family(model):
     settings = model.config.task_settings
     assert settings.keys() == {"keypoints", "segmentation", "restoration", "editing"}
     for family, values in settings.items():
-        own_size = {"resolution"} if family == "keypoints" else set()
-        assert values.keys() == {"num_inference_steps", "guidance_scale", "image_guidance_scale"} | own_size
+        others = {"keypoints": {"resolution", "ensemble_size"}, "editing": set()}.get(family, {"ensemble_size"})
+        assert values.keys() == {"num_inference_steps", "guidance_scale", "image_guidance_scale"} | others
     assert settings == task_settings(RECIPE)
 
 

@@ -249,18 +249,19 @@ def test_results_can_be_loaded_by_pycocotools():
     assert annotation["score"] == pytest.approx(0.8 / 17)
 
 
-@pytest.mark.parametrize("height", [8.0, 30.5, 55.0])
-def test_labels_of_joints_at_the_same_height_do_not_overlap(height):
-    """Both texts are visible completely."""
-    image, task = Image.new("RGB", (240, 64), (0, 0, 0)), Keypoints({"left wrist": "red", "right wrist": "blue"})
-    joints = {"left wrist": Joint(100, height, 0.5), "right wrist": Joint(140, height, 0.5)}
+@pytest.mark.parametrize("height", [12.0, 60.5, 112.0])
+def test_labels_of_joints_at_the_same_place_do_not_overlap(height):
+    """All texts are visible completely."""
+    names = ["left eye", "right eye", "left ear", "right ear", "nose"]
+    image, task = Image.new("RGB", (240, 120)), Keypoints(dict(zip(names, KEYPOINT_COLORS, strict=False)))
+    joints = {name: Joint(140 - 10 * place, height, 0.5) for place, name in enumerate(names)}
 
     def text(*names):
         return np.asarray(task.overlay(image, {name: joints[name] for name in names})).min(-1) > 100
 
-    left, right = map(text, joints)
-    assert (left & right).any(), "they would overlap"
-    assert text(*joints).sum() == left.sum() + right.sum() > 100
+    alone = [text(name) for name in names]
+    assert np.sum(alone, axis=0).max() > 1, "they would overlap"
+    assert text(*names).sum() == np.sum(alone) > 300
 
 
 def test_overlay_marks_the_joints_that_were_found():

@@ -63,9 +63,11 @@ def test_selected_candidates_are_edits_of_their_inputs(pipe, tmp_path):
 def test_candidates_have_the_size_of_their_sample(pipe, tmp_path):
     image = tiny.picture(48, 48)
     assert pipe.default_resolution == 32
+    pipe.register_to_config(task_settings={"editing": {"ensemble_size": 2}})  # a candidate is one image
     make_candidates(pipe, [Sample(image, image, "paint")], tmp_path, [(3.0, 1.0)], 2, seed=4)
     seed = int(np.random.SeedSequence((4, 0, 0)).generate_state(1)[0])
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "image_guidance_scale": 1.0, "resolution": 0}
+    settings["ensemble_size"] = 1
     (expected,) = pipe("paint", image, generator=torch.Generator().manual_seed(seed), **settings).images
     (path,) = (tmp_path / "candidates").iterdir()
     assert (np.asarray(Image.open(path)) == np.asarray(expected)).all()

@@ -1,6 +1,7 @@
 """One module per task: prompt templates, default arguments, drawing of targets, decoding of outputs."""
 
 import random
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
@@ -50,6 +51,16 @@ class PictureTask(Task[Image.Image], Protocol):
         `reconstruction` is `image` after encoding and decoding by the VAE. `reconstruction` and `answer` have working
         size, and show the `box` of `image`.
         """
+
+
+def call_settings(
+    task: TrainingTask | type[TrainingTask], task_settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The call arguments of a task or its class: its `settings`, overridden by the `task_settings` of a model.
+
+    The ensemble size is 1 if neither has one, because the default of the pipeline's `__call__` is that of editing.
+    """
+    return {"ensemble_size": 1, **task.settings, **task_settings.get(task.family, {})}
 
 
 class EmptyAnnotation(ValueError):

@@ -179,14 +179,15 @@ class Keypoints:
         labels: list[Box] = []
         for name, joint in found.items():
             text = f"{name} {joint.score:.2f}"
-            # next to the cross, on the side with more space, and not on an earlier label
+            # next to the cross, on the side with more space; if an earlier label is there, above or below it
             side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
-            x, y = joint.x + side * 1.5 * arm, joint.y
-            box = pen.textbbox((x, y), text, anchor=anchor, font_size=font_size, stroke_width=1)
-            step = font_size if y < sheet.height / 2 else -font_size
-            while any(overlap(box, label) for label in labels):
-                y, box = y + step, (box[0], box[1] + step, box[2], box[3] + step)
-            labels.append(box)
+            x = joint.x + side * 1.5 * arm
+            left, top, right, bottom = pen.textbbox((x, 0), text, anchor=anchor, font_size=font_size, stroke_width=1)
+            rows = [joint.y + row * (bottom - top) for row in sorted(range(-9, 10), key=abs)]
+            boxes = {y: (left, y + top, right, y + bottom) for y in rows}
+            free = (y for y, box in boxes.items() if not any(overlap(box, label) for label in labels))
+            y = next((y for y in free if y + top >= 0 and y + bottom <= sheet.height), joint.y)
+            labels.append(boxes[y])
             pen.text((x, y), text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
         return sheet
 

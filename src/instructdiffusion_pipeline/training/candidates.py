@@ -104,6 +104,7 @@ def generate_candidates(
             num_inference_steps=num_inference_steps,
             guidance_scale=text,
             image_guidance_scale=image,
+            ensemble_size=1,
             resolution=0,  # that of the samples
             generator=generators,
             return_dict=False,

@@ -15,7 +15,7 @@ from instructdiffusion_pipeline.datasets import UnreadableSample
 from instructdiffusion_pipeline.datasets.mixture import Mixture
 from instructdiffusion_pipeline.image_grid import labeled_grid
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.tasks import EmptyAnnotation, make_sample
+from instructdiffusion_pipeline.tasks import EmptyAnnotation, call_settings, make_sample
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders, diffusion_latents
 from instructdiffusion_pipeline.training.model import Denoiser
 from instructdiffusion_pipeline.types import Sample
@@ -54,7 +54,7 @@ def validation_examples(
             of_family = examples.setdefault(task.family, [])
             if len(of_family) == examples_per_family:
                 break
-            settings = {**task.settings, **(settings_by_family or {}).get(task.family, {})}
+            settings = call_settings(task, settings_by_family or {})
             sample = make_sample(task, image, annotation, rng)
             of_family.append(ValidationExample(f"{task.family}: {source.name}", sample, settings))
     return [example for of_family in examples.values() for example in of_family]
