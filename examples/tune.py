@@ -230,10 +230,11 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         group = [trial for trial in trials if trial.scheduler == scheduler]
         axes.scatter([trial.seconds for trial in group], [trial.score for trial in group], label=scheduler)
     for trial in line:
-        steps = trial.settings["num_inference_steps"]
-        axes.annotate(f"{steps}", (trial.seconds, trial.score), (0, 5), textcoords="offset points", ha="center")
+        steps, size = trial.settings["num_inference_steps"], trial.settings["ensemble_size"]
+        label = f"{steps} x {size}" if size > 1 else f"{steps}"
+        axes.annotate(label, (trial.seconds, trial.score), (0, 5), textcoords="offset points", ha="center")
     axes.margins(0.15)
-    axes.set(xlabel="seconds per output (numbers: denoising steps)", ylabel="score")
+    axes.set(xlabel="seconds per output (numbers: denoising steps x images)", ylabel="score")
     axes.legend(loc="lower right")
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
