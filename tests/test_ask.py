@@ -19,7 +19,9 @@ from instructdiffusion_pipeline import (
     ask_batch,
     ask_boxes,
 )
+from instructdiffusion_pipeline.ask import Answer, draw_overlay
 from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
+from instructdiffusion_pipeline.types import Joint
 
 FAST = {"num_inference_steps": 2}
 TASKS = [Segmentation({"cat": "red"}), Keypoints({"nose": "blue"}), Restoration("noise"), Editing("make it winter")]
@@ -277,6 +279,22 @@ class FlagsLaterCalls(StableDiffusionSafetyChecker):
         self.calls += 1
         flagged = self.calls > 1
         return images * (not flagged), [flagged] * len(images)
+
+
+def test_labels_of_several_answers_do_not_overlap():
+    """Each person and each group of five joints has an answer of its own."""
+    image, joints = Image.new("RGB", (240, 120)), [Joint(100, 60, 0.5), Joint(110, 60, 0.5)]
+    tasks = [Keypoints({"nose": "red"}), Keypoints({"left eye": "red"})]
+    answers = [
+        Answer(task, image, "", image, (0, 0, 240, 120), {name: joint})
+        for task, joint in zip(tasks, joints, strict=True)
+        for name in task.colors
+    ]
+    text = [
+        np.asarray(overlay).min(-1) > 100 for overlay in (*(one.overlay for one in answers), draw_overlay(answers))
+    ]
+    assert (text[0] & text[1]).any(), "they would overlap"
+    assert text[2].sum() == text[0].sum() + text[1].sum() > 100
 
 
 def test_a_slice_that_the_safety_checker_replaced_flags_the_answer(pipe):

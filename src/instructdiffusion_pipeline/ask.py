@@ -22,7 +22,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import (
 from instructdiffusion_pipeline.readout import read_answer
 from instructdiffusion_pipeline.slices import segment_slices
 from instructdiffusion_pipeline.tasks import PictureTask, Task, call_settings
-from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, Keypoints
+from instructdiffusion_pipeline.tasks.keypoints import BOX_PADDING, Keypoints, draw_marks
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation, masks_from_margins, prompted_tasks
 from instructdiffusion_pipeline.types import Joint
 from instructdiffusion_pipeline.views import (
@@ -77,10 +77,13 @@ class Answer(Generic[Reading]):
 
 def draw_overlay(answers: Sequence[Answer[Any]]) -> Image.Image:
     """The decoded data of several answers for one image, drawn on it."""
-    overlay = answers[0].image
+    overlay, marks = answers[0].image, []
     for answer in answers:
-        overlay = answer.task.overlay(overlay, answer.data)
-    return overlay
+        if isinstance(answer.task, Keypoints):
+            marks += answer.task.marks(answer.data)
+        else:
+            overlay = answer.task.overlay(overlay, answer.data)
+    return draw_marks(overlay, marks) if marks else overlay
 
 
 def ask(

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import (
     KEYPOINT_COLORS,
+    RGB,
     NamedColors,
     assign_colors,
     check_colors,
@@ -165,31 +166,50 @@ class Keypoints:
             joints[name] = Joint(*frame.point(x, y), score) if score >= MIN_SCORE else None
         return joints
 
+    def marks(self, joints: Joints) -> list["Mark"]:
+        """The joints that were found, with their names and colors."""
+        return [
+            Mark(name, KEYPOINT_COLORS[color], joint)
+            for name, color in self.colors.items()
+            if (joint := joints.get(name)) is not None
+        ]
+
     def overlay(self, image: Image.Image, joints: Joints) -> Image.Image:
         """`image` with a cross, a name and a score at each joint that was found."""
-        sheet = upright_rgb(image)
-        pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
-        found = {name: joint for name in self.colors if (joint := joints.get(name)) is not None}
-        for name, joint in found.items():
-            color = KEYPOINT_COLORS[self.colors[name]]
-            for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
-                pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
-                pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
-        font_size = max(10, min(sheet.size) // 20)
-        labels: list[Box] = []
-        for name, joint in found.items():
-            text = f"{name} {joint.score:.2f}"
-            # next to the cross, on the side with more space; if an earlier label is there, above or below it
-            side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
-            x = joint.x + side * 1.5 * arm
-            left, top, right, bottom = pen.textbbox((x, 0), text, anchor=anchor, font_size=font_size, stroke_width=1)
-            rows = [joint.y + row * (bottom - top) for row in sorted(range(-9, 10), key=abs)]
-            boxes = {y: (left, y + top, right, y + bottom) for y in rows}
-            free = (y for y, box in boxes.items() if not any(overlap(box, label) for label in labels))
-            y = next((y for y in free if y + top >= 0 and y + bottom <= sheet.height), joint.y)
-            labels.append(boxes[y])
-            pen.text((x, y), text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
-        return sheet
+        return draw_marks(image, self.marks(joints))
+
+
+class Mark(NamedTuple):
+    """A joint to draw on an image."""
+
+    name: str
+    color: RGB
+    joint: Joint
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """`image` with a cross, a name and a score at each joint. Labels do not overlap if there is enough space."""
+    sheet = upright_rgb(image)
+    pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
+    for _, color, joint in marks:
+        for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
+            pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
+            pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
+    font_size = max(10, min(sheet.size) // 20)
+    labels: list[Box] = []
+    for name, _, joint in marks:
+        text = f"{name} {joint.score:.2f}"
+        # next to the cross, on the side with more space; if an earlier label is there, above or below it
+        side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
+        x = joint.x + side * 1.5 * arm
+        left, top, right, bottom = pen.textbbox((x, 0), text, anchor=anchor, font_size=font_size, stroke_width=1)
+        rows = [joint.y + row * (bottom - top) for row in sorted(range(-9, 10), key=abs)]
+        boxes = {y: (left, y + top, right, y + bottom) for y in rows}
+        free = (y for y, box in boxes.items() if not any(overlap(box, label) for label in labels))
+        y = next((y for y in free if y + top >= 0 and y + bottom <= sheet.height), joint.y)
+        labels.append(boxes[y])
+        pen.text((x, y), text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
+    return sheet
 
 
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
