@@ -106,7 +106,8 @@ def restored(row: str, scores: Scores, beyond: Mapping[str, float]) -> Iterator[
     yield f"| {RESTORED[row]}: PSNR | {decibels(psnr)} | {others}, {psnr['classical']:.1f} {CLASSICAL[row]} |"
     if row == "watermark":
         marked = beyond["PSNR inside the change, input"]
-        yield f"| ... PSNR inside, outside the watermark | {parts(beyond)} | {marked:.1f} input |"
+        where = "inside and outside the watermark"
+        yield f"| ... PSNR of the output alone, {where} | {parts(beyond)} | {marked:.1f} input |"
 
 
 def changed(what: str, beyond: Mapping[str, float], own: Scores | None) -> str:
@@ -118,7 +119,8 @@ def changed(what: str, beyond: Mapping[str, float], own: Scores | None) -> str:
     others = f"{beyond['PSNR inside the change, input']:.1f} input"
     if what == "removed":
         others += f", {beyond['PSNR inside the change, inpainted']:.1f} biharmonic inpainting with the known mask"
-    return f"| object {what}: PSNR inside the change, outside | {parts(beyond)} | {others}{segmented} |"
+    where = "inside and outside the change"
+    return f"| object {what}: PSNR of the output alone, {where} | {parts(beyond)} | {others}{segmented} |"
 
 
 def parts(beyond: Mapping[str, float]) -> str:
