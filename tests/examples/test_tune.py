@@ -71,7 +71,7 @@ def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
         folder.name: json.loads((folder / "results.json").read_text())["rows"][0]["scores"]["PSNR"]["model"]
         for folder in (tmp_path / "out" / "choice").iterdir()
     }
-    own = "EulerAncestralDiscreteScheduler-3-0.5-0.5-1"
+    own = "EulerAncestralDiscreteScheduler-3-0.5-0.5-2"
     assert scores.keys() == {own} | {
         f"{scheduler}-{steps}-0.5-0.5-{size}"
         for scheduler in ("EulerAncestralDiscreteScheduler", "DDIMScheduler")
@@ -79,7 +79,7 @@ def test_the_best_settings_become_those_of_the_model(run, tmp_path, capsys):
         for size in (1, 2)
     }
     assert len(table.splitlines()) == 2 + 9 + 5 + 4
-    assert sum("mean of 2" in line for line in table.splitlines()[:11]) == 4
+    assert sum("mean of 2" in line for line in table.splitlines()[:11]) == 5
     with Image.open(tmp_path / "out" / "scores.png") as picture:
         assert picture.width > 500
     assert max(scores.values()) > min(scores.values())

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import DEFAULT_SETTINGS, Box
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
 from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
 from instructdiffusion_pipeline.tasks.transfer import transfer_change, transfer_in_box
 from instructdiffusion_pipeline.types import Edit
@@ -19,7 +19,11 @@ class Editing:
     text: str
 
     family: ClassVar[str] = "editing"
-    settings: ClassVar[dict[str, float]] = DEFAULT_SETTINGS
+    settings: ClassVar[dict[str, float]] = {
+        "num_inference_steps": 100,
+        "guidance_scale": 5.0,
+        "image_guidance_scale": 1.25,
+    }
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text.strip():
