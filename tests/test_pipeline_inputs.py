@@ -190,6 +190,15 @@ def test_an_ensemble_returns_the_mean_of_its_images(pipe: InstructDiffusionPipel
     assert torch.equal(means, expected)
 
 
+def test_numbers_of_images_can_be_small_integers_of_numpy(pipe: InstructDiffusionPipeline) -> None:
+    """Their products do not wrap around: 2 * 128 is 0 in 8 bits."""
+    call = {"prompt": PROMPTS[:2], "num_inference_steps": 1, "output_type": "pt"}
+    generators = [tiny.generator() for _ in range(256)]
+    images = pipe(**tiny.inputs(**call, num_images_per_prompt=np.uint8(128), generator=generators)).images
+    assert len(images) == 256
+    assert len(pipe(**tiny.inputs(num_images_per_prompt=np.uint8(16), ensemble_size=np.uint8(16))).images) == 16
+
+
 def test_each_ensemble_uses_the_generator_of_its_output(pipe: InstructDiffusionPipeline) -> None:
     generators = [tiny.generator(seed) for seed in (5, 6)]
     together = pipe(**tiny.inputs(prompt=PROMPTS[:2], ensemble_size=2, generator=generators)).images

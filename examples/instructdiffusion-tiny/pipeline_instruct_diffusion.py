@@ -1028,7 +1028,9 @@ class InstructDiffusionPipeline(
 
         # 3. Expand all conditions to one entry per denoised image, M = B * copies.
         batch_size = max(prompt_embeds.shape[0], pixels.shape[0])
-        copies = int(num_images_per_prompt) * int(ensemble_size)
+        # Products of 8-bit integers of NumPy would wrap around.
+        num_images_per_prompt, ensemble_size = int(num_images_per_prompt), int(ensemble_size)
+        copies = num_images_per_prompt * ensemble_size
         prompt_embeds = _expand("prompt", prompt_embeds, batch_size, copies)
         negative_prompt_embeds = _expand("negative_prompt", negative_prompt_embeds, batch_size, copies)
         ip_adapter_embeds = [

@@ -350,9 +350,10 @@ class InstructDiffusionInputStep(ModularPipelineBlocks):
             is_embeds = _is_finite_tensor(embeds) and embeds.ndim == 3
             _require(is_embeds, name, f"{FINITE_TENSOR} of shape (B, 77, D)", embeds)
         batch_size = max(len(block.prompt_embeds), len(block.negative_prompt_embeds), len(block.image_latents))
-        outputs = batch_size * int(block.num_images_per_prompt)
-        block.generator = _repeat_generators(block.generator, outputs, block.ensemble_size)
-        copies = int(block.num_images_per_prompt) * int(block.ensemble_size)
+        # Products of 8-bit integers of NumPy would wrap around.
+        outputs, ensemble_size = batch_size * int(block.num_images_per_prompt), int(block.ensemble_size)
+        block.generator = _repeat_generators(block.generator, outputs, ensemble_size)
+        copies = int(block.num_images_per_prompt) * ensemble_size
         block.prompt_embeds = _expand("prompt", block.prompt_embeds, batch_size, copies)
         block.negative_prompt_embeds = _expand("negative_prompt", block.negative_prompt_embeds, batch_size, copies)
         block.image_latents = _expand("image", block.image_latents, batch_size, copies)

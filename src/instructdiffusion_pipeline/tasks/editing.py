@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box
+from instructdiffusion_pipeline.pipeline_instruct_diffusion import DEFAULT_SETTINGS, Box
 from instructdiffusion_pipeline.tasks.frames import before_and_after, paste_answer
 from instructdiffusion_pipeline.tasks.transfer import transfer_change, transfer_in_box
 from instructdiffusion_pipeline.types import Edit
@@ -20,9 +20,7 @@ class Editing:
 
     family: ClassVar[str] = "editing"
     settings: ClassVar[dict[str, float]] = {
-        "num_inference_steps": 100,
-        "guidance_scale": 5.0,
-        "image_guidance_scale": 1.25,
+        name: value for name, value in DEFAULT_SETTINGS.items() if name != "ensemble_size"
     }
 
     def __post_init__(self) -> None:
