@@ -83,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="for inference (default: the GPU if there is one)")
     parser.add_argument(
-        "--size", type=integer(8), help="side of the images, in pixels (default: 64 for tiny, 128 otherwise)"
+        "--size", type=integer(8), help="side of the images, in pixels (default: 96 for tiny, 128 otherwise)"
     )
     parser.add_argument(
         "--data",
@@ -119,7 +119,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU.")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.size = args.size or (64 if args.model == "tiny" else 128)
+    args.size = args.size or (96 if args.model == "tiny" else 128)
     pipeline = build(args.model)
     if args.measure == "inference":
         settings = args.size, [args.batch_size], args.steps, args.rounds, device

@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 from instructdiffusion_pipeline import Mixture
-from instructdiffusion_pipeline.cli import finite, integer, load_pipeline, run_script
-from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources, parse_entries
+from instructdiffusion_pipeline.cli import UsageError, add_data_argument, finite, integer, load_pipeline, run_script
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources
 from instructdiffusion_pipeline.training.candidates import GUIDANCE_GRID, make_candidates
 
 TINY_MODEL = Path(__file__).parent / "instructdiffusion-tiny"
@@ -27,13 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=TINY_MODEL, help="folder or Hub id (default: examples/instructdiffusion-tiny)"
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        required=True,
-        metavar="NAME=FOLDER",
-        help=f"dataset with images and instructions; may be repeated; NAME is one of {', '.join(DATASETS)}",
-    )
+    add_data_argument(parser, DATASETS)
     parser.add_argument("--samples", type=integer(1), default=1000, help="number of samples (default: 1000)")
     parser.add_argument(
         "--resolution", type=integer(16), help="side of the images in pixels (default: the model's resolution)"
@@ -55,14 +49,13 @@ def main() -> None:
     parser.add_argument("--seed", type=integer(0), default=0, help="seed of the samples and the noise (default: 0)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the candidates")
     args = parser.parse_args()
-    try:
-        parse_entries(args.data)
-    except ValueError as error:
-        parser.error(str(error))
 
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
-    mixture = Mixture(load_sources(args.data, args.resolution or pipe.default_resolution), args.seed)
+    try:
+        mixture = Mixture(load_sources(args.data, args.resolution or pipe.default_resolution), args.seed)
+    except ValueError as error:
+        raise UsageError(error) from error
     samples = [mixture[position] for position in range(min(args.samples, len(mixture)))]
     grid = [(text, image) for text in args.guidance_scales for image in args.image_guidance_scales]
     make_candidates(pipe, samples, args.output, grid, args.steps, args.batch_size, args.seed)

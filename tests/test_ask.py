@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 
@@ -18,6 +18,7 @@ from instructdiffusion_pipeline import (
     ask,
     ask_batch,
     ask_boxes,
+    joint_tasks,
 )
 from instructdiffusion_pipeline.ask import Answer, draw_overlay
 from instructdiffusion_pipeline.tasks.segmentation import masks_from_margins
@@ -114,6 +115,28 @@ def test_inconsistent_batches_raise_errors(pipe):
 def test_arguments_of_wrong_types_raise_errors(pipe, image, task):
     with pytest.raises(TypeError, match="`image` must be a PIL image and `task` a task such as"):
         ask(pipe, image, task)
+
+
+def test_another_pipeline_raises_an_error(pipe):
+    other = StableDiffusionInstructPix2PixPipeline.from_pipe(pipe, requires_safety_checker=False)
+    for wrong in (other, pipe.unet, None):
+        with pytest.raises(TypeError, match=f"must be an InstructDiffusionPipeline; got {type(wrong).__name__}"):
+            ask(wrong, tiny.picture(), TASKS[0])
+
+
+def test_a_subclass_of_the_pipeline_is_accepted(pipe):
+    class Own(InstructDiffusionPipeline):
+        pass
+
+    own = Own(**pipe.components)
+    own.set_progress_bar_config(disable=True)
+    assert ask(own, tiny.picture(), TASKS[0], **FAST).image.size == tiny.picture().size
+
+
+@pytest.mark.parametrize("names", [[], ["nose", "nose"], "nose", [f"joint {n}" for n in range(5)] + ["joint 0"]])
+def test_names_of_joint_tasks_are_checked(names):
+    with pytest.raises(ValueError, match="`names` must be a list of different names, at least one; got"):
+        joint_tasks(tiny.picture(), names)
 
 
 def test_a_resolution_of_zero_keeps_the_image_size(pipe):

@@ -37,6 +37,7 @@ answer = ask(
     pipe, Image.open(sys.argv[1]), Segmentation({"cat": "blue"}), num_inference_steps=2, generator=torch.manual_seed(0)
 )
 answer.picture.save("picture.png")
+answer.overlay.save("overlay.png")
 print(json.dumps([instructdiffusion_pipeline.__file__, instructdiffusion_pipeline.__version__]))
 """
 

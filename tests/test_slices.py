@@ -146,6 +146,8 @@ def test_with_slices_the_model_is_also_run_on_slices(pipe):
     ):
         with pytest.raises(ValueError, match=message):
             ask(pipe, tiny.picture(), task, slices=slices)
+    with pytest.raises(ValueError, match="`resolution` must not be 0 with `slices`"):
+        ask(pipe, tiny.picture(), Segmentation({"cat": "red"}), slices=0.56, resolution=0)
 
 
 def view_of(task, image, offset=(0, 0)):

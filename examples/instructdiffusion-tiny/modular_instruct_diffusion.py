@@ -448,7 +448,7 @@ class InstructDiffusionPrepareLatentsStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopBeforeDenoiser(ModularPipelineBlocks):
-    """A part of the denoising loop."""
+    """Scale the noisy latents for the UNet, in each step of the denoising loop."""
 
     model_name = "instruct-diffusion"
 
@@ -472,7 +472,7 @@ class InstructDiffusionLoopBeforeDenoiser(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopDenoiser(ModularPipelineBlocks):
-    """A part of the denoising loop."""
+    """Predict the noise with the guider, in each step of the denoising loop."""
 
     model_name = "instruct-diffusion"
 
@@ -517,7 +517,7 @@ class InstructDiffusionLoopDenoiser(ModularPipelineBlocks):
 
 
 class InstructDiffusionLoopAfterDenoiser(ModularPipelineBlocks):
-    """A part of the denoising loop."""
+    """Compute the latents of the next noise level, in each step of the denoising loop."""
 
     model_name = "instruct-diffusion"
 

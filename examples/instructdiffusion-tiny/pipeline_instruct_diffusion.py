@@ -788,7 +788,7 @@ class InstructDiffusionPipeline(
 
     @property
     def default_settings(self) -> dict[str, Any]:
-        """The defaults of a call for `DEFAULT_SETTINGS`: the model's for "editing", or those of the original code."""
+        """The settings of a call that gives none: the model's for "editing", and for others `DEFAULT_SETTINGS`."""
         return DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
 
     @property

@@ -8,6 +8,7 @@ uses. A run that was stopped continues if it is started again with the same opti
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def main() -> None:
 def rows(worlds: dict[str, World], figures: World, count: int, seed: int) -> list[LazyExample]:
     """Return `count` examples of masks in each of `worlds`, and of joints in the world `figures`."""
 
-    def row(name: str, example: partial, make_task: sources.Callable) -> list[LazyExample]:
+    def row(name: str, example: partial, make_task: Callable) -> list[LazyExample]:
         return examples_from(Source(name, GeneratedDataset(example, count, seed), make_task), count)
 
     masks = [

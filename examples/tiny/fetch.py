@@ -41,7 +41,7 @@ MIN_SIDE = 300
 STORED_SIDE = 300
 OBJECT_SIDE = 128
 
-# Names of objects -> the short name in emoji-datasource, if it is different. All names have a regular plural.
+# Names of objects -> the short name in emoji-datasource, if it is different. `plural` has the plural of all names.
 NAMES = dict(
     entry.strip().partition(": ")[::2]
     for entry in """

@@ -19,7 +19,9 @@ ONE = {
 
 
 def plural(name: str) -> str:
-    """Return the plural of an object's name; all of them are regular."""
+    """Return the plural of an object's name. No name has an irregular plural, except "maple leaf"."""
+    if name.endswith("leaf"):
+        return name[:-1] + "ves"
     if name.endswith(("s", "x", "ch", "sh")):
         return name + "es"
     return name[:-1] + "ies" if name.endswith("y") and name[-2] not in "aeiou" else name + "s"

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import UNet2DModel
 from PIL import Image
 
 from instructdiffusion_pipeline.calibration import Platt, calibrate_answer
@@ -226,8 +226,8 @@ def ask_batch(
     Raises:
         TypeError: an argument has a wrong type, such as an element of `images` that is not a PIL image.
         ValueError: there are no images; the numbers of images, tasks and instructions differ; the settings of the
-            tasks differ; `slices` is out of range, or used with a task other than `Segmentation`; or `settings`
-            contains an argument that `ask` sets itself (prompt, image, output_type, ...).
+            tasks differ; `slices` is out of range, or used with a task other than `Segmentation` or with
+            `resolution=0`; or `settings` contains an argument that `ask` sets itself, such as `prompt`.
     """
     given = {"images": images, "tasks": tasks} | ({} if instructions is None else {"instructions": instructions})
     for name, values in given.items():
@@ -330,7 +330,8 @@ def check_questions(
     settings: dict[str, Any],
 ) -> None:
     """Raise a TypeError or ValueError if an argument of `ask_batch` is invalid."""
-    if not isinstance(pipeline, DiffusionPipeline):
+    # Compared by name, because a pipeline loaded with `trust_remote_code=True` has the class in its folder's file.
+    if all(base.__name__ != InstructDiffusionPipeline.__name__ for base in type(pipeline).__mro__):
         raise TypeError(f"`pipeline` must be an InstructDiffusionPipeline; got {type(pipeline).__name__}.")
     if not isinstance(use_readout, bool):
         raise TypeError(f"`use_readout` must be True or False; got {type(use_readout).__name__}.")
@@ -362,3 +363,5 @@ def check_questions(
             raise ValueError(
                 f"`slices` must be None for tasks other than segmentation; got {', '.join(sorted(others))}."
             )
+        if settings.get("resolution") == 0:
+            raise ValueError("`resolution` must not be 0 with `slices`, which are enlarged to the working size.")

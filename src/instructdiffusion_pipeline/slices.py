@@ -1,7 +1,7 @@
 """Segmentation of small objects: run the model on overlapping slices of an image as well, and combine the masks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
+from instructdiffusion_pipeline.tasks.morphology import connected_parts, dilate
 from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, without_traces
 from instructdiffusion_pipeline.views import Response, View, view_margins
 
@@ -183,8 +184,8 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
 
     Parts smaller than `MIN_REGION` are left out.
     """
-    left = _cells(pixels) * (1 - _grown(_cells(known)))
-    regions = (_pixels(part, pixels) for part in _connected_parts(left))
+    left = _cells(pixels) * (1 - dilate(_cells(known), 1))
+    regions = (_pixels(part, pixels) for part in connected_parts(left))
     return _pixels(left, pixels), [region for region in regions if region.mean() >= MIN_REGION]
 
 
@@ -194,7 +195,7 @@ def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
     Large parts are left out: crops around them would show no more than the whole image.
     """
     limit, regions = CLOSE_UPS[0] * min(pixels.shape), []
-    for part in _connected_parts(_cells(pixels)):
+    for part in connected_parts(_cells(pixels)):
         region = _pixels(part, pixels)
         top, bottom, left, right = bounds(region)
         if max(bottom - top, right - left) <= limit and not (region & others).any():
@@ -213,18 +214,3 @@ def _pixels(cells: torch.Tensor, pixels: np.ndarray) -> np.ndarray:
     step = math.ceil(max(pixels.shape) / GRID)
     large = cells[0].numpy().repeat(step, 0).repeat(step, 1)[: pixels.shape[0], : pixels.shape[1]]
     return (large > 0) & pixels
-
-
-def _grown(cells: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(cells, 3, 1, 1)
-
-
-def _connected_parts(cells: torch.Tensor) -> Iterator[torch.Tensor]:
-    left = cells.clone()
-    while left.any():
-        part = torch.zeros_like(left)
-        part.view(-1)[left.argmax()] = 1
-        while not torch.equal(part, larger := _grown(part) * left):
-            part = larger
-        left = left - part
-        yield part

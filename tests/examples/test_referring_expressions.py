@@ -59,6 +59,7 @@ def test_covered_pixels_are_not_in_a_mask():
         ("fox", "foxes"),
         ("bus", "buses"),
         ("peach", "peaches"),
+        ("maple leaf", "maple leaves"),
     ],
 )
 def test_plurals(name, names):

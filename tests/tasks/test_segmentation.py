@@ -8,12 +8,13 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from scenes import PHOTOGRAPHS, blob, iou, jpeg, photograph, through_vae
 from scipy.ndimage import binary_fill_holes
+from skimage.segmentation import find_boundaries
 
 from instructdiffusion_pipeline import working_size
 from instructdiffusion_pipeline.tasks import EmptyAnnotation
 from instructdiffusion_pipeline.tasks.colors import MASK_COLORS
 from instructdiffusion_pipeline.tasks.restoration import add_noise
-from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation
+from instructdiffusion_pipeline.tasks.segmentation import Mask, Segmentation, outline
 
 SEEDS = st.integers(0, 2**32).map(random.Random)
 
@@ -327,6 +328,14 @@ def test_the_outline_has_the_complementary_color_without_corner_pixels(color):
     outline = (shown == 255 - np.array(MASK_COLORS[color])).all(2)
     assert outline[2, 3] and outline[3, 2] and outline[6, 6]
     assert not outline[3, 3] and outline.sum() == 15
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (20, 31)])
+def test_the_outline_is_the_inner_boundary_of_scikit_image(size):
+    rng = np.random.default_rng(0)
+    for share in (0.1, 0.5, 0.9):
+        mask = rng.random(size) < share
+        assert np.array_equal(outline(mask), find_boundaries(mask, connectivity=1, mode="inner"))
 
 
 def test_without_a_random_generator_the_first_wording_is_used():

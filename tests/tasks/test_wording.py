@@ -11,6 +11,8 @@ def test_names_with_a_determiner_get_no_article(name):
 def test_articles():
     assert with_the("cat") == "the cat"
     assert with_a("red disc") == "a red disc" and with_a("orange one") == "an orange one"
+    assert with_a("unicorn") == "a unicorn" and with_a("hourglass") == "an hourglass"
+    assert with_a("umbrella") == "an umbrella" and with_a("house") == "a house"
 
 
 def test_lists():

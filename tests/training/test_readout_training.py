@@ -137,6 +137,24 @@ def test_examples_without_an_output_are_left_out(answered, tmp_path):
     assert [index for index, *_ in ReadoutDataset(dataset.examples, tmp_path, FEW).rows] == [1]
 
 
+def test_each_of_several_objects_has_its_own_output(tmp_path):
+    """The output for an object shows this object alone."""
+    image = Image.new("RGB", (SIZE, SIZE), "gray")
+    masks = {name: np.zeros((SIZE, SIZE), bool) for name in ("cat", "dog")}
+    masks["cat"][4:30, 4:30] = masks["dog"][34:60, 34:60] = True
+    task = Segmentation({"cat": "red", "dog": "blue"})
+    (tmp_path / "answers").mkdir()
+    for part, single in enumerate(task.split()):
+        single.draw(image, masks).save(tmp_path / "answers" / answer_name(0, 0, part))
+    (tmp_path / "records.jsonl").write_text(json.dumps({"index": 0, "box": [0, 0, SIZE, SIZE]}))
+    dataset = ReadoutDataset([LazyExample("a", "a", lambda: Example(image, [task], masks))], tmp_path, FEW)
+    assert len(dataset) == 2
+    for position in range(2):
+        inputs, target, _ = dataset[position]
+        changed = (inputs[:3] - inputs[3:6]).abs().sum(0) > 0.1  # from the input image to the output
+        assert torch.equal(changed, target > 0) and 0 < target.mean() < 0.3
+
+
 @pytest.mark.parametrize("box", [None, (20.0, 8.0, 84.0, 56.0)])
 def test_targets_are_in_pixels_of_the_frame(box):
     image, joint = tiny.picture(100, 60), Joint(61.5, 21.25)

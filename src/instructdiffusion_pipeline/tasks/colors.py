@@ -64,7 +64,7 @@ def most_visible_first(image: Image.Image, colors: Mapping[str, RGB]) -> list[st
 
 
 def assign_colors(image: Image.Image, names: Sequence[str], colors: Mapping[str, RGB]) -> dict[str, str]:
-    """Choose a color for each name, preferably the colors that differ most from the image.
+    """Choose a color for each name, preferably one that is visible on the image (see `visible_colors`).
 
     Raises a ValueError if there are no names, more names than colors, or equal names.
     """

@@ -213,8 +213,13 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 
 
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
-    """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that differ from those of `image`."""
-    groups = np.array_split(list(names), -(-len(names) // MAX_JOINTS))
+    """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that are visible on `image` if possible.
+
+    Raises a ValueError if there are no names, or two are equal.
+    """
+    if isinstance(names, str) or not 0 < len(set(names)) == len(names):
+        raise ValueError(f"`names` must be a list of different names, at least one; got {names!r}.")
+    groups = np.array_split(list(names), math.ceil(len(names) / MAX_JOINTS))
     return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
 
 

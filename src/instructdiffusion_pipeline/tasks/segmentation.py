@@ -134,16 +134,19 @@ class Segmentation:
         return [Segmentation({name: color}) for name, color in self.colors.items()]
 
     def overlay(self, image: Image.Image, masks: dict[str, "Mask"]) -> Image.Image:
-        """`image` with the masks in their colors, outlined in the complementary color; needs scikit-image."""
-        from skimage.segmentation import find_boundaries
-
+        """`image` with the masks in their colors, outlined in the complementary color."""
         pixels = np.array(upright_rgb(image))
         for name, color in self.colors.items():
             mask, (red, green, blue) = masks[name].pixels, MASK_COLORS[color]
             paint(pixels, mask, MASK_COLORS[color], opacity=0.6)
-            outline = find_boundaries(mask, connectivity=1, mode="inner")
-            paint(pixels, outline, (255 - red, 255 - green, 255 - blue), opacity=1.0)
+            paint(pixels, outline(mask), (255 - red, 255 - green, 255 - blue), opacity=1.0)
         return Image.fromarray(pixels)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of `mask` (bool, [height, width]) above, below, left or right of which is a pixel outside of it."""
+    padded = np.pad(mask, 1, mode="edge")
+    return mask & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
 
 
 def prompted_tasks(task: Task) -> Sequence[Task]:

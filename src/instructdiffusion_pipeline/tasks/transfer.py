@@ -19,6 +19,7 @@ from PIL import Image
 
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import Box, upright_rgb
 from instructdiffusion_pipeline.tasks.frames import inner_box
+from instructdiffusion_pipeline.tasks.morphology import dilate, erode, fill_holes, grow
 
 FIT_SIDE = 64  # pixels along the short side at which the color transform is fitted
 FIT_RADIUS = 24  # radius of the fit's window, in pixels at this size
@@ -103,7 +104,7 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
     content_change = (change - explained).norm(dim=0, keepdim=True).minimum(amount)
     content = changed_region(content_change, strongest, CONTENT_SHARES, CONTENT_LEVELS)
     content = (_mean(content, 1) > 0.5).float()
-    content = _fill_holes(content, HOLES)
+    content = fill_holes(content, HOLES)
 
     result = image.copy()
     for rows, (matrix_rows, offset_rows, region_rows) in _strips(
@@ -117,9 +118,9 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
 
     small = np.asarray(Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.BOX))
     enlarged = np.asarray(Image.fromarray(answer).resize(image.shape[1::-1], Image.Resampling.LANCZOS))
-    reach = _dilate(content, REACH)
+    reach = dilate(content, REACH)
     for rows, (slope_rows, intercept_rows, reach_rows, core_rows) in _strips(
-        image.shape[:2], reach, *fit_edges(_planes(small), target, content), reach, _erode(content, CORE)
+        image.shape[:2], reach, *fit_edges(_planes(small), target, content), reach, erode(content, CORE)
     ):
         source, shown, background = _planes(image[rows]), _planes(enlarged[rows]), _planes(result[rows])
         edge = (slope_rows * source).sum(0, keepdim=True) + intercept_rows
@@ -215,7 +216,7 @@ def guided_fit(guide: torch.Tensor, region: torch.Tensor) -> tuple[torch.Tensor,
         fraction [1, h, w].
     """
     outside, inside = EDGE_BAND
-    certain = _erode(region, inside) + 1 - _dilate(region, outside)
+    certain = erode(region, inside) + 1 - dilate(region, outside)
     weight = BAND_WEIGHT + (1 - BAND_WEIGHT) * certain
     _, mean_guide, mean_region, shared, slope = _regress(guide, region, weight, EDGE_RADIUS, EDGE_RIDGE)
     variance = (mean_region * (1 - mean_region)).clamp(min=1e-3)
@@ -231,7 +232,7 @@ def changed_region(
 ) -> torch.Tensor:
     """The regions [1, h, w] of ones where `strength` is above a lower threshold, and at some pixel above an upper."""
     lower, upper = (max(share * strongest, level) for share, level in zip(shares, levels, strict=True))
-    return _grow((strength > upper).float(), (strength > lower).float())
+    return grow((strength > upper).float(), (strength > lower).float())
 
 
 def _planes(pixels: np.ndarray) -> torch.Tensor:
@@ -246,34 +247,9 @@ def _levels(planes: torch.Tensor) -> np.ndarray:
 
 def _mean(planes: torch.Tensor, radius: int) -> torch.Tensor:
     """Means over squares of 2 * radius + 1 pixels, clipped to the image."""
-    for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
-        planes = F.avg_pool2d(planes[None], kernel, 1, padding, count_include_pad=False)[0]
+    for _ in range(2):  # first along columns, which become rows, because pooling along rows is faster
+        planes = F.avg_pool2d(planes.mT[None], (1, 2 * radius + 1), 1, (0, radius), count_include_pad=False)[0]
     return planes
-
-
-def _dilate(region: torch.Tensor, radius: int) -> torch.Tensor:
-    return F.max_pool2d(region[None], 2 * radius + 1, 1, radius)[0]
-
-
-def _erode(region: torch.Tensor, radius: int) -> torch.Tensor:
-    return -_dilate(-region, radius)
-
-
-def _grow(region: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """The parts of `limit` that are connected with `region`."""
-    while True:
-        grown = _dilate(region, 1) * limit
-        if torch.equal(grown, region):
-            return region
-        region = grown
-
-
-def _fill_holes(region: torch.Tensor, radius: int) -> torch.Tensor:
-    """Fill the parts that `region` encloses, except pixels more than about `radius` away from it."""
-    border = F.pad(torch.zeros_like(region), (1, 1, 1, 1), value=1.0)
-    surroundings = _grow(border, F.pad(1 - region, (1, 1, 1, 1), value=1.0))[:, 1:-1, 1:-1]
-    closed = _erode(_dilate(region, radius), radius)
-    return torch.maximum(region, closed - surroundings)
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

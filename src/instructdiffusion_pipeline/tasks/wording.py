@@ -11,6 +11,8 @@ PRONOUNS = {
     "he", "she", "it", "they", "him", "them", "i", "we", "us", "you", "who", "whoever", "someone", "anyone",
     "everyone", "something", "anything", "everything", "nothing", "nobody",
 }  # fmt: skip
+# Beginnings of words whose first letter is a vowel and first sound a consonant, or the reverse.
+MISLEADING = ("hour", "one ", "ufo", "uni", "use")
 
 
 def with_the(name: str) -> str:
@@ -19,8 +21,11 @@ def with_the(name: str) -> str:
 
 
 def with_a(phrase: str) -> str:
-    """`phrase` with "a" or "an", chosen by its first letter, which is correct for all color names."""
-    return f"an {phrase}" if phrase[0].lower() in "aeiou" else f"a {phrase}"
+    """`phrase` with "a" or "an"."""
+    is_vowel = phrase[0].lower() in "aeiou"
+    if phrase.lower().startswith(MISLEADING):
+        is_vowel = not is_vowel
+    return f"an {phrase}" if is_vowel else f"a {phrase}"
 
 
 def join_words(words: Sequence[str]) -> str:

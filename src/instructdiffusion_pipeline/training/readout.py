@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from instructdiffusion_pipeline.fingerprint import check_run_config
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, HEATMAP_SIGMA, MASK, asked_colors, readout_inputs
 from instructdiffusion_pipeline.tasks.frames import Frame
-from instructdiffusion_pipeline.tasks.segmentation import Segmentation
+from instructdiffusion_pipeline.tasks.keypoints import Keypoints
+from instructdiffusion_pipeline.tasks.segmentation import Segmentation, prompted_tasks
 from instructdiffusion_pipeline.types import Joint
 
 WIDTHS = (16, 32, 64)  # of the first levels; deeper levels have the width of the last
@@ -152,10 +154,11 @@ class ReadoutDataset(Dataset):
         records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
         self.boxes = {record["index"]: tuple(record["box"]) for record in records if "box" in record}
         self.rows = [
-            (index, number, name)
+            (index, number, part, name)
             for index in tqdm(self.boxes, desc="opening")
             for number, task in enumerate(examples[index].open().tasks)
-            for name in task.colors
+            for part, prompted in enumerate(prompted_tasks(task))
+            for name in cast(Segmentation | Keypoints, prompted).colors
         ]
 
     def __len__(self) -> int:
@@ -165,10 +168,10 @@ class ReadoutDataset(Dataset):
         """Inputs [CHANNELS, height, width], target [height, width] and its output channel."""
         epoch, offset = divmod(position, len(self.rows))
         row = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))[offset]
-        index, number, name = self.rows[row]
+        index, number, part, name = self.rows[row]
         example = self.examples[index].open()
-        task, box = example.tasks[number], self.boxes[index]
-        output = Image.open(self.folder / "answers" / answer_name(index, number))
+        task, box = prompted_tasks(example.tasks[number])[part], self.boxes[index]
+        output = Image.open(self.folder / "answers" / answer_name(index, number, part))
         # Enlarged to the pixels of the input, so that outputs of different working sizes have frames of one size.
         answer = output.resize((round(box[2] - box[0]), round(box[3] - box[1])), Image.Resampling.LANCZOS)
         frame = Frame.of(example.image, answer, box, shortest=self.size)
