@@ -50,7 +50,8 @@ def main() -> None:
     rows = []
     for image, task in questions:
         answer = ask(pipe, image, task, generator=torch.Generator().manual_seed(0))
-        panels = [("input", image), (task.instruction(), answer.picture), ("overlay", answer.overlay)]
+        decoded = "input | result" if isinstance(answer.data, Image.Image) else "overlay"
+        panels = [("input", image), (task.instruction(), answer.picture), (decoded, answer.overlay)]
         rows.append((task.family, [(caption, enlarge(picture)) for caption, picture in panels]))
     save_image(INPUT, sunflower)
     save_image(OUTPUT, labeled_grid(rows))

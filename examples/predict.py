@@ -146,6 +146,11 @@ def main() -> None:
         folder = common_folder(paths)
         write_text(args.output / "coco.json", json.dumps(coco(args.task, question, done, folder), indent=1) + "\n")
         print(f"coco.json: file names are relative to {folder}")
+    for path in done:
+        if names[path] != path.stem:
+            print(f"{path}: the names of its results start with {names[path]}")
+    if not done:
+        raise ValueError(f"--images: none of the {len(paths)} images could be processed; see above.")
     print(f"{len(done)} of {len(paths)} images processed: {args.output}")
 
 

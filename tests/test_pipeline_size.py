@@ -128,6 +128,10 @@ def test_sides_of_exactly_four_to_one_are_accepted(mode: str) -> None:
 
 def test_defaults_are_the_multiples_of_stable_diffusion() -> None:
     assert working_size(23, 31, 0).size == (16, 24)
+    assert working_size(600, 400, 96).size == (64, 64) and working_size(600, 400, 96, size_multiple=16).size == (
+        96,
+        64,
+    )
     assert working_size(100, 100, 100, resize_mode="stretch") == ((128, 128), (0, 0, 100, 100))
     assert working_size(100, 100, 16, resize_mode="stretch").size == (64, 64), "at least one multiple"
 

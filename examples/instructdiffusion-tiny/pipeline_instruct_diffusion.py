@@ -163,9 +163,10 @@ def working_size(
     With a `resolution` of 0 both sides are rounded down to a multiple of `vae_scale_factor`, at least one multiple;
     nothing is cropped. Otherwise `resize_mode` decides:
 
-    - "crop", as in the original code: `resolution` refers to the long side. Both sides are multiples of 64, and the
-      long side is near `resolution`. The image is fitted to that size, and the output is fitted back to the input
-      size. Both steps crop to the center, so the output shows the box that remains after both crops.
+    - "crop", as in the original code: `resolution` refers to the long side. Both sides are multiples of
+      `size_multiple`, in the original code of 64, and the long side is near `resolution`. The image is fitted to that
+      size, and the output is fitted back to the input size. Both steps crop to the center, so the output shows the
+      box that remains after both crops.
     - "stretch": `resolution` refers to the short side, which is the multiple of `size_multiple` nearest to it. The
       long side is the multiple that best preserves the aspect ratio. The whole image is resized.
 
@@ -191,9 +192,9 @@ def working_size(
                 " and no side may exceed four times the other. Crop it."
             )
         return WorkingSize(size, (0.0, 0.0, float(width), float(height)))
-    # Integer arithmetic, because floating-point rounding would make one in seventeen sizes too small by 64 pixels.
-    short = 64 * -(-short_side * resolution // (64 * long_side))
-    long = 64 * (long_side * short // (64 * short_side))
+    # Integer arithmetic, because floating-point rounding would make one in seventeen sizes too small by one multiple.
+    short = size_multiple * -(-short_side * resolution // (size_multiple * long_side))
+    long = size_multiple * (long_side * short // (size_multiple * short_side))
     size = (short, long) if width < height else (long, short)
     if long > 4 * resolution:
         raise ValueError(
@@ -242,8 +243,8 @@ def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
     if isinstance(image, (list, tuple)) and len(image) > 0:
         return [picture for item in image for picture in _as_pictures(item)]
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3 and _is_numeric(image):
-        # torch supports neither negative strides nor foreign byte orders.
-        native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
+        # torch supports neither negative strides nor foreign byte orders, and warns about read-only arrays.
+        native = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
         image = torch.from_numpy(native).movedim(-1, -3)
     if _is_readable(image) and image.ndim in (3, 4) and len(image) > 0:
         image = image.detach()
@@ -816,7 +817,7 @@ class InstructDiffusionPipeline(
 
     @property
     def size_multiple(self) -> int:
-        """Both sides of a stretched image are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
+        """The sides at which the UNet works are multiples of this number of pixels: 64 for Stable Diffusion 1.5.
 
         Each UNet level except the last halves the latent size.
         """
@@ -827,10 +828,15 @@ class InstructDiffusionPipeline(
     def working_size(
         self, width: int, height: int, resolution: int | None = None, resize_mode: str = "crop"
     ) -> WorkingSize:
-        """The function `working_size` for this pipeline. The default of `resolution` is `default_resolution`."""
-        resolution = self.default_resolution if resolution is None else resolution
-        multiple = {"size_multiple": self.size_multiple} if resize_mode == "stretch" and resolution else {}
-        return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, **multiple)
+        """The function `working_size` for this pipeline.
+
+        The default of `resolution` is `default_resolution`. With it, and with "stretch", sides are multiples of
+        `size_multiple`. With "crop" and a given resolution they are multiples of 64, as in the original code.
+        """
+        size = self.default_resolution if resolution is None else resolution
+        own = resolution is None or (resolution != 0 and resize_mode == "stretch")
+        multiple = {"size_multiple": self.size_multiple} if own else {}
+        return working_size(width, height, size, self.vae_scale_factor, resize_mode, **multiple)
 
     @property
     def guidance_scale(self) -> float:
@@ -1163,6 +1169,11 @@ class InstructDiffusionPipeline(
         for name in ("vae", "unet", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"The pipeline has no `{name}`.")
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(
+                "`scheduler` must be a scheduler for Stable Diffusion, such as EulerDiscreteScheduler; got"
+                f" {type(self.scheduler).__name__}."
+            )
         if 2 * self.vae.config.latent_channels != self.unet.config.in_channels:
             raise ValueError(
                 f"`unet` must be a UNet of InstructDiffusion with {2 * self.vae.config.latent_channels} input channels"

@@ -133,7 +133,7 @@ def ask_boxes(
     pipeline: InstructDiffusionPipeline,
     image: Image.Image,
     task: Keypoints,
-    boxes: Sequence[Box],
+    boxes: Sequence[Box] | np.ndarray | torch.Tensor,
     instruction: str | None = None,
     batch_size: int = 8,
     **settings: Any,
@@ -145,7 +145,7 @@ def ask_boxes(
 
     Args:
         pipeline, image, task, instruction: as in `ask`.
-        boxes: (left, top, right, bottom) of each person, in pixels of `image`.
+        boxes: (left, top, right, bottom) of each person, in pixels of `image`; also an array or tensor [N, 4].
         batch_size: boxes per call of the pipeline.
         settings: as in `ask`. `generator`, `negative_prompt` and `negative_prompt_embeds` may have one entry, or one
             for each box.
@@ -163,8 +163,9 @@ def ask_boxes(
         raise TypeError(f"`image` must be a PIL image; got {type(image).__name__}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}.")
+    boxes = boxes.tolist() if isinstance(boxes, torch.Tensor) else boxes
     if not isinstance(boxes, Sequence | np.ndarray):
-        raise TypeError(f"`boxes` must be a list or an array; got {type(boxes).__name__}.")
+        raise TypeError(f"`boxes` must be a list, an array or a tensor; got {type(boxes).__name__}.")
     image = upright_rgb(image)
     regions = [padded_square(box, image.size) for box in boxes]
     check_lengths(settings, len(regions), "box")

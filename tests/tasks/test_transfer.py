@@ -16,6 +16,7 @@ from instructdiffusion_pipeline.tasks.transfer import (
     EDGE_RIDGE,
     FULL_FIT,
     guided_fit,
+    noise_variance,
     transfer_change,
     transfer_denoised,
     transfer_in_box,
@@ -286,6 +287,31 @@ def test_denoising_keeps_details_finer_than_the_working_size(reconstruct):
     answer = np.asarray(Image.fromarray(clean).resize((64, 64), Image.Resampling.LANCZOS))
     result = transfer_denoised(noisy, answer, answer)
     assert psnr(clean, result) > max(psnr(clean, noisy), psnr(clean, enlarged(answer, 384))) + 1
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize("sigma", [10, 25])
+def test_denoising_is_better_than_the_output_and_the_input(reconstruct, sigma, factor):
+    """The output is the VAE's copy of the clean image: without noise, but blurred."""
+    clean = photograph("coffee", factor * WORKING_SIDE)
+    noisy = (clean + np.random.default_rng(0).normal(0, sigma, clean.shape)).round().clip(0, 255).astype(np.uint8)
+    answer = reconstruct(clean)
+    result = transfer_denoised(noisy, answer, answer)
+    assert psnr(clean, result) > max(psnr(clean, noisy), psnr(clean, enlarged(answer, len(clean)))) + 0.5
+
+
+def test_denoising_keeps_a_clean_image_without_texture_and_the_texture_of_others(reconstruct):
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    assert np.array_equal(transfer_denoised(flat, flat, flat), flat)
+    clean = photograph("coffee", WORKING_SIDE)
+    answer = reconstruct(clean)
+    assert psnr(clean, transfer_denoised(clean, answer, answer)) > psnr(clean, answer) + 4
+
+
+def test_the_variance_of_noise_is_that_of_most_values():
+    values = torch.from_numpy(np.random.default_rng(0).normal(0, 7, 40_000))
+    values[:4000] = 200  # edges
+    assert noise_variance(values) == pytest.approx(49, rel=0.3)
 
 
 def test_sharpening_adds_the_change():

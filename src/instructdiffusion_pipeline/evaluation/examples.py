@@ -102,7 +102,7 @@ def _open(source: Source, index: int, seed: int, make_tasks: MakeTasks | None) -
 
 
 def whole_person(image: Image.Image, joints: Joints, rng: random.Random) -> list[Keypoints]:
-    """Tasks for all joints of a person, with at most `MAX_JOINTS` each, in colors that are not those of the image."""
+    """Tasks for all joints of a person; see `joint_tasks`."""
     return joint_tasks(image, list(joints))
 
 

@@ -188,7 +188,10 @@ class Mark(NamedTuple):
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
-    """`image` with a cross, a name and a score at each joint. Labels do not overlap if there is enough space."""
+    """`image` with a cross, a name and a score at each joint.
+
+    Labels do not overlap if there is enough space. A line connects a label that is not next to its cross.
+    """
     sheet = upright_rgb(image)
     pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
     for _, color, joint in marks:
@@ -197,30 +200,39 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
             pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
     font_size = max(10, min(sheet.size) // 20)
     labels: list[Box] = []
-    for name, _, joint in marks:
+    texts = []
+    for name, color, joint in marks:
         text = f"{name} {joint.score:.2f}"
         # next to the cross, on the side with more space; if an earlier label is there, above or below it
         side, anchor = (1, "lm") if joint.x < sheet.width / 2 else (-1, "rm")
         x = joint.x + side * 1.5 * arm
         left, top, right, bottom = pen.textbbox((x, 0), text, anchor=anchor, font_size=font_size, stroke_width=1)
-        rows = [joint.y + row * (bottom - top) for row in sorted(range(-9, 10), key=abs)]
+        count = math.ceil(sheet.height / (bottom - top))
+        rows = [joint.y + row * (bottom - top) for row in sorted(range(-count, count + 1), key=abs)]
         boxes = {y: (left, y + top, right, y + bottom) for y in rows}
         free = (y for y, box in boxes.items() if not any(overlap(box, label) for label in labels))
         y = next((y for y in free if y + top >= 0 and y + bottom <= sheet.height), joint.y)
         labels.append(boxes[y])
-        pen.text((x, y), text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
+        texts.append(((x, y), text, anchor))
+        if y != joint.y:
+            pen.line([(joint.x, joint.y), (x, y)], color, max(1, arm // 6))
+    for place, text, anchor in texts:
+        pen.text(place, text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
     return sheet
 
 
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
     """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that are visible on `image` if possible.
 
+    Names that follow each other are in different tasks. In lists such as `COCO_JOINTS` these are neighbors in the
+    body, and their discs would cover each other in one output image.
+
     Raises a ValueError if there are no names, or two are equal.
     """
     if isinstance(names, str) or not 0 < len(set(names)) == len(names):
         raise ValueError(f"`names` must be a list of different names, at least one; got {names!r}.")
-    groups = np.array_split(list(names), math.ceil(len(names) / MAX_JOINTS))
-    return [Keypoints(assign_colors(image, group.tolist(), KEYPOINT_COLORS)) for group in groups]
+    count = math.ceil(len(names) / MAX_JOINTS)
+    return [Keypoints(assign_colors(image, names[group::count], KEYPOINT_COLORS)) for group in range(count)]
 
 
 def overlap(a: Box, b: Box) -> bool:

@@ -38,6 +38,7 @@ FULL_FIT, MAX_EXCESS = 0.4, 0.3
 EDGE_STEEPNESS = 3.0  # of the blend at half of the fit, because the fit blurs edges
 REACH = 1  # how far the blend may extend a region
 CORE = 3  # a region is eroded by this radius; what remains is replaced completely
+LOSS_RADIUS = 3  # working pixels; of the window in which the loss of details in a denoised output is measured
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
@@ -131,21 +132,36 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
 
 
 def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Combine a denoised output with the details of the noisy input. Arguments as in `transfer_change`.
+    """Combine a denoised output with the noisy input. Arguments as in `transfer_change`.
 
-    Frequencies that the working size can represent are taken from the output. Finer details are taken from the input,
-    attenuated by a local Wiener filter, whose noise level is estimated from the finest details (Donoho and Johnstone,
-    1994).
+    The output has lost details, the input has noise. Their mean with the smallest expected error weights the output by
+    noise / (noise + loss), both as variances. The difference of the two images has the variance noise + loss: its
+    median is the level of the noise in the whole image, and its local mean is larger where details were lost.
+
+    Details that the working size cannot show are taken from the input, attenuated by a local Wiener filter. Its noise
+    level is the median of these details (Donoho and Johnstone, 1994).
     """
     height, width = image.shape[:2]
-    small = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
-    coarse = np.asarray(small.resize((width, height), Image.Resampling.LANCZOS))
-    enlarged = np.asarray(Image.fromarray(answer).resize((width, height), Image.Resampling.LANCZOS))
+    resized = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
+    small = _planes(np.asarray(resized))
+    change = _planes(answer) - small
+    variance = _mean(change.square().mean(0, keepdim=True), LOSS_RADIUS)
+    weight = (noise_variance(change) / variance.clamp(min=1e-6)).clamp(max=1)
+    combined = Image.fromarray(_levels(small + weight * change))
+
+    coarse, enlarged = (
+        np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)) for picture in (resized, combined)
+    )
     detail = _planes(image) - _planes(coarse)
-    noise = (detail[:, ::4, ::4].abs().median() / 0.6745) ** 2  # a sixteenth of the pixels is enough
     power = _mean(detail.square().mean(0, keepdim=True), 3)
+    noise = noise_variance(detail[:, ::4, ::4])  # a sixteenth of the pixels is enough
     gain = ((power - noise) / power.clamp(min=1e-6)).clamp(min=0)
     return _levels(_planes(enlarged) + gain * detail)
+
+
+def noise_variance(values: torch.Tensor) -> torch.Tensor:
+    """The variance of normally distributed noise in `values`, which are near zero without noise, from their median."""
+    return (values.abs().median() / 0.6745) ** 2
 
 
 def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
