@@ -149,9 +149,9 @@ def main() -> None:
     for path in done:
         if names[path] != path.stem:
             print(f"{path}: the names of its results start with {names[path]}")
-    if not done:
-        raise ValueError(f"--images: none of the {len(paths)} images could be processed; see above.")
     print(f"{len(done)} of {len(paths)} images processed: {args.output}")
+    if not (done or flagged):
+        raise ValueError("--images: no image could be processed; the messages above have the reasons.")
 
 
 def check_question(args: argparse.Namespace) -> Any:

@@ -224,6 +224,8 @@ def test_joints_of_each_box_are_in_pixels_of_the_image(pipe):
         [np.array(boxes[0], dtype=np.float32)],
         [list(boxes[0])],
         np.array(boxes[:1]) / 1.0,
+        torch.tensor(boxes[:1]),
+        torch.tensor(boxes[:1], dtype=torch.float32),
         *(np.array(boxes[:1], dtype=kind) for kind in (np.uint8, np.uint16, np.uint32)),
     ):
         (answer,) = ask_boxes(pipe, image, task, given, generator=torch.Generator().manual_seed(0), **FAST)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import PIL.Image
 import pytest
 import tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
@@ -223,6 +225,30 @@ def test_a_negative_prompt_replaces_the_empty_text(pipe: InstructDiffusionPipeli
     plain = pipe(**tiny.inputs()).images
     assert np.array_equal(pipe(**tiny.inputs(negative_prompt="")).images, plain)
     assert abs(pipe(**tiny.inputs(negative_prompt="fog")).images - plain).max() > 1e-4
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.5, True), (0.6, False)])
+def test_a_negative_prompt_without_effect_gives_a_warning(
+    pipe: InstructDiffusionPipeline, caplog: pytest.LogCaptureFixture, scale: float, warned: bool
+) -> None:
+    inputs = tiny.inputs(guidance_scale=scale)
+    with caplog.at_level(logging.WARNING, "instructdiffusion_pipeline"):
+        plain = pipe(**inputs).images
+        assert not caplog.records
+        same = np.array_equal(pipe(**inputs | {"negative_prompt": "fog", "generator": tiny.generator()}).images, plain)
+    assert same == warned == ("`negative_prompt` has no effect" in caplog.text)
+
+
+def test_a_scheduler_of_other_models_raises_an_error(pipe: InstructDiffusionPipeline) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="`scheduler` must be .* got FlowMatchEulerDiscreteScheduler"):
+        pipe(**tiny.inputs())
+
+
+def test_a_read_only_array_gives_no_warning(pipe: InstructDiffusionPipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe(**tiny.inputs(image=np.asarray(tiny.picture())))
 
 
 def test_long_prompts_are_truncated_with_a_warning(

@@ -1196,6 +1196,10 @@ class InstructDiffusionPipeline(
         _check_copies(num_images_per_prompt, ensemble_size)
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
             _require(_is_number(scale), name, "a finite number", scale)
+        if negative_prompt and guidance_scale == 0.5 and callback_on_step_end is None:
+            logger.warning(
+                "`negative_prompt` has no effect with `guidance_scale=0.5`, because `no_text` has the weight 0."
+            )
         self._check_clip_skip(clip_skip)
         _check_generator(generator)
         _check_output_type(output_type, OUTPUT_TYPES)

@@ -3,10 +3,10 @@
     python examples/tiny/score_shapes.py --world out/tiny/world --samples 300 --output out/shapes
 
 The rows are segmentation of images of four shapes, of objects of three sizes, of absent objects, of objects at the
-rim, and of two and three objects at once, and edits at 384 pixels. The photographs and the drawing style in the
-segmentation rows were not used in training. With `--slices 0.56` the model is also run on overlapping slices of the
-images. The files are those of an evaluation; table.md has the scores. The score of an absent object is 1 if its mask
-is empty, otherwise 0. A run that was stopped continues when it is started again.
+rim, and of two and three objects at once; edits at 384 pixels; and watermarks at 64 and 256 pixels. The photographs,
+and the drawing style in the segmentation rows, were not used in training. With `--slices 0.56` the model is also run
+on overlapping slices of the images. The files are those of an evaluation; table.md has the scores. The score of an
+absent object is 1 if its mask is empty, otherwise 0. A run that was stopped continues when it is started again.
 """
 
 import argparse
@@ -17,21 +17,23 @@ from typing import Any
 
 import edits
 import sources
-from held_out import SEED, held_out_world
+from held_out import OPACITIES, SEED, held_out_world
 from recipes import RECIPES, Recipe, add_recipe_argument
 from sources import GeneratedDataset
 from world import UNSEEN_STYLE
 
 from instructdiffusion_pipeline.cli import integer, load_pipeline, run_script
-from instructdiffusion_pipeline.datasets.mixture import Source
+from instructdiffusion_pipeline.datasets.mixture import FixedTask, Source
 from instructdiffusion_pipeline.evaluation import evaluate, examples_from
 from instructdiffusion_pipeline.tasks.editing import Editing
+from instructdiffusion_pipeline.tasks.restoration import Restoration
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
 
 SHAPES = {"1:1": (256, 256), "3:2": (384, 256), "2:3": (256, 384), "16:9": (456, 256)}
 SIZES = (0.3, 0.5)  # of the objects, relative to the shorter side
 SIZE_ROWS = (0.12, 0.2), (0.2, 0.4), (0.4, 0.62)
 EDITED = (384, 384)
+WATERMARKED = (64, 256)
 TINY_MODEL = Path(__file__).parent.parent / "instructdiffusion-tiny"
 
 
@@ -92,6 +94,14 @@ def rows(recipe: Recipe, folder: Path, count: int) -> list[Source]:
             Editing.from_annotation,
         ),
         Source("color edits, 384 pixels", dataset(sources.recolored_scene, frame=EDITED), Editing.from_annotation),
+        *(
+            Source(
+                f"watermark, {side} pixels",
+                dataset(partial(sources.watermarked, opacities=OPACITIES), frame=(side, side)),
+                FixedTask(Restoration("watermark")),
+            )
+            for side in WATERMARKED
+        ),
     ]
 
 

@@ -251,6 +251,25 @@ def test_no_results_of_images_remain_that_are_skipped_now(run_predict, capsys, t
     assert not list(Path("out").glob("[01]*.png")) and list(Path("out").glob("2*.png"))
 
 
+def test_a_run_in_which_no_image_can_be_processed_fails(run_predict, capsys):
+    for number in range(4):
+        Path(f"photos/{number}.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as exit:
+        run_predict("--task", "editing", "--instruction", "make it night")
+    captured = capsys.readouterr()
+    assert exit.value.code == 1 and "0 of 4 images processed" in captured.out
+    assert captured.err.splitlines()[-1].startswith("error: --images: no image could be processed")
+
+
+def test_the_names_of_results_of_images_with_the_same_stem_are_printed(run_predict, capsys):
+    tiny.picture(64, 64).save("photos/0.jpg")
+    run_predict("--task", "editing", "--instruction", "make it night")
+    said = capsys.readouterr().out
+    for name in ("0.jpg", "0.png"):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"photos/{name}: the names of its results"))
+        assert Path("out", line.split()[-1] + ".png").is_file()
+
+
 def test_an_image_that_changes_while_the_model_runs_is_processed_again(run_predict, pipe, monkeypatch, capsys):
     """It changes after it was read, when the batch with it is processed; another one is removed then."""
     options = ("--task", "editing", "--instruction", "make it night")

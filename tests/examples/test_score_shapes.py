@@ -12,7 +12,7 @@ from sources import at_the_rim
 def test_each_row_is_scored_at_the_resolution_of_its_images(world_folder, tiny_recipe, tmp_path, monkeypatch):
     pipeline = build_pipeline(tiny_recipe, vae.build(64), world_folder)
     few = {"num_inference_steps": 1, "guidance_scale": 0.5, "image_guidance_scale": 0.5}
-    pipeline.register_to_config(task_settings=dict.fromkeys(("segmentation", "editing"), few))
+    pipeline.register_to_config(task_settings=dict.fromkeys(("segmentation", "editing", "restoration"), few))
     pipeline.save_pretrained(tmp_path / "model")
     arguments = ["--model", tmp_path / "model", "--world", world_folder, "--samples", 2, "--output", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["score_shapes.py", *map(str, arguments)])
