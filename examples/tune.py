@@ -172,12 +172,16 @@ class Search:
         self.own = settings_of(pipeline, task)
         self.scheduler, self.scheduler_config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
 
+    def make_scheduler(self, name: str) -> diffusers.SchedulerMixin:
+        """The model's own scheduler, or another class with its configuration."""
+        # With few steps and the "linspace" of the original code, DDIM and Heun leave noise in the output.
+        options = {} if name == self.scheduler else {"timestep_spacing": "trailing", "clip_sample": False}
+        return getattr(diffusers, name).from_config(self.scheduler_config, **options)
+
     def run(self, images: Images, settings: Mapping[str, Any], scheduler: str = "") -> Trial:
         """The mean of the first metric of each row. Settings are not scored twice."""
         scheduler = scheduler or self.scheduler
-        # With few steps and the "linspace" of the original code, DDIM and Heun leave noise in the output.
-        options = {} if scheduler == self.scheduler else {"timestep_spacing": "trailing", "clip_sample": False}
-        self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(self.scheduler_config, **options)
+        self.pipeline.scheduler = self.make_scheduler(scheduler)
         values = "-".join(f"{settings[name]:g}" for name in COMPARED)
         folder = self.folder / images.name / f"{scheduler}-{values}"
         by_family = {self.family: settings}
@@ -271,8 +275,7 @@ def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
                 for about in index["scheduler"][2:]:  # in the index of Modular Diffusers
                     about["type_hint"][1] = trial.scheduler
                 update_json(path, {"task_settings": settings, "scheduler": index["scheduler"]})
-        scheduler = getattr(diffusers, trial.scheduler).from_config(search.scheduler_config)
-        scheduler.save_pretrained(partial / "scheduler")
+        search.make_scheduler(trial.scheduler).save_pretrained(partial / "scheduler")
 
 
 if __name__ == "__main__":

@@ -926,8 +926,8 @@ class InstructDiffusionPipeline(
             image_guidance_scale: guidance scale for the input image (s_I). If both scales are 0.5, guidance is
                 disabled.
             negative_prompt: used instead of the empty prompt in the branch without the instruction.
-            resolution: the size at which the model works, in pixels; see `working_size`. `None` is
-                `pipe.default_resolution`, 0 the image's own size, rounded down to a multiple of the VAE's factor. Must
+            resolution: the size at which the model works, in pixels; see `pipe.working_size`. `None` is the size that
+                the model was made for, 0 the image's own size, rounded down to a multiple of the VAE's factor. Must
                 be `None` or 0 for image latents.
             resize_mode: "crop" crops the image to a size near `resolution`, as the original code does; "stretch"
                 resizes the whole image. No effect for image latents or a `resolution` of 0.
@@ -1196,7 +1196,7 @@ class InstructDiffusionPipeline(
         _check_copies(num_images_per_prompt, ensemble_size)
         for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
             _require(_is_number(scale), name, "a finite number", scale)
-        if negative_prompt and guidance_scale == 0.5 and callback_on_step_end is None:
+        if negative_prompt and any(negative_prompt) and guidance_scale == 0.5 and callback_on_step_end is None:
             logger.warning(
                 "`negative_prompt` has no effect with `guidance_scale=0.5`, because `no_text` has the weight 0."
             )
@@ -1391,7 +1391,7 @@ class InstructDiffusionPipeline(
 
         Args:
             image: as in `__call__`.
-            resolution, resize_mode: see `working_size`; a `resolution` of `None` is `default_resolution`.
+            resolution, resize_mode: see the method `working_size`.
 
         Returns:
             The images (B, 3, H, W) in [-1, 1], or unchanged image latents; and for each the (width, height) of its

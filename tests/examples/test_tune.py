@@ -165,6 +165,9 @@ def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
     tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(tuned.scheduler).__name__ == "DDIMScheduler"
     assert tuned.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
+    assert tuned.scheduler.config == search.make_scheduler("DDIMScheduler").config, "the one that was scored"
+    assert tuned.scheduler.config.timestep_spacing == "trailing" and not tuned.scheduler.config.clip_sample
+    assert search.make_scheduler(search.scheduler).config == pipe.scheduler.config
     assert tuned.config.task_settings["editing"]["num_inference_steps"] == 4
     modular = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
     assert modular["task_settings"] == tuned.config.task_settings

@@ -190,7 +190,8 @@ class Mark(NamedTuple):
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     """`image` with a cross, a name and a score at each joint.
 
-    Labels do not overlap if there is enough space. A line connects a label that is not next to its cross.
+    A label is placed above or below its cross if an earlier label is beside it, and connected by a line. Labels
+    overlap only if there is no free row.
     """
     sheet = upright_rgb(image)
     pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
@@ -215,7 +216,8 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
         labels.append(boxes[y])
         texts.append(((x, y), text, anchor))
         if y != joint.y:
-            pen.line([(joint.x, joint.y), (x, y)], color, max(1, arm // 6))
+            for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
+                pen.line([(joint.x, joint.y), (x, y)], ink, width)
     for place, text, anchor in texts:
         pen.text(place, text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
     return sheet
@@ -224,14 +226,14 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
 def joint_tasks(image: Image.Image, names: Sequence[str]) -> list[Keypoints]:
     """Tasks for all of `names`, with at most `MAX_JOINTS` each, in colors that are visible on `image` if possible.
 
-    Names that follow each other are in different tasks. In lists such as `COCO_JOINTS` these are neighbors in the
-    body, and their discs would cover each other in one output image.
+    With more than `MAX_JOINTS` names, those that follow each other are in different tasks. In lists such as
+    `COCO_JOINTS` these are neighbors in the body, and their discs would cover each other in one output image.
 
     Raises a ValueError if there are no names, or two are equal.
     """
     if isinstance(names, str) or not 0 < len(set(names)) == len(names):
         raise ValueError(f"`names` must be a list of different names, at least one; got {names!r}.")
-    count = math.ceil(len(names) / MAX_JOINTS)
+    names, count = list(names), math.ceil(len(names) / MAX_JOINTS)
     return [Keypoints(assign_colors(image, names[group::count], KEYPOINT_COLORS)) for group in range(count)]
 
 

@@ -30,7 +30,7 @@ def grow(region: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 def _grow_along_rows(region: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     """The runs of ones in the rows of `limit` that contain a pixel of `region`."""
     run = F.pad(1 - limit, (1, 0), value=1.0).long().flatten().cumsum(0)  # each zero begins the next run
-    marked = torch.zeros(len(run) + 1).scatter_reduce(0, run, F.pad(region, (1, 0)).flatten(), "amax")
+    marked = region.new_zeros(len(run) + 1).scatter_reduce(0, run, F.pad(region, (1, 0)).flatten(), "amax")
     return marked[run].view(1, len(limit[0]), -1)[..., 1:] * limit
 
 
@@ -38,7 +38,7 @@ def connected_parts(region: torch.Tensor) -> Iterator[torch.Tensor]:
     """The connected parts of `region`."""
     left = region.clone()
     while left.any():
-        seed = torch.zeros_like(left)
+        seed = torch.zeros_like(left, memory_format=torch.contiguous_format)
         seed.view(-1)[left.argmax()] = 1
         part = grow(seed, left)
         left = left - part

@@ -38,7 +38,11 @@ FULL_FIT, MAX_EXCESS = 0.4, 0.3
 EDGE_STEEPNESS = 3.0  # of the blend at half of the fit, because the fit blurs edges
 REACH = 1  # how far the blend may extend a region
 CORE = 3  # a region is eroded by this radius; what remains is replaced completely
-LOSS_RADIUS = 3  # working pixels; of the window in which the loss of details in a denoised output is measured
+# How the loss of details in a denoised output is estimated.
+LOSS_RADIUS = 3  # of the windows, in working pixels
+MIN_VARIANCE = 0.5  # squared levels; windows with a smaller difference, such as black borders, are left out
+FEW_DETAILS, MANY_DETAILS = 0.4, 0.9  # quantiles of the windows, by their details
+LOSS_QUANTILE = 0.25
 STRIP_ROWS = 128  # of the input, computed at a time to limit the memory
 
 # A region has changed if its change is above the lower threshold, and above the upper one at some pixel. Thresholds
@@ -134,34 +138,53 @@ def transfer_change(image: np.ndarray, reconstruction: np.ndarray, answer: np.nd
 def transfer_denoised(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """Combine a denoised output with the noisy input. Arguments as in `transfer_change`.
 
-    The output has lost details, the input has noise. Their mean with the smallest expected error weights the output by
-    noise / (noise + loss), both as variances. The difference of the two images has the variance noise + loss: its
-    median is the level of the noise in the whole image, and its local mean is larger where details were lost.
-
-    Details that the working size cannot show are taken from the input, attenuated by a local Wiener filter. Its noise
-    level is the median of these details (Donoho and Johnstone, 1994).
+    The output has lost details, the input has noise. Their mean with the smallest expected error gives the output the
+    weight noise / (noise + loss), both as local variances; see `estimate_loss`. Details that the working size cannot
+    show are taken from the input, attenuated by a local Wiener filter, whose noise level is estimated from the finest
+    details (Donoho and Johnstone, 1994).
     """
     height, width = image.shape[:2]
     resized = Image.fromarray(image).resize(answer.shape[1::-1], Image.Resampling.LANCZOS)
-    small = _planes(np.asarray(resized))
-    change = _planes(answer) - small
-    variance = _mean(change.square().mean(0, keepdim=True), LOSS_RADIUS)
-    weight = (noise_variance(change) / variance.clamp(min=1e-6)).clamp(max=1)
-    combined = Image.fromarray(_levels(small + weight * change))
+    small, denoised = _planes(np.asarray(resized)), _planes(answer)
+    change = denoised - small
+    variance = _mean(change.square().mean(0, keepdim=True), LOSS_RADIUS)  # noise + loss
+    weight = 1 - estimate_loss(denoised, variance) / variance.clamp(min=1e-6)
+    combined = Image.fromarray(_levels(small + weight.clamp(0, 1) * change))
 
     coarse, enlarged = (
         np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)) for picture in (resized, combined)
     )
     detail = _planes(image) - _planes(coarse)
     power = _mean(detail.square().mean(0, keepdim=True), 3)
-    noise = noise_variance(detail[:, ::4, ::4])  # a sixteenth of the pixels is enough
+    noise = (detail[:, ::4, ::4].abs().median() / 0.6745) ** 2  # a sixteenth of the pixels is enough
     gain = ((power - noise) / power.clamp(min=1e-6)).clamp(min=0)
     return _levels(_planes(enlarged) + gain * detail)
 
 
-def noise_variance(values: torch.Tensor) -> torch.Tensor:
-    """The variance of normally distributed noise in `values`, which are near zero without noise, from their median."""
-    return (values.abs().median() / 0.6745) ** 2
+def estimate_loss(denoised: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Estimate the variance of the details that a denoised output has lost around each pixel.
+
+    It is proportional to the variance of the details that the output still has. The factor is measured where the
+    output has most details, after subtracting the noise, which is measured where it has few. The lower quartile is
+    used, because an overestimated loss would leave noise. So the noise may have any distribution, and may differ
+    between parts of the image.
+
+    Args:
+        denoised: the output, [3, h, w], in levels.
+        variance: local mean square of the difference between output and noisy input, [1, h, w].
+
+    Returns:
+        [1, h, w], in squared levels.
+    """
+    details = _mean((denoised - _mean(denoised, 1)).square().mean(0, keepdim=True), LOSS_RADIUS)
+    changed = variance > MIN_VARIANCE
+    if not changed.any():
+        return torch.zeros_like(variance)
+    few, many = (details[changed].quantile(share) for share in (FEW_DETAILS, MANY_DETAILS))
+    noise = variance[changed & (details <= few)].median()
+    rich = changed & (details >= many)
+    factor = ((variance[rich] - noise).clamp(min=0) / details[rich].clamp(min=1e-3)).quantile(LOSS_QUANTILE)
+    return factor * details
 
 
 def transfer_sharpened(image: np.ndarray, reconstruction: np.ndarray, answer: np.ndarray) -> np.ndarray:

@@ -11,8 +11,7 @@ PRONOUNS = {
     "he", "she", "it", "they", "him", "them", "i", "we", "us", "you", "who", "whoever", "someone", "anyone",
     "everyone", "something", "anything", "everything", "nothing", "nobody",
 }  # fmt: skip
-# Beginnings of words whose first letter is a vowel and first sound a consonant, or the reverse.
-MISLEADING = ("hour", "one ", "ufo", "uni", "use")
+MISLEADING = ("hour", "ufo", "unicorn")  # either the first letter or the first sound is a vowel
 
 
 def with_the(name: str) -> str:
