@@ -101,7 +101,8 @@ def test_noise_levels(run: Run) -> None:
 def test_conditions(run: Run) -> None:
     assert distance(run.conditions["prompt_embeds"], run.golden["prompt_embeds"]) <= 1e-5
     assert distance(run.conditions["negative_prompt_embeds"], run.golden["null_embeds"]) <= 1e-5
-    assert distance(run.conditions["image_latents"], run.golden["image_latents"]) <= 1e-5
+    # The kernels of PyTorch for other processors round differently: up to 1.4e-5 on an AMD EPYC, of values up to 4.9.
+    assert distance(run.conditions["image_latents"], run.golden["image_latents"]) <= 2e-5
 
 
 def test_initial_latents(run: Run) -> None:
