@@ -215,8 +215,8 @@ def test_the_default_resolution_is_that_of_the_unet(pipe):
     photograph = Image.new("RGB", (4000, 3000))
     array = pipe(**tiny.inputs(image=photograph, resolution=None, num_inference_steps=1)).images
     assert pipe.default_resolution == 32 and array.shape == (1, 24, 32, 3)
-    array = pipe(**tiny.inputs(image=photograph, resolution=32, num_inference_steps=1)).images
-    assert array.shape == (1, 64, 64, 3), "with a given resolution, the sides are multiples of 64"
+    array = pipe(**tiny.inputs(image=photograph, resolution=64, num_inference_steps=1)).images
+    assert array.shape == (1, 64, 64, 3), "if the resolution is a multiple of 64, the sides are, too"
     pipe.unet.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="`resolution` must be given"):
         pipe(**tiny.inputs(resolution=None))

@@ -822,21 +822,25 @@ class InstructDiffusionPipeline(
         Each UNet level except the last halves the latent size.
         """
         if self.unet is None:
-            raise ValueError('`resize_mode` must be "crop", because there is no `unet` to determine the size.')
+            raise ValueError(
+                '`resize_mode` must be "crop" and `resolution` a multiple of 64, because there is no `unet` to'
+                " determine the working size."
+            )
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def working_size(
         self, width: int, height: int, resolution: int | None = None, resize_mode: str = "crop"
     ) -> WorkingSize:
-        """The function `working_size` for this pipeline.
+        """The function `working_size` for this pipeline. The default of `resolution` is `default_resolution`.
 
-        The default of `resolution` is `default_resolution`. With it, and with "stretch", sides are multiples of
-        `size_multiple`. With "crop" and a given resolution they are multiples of 64, as in the original code.
+        Sides are multiples of `size_multiple`. With "crop" and a resolution that is a multiple of 64, they are
+        multiples of 64, as in the original code. For Stable Diffusion 1.5 there is no difference.
         """
-        size = self.default_resolution if resolution is None else resolution
-        own = resolution is None or (resolution != 0 and resize_mode == "stretch")
-        multiple = {"size_multiple": self.size_multiple} if own else {}
-        return working_size(width, height, size, self.vae_scale_factor, resize_mode, **multiple)
+        resolution = self.default_resolution if resolution is None else resolution
+        _check_size(resolution, resize_mode)
+        original = resolution == 0 or (resize_mode == "crop" and resolution % 64 == 0)
+        multiple = {} if original else {"size_multiple": self.size_multiple}
+        return working_size(width, height, resolution, self.vae_scale_factor, resize_mode, **multiple)
 
     @property
     def guidance_scale(self) -> float:
