@@ -165,9 +165,12 @@ def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
     tuned = InstructDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(tuned.scheduler).__name__ == "DDIMScheduler"
     assert tuned.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
-    assert tuned.scheduler.config == search.make_scheduler("DDIMScheduler").config, "the one that was scored"
+    for made, written in (
+        (search.make_scheduler("DDIMScheduler"), tuned.scheduler),  # the one that is scored, and the saved one
+        (search.make_scheduler(search.scheduler), pipe.scheduler),
+    ):
+        assert {key: value for key, value in made.config.items() if key[0] != "_"}.items() <= written.config.items()
     assert tuned.scheduler.config.timestep_spacing == "trailing" and not tuned.scheduler.config.clip_sample
-    assert search.make_scheduler(search.scheduler).config == pipe.scheduler.config
     assert tuned.config.task_settings["editing"]["num_inference_steps"] == 4
     modular = json.loads((tmp_path / "model" / "modular_model_index.json").read_text())
     assert modular["task_settings"] == tuned.config.task_settings
