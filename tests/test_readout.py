@@ -184,7 +184,8 @@ def test_ask_uses_the_readout_of_the_pipeline_by_default(pipe, by_color):
 def test_images_are_decoded_by_their_task(pipe):
     pipe.register_modules(readout=network())
     answer = ask(pipe, tiny.picture(64, 64), Restoration("noise"), num_inference_steps=2, generator=tiny.generator())
-    assert answer.data == answer.picture
+    ((task, output),) = answer.outputs
+    assert answer.data == task.transfer(answer.image, answer.reconstruction, output, answer.box)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
