@@ -272,7 +272,8 @@ class InstructDiffusionTextEncoderStep(ModularPipelineBlocks):
 class InstructDiffusionVaeEncoderStep(ModularPipelineBlocks):
     """Resizes the images and encodes them with the VAE.
 
-    `resolution=None` and `resize_mode="stretch"` need the configuration of the UNet, which another block loads.
+    `resize_mode="stretch"`, and a `resolution` of `None` or one that is not a multiple of 64, need the configuration
+    of the UNet, which another block loads.
 
     Raises:
         ValueError: if an argument is invalid, or the images have different working sizes.

@@ -789,7 +789,7 @@ class InstructDiffusionPipeline(
 
     @property
     def default_settings(self) -> dict[str, Any]:
-        """The settings of a call that gives none: the model's for "editing", and for others `DEFAULT_SETTINGS`."""
+        """The settings of a call that gives none: those of the model for "editing", or else `DEFAULT_SETTINGS`."""
         return DEFAULT_SETTINGS | self.config.task_settings.get("editing", {})
 
     @property

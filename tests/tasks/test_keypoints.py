@@ -264,6 +264,16 @@ def test_labels_of_joints_at_the_same_place_do_not_overlap(height):
     assert text(*names).sum() == np.sum(alone) > 300
 
 
+def test_a_line_connects_a_label_with_its_cross_if_another_label_is_beside_it():
+    image = Image.new("RGB", (240, 120), "white")
+    joints = {"nose": Joint(60, 60, 0.5), "left eye": Joint(62, 60, 0.5)}
+    shown = np.asarray(Keypoints({"nose": "red", "left eye": "blue"}).overlay(image, joints))
+    red, blue = ((shown == color).all(-1) for color in ((255, 0, 0), (0, 0, 255)))
+    outside = np.ones(red.shape, bool)
+    outside[56:65, 50:72] = False  # around both crosses
+    assert not (red & outside).any() and (blue & outside).sum() >= 2
+
+
 def test_overlay_marks_the_joints_that_were_found():
     image = Image.new("RGB", (200, 200), (90, 120, 60))
     shown = Keypoints({"nose": "red", "left eye": "cyan"}).overlay(image, {"nose": Joint(50, 60), "left eye": None})

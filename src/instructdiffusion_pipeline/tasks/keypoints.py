@@ -195,10 +195,15 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     """
     sheet = upright_rgb(image)
     pen, arm = ImageDraw.Draw(sheet), max(3, min(sheet.size) // 30)
-    for _, color, joint in marks:
+
+    def draw_lines(color: RGB, *lines: list[tuple[float, float]]) -> None:
         for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
-            pen.line([(joint.x - arm, joint.y), (joint.x + arm, joint.y)], ink, width)
-            pen.line([(joint.x, joint.y - arm), (joint.x, joint.y + arm)], ink, width)
+            for line in lines:
+                pen.line(line, ink, width)
+
+    for _, color, joint in marks:
+        horizontal = [(joint.x - arm, joint.y), (joint.x + arm, joint.y)]
+        draw_lines(color, horizontal, [(joint.x, joint.y - arm), (joint.x, joint.y + arm)])
     font_size = max(10, min(sheet.size) // 20)
     labels: list[Box] = []
     texts = []
@@ -216,8 +221,7 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
         labels.append(boxes[y])
         texts.append(((x, y), text, anchor))
         if y != joint.y:
-            for width, ink in ((max(3, arm // 3), "black"), (max(1, arm // 6), color)):
-                pen.line([(joint.x, joint.y), (x, y)], ink, width)
+            draw_lines(color, [(joint.x, joint.y), (x, y)])
     for place, text, anchor in texts:
         pen.text(place, text, "white", anchor=anchor, font_size=font_size, stroke_width=1, stroke_fill="black")
     return sheet

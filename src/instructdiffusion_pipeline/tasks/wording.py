@@ -11,7 +11,7 @@ PRONOUNS = {
     "he", "she", "it", "they", "him", "them", "i", "we", "us", "you", "who", "whoever", "someone", "anyone",
     "everyone", "something", "anything", "everything", "nothing", "nobody",
 }  # fmt: skip
-MISLEADING = ("hour", "ufo", "unicorn")  # either the first letter or the first sound is a vowel
+MISLEADING = ("hour", "ufo", "unicorn")  # words of which the first letter or the first sound is a vowel, but not both
 
 
 def with_the(name: str) -> str:
