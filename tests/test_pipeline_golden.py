@@ -34,7 +34,8 @@ CASES = [
     "app_heun_128x128_s10",
 ]
 SIGMAS, EPS, FINAL_LATENT, GREY_LEVELS = 7e-5, 3e-5, 1e-3, 1
-# In this call, float32 differs from float64 by 5.8e-5, and the recorded float32 by 5.3e-5; in the others by up to 8e-6.
+# In this call, float32 differs from float64 by 5.8e-5, and the recorded float32 by 5.3e-5;
+# in the others, by up to 8e-6.
 INEXACT, INEXACT_EPS = ("cli_100x150_gray_s20", "last"), 1.2e-4
 
 

@@ -1,7 +1,7 @@
 """The CUDA acceptance run, started by run.sh: the tests marked `cuda`, and benchmarks at full size.
 
-It takes at most eight minutes on a GPU, and writes acceptance.json and acceptance.md. Each part runs in a separate process. If
-one fails or takes too long, this is reported with its measurements so far, and the others still run.
+It takes at most eight minutes on a GPU, and writes acceptance.json and acceptance.md. Each part runs in a separate
+process. If one fails or takes too long, this is reported with its measurements so far, and the others still run.
 """
 
 import argparse
