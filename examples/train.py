@@ -174,6 +174,8 @@ def run(options: Options, config: TrainingConfig) -> None:
         pipeline = load_for_training(start)
     check_runs(pipeline, f"--init: the pipeline of {start} cannot run")
     size = options.resolution or min(256, pipeline.default_resolution)
+    if size % pipeline.size_multiple:
+        raise UsageError(f"--resolution: must be a multiple of {pipeline.size_multiple}; got {size}.")
     sources = training_sources(options, size)
     mixture = Mixture(sources, config.seed)
     config = config.for_samples(options.cache_samples or len(mixture), state.num_processes)

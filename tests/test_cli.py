@@ -44,7 +44,7 @@ def raiser(error):
         (FloatingPointError("the loss is not finite"), 1, "error: the loss is not finite"),
         (SafetensorError("header too large"), 1, "error: header too large"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory"),
-        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (KeyboardInterrupt(), 130, "\nerror: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: disk full: [Errno 28] No space left on device"),
         (
             SafetensorError("I/O error: No space left on device (os error 28)"),

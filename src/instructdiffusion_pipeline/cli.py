@@ -44,6 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # ends the line of a progress bar
         fail("interrupted", 130)
     except BrokenPipeError:
         # Python flushes the standard output again at exit.

@@ -491,6 +491,11 @@ def test_all_forms_of_tables_can_be_loaded(tmp_path, own_cache, write):
             HubTable.load(name, "nowhere")
 
 
+def test_a_missing_folder_is_named_if_the_hub_has_no_such_table_either(own_cache):
+    with pytest.raises(OSError, match="there is no folder my/pictures, and the Hub answers: .*my/pictures"):
+        HubTable.load("my/pictures")
+
+
 def test_an_instruction_that_is_not_text_is_skipped():
     features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
     lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))

@@ -223,7 +223,7 @@ def test_an_image_of_another_size_than_in_its_annotation_is_unreadable(tmp_path)
 )
 def test_annotations_that_cannot_be_read_raise_errors(read, file, tmp_path):
     path = tmp_path / "people.json"
-    with pytest.raises(ValueError, match=f"people.json must be {file}.*; got FileNotFoundError"):
+    with pytest.raises(ValueError, match=f"There is no file .*people.json; it must be {file}"):
         read(path, tmp_path)
     path.write_text('{"images": [')
     with pytest.raises(ValueError, match=f"people.json must be {file}.*; got JSONDecodeError"):

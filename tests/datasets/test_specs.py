@@ -129,9 +129,9 @@ def test_folders_of_one_dataset_have_different_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["photos=cats"], "--data must be NAME=FOLDER with a NAME from mpii, .*; got 'photos=cats'"),
-        (["cats"], "--data must be NAME=FOLDER .*; got 'cats'"),
-        (["table="], "--data must be NAME=FOLDER .*; got 'table='"),
+        (["photos=cats"], "--data must be NAME=FOLDER, .*; got 'photos=cats'. NAME is one of mpii, "),
+        (["cats"], "--data must be NAME=FOLDER, .*; got 'cats'"),
+        (["table="], "--data must be NAME=FOLDER, .*; got 'table='"),
         (["gopro=owner/name"], "--data gopro: there is no folder owner/name"),
         (["table=/nowhere/at/all"], "--data table: there is no folder /nowhere/at/all"),
         (["table=cats", "gopro=cats", "table=./cats/"], "--data table=./cats/ is given twice"),

@@ -83,7 +83,7 @@ def test_images_have_the_larger_resolution_of_both_tasks(monkeypatch, tmp_path, 
     ("options", "told"),
     [
         (["--data", "gopro=."], "--data gopro: there are scores for datasets of masks or joints only: mpii, coco, "),
-        (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
+        (["--data", "nothing=."], "--data must be NAME=FOLDER, such as"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),
         (["--data", "coco=.", "--samples", "0"], "--samples: must be at least 1"),

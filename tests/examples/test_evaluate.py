@@ -148,7 +148,7 @@ def test_two_folders_of_one_dataset_are_two_rows(monkeypatch, tmp_path, model, g
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("gopr=/x", "--data must be NAME=FOLDER with a NAME from .*; got 'gopr=/x'"),
+        ("gopr=/x", "--data must be NAME=FOLDER, such as table=my-pictures; got 'gopr=/x'. NAME is one of"),
         ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
         ("gopro=/tmp", "/tmp/test: no samples found"),
         ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),

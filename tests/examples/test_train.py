@@ -289,7 +289,7 @@ def test_a_changed_learning_rate_and_caption_must_be_listed(model, table, tmp_pa
     changed = {"resume": "latest", "max_train_steps": 3, "learning_rate": 1e-3}
     message = refused(monkeypatch, capfd, model, f"table={data}", output, **changed)
     assert "learning_rate was 0.0001 and is 0.001, content was " in message
-    assert "resume_changes=['learning_rate', 'content']" in message
+    assert "`resume_changes` can allow it: learning_rate content." in message
     call(monkeypatch, model, f"table={data}", output, **changed, more=["--resume_changes", "learning_rate", "content"])
     assert (output / "checkpoint-3").is_dir()
 
@@ -331,7 +331,9 @@ def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, 
     def says(init, data, **settings):
         return refused(monkeypatch, capfd, init, data, tmp_path / "run", **settings)
 
-    assert "--data must be NAME=FOLDER with a NAME from mpii, " in says(model, "photos=x")
+    assert "--data must be NAME=FOLDER, such as table=my-pictures; got 'photos=x'. NAME is one of mpii, " in says(
+        model, "photos=x"
+    )
     assert "--data table: there is no folder nowhere" in says(model, "table=nowhere")
     twice = says(model, f"table={table}", more=["--data", f"table={table}"])
     assert f"--data table={table} is given twice" in twice
@@ -339,6 +341,7 @@ def test_invalid_arguments_raise_errors_with_their_name(model, table, tmp_path, 
         assert f"--init: there is no file or folder {init}" in says(init, f"table={table}")
     assert "--max_train_samples: must be at least 1; got 0" in says(model, f"table={table}", max_train_samples=0)
     assert "--resolution: must be at least 1; got 0" in says(model, f"table={table}", resolution=0)
+    assert "--resolution: must be a multiple of 4; got 34." in says(model, f"table={table}", resolution=34)
     assert "`seed` must be from 0 to 4294967295; got -1" in says(model, f"table={table}", seed=-1)
     assert "--revision: has an effect with a table on the Hub" in says(model, f"table={table}", revision="v2")
     assert "`batch_size` must be at least 1; got 0" in says(model, f"table={table}", batch_size=0)

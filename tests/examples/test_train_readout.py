@@ -77,7 +77,7 @@ def test_a_readout_for_masks_and_joints_is_saved_in_the_model_folder(
     ("options", "told"),
     [
         (["--data", "gopro=."], "--data gopro: a readout is for datasets of masks or joints: mpii, coco, "),
-        (["--data", "nothing=."], "--data must be NAME=FOLDER with a NAME from"),
+        (["--data", "nothing=."], "--data must be NAME=FOLDER, such as"),
         (["--data", "coco=missing"], "--data coco: there is no folder missing"),
         (["--data", "coco=.", "--model", "missing"], "--model: must be the folder of a pipeline"),
         (["--data", "coco=.", "--size", "8"], "--size: must be at least 16"),

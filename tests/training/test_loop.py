@@ -295,7 +295,7 @@ def test_checkpoints_of_another_run_raise_an_error(pipe, two_samples, tmp_path):
     other = dataclasses.replace(FEW, learning_rate=1e-2, seed=3)
     with pytest.raises(ValueError, match="another run: learning_rate was 0.0001 and is 0.01, seed was 0 and is 3"):
         train(pipe, two_samples, other, tmp_path, resume="latest")
-    with pytest.raises(ValueError, match='`output_dir` has .*checkpoint-2 of an earlier run. Use resume="latest"'):
+    with pytest.raises(ValueError, match="`output_dir` has .*checkpoint-2 of an earlier run. Set `resume` to latest"):
         train(pipe, two_samples, FEW, tmp_path)
     with pytest.raises(ValueError, match='`resume` must be "latest" or the folder of a checkpoint; .*checkpoint-7'):
         train(pipe, two_samples, FEW, tmp_path, resume=tmp_path / "checkpoint-7")

@@ -100,6 +100,8 @@ def read_annotations(path: Path, expected: str, parse: Callable[[str], Any] = js
     """Read and parse a text file (JSON by default). Raises a ValueError with the description `expected`."""
     try:
         return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}; it must be {expected}.") from error
     except (OSError, ValueError, RecursionError) as error:  # too deeply nested JSON
         raise ValueError(f"{path} must be {expected}; got {type(error).__name__}: {error}") from error
 

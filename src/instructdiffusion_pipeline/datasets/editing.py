@@ -411,7 +411,7 @@ class HubTable(ReducibleImages):
         except Exception as error:
             # A damaged file can raise any exception, as can a folder with a script, which `datasets` does not run.
             if on_hub and not isinstance(error, DatasetGenerationError | RuntimeError | ValueError):
-                raise
+                raise OSError(f"`name`: there is no folder {name}, and the Hub answers: {error}") from error
             raise ValueError(f"`name`: {name} cannot be read as a table: {error.__cause__ or error}") from error
         if isinstance(table, DatasetDict):
             if split not in table:

@@ -209,7 +209,10 @@ def parse_entries(entries: Sequence[str], option: str = "--data") -> list[Entry]
     for entry in entries:
         key, _, folder = entry.partition("=")
         if key not in DATASETS or not folder:
-            raise ValueError(f"{option} must be NAME=FOLDER with a NAME from {', '.join(DATASETS)}; got {entry!r}.")
+            raise ValueError(
+                f"{option} must be NAME=FOLDER, such as table=my-pictures; got {entry!r}. NAME is one of"
+                f" {', '.join(DATASETS)}."
+            )
         path = Path(folder).expanduser()
         if not path.exists() and not (key in ON_HUB and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder)):
             raise ValueError(f"{option} {key}: there is no folder {folder}.")

@@ -163,8 +163,8 @@ def find(
     if resume is None:
         if found:
             raise ValueError(
-                f'`output_dir` has {found[-1]} of an earlier run. Use resume="latest" to continue that run, or an'
-                " empty folder."
+                f"`output_dir` has {found[-1]} of an earlier run. Set `resume` to latest to continue that run, or"
+                " choose an empty folder."
             )
         return None
     if resume == "latest" and not found:
@@ -184,7 +184,7 @@ def find(
     before = read_settings(checkpoint)
     if other := differences(before, {name: value for name, value in settings.items() if name not in changeable}):
         names = [name for name in settings if name not in changeable and before.get(name) != settings[name]]
-        way_on = "" if FIXED_ON_RESUME.intersection(names) else f" To change this, give resume_changes={names}."
+        way_on = "" if FIXED_ON_RESUME.intersection(names) else f" `resume_changes` can allow it: {' '.join(names)}."
         raise ValueError(f"`resume`: {checkpoint} belongs to another run: {other}.{way_on}")
     return checkpoint
 
