@@ -48,10 +48,10 @@ def world_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_recipe(monkeypatch):
-    """The recipe for CPUs with the objects of `world_folder`, also in the scripts."""
+    """The recipe for CPUs with the objects of `world_folder` and a smaller UNet, also in the scripts."""
     import recipes  # imported here, because the environment of test_app.py has no accelerate
 
-    recipe = dataclasses.replace(recipes.RECIPES["cpu"], names=NAMES)
+    recipe = dataclasses.replace(recipes.RECIPES["cpu"], names=NAMES, unet_widths=(32, 32, 64), text_width=32)
     monkeypatch.setitem(recipes.RECIPES, "cpu", recipe)
     return recipe
 

@@ -38,7 +38,7 @@ if script.name != "wheels.py":
     model.SETTINGS = dict.fromkeys(model.SETTINGS, few)
     gpu = recipes.RECIPES["gpu"]
     config, tuning = (
-        dataclasses.replace(each, batch_size=2, lr_warmup_steps=1, checkpointing_steps=2)
+        dataclasses.replace(each, batch_size=2, lr_warmup_steps=1, checkpointing_steps=2, mixed_precision="no")
         for each in (gpu.config, gpu.tuning)
     )
     recipes.RECIPES["gpu"] = dataclasses.replace(
