@@ -25,7 +25,7 @@ UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", 
 @pytest.fixture
 def run(world_folder, tiny_recipe, tmp_path, monkeypatch, tiny_train):
     """A function that runs train.py with command-line arguments, for a few steps of each stage."""
-    for name, value in {"POOL": 40, "STEPS": 3, "SAVE_EVERY": 2}.items():
+    for name, value in {"POOL": 40, "BATCH": 2, "STEPS": 3, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(vae, name, value)
     monkeypatch.setattr(tiny_train, "SAMPLES", 20)
     few = {"max_train_steps": 2, "batch_size": 2, "lr_warmup_steps": 0, "mixed_precision": "no"}
