@@ -62,7 +62,9 @@ def examples(row, seed):
 
 def test_calibrated_scores_are_the_fraction_of_right_answers(painter, tmp_path):
     run = (painter, examples("train", 1), examples("test", 2), tmp_path / "run")
-    fits = calibrate(*run)
+    with pytest.warns(UserWarning, match="segmentation were calibrated with 20 masks only") as caught:
+        fits = calibrate(*run)
+    assert sum("keypoints were calibrated with 20 joints only" in str(each.message) for each in caught) == 1
     assert painter.config.score_calibration == {family: list(fit) for family, fit in fits.items()}
     assert fits.keys() == {"segmentation", "keypoints"}
     records = [json.loads(line) for line in (tmp_path / "run" / "held-out" / "records.jsonl").read_text().splitlines()]
@@ -79,6 +81,12 @@ def test_calibrated_scores_are_the_fraction_of_right_answers(painter, tmp_path):
     for before, after in zip(raw["rows"], results["rows"], strict=True):
         assert after["scores"]["ECE"]["model"] < 0.08 < 0.2 < before["scores"]["ECE"]["model"]
     assert calibrate(*run) == fits, "a finished run is not run again"
+
+
+def test_enough_answers_cause_no_warning(painter, tmp_path, recwarn):
+    many = [example for seed in range(5) for example in examples(f"train {seed}", seed)]
+    calibrate(painter, many, examples("test", 9), tmp_path / "run")
+    assert not [each for each in recwarn if "calibrated with" in str(each.message)]
 
 
 def test_a_family_without_examples_keeps_its_calibration(painter, tmp_path):

@@ -1,6 +1,7 @@
 """Calibration of the scores of masks and joints on the outputs of a model."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from instructdiffusion_pipeline.files import update_json, write_text
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
 
 FAMILIES = {"masks": "segmentation", "joints": "keypoints"}  # keys: the kinds of measures
+MIN_ANSWERS = 100  # a fit to fewer masks or joints causes a warning
 
 
 def calibrate(
@@ -37,6 +39,9 @@ def calibrate(
     Returns:
         Slope and intercept by task family.
 
+    Warns:
+        UserWarning: if a fit has fewer than `MIN_ANSWERS` masks or joints.
+
     Raises:
         ValueError: if `folder` has another run, or a fit is impossible (see `fit_platt`).
     """
@@ -53,6 +58,12 @@ def calibrate(
                 fits[family] = fit_platt([score for score, _ in answers], [right for _, right in answers])
             except ValueError as error:
                 raise ValueError(f"the scores of {family} cannot be calibrated: {error}") from error
+            if len(answers) < MIN_ANSWERS:
+                warnings.warn(
+                    f"The scores of {family} were calibrated with {len(answers)} {kind} only; at least {MIN_ANSWERS}"
+                    " are needed for reliable scores. Use more samples.",
+                    stacklevel=2,
+                )
     pipeline.register_to_config(score_calibration=stored | {family: list(fit) for family, fit in fits.items()})
     evaluate(pipeline, held_out, folder / "held-out", batch_size=batch_size)
     write_text(folder / "reliability.md", reliability_table(folder / "held-out"))
