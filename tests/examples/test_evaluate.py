@@ -151,7 +151,7 @@ def test_two_folders_of_one_dataset_are_two_rows(monkeypatch, tmp_path, model, g
         ("gopr=/x", "--data must be NAME=FOLDER, such as table=my-pictures; got 'gopr=/x'. NAME is one of"),
         ("gopro=/nowhere", "--data gopro: there is no folder /nowhere"),
         ("gopro=/tmp", "/tmp/test: no samples found"),
-        ("coco=/tmp", "person_keypoints_val2017.json must be a JSON file of COCO keypoints"),
+        ("coco=/tmp", "There is no file .*person_keypoints_val2017.json; it must be a JSON file of COCO keypoints"),
         ("captions=/tmp", "this dataset is for training only"),
     ],
 )

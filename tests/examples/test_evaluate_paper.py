@@ -177,4 +177,4 @@ def test_a_run_without_readable_data_ends_with_an_error(work, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         call("--model", work / "model", "--output", tmp_path / "out", "--tables", "paper", "--root", tmp_path / "data")
     error = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 1 and "no dataset of the paper can be read" in error and "FileNotFoundError" in error
+    assert exit.value.code == 1 and "no dataset of the paper can be read" in error and "There is no file" in error

@@ -197,7 +197,9 @@ def test_old_checkpoints_that_a_killed_run_left_are_deleted(copied):
 
 def test_changed_settings_are_reported_and_accepted_if_listed(copied):
     mended = pairs(2, first=7)
-    with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.01, content was .* resume_changes=\["):
+    with pytest.raises(
+        ValueError, match=r"learning_rate was 0.001 and is 0.01, content was .*`resume_changes` can allow"
+    ):
         run(copied, "latest", mended, learning_rate=1e-2, max_train_steps=3)
     with pytest.raises(ValueError, match="belongs to another run: content was"):
         run(copied, "latest", mended, resume_changes=["learning_rate"], learning_rate=1e-2, max_train_steps=3)
