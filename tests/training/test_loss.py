@@ -64,13 +64,14 @@ def golden_losses(pipe, tensors, about, **options):
 
 def test_loss_and_gradients_match_the_original_code(golden_pipe, exact_pipe, step):
     tensors, about = step
-    losses = golden_losses(exact_pipe, tensors, about)
-    torch.testing.assert_close(losses, tensors["loss_per_sample"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(losses.mean(), tensors["loss"][0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(golden_losses(golden_pipe, tensors, about), losses, atol=1e-6, rtol=0)
+    exact, losses = (golden_losses(pipe, tensors, about) for pipe in (exact_pipe, golden_pipe))
+    torch.testing.assert_close(exact, tensors["loss_per_sample"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact.mean(), tensors["loss"][0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses, exact, atol=1e-6, rtol=0)
     for theirs, ours in GRADIENTS.items():
         expected = tensors[f"grad.model.diffusion_model.{theirs}"]
-        (gradient,) = torch.autograd.grad(losses.mean(), exact_pipe.unet.get_parameter(ours), retain_graph=True)
+        parameter = golden_pipe.unet.get_parameter(ours)
+        (gradient,) = torch.autograd.grad(losses.mean(), parameter, retain_graph=True)
         assert (gradient - expected).norm() <= 1e-4 * expected.norm(), ours
 
 
