@@ -251,7 +251,7 @@ def answer_with(
         if result.nsfw_content_detected:
             raise gr.Error("The safety checker flagged the output image and replaced it with a black image.")
         files = write_files(Path(tempfile.mkdtemp(dir=downloads.name)), result.data)
-        return task.instruction(), result.picture, result.overlay, as_json(result.data), files
+        return result.instruction, result.picture, result.overlay, as_json(result.data), files
 
     return answer
 

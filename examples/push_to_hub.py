@@ -1,4 +1,4 @@
-"""Push a model to the Hugging Face Hub, together with its code and a model card.
+"""Push a model to the Hugging Face Hub, together with its code and its model card (or a new one, if it has none).
 
     python examples/push_to_hub.py --model path/to/model --repo_id you/your-model
 
@@ -36,7 +36,8 @@ def main() -> None:
     dtype = torch.float16 if args.half else torch.float32
     with reading(f"--model: no pipeline could be loaded from {args.model}"):
         pipeline = InstructDiffusionPipeline.from_pretrained(args.model, dtype=dtype)
-    print(push(pipeline, args.repo_id, private=args.private or None, license=args.license))
+    card_folder = args.model if Path(args.model, "README.md").exists() else None
+    print(push(pipeline, args.repo_id, private=args.private or None, license=args.license, card_folder=card_folder))
 
 
 if __name__ == "__main__":

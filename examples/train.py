@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import ModelCard, create_repo, file_exists, upload_folder
+from huggingface_hub import ModelCard, create_repo
 from PIL import Image
 from transformers import HfArgumentParser
 
@@ -223,16 +222,10 @@ def run(options: Options, config: TrainingConfig) -> None:
     # Written atomically, so that a run killed here can be resumed.
     with atomic_write(model) as partial:
         export(pipeline, partial)
-        describe(partial, options, config, about)
+        describe(partial, options, config, size, about)
     print(f"The model is in {model}")
     if options.push_to:
-        described = file_exists(options.push_to, "README.md")
-        print(push(pipeline, options.push_to))
-        if not described:
-            with tempfile.TemporaryDirectory() as folder:
-                ModelCard.load(options.push_to).save(Path(folder, "README.md"))
-                describe(Path(folder), options, config, about)
-                upload_folder(repo_id=options.push_to, folder_path=folder)
+        print(push(pipeline, options.push_to, card_folder=model))
 
 
 def check_effects(options: Options) -> None:
@@ -301,13 +294,15 @@ def validation_sources(options: Options, size: int) -> list[tuple[Source, float]
     return sources
 
 
-def describe(folder: Path, options: Options, config: TrainingConfig, about: str) -> None:
+def describe(folder: Path, options: Options, config: TrainingConfig, size: int, about: str) -> None:
     """Add the datasets, the settings and the last validation images to the model card in `folder`."""
     card = ModelCard.load(folder / "README.md")
     start = Path(options.init).name
     if not Path(options.init).exists():
         start = card.data.base_model = options.init
-    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    of_data = ("random_flip", "max_train_samples", "cache_samples")
+    settings = {"resolution": size} | {name: getattr(options, name) for name in of_data} | asdict(config)
+    settings = {name: value for name, value in settings.items() if value is not None}
     text = f"""
 ## Training
 

@@ -7,7 +7,8 @@ First the guidance scales are compared, with the model's own number of steps; th
 ensemble sizes and the schedulers, with the best scales. The settings with the best score are compared with the model's
 own on images that were not used for the choice. If their score is at least as good, a copy of the model in which they
 are the default settings of the task (`task_settings`) is written to --output_model. The scheduler is used for all
-tasks of a model.
+tasks of a model. The copy has no calibration of scores for the task, and none at all with another scheduler;
+calibrate.py makes a new one.
 
 OUTPUT/table.md and OUTPUT/scores.png have all scores and the seconds per output. An interrupted run is resumed when it
 is started again. Needs `pip install ".[eval]"`.
@@ -264,7 +265,7 @@ def first_task(source: Source) -> Task:
 
 
 def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
-    """Copy the folder of a model with the settings of `trial`."""
+    """Copy the folder of a model with the settings of `trial`, without the calibration of scores that they change."""
     with atomic_write(output) as partial:
         shutil.copytree(model, partial)
         for path in (partial / "model_index.json", partial / "modular_model_index.json"):
@@ -274,7 +275,12 @@ def save(model: Path, output: Path, search: Search, trial: Trial) -> None:
                 index["scheduler"][1] = trial.scheduler
                 for about in index["scheduler"][2:]:  # in the index of Modular Diffusers
                     about["type_hint"][1] = trial.scheduler
-                update_json(path, {"task_settings": settings, "scheduler": index["scheduler"]})
+                changes = {"task_settings": settings, "scheduler": index["scheduler"]}
+                if "score_calibration" in index:
+                    kept = {} if trial.scheduler != search.scheduler else dict(index["score_calibration"] or {})
+                    kept.pop(search.family, None)
+                    changes["score_calibration"] = kept
+                update_json(path, changes)
         search.make_scheduler(trial.scheduler).save_pretrained(partial / "scheduler")
 
 

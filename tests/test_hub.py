@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -430,6 +431,45 @@ def test_push_to_hub_ends_with_a_one_line_message_and_an_exit_status(root: Path,
         assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+def test_push_to_hub_uploads_the_card_of_the_model_and_what_it_shows(
+    root: Path, fresh: Fresh, hub: HubServer, tmp_path: Path
+):
+    model = shutil.copytree(root / "exported", tmp_path / "mine")
+    card = (model / "README.md").read_text().replace("exported", "mine").replace("---\n", "---\nlicense: mit\n", 1)
+    (model / "README.md").write_text(card + "\n![Validation](validation.png)\n")
+    (model / "validation.png").write_bytes(b"an image")
+    (model / ".note").write_bytes(b"hidden")
+    for license in ("mit", "cc-by-4.0"):
+        options = [] if license == "mit" else ["--license", license]
+        done = fresh.run(PUSH_TO_HUB, "--model", str(model), "--repo_id", "me/tiny", *options, hub=hub)
+        assert done.returncode == 0, done.stderr
+        pushed = hub.files.pop("me/tiny")
+        assert pushed.keys() == files(model) - {".note"} and pushed["validation.png"] == b"an image"
+        expected = card.replace("mine", "me/tiny").replace("license: mit", f"license: {license}")
+        assert pushed["README.md"].decode() == expected + "\n![Validation](validation.png)\n"
+
+
+def test_push_to_hub_of_diffusers_refuses_a_repository_with_blocks(root: Path, fresh: Fresh, hub: HubServer):
+    fresh.report(PUSH, root / "saved", hub=hub)
+    before = dict(hub.files["me/tiny"])
+    script = """
+    from instructdiffusion_pipeline import InstructDiffusionPipeline
+    pipe = InstructDiffusionPipeline.from_pretrained(sys.argv[1])
+    refused = []
+    for write in (lambda: pipe.push_to_hub("me/tiny"),
+                  lambda: pipe.save_pretrained("copy", push_to_hub=True, repo_id="me/tiny")):
+        try:
+            write()
+        except FileExistsError as error:
+            refused.append(str(error))
+    pipe.push_to_hub("me/plain")
+    report(refused=refused)
+    """
+    refused = fresh.report(script, root / "saved", hub=hub)["refused"]
+    assert len(refused) == 2 and all("got me/tiny. Use `instructdiffusion_pipeline.push`" in each for each in refused)
+    assert hub.files["me/tiny"] == before and "model_index.json" in hub.files["me/plain"]
+
+
 def test_push_to_hub_in_half_precision(root: Path, fresh: Fresh, hub: HubServer):
     done = fresh.run(PUSH_TO_HUB, "--model", str(root / "saved"), "--repo_id", "me/tiny", "--half", hub=hub)
     assert done.returncode == 0, done.stderr
@@ -592,6 +632,10 @@ def test_a_variant_is_exported_and_loaded_in_all_ways(fresh: Fresh, tmp_path: Pa
     except OSError as error:
         report(equal=found["equal"], refused=str(error))
     """
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert (
+        'from_pretrained("half", variant="fp16", trust' in card and 'from_pretrained("half", variant="fp16")' in card
+    )
     found = fresh.report(MODULAR_ANSWER + dedent(script), tmp_path / "half", blocked=True)
     assert found["equal"] and "no file named" in found["refused"]
 

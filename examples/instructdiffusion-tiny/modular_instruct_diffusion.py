@@ -70,7 +70,11 @@ _INPUTS: dict[str, tuple[Any, Any, str]] = {
     "negative_prompt": (str | list[str], None, "Used instead of the empty prompt; one, or a list of B."),
     "clip_skip": (int, None, "How many of the text encoder's last layers to skip."),
     "image": (PipelineImageInput, None, "An image or a list of B, as in the pipeline."),
-    "resolution": (int, None, "The working size in pixels; None is the UNet's, 0 the image's own."),
+    "resolution": (
+        int,
+        None,
+        "The working size in pixels. None is the model's for editing, or else the UNet's; 0 is the image's own.",
+    ),
     "resize_mode": (str, "crop", "'crop' or 'stretch', see `working_size`."),
     "num_images_per_prompt": (int, 1, "The number of outputs per sample."),
     "ensemble_size": (
@@ -667,7 +671,11 @@ class InstructDiffusionVaeDecoderStep(ModularPipelineBlocks):
 
 
 class InstructDiffusionBlocks(SequentialPipelineBlocks):
-    """All blocks. They do what `InstructDiffusionPipeline` does, without IP-Adapters, LoRA scales and callbacks."""
+    """All blocks.
+
+    They do what `InstructDiffusionPipeline` does, without IP-Adapters, LoRA scales, callbacks, `timesteps` and
+    `output_type="latent"`.
+    """
 
     block_classes = [
         InstructDiffusionTextEncoderStep,

@@ -53,6 +53,7 @@ from diffusers.utils import (
     unscale_lora_layers,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import file_exists
 from PIL import ImageOps
 from safetensors import safe_open
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -683,7 +684,7 @@ class InstructDiffusionPipeline(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers, but raises an error for missing weights, which diffusers would initialize at random.
+        """As in diffusers, but raises an error for missing weights, which diffusers would leave uninitialized.
 
         Without `dtype`, all models are loaded in float32. diffusers would load its own models in float32, and those of
         transformers in the precision of their files.
@@ -764,6 +765,15 @@ class InstructDiffusionPipeline(
                 f" settings; got {save_directory}. Save to another folder, or use `instructdiffusion_pipeline.export`."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Called by `push_to_hub`, and by `save_pretrained` with that argument."""
+        if file_exists(repo_id, "modular_model_index.json", token=kwargs.get("token")):
+            raise FileExistsError(
+                "`repo_id` must not be a repository with blocks, which would keep their earlier settings; got"
+                f" {repo_id}. Use `instructdiffusion_pipeline.push`."
+            )
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def check_no_adapters(self) -> None:
         """Raise a ValueError if the pipeline has LoRA layers or an IP-Adapter, with which its weights do not load."""
@@ -1428,15 +1438,18 @@ class InstructDiffusionPipeline(
                 raise ValueError(f"`image` must have 3 channels, or be all image latents; got {picture.shape[0]}.")
             else:
                 answer_sizes.append((picture.shape[2], picture.shape[1]))
-            sizes.append(self.working_size(*answer_sizes[-1], resolution, resize_mode).size)
-            if crop:
-                left, top, right, bottom = center_crop(answer_sizes[-1], sizes[-1])
-                kept = (right - left) * (bottom - top) / math.prod(answer_sizes[-1])
-                if kept < 0.995:
-                    warnings.warn(
-                        f'`resize_mode="crop"` cuts off {1 - kept:.0%} of the image; "stretch" uses all of it.',
-                        stacklevel=3,
-                    )
+            size, shown = self.working_size(*answer_sizes[-1], resolution, resize_mode)
+            sizes.append(size)
+            input_lacks, pil_lacks = (
+                1 - (right - left) * (bottom - top) / math.prod(answer_sizes[-1])
+                for left, top, right, bottom in (center_crop(answer_sizes[-1], size), shown)
+            )
+            if crop and pil_lacks > 0.005:
+                warnings.warn(
+                    f'`resize_mode="crop"` cuts off {input_lacks:.0%} of the image, {pil_lacks:.0%} with PIL output;'
+                    ' "stretch" uses all of it.',
+                    stacklevel=3,
+                )
             if len(set(sizes)) > 1:
                 continue  # This raises an error below; only the sizes for its message are collected.
             if isinstance(picture, PIL.Image.Image):

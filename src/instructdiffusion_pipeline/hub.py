@@ -36,7 +36,7 @@ before you trust it:
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{name}"{variant}, trust_remote_code=True)
 answer = pipe("make it winter", load_image("photo.jpg")).images[0]
 ```
 
@@ -49,7 +49,7 @@ uses the whole image and keeps its resolution:
 from diffusers.utils import load_image
 from instructdiffusion_pipeline import Editing, InstructDiffusionPipeline, ask
 
-pipe = InstructDiffusionPipeline.from_pretrained("{name}")
+pipe = InstructDiffusionPipeline.from_pretrained("{name}"{variant})
 answer = ask(pipe, load_image("photo.jpg"), Editing("make it winter")).data
 ```
 """
@@ -101,6 +101,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    card_folder: str | os.PathLike[str] | None = None,
 ) -> str:
     """Upload weights, settings, code and model card to a model repository on the Hub, in one commit.
 
@@ -117,6 +118,8 @@ def push(
         revision: the branch to commit to, which must exist. `None` is the main branch.
         commit_message: the title of the commit. `None` uses that of huggingface_hub.
         create_pr: whether to open a pull request instead of committing to the branch.
+        card_folder: the folder of a model whose card is the new model card, with the name of the repository in place
+            of its own. Images and texts next to the card are uploaded too. `None` writes a short card.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -135,6 +138,8 @@ def push(
         weights = [path for path in weights if re.search(rf"\.{re.escape(variant)}[.-]", path)]
     with tempfile.TemporaryDirectory() as scratch:
         _write(pipeline, Path(scratch), repo_id, license, variant, repo_id)
+        if card_folder is not None and "README.md" not in present:
+            _copy_card(Path(card_folder), Path(scratch), repo_id, license)
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=scratch,
@@ -191,10 +196,23 @@ def _write(
             # Without `dtype=`, transformers loads a model in this precision, and diffusers loads its own in float32.
             settings["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    code = f', variant="{variant}"' if variant else ""
     data = ModelCardData(
         license=license, library_name="diffusers", pipeline_tag="image-to-image", tags=["instructdiffusion"]
     )
-    ModelCard(f"---\n{data}\n---\n{_CARD.format(name=name)}").save(folder / "README.md")
+    ModelCard(f"---\n{data}\n---\n{_CARD.format(name=name, variant=code)}").save(folder / "README.md")
+
+
+def _copy_card(source: Path, folder: Path, repo_id: str, license: str | None) -> None:
+    """Replace the model card in `folder` by that of the model in `source`, and copy the files next to it."""
+    for file in source.iterdir():
+        if file.is_file() and file.name[0] != "." and file.suffix not in (".json", ".py"):
+            shutil.copyfile(file, folder / file.name)
+    card = ModelCard.load(source / "README.md")
+    text = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{repo_id}"', card.text)
+    card.text = re.sub(rf"^# {re.escape(source.resolve().name)}$", f"# {repo_id}", text, count=1, flags=re.MULTILINE)
+    card.data.license = license or card.data.license
+    card.save(folder / "README.md")
 
 
 def _add_blocks(pipeline: InstructDiffusionPipeline, folder: Path, variant: str | None, repo_id: str | None) -> None:

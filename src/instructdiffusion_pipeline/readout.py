@@ -101,7 +101,7 @@ def run_readout(
             f"`readout` must have {CHANNELS} input channels and 2 output channels; got {readout.config.in_channels}"
             f" and {readout.config.out_channels}."
         )
-    frame = Frame.of(image, answer, box, shortest=readout.config.sample_size)
+    frame = Frame.of(image, answer, box, shortest=readout.config.sample_size, enlarge=True)
     inputs = readout_inputs(frame, *asked_colors(task))
     height, width = inputs.shape[-2:]
     multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size

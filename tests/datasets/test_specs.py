@@ -99,6 +99,17 @@ def test_evaluation_has_the_test_split_no_flips_and_the_sigmas(tmp_path):
         load_sources([f"coco={tmp_path}"], 96)  # only val2017 has images
 
 
+def test_restored_images_are_scored_at_their_own_size_if_it_is_below_the_resolution(tmp_path):
+    noisy, clean = tiny.picture(64, 64, 1), tiny.picture(64, 64, 2)
+    folders = {"sidd": ("val/input", "val/gt"), "clwd": ("test/Watermarked_image", "test/Watermark_free_image")}
+    for key, (image, truth) in folders.items():
+        save_image(tmp_path / key / image / "0.png", noisy)
+        save_image(tmp_path / key / truth / "0.png", clean)
+        (source,) = load_test_sources([f"{key}={tmp_path / key}"], 512)
+        read = source.read(0, random.Random(0))
+        assert [picture.tobytes() for picture in read] == [noisy.tobytes(), clean.tobytes()]
+
+
 @pytest.mark.parametrize("key", ["captions", "coco-captions", "preferences"])
 def test_datasets_for_training_only_cannot_be_evaluated(tmp_path, key):
     with pytest.raises(ValueError, match=f"--data {key}: this dataset is for training only"):

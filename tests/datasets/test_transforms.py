@@ -6,6 +6,7 @@ import tiny
 from folders import Recorded, same
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets import UnreadableSample
@@ -118,14 +119,14 @@ def test_centers_and_sides_of_half_bodies():
     width=st.integers(20, 80),
     height=st.integers(20, 80),
     seed=SEEDS,
-    resize=st.booleans(),
+    reduce=st.booleans(),
     size=st.sampled_from([16, 32, 48]),
 )
-def test_image_clean_image_and_masks_have_the_same_crop(width, height, seed, resize, size):
+def test_image_clean_image_and_masks_have_the_same_crop(width, height, seed, reduce, size):
     image = tiny.picture(width, height, seed)
     mask = np.asarray(image)[..., 0] > 128
     shown = Image.fromarray(np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255)
-    crop = SquareCrop(size, flip=0.5, resize=resize)
+    crop = SquareCrop(size, flip=0.5, reduce=reduce)
     picture, clean = crop(image, image, random.Random(seed))
     assert picture.size == (size, size) and same(picture, clean)
     other, edit = crop(image, Edit("make it winter", image), random.Random(seed))
@@ -135,6 +136,18 @@ def test_image_clean_image_and_masks_have_the_same_crop(width, height, seed, res
     assert same(other, picture) and masks["cat"].shape == (size, size) and masks["dog"] is masks["cow"]
     if min(width, height) == size:
         assert same(Image.fromarray(masks["cat"].astype(np.uint8) * 255).convert("RGB"), crop_of(crop, shown, seed))
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_a_small_image_is_not_enlarged_for_evaluation(size, reduce):
+    image = tiny.picture(60, 48)
+    crop = SquareCrop(size, reduce=reduce, enlarge=False)
+    picture, masks = crop(image, {"cat": np.ones((48, 60), bool)}, random.Random(0))
+    assert picture.size == masks["cat"].shape == (min(size, 48),) * 2
+    if size >= 48 or not reduce:
+        crops = sliding_window_view(np.asarray(image), (*picture.size, 3))
+        assert (crops == np.asarray(picture)).all((-3, -2, -1)).any()
 
 
 def crop_of(crop, image, seed):

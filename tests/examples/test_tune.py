@@ -157,6 +157,17 @@ def test_settings_are_compared_with_those_of_ask(tmp_path):
     assert tune.Search(pipe, task, tmp_path, 1, 0).own == task.settings | {"guidance_scale": 2.0, "ensemble_size": 1}
 
 
+def test_a_calibration_is_kept_for_other_tasks_with_the_same_scheduler_only(tmp_path):
+    pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
+    search = tune.Search(pipe, Keypoints({"nose": "red"}), tmp_path, 1, 0)
+    before = pipe.config.score_calibration
+    assert before.keys() == {"segmentation", "keypoints"}
+    for scheduler, kept in ((search.scheduler, {"segmentation"}), ("DDIMScheduler", set())):
+        tune.save(SHIPPED, tmp_path / scheduler, search, tune.Trial(scheduler, search.own, 0, 0))
+        index = json.loads((tmp_path / scheduler / "model_index.json").read_text())
+        assert index["score_calibration"] == {family: before[family] for family in kept}
+
+
 def test_a_scheduler_is_written_to_all_files_of_the_model(tmp_path):
     pipe = InstructDiffusionPipeline.from_pretrained(SHIPPED)
     search = tune.Search(pipe, Editing("make it night"), tmp_path, 1, 0)

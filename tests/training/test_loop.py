@@ -355,6 +355,15 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
     ):
         with pytest.raises(ValueError, match=words):
             train(pipe, two_samples, dataclasses.replace(FEW, **settings), tmp_path / "out")
+    for variable, norm in (("0.5", 1.0), (None, 0.5)):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match=f"`max_grad_norm` must be {variable or 1}, the gradient_clipping"),
+        ):
+            patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+            if variable:
+                patch.setenv("ACCELERATE_GRADIENT_CLIPPING", variable)
+            train(pipe, two_samples, dataclasses.replace(FEW, max_grad_norm=norm), tmp_path / "out")
     with (
         monkeypatch.context() as patch,
         pytest.raises(ValueError, match="on a CPU with .* ACCELERATE_DYNAMO_BACKEND=inductor"),

@@ -66,9 +66,14 @@ def test_training_starts_from_a_stable_diffusion_folder(tmp_path):
     assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     assert pipe.scheduler.config.timestep_spacing == "linspace"
     pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(
+        score_calibration={"segmentation": [2, 1]}, task_settings={"editing": {"ensemble_size": 2}}
+    )
     pipe.save_pretrained(tmp_path / "wide")
     again = load_for_training(tmp_path / "wide")
     again.set_progress_bar_config(disable=True)
+    assert not again.config.score_calibration, "it is for the weights before training"
+    assert again.config.task_settings == pipe.config.task_settings
     first, second = (one(**tiny.inputs()).images for one in (pipe, again))
     assert first.shape == (1, 32, 32, 3) and (first == second).all()
 

@@ -106,6 +106,7 @@ KEYPOINTS, SEGMENTATION = Keypoints.from_annotation, Segmentation.from_annotatio
 EDITING, CAPTION = Editing.from_annotation, Adaptation.from_annotation
 DEBLUR, DENOISE, UNMARK = (FixedTask(Restoration(degradation)) for degradation in ("blur", "noise", "watermark"))
 FLIPPED = SquareCrop(flip=0.5)
+TEST_CROP = SquareCrop(enlarge=False)  # enlarging would change the PSNR
 
 
 def referring(name: str, pictures: str = "train2014") -> DatasetSpec:
@@ -165,13 +166,20 @@ DATASETS: dict[str, DatasetSpec] = {
     "refcocog": referring("refcocog/refs(umd).p"),
     "refcocog-google": referring("refcocog/refs(google).p"),
     "refclef": referring("refclef/refs(unc).p", "saiapr_tc-12"),
-    "gopro": DatasetSpec(gopro, DEBLUR, FLIPPED, SquareCrop(), weight=2, folder="GoPro"),
-    "reds": DatasetSpec(reds, DEBLUR, FLIPPED, SquareCrop(), test_split="val", weight=0.2, folder="REDS"),
-    # Cropped and not resized, because resizing would remove noise.
+    "gopro": DatasetSpec(gopro, DEBLUR, FLIPPED, TEST_CROP, weight=2, folder="GoPro"),
+    "reds": DatasetSpec(reds, DEBLUR, FLIPPED, TEST_CROP, test_split="val", weight=0.2, folder="REDS"),
+    # Not reduced, because that would remove noise.
     "sidd": DatasetSpec(
-        sidd, DENOISE, SquareCrop(flip=0.5, resize=False), SquareCrop(resize=False), "train", "val", 20, folder="SIDD"
+        sidd,
+        DENOISE,
+        SquareCrop(flip=0.5, reduce=False),
+        SquareCrop(reduce=False, enlarge=False),
+        "train",
+        "val",
+        20,
+        folder="SIDD",
     ),
-    "clwd": DatasetSpec(clwd, UNMARK, FLIPPED, SquareCrop(), weight=0.2, folder="CLWD"),
+    "clwd": DatasetSpec(clwd, UNMARK, FLIPPED, TEST_CROP, weight=0.2, folder="CLWD"),
     "instructpix2pix": DatasetSpec(
         InstructPix2Pix, EDITING, Resize(flip=0.5), Resize(), weight=0.2, folder="clip-filtered-dataset"
     ),

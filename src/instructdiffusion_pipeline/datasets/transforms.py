@@ -125,24 +125,27 @@ class SquareCrop:
     """Random square crop of image and annotation, `size` x `size` pixels.
 
     The side of the square is the image's short side, and the crop is resized (Lanczos; masks: nearest pixel). With
-    `resize=False` a square of `size` pixels is cropped without resizing. `flip` is the probability of a horizontal
-    flip; nothing is flipped if a mask's name or an instruction contains left or right.
+    `reduce=False` a square of at most `size` pixels is cropped, so that nothing is reduced. With `enlarge=False` a
+    crop that is smaller than `size` is not enlarged. `flip` is the probability of a horizontal flip; nothing is
+    flipped if a mask's name or an instruction contains left or right.
     """
 
     size: int = 256
     flip: float = 0.0
-    resize: bool = True
+    reduce: bool = True
+    enlarge: bool = True
 
     def __call__(self, image: Image.Image, annotation: Any, rng: random.Random) -> tuple[Image.Image, Any]:
         width, height = image.size
-        side = min(width, height) if self.resize else min(width, height, self.size)
+        side = min(width, height) if self.reduce else min(width, height, self.size)
+        size = self.size if self.enlarge else min(side, self.size)
         left = rng.randint(0, width - side) if width > side else 0
         top = rng.randint(0, height - side) if height > side else 0
         # The pixel among `side` that is nearest to the center of each of `size` pixels, as Pillow computes it.
-        nearest = (np.arange(self.size) * 2 + 1) * side // (2 * self.size)
+        nearest = (np.arange(size) * 2 + 1) * side // (2 * size)
 
         def picture(original: Image.Image) -> Image.Image:
-            return resized(original.crop((left, top, left + side, top + side)), (self.size, self.size))
+            return resized(original.crop((left, top, left + side, top + side)), (size, size))
 
         def mask(original: np.ndarray) -> np.ndarray:
             return original[np.ix_(top + nearest, left + nearest)]

@@ -23,11 +23,16 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(
-        cls, image: Image.Image, answer: Image.Image, box: Box | None = None, shortest: int | None = None
+        cls,
+        image: Image.Image,
+        answer: Image.Image,
+        box: Box | None = None,
+        shortest: int | None = None,
+        enlarge: bool = False,
     ) -> "Frame":
         """Resize `answer` and the `box` of `image` that it shows (None: all of it) to the smaller of their two sizes.
 
-        `shortest` limits the shorter side, in pixels.
+        `shortest` limits the shorter side, in pixels. With `enlarge`, the shorter side has exactly this length.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
         box = box or (0.0, 0.0, float(image.width), float(image.height))
@@ -35,7 +40,7 @@ class Frame(NamedTuple):
             raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
         spans = (box[2] - box[0], box[3] - box[1])
         size = [max(1, min(round(span), side)) for span, side in zip(spans, answer.size, strict=True)]
-        if shortest and min(size) > shortest:
+        if shortest and (enlarge or min(size) > shortest):
             size = [round(side * shortest / min(size)) for side in size]
         width, height = size
         source = image.resize((width, height), Image.Resampling.LANCZOS, box)

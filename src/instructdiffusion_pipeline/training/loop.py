@@ -334,8 +334,16 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, da
         )
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError('`mixed_precision` must be "bf16" or "no" on a CPU; got "fp16".')
-    if config.mixed_precision == "fp16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        if config.mixed_precision == "fp16":
+            raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
+        # DeepSpeed clips gradients itself. The launcher sets this variable; without it, accelerate sets 1.
+        clipping = float(os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto").replace("auto", "1"))
+        if config.max_grad_norm != clipping:
+            raise ValueError(
+                f"`max_grad_norm` must be {clipping:g}, the gradient_clipping of the DeepSpeed configuration; got"
+                f" {config.max_grad_norm:g}."
+            )
     compiled = config.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor"
     if (device, config.mixed_precision, compiled) == ("cpu", "bf16", True):
         # With inductor and bfloat16 on a CPU, 280 of 326 gradients are zero (torch 2.13).

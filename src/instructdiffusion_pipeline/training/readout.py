@@ -41,7 +41,7 @@ class ReadoutConfig:
     """Settings of `train_readout`.
 
     Attributes:
-        sample_size: side of the readout's input in pixels; output images are resized to it.
+        sample_size: shorter side of the readout's input in pixels; images and outputs are resized to it.
         max_train_steps: number of updates.
         batch_size: colors per update. An output for three joints has three.
         learning_rate: the highest of a one-cycle schedule.
@@ -74,8 +74,7 @@ def train_readout(
 
     Args:
         pipeline: its component `readout` is set to the new readout, and its `score_calibration` is removed.
-        examples: with masks or joints; see `evaluation.examples_from`. Their images have one size, or are at least as
-            large as the readout's input.
+        examples: with masks or joints; see `evaluation.examples_from`. Their images have one aspect ratio.
         held_out: the same kind, of other images.
         folder: new, or of the same run. Gets the outputs in answers/ and the evaluation in held-out/, where
             table.md has the scores of the readout in the column "score", and those of decoding by color next to them.
@@ -172,9 +171,7 @@ class ReadoutDataset(Dataset):
         example = self.examples[index].open()
         task, box = prompted_tasks(example.tasks[number])[part], self.boxes[index]
         output = Image.open(self.folder / "answers" / answer_name(index, number, part))
-        # Enlarged to the pixels of the input, so that outputs of different working sizes have frames of one size.
-        answer = output.resize((round(box[2] - box[0]), round(box[3] - box[1])), Image.Resampling.LANCZOS)
-        frame = Frame.of(example.image, answer, box, shortest=self.size)
+        frame = Frame.of(example.image, output, box, shortest=self.size, enlarge=True)
         colors, opacity = asked_colors(task)
         inputs = readout_inputs(frame, colors, opacity)[list(task.colors).index(name)]
         truth = example.truth.get(name)
