@@ -438,14 +438,21 @@ def test_push_to_hub_uploads_the_card_of_the_model_and_what_it_shows(
     card = (model / "README.md").read_text().replace("exported", "mine").replace("---\n", "---\nlicense: mit\n", 1)
     (model / "README.md").write_text(card + "\n![Validation](validation.png)\n")
     (model / "validation.png").write_bytes(b"an image")
-    (model / ".note").write_bytes(b"hidden")
+    others = {".note", "state.pth"}
+    for name in others:
+        (model / name).write_bytes(b"not shown by the card")
     done = fresh.run(PUSH_TO_HUB, "--model", str(model), "--repo_id", "me/tiny", "--license", "cc-by-4.0", hub=hub)
     assert done.returncode == 0, done.stderr
     pushed = hub.files["me/tiny"]
-    assert pushed.keys() == files(model) - {".note"} and pushed["validation.png"] == b"an image"
+    assert pushed.keys() == files(model) - others and pushed["validation.png"] == b"an image"
     found = ModelCard(pushed["README.md"].decode())
     assert found.text == ModelCard((model / "README.md").read_text().replace("mine", "me/tiny")).text
     assert found.data.to_dict() == ModelCard(card).data.to_dict() | {"license": "cc-by-4.0"}
+
+
+def test_a_folder_without_a_card_raises_an_error_before_a_request(pipe: InstructDiffusionPipeline, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"`card_folder` must be a folder with a README.md; got {tmp_path}"):
+        push(pipe, "me/tiny", card_folder=tmp_path)
 
 
 def test_push_to_hub_of_diffusers_refuses_a_repository_with_blocks(root: Path, fresh: Fresh, hub: HubServer):

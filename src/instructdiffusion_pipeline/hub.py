@@ -24,6 +24,8 @@ from .pipeline_instruct_diffusion import InstructDiffusionPipeline, add_code
 # The weight files that diffusers and transformers write to a component's folder, sharded or not.
 _WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetensors|bin|index(\.[^/]+)?\.json)")
 
+_CARD_FILES = {"", ".md", ".txt", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp"}
+
 _CARD = """
 # {name}
 
@@ -118,19 +120,22 @@ def push(
         revision: the branch to commit to, which must exist. `None` is the main branch.
         commit_message: the title of the commit. `None` uses that of huggingface_hub.
         create_pr: whether to open a pull request instead of committing to the branch.
-        card_folder: the folder of a model whose card is the new model card, with the name of the repository in place
-            of its own. Images and texts next to the card are uploaded too. `None` writes a short card.
+        card_folder: the folder of a model whose card is used for a repository without a card, with the name of the
+            repository in place of its own. Images and texts next to the card are uploaded too. `None` writes a short
+            card.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
         TypeError: if `pipeline` is not an `InstructDiffusionPipeline`.
-        ValueError: if `pipeline` has LoRA layers or an IP-Adapter.
+        ValueError: if `pipeline` has LoRA layers or an IP-Adapter, or `card_folder` has no model card.
         huggingface_hub.errors.HFValidationError: if `repo_id` is not a valid name.
         huggingface_hub.errors.HTTPError: if the Hub cannot be reached or rejects the request. No commit is made then.
     """
     _check(pipeline)
+    if card_folder is not None and not Path(card_folder, "README.md").is_file():
+        raise ValueError(f"`card_folder` must be a folder with a README.md; got {card_folder}.")
     # Before the weights are written, so that an invalid name or token raises an error at once.
     repo_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
     present, weights = _earlier_push(repo_id, revision, token)
@@ -206,7 +211,7 @@ def _write(
 def _copy_card(source: Path, folder: Path, repo_id: str, license: str | None) -> None:
     """Replace the model card in `folder` by that of the model in `source`, and copy the files next to it."""
     for file in source.iterdir():
-        if file.is_file() and file.name[0] != "." and file.suffix not in (".json", ".py"):
+        if file.is_file() and file.name[0] != "." and file.suffix.lower() in _CARD_FILES:
             shutil.copyfile(file, folder / file.name)
     card = ModelCard.load(source / "README.md")
     text = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{repo_id}"', card.text)
