@@ -343,8 +343,9 @@ def test_images_of_several_sizes_are_trained_in_separate_batches(tmp_path):
 
 def test_several_datasets_of_one_size_train_like_one(pipe, two_samples, tmp_path):
     single = train(pipe, two_samples, FEW, tmp_path / "single").unet.state_dict()
-    other = InstructDiffusionPipeline(**tiny.components())
+    other = InstructDiffusionPipeline(**tiny.components(), score_calibration={"segmentation": [2, 1]})
     grouped = train(other, MultiSizeDataset([two_samples], 2), FEW, tmp_path / "grouped").unet.state_dict()
+    assert other.config.score_calibration == {}, "it was for the weights before training"
     assert all(torch.equal(single[name], grouped[name]) for name in single)
 
 

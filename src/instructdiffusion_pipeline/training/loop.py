@@ -85,8 +85,9 @@ def train(
             "samples", "sources" and "content" for changed data.
 
     Returns:
-        The pipeline with the EMA weights (the last weights if `ema_decay` is 0). With `lora_rank`, the LoRA layers are
-        not fused, and the other weights of the UNet are rounded to `mixed_precision`, see `save_lora`.
+        The pipeline with the EMA weights (the last weights if `ema_decay` is 0), without `score_calibration`. With
+        `lora_rank`, the LoRA layers are not fused, and the other weights of the UNet are rounded to
+        `mixed_precision`, see `save_lora`.
 
     Raises:
         ValueError: if the machine or the data do not support the settings, two sources have the same name, or the
@@ -122,6 +123,7 @@ def train(
     # Checkpoints of LoRA do not contain the frozen weights, so these are hashed, before `Denoiser` rounds them.
     frozen_unet = fingerprint(pipeline.unet) if config.lora_rank else None
     model = Denoiser(pipeline, config)
+    pipeline.register_to_config(score_calibration={})  # it is for the weights before training
     if config.torch_compile:
         model.compile()
     optimizer = make_optimizer(list(trainable_parameters(model).values()), config)
