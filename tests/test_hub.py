@@ -434,19 +434,24 @@ def test_push_to_hub_ends_with_a_one_line_message_and_an_exit_status(root: Path,
 def test_push_to_hub_uploads_the_card_of_the_model_and_what_it_shows(
     root: Path, fresh: Fresh, hub: HubServer, tmp_path: Path
 ):
-    model = shutil.copytree(root / "exported", tmp_path / "mine")
-    card = (model / "README.md").read_text().replace("exported", "mine").replace("---\n", "---\nlicense: mit\n", 1)
-    (model / "README.md").write_text(card + "\n![Validation](validation.png)\n")
-    (model / "validation.png").write_bytes(b"an image")
-    others = {".note", "state.pth"}
+    model = shutil.copytree(root / "exported", tmp_path / "moved")
+    card = (model / "README.md").read_text().replace("---\n", "---\nlicense: mit\n", 1)
+    card += '\n![Validation](validation.png)\nAutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")\n'
+    (model / "README.md").write_text(card)
+    for name in ("validation.png", "LICENSE"):
+        (model / name).write_bytes(b"of the model")
+    hub.files["me/tiny"] = {"LICENSE": b"of the repository"}
+    others = {".note.md", "state.pth", "id_rsa"}
     for name in others:
         (model / name).write_bytes(b"not shown by the card")
     done = fresh.run(PUSH_TO_HUB, "--model", str(model), "--repo_id", "me/tiny", "--license", "cc-by-4.0", hub=hub)
     assert done.returncode == 0, done.stderr
     pushed = hub.files["me/tiny"]
-    assert pushed.keys() == files(model) - others and pushed["validation.png"] == b"an image"
+    assert pushed.keys() == files(model) - others and pushed["validation.png"] == b"of the model"
+    assert pushed["LICENSE"] == b"of the repository"
     found = ModelCard(pushed["README.md"].decode())
-    assert found.text == ModelCard((model / "README.md").read_text().replace("mine", "me/tiny")).text
+    expected = card.replace("# exported", "# me/tiny").replace('"exported"', '"me/tiny"')
+    assert found.text == ModelCard(expected).text and 'from_pretrained("me/tiny", trust' in found.text
     assert found.data.to_dict() == ModelCard(card).data.to_dict() | {"license": "cc-by-4.0"}
 
 
@@ -469,11 +474,13 @@ def test_push_to_hub_of_diffusers_refuses_a_repository_with_blocks(root: Path, f
         except FileExistsError as error:
             refused.append(str(error))
     pipe.push_to_hub("me/plain")
+    pipe.push_to_hub("me/tiny", subfolder="v2")
     report(refused=refused)
     """
     refused = fresh.report(script, root / "saved", hub=hub)["refused"]
-    assert len(refused) == 2 and all("got me/tiny. Use `instructdiffusion_pipeline.push`" in each for each in refused)
-    assert hub.files["me/tiny"] == before and "model_index.json" in hub.files["me/plain"]
+    assert len(refused) == 2 and all("me/tiny must not have modular_model_index.json" in each for each in refused)
+    assert before.items() <= hub.files["me/tiny"].items() and "model_index.json" in hub.files["me/plain"]
+    assert {path.split("/")[0] for path in hub.files["me/tiny"].keys() - before.keys()} == {"v2"}
 
 
 def test_push_to_hub_in_half_precision(root: Path, fresh: Fresh, hub: HubServer):

@@ -684,7 +684,7 @@ class InstructDiffusionPipeline(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers, but raises an error for missing weights, which diffusers would leave uninitialized.
+        """As in diffusers, but raises an error for missing weights, for which diffusers would use arbitrary values.
 
         Without `dtype`, all models are loaded in float32. diffusers would load its own models in float32, and those of
         transformers in the precision of their files.
@@ -768,10 +768,11 @@ class InstructDiffusionPipeline(
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Called by `push_to_hub`, and by `save_pretrained` with that argument."""
-        if file_exists(repo_id, "modular_model_index.json", token=kwargs.get("token")):
+        index = "/".join(filter(None, (kwargs.get("subfolder"), "modular_model_index.json")))
+        if file_exists(repo_id, index, token=kwargs.get("token")):
             raise FileExistsError(
-                "`repo_id` must not be a repository with blocks, which would keep their earlier settings; got"
-                f" {repo_id}. Use `instructdiffusion_pipeline.push`."
+                f"The repository {repo_id} must not have {index}: these blocks would keep their earlier settings. Use"
+                " `instructdiffusion_pipeline.push`, or another repository."
             )
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 

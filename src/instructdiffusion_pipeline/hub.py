@@ -24,7 +24,8 @@ from .pipeline_instruct_diffusion import InstructDiffusionPipeline, add_code
 # The weight files that diffusers and transformers write to a component's folder, sharded or not.
 _WEIGHTS = re.compile(r"([^/]+)/(diffusion_)?(pytorch_)?model[.-][^/]*(safetensors|bin|index(\.[^/]+)?\.json)")
 
-_CARD_FILES = {"", ".md", ".txt", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp"}
+# The files that a model card may refer to.
+_CARD_FILES = re.compile(r"(LICENSE|NOTICE|[^.].*\.(md|txt|gif|jpe?g|png|svg|webp))", re.IGNORECASE)
 
 _CARD = """
 # {name}
@@ -144,7 +145,7 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         _write(pipeline, Path(scratch), repo_id, license, variant, repo_id)
         if card_folder is not None and "README.md" not in present:
-            _copy_card(Path(card_folder), Path(scratch), repo_id, license)
+            _copy_card(Path(card_folder), Path(scratch), repo_id, license, variant, present)
         commit = upload_folder(
             repo_id=repo_id,
             folder_path=scratch,
@@ -201,23 +202,40 @@ def _write(
             # Without `dtype=`, transformers loads a model in this precision, and diffusers loads its own in float32.
             settings["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    code = f', variant="{variant}"' if variant else ""
     data = ModelCardData(
         license=license, library_name="diffusers", pipeline_tag="image-to-image", tags=["instructdiffusion"]
     )
-    ModelCard(f"---\n{data}\n---\n{_CARD.format(name=name, variant=code)}").save(folder / "README.md")
+    text = _CARD.format(name=name, variant=_variant_argument(variant))
+    ModelCard(f"---\n{data}\n---\n{text}").save(folder / "README.md")
 
 
-def _copy_card(source: Path, folder: Path, repo_id: str, license: str | None) -> None:
-    """Replace the model card in `folder` by that of the model in `source`, and copy the files next to it."""
+def _copy_card(
+    source: Path, folder: Path, repo_id: str, license: str | None, variant: str | None, present: set[str]
+) -> None:
+    """Replace the model card in `folder` by that of the model in `source`, and copy the files next to it.
+
+    Files that are `present` in the repository are not copied. The model's name is the first heading of its card, and
+    the last part of the path that the card loads.
+    """
     for file in source.iterdir():
-        if file.is_file() and file.name[0] != "." and file.suffix.lower() in _CARD_FILES:
+        if file.is_file() and _CARD_FILES.fullmatch(file.name) and file.name not in present:
             shutil.copyfile(file, folder / file.name)
     card = ModelCard.load(source / "README.md")
-    text = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{repo_id}"', card.text)
-    card.text = re.sub(rf"^# {re.escape(source.resolve().name)}$", f"# {repo_id}", text, count=1, flags=re.MULTILINE)
+    if heading := re.search(r"^# (.+)$", card.text, re.MULTILINE):
+        name = re.escape(heading[1].strip())
+        text = re.sub(
+            rf'from_pretrained\("([^"]*/)?{name}"(, variant="[^"]*")?',
+            f'from_pretrained("{repo_id}"{_variant_argument(variant)}',
+            card.text,
+        )
+        card.text = text.replace(heading[0], f"# {repo_id}", 1)
     card.data.license = license or card.data.license
     card.save(folder / "README.md")
+
+
+def _variant_argument(variant: str | None) -> str:
+    """The argument of `from_pretrained` for a variant, in code."""
+    return f', variant="{variant}"' if variant else ""
 
 
 def _add_blocks(pipeline: InstructDiffusionPipeline, folder: Path, variant: str | None, repo_id: str | None) -> None:

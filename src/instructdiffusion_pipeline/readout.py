@@ -103,17 +103,22 @@ def run_readout(
         )
     frame = Frame.of(image, answer, box, shortest=readout.config.sample_size, enlarge=True)
     inputs = readout_inputs(frame, *asked_colors(task))
-    height, width = inputs.shape[-2:]
-    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size
-    inputs = torch.nn.functional.pad(inputs, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     if readout.device.type != "meta":  # with sequential offloading, hooks move the inputs
         inputs = inputs.to(readout.device)
-    logits = readout(inputs.to(readout.dtype), timestep=0).sample[..., :height, :width]
+    logits = readout_logits(readout, inputs.to(readout.dtype))
     if not logits.isfinite().all():
         raise ValueError(
             f"`readout` returned values that are NaN or infinite: its weights are, or {readout.dtype} overflowed."
         )
     return frame, logits.float().sigmoid().cpu().numpy()
+
+
+def readout_logits(readout: UNet2DModel, inputs: torch.Tensor) -> torch.Tensor:
+    """The logits of mask and heatmap, [N, 2, height, width], for inputs [N, CHANNELS, height, width] of any size."""
+    height, width = inputs.shape[-2:]
+    multiple = 2 ** (len(readout.config.block_out_channels) - 1)  # each level except the last halves the size
+    padded = torch.nn.functional.pad(inputs, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    return readout(padded, timestep=0).sample[..., :height, :width]
 
 
 def asked_colors(task: Segmentation | Keypoints) -> tuple[list[RGB], float]:

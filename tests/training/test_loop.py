@@ -356,15 +356,17 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
     ):
         with pytest.raises(ValueError, match=words):
             train(pipe, two_samples, dataclasses.replace(FEW, **settings), tmp_path / "out")
-    for variable, norm in (("0.5", 1.0), (None, 0.5)):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(ValueError, match=f"`max_grad_norm` must be {variable or 1}, the gradient_clipping"),
-        ):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}))
+    for variable, value, clipping in (
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "0.5"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "auto", "auto"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file), "0.3"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"configuration, {clipping}; got 2\."):
             patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-            if variable:
-                patch.setenv("ACCELERATE_GRADIENT_CLIPPING", variable)
-            train(pipe, two_samples, dataclasses.replace(FEW, max_grad_norm=norm), tmp_path / "out")
+            patch.setenv(variable, value)
+            train(pipe, two_samples, dataclasses.replace(FEW, max_grad_norm=2.0), tmp_path / "out")
     with (
         monkeypatch.context() as patch,
         pytest.raises(ValueError, match="on a CPU with .* ACCELERATE_DYNAMO_BACKEND=inductor"),

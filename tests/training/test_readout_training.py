@@ -16,7 +16,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Seg
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, examples_from
 from instructdiffusion_pipeline.evaluation.report import answer_name
-from instructdiffusion_pipeline.readout import HEATMAP, MASK, heatmap_peak, read_with_readout
+from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, MASK, heatmap_peak, read_with_readout
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.training import readout as training
 from instructdiffusion_pipeline.training.readout import (
@@ -26,6 +26,7 @@ from instructdiffusion_pipeline.training.readout import (
     fit,
     heatmap_target,
     mask_target,
+    readout_loss,
     save_readout,
     train_readout,
 )
@@ -166,6 +167,18 @@ def test_targets_are_in_pixels_of_the_frame(box):
     placed = frame.place(mask_target(mask, frame) - 0.5, outside=-0.5) > 0
     assert (placed ^ mask).sum() < 0.15 * mask.sum()
     assert not mask_target(None, frame).any() and not heatmap_target(None, frame).any()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (96, 72), (320, 240)])
+def test_images_of_one_aspect_ratio_have_frames_of_one_size(size):
+    for output in ((64, 48), (128, 96)):  # working sizes
+        frame = Frame.of(tiny.picture(*size), tiny.picture(*output), shortest=64, enlarge=True)
+        assert frame.source.shape == frame.answer.shape == (64, 85, 3) and frame.size == size
+
+
+def test_a_readout_is_trained_on_inputs_of_any_size():
+    inputs, targets = torch.zeros(2, CHANNELS, 64, 85), torch.zeros(2, 64, 85)
+    assert readout_loss(build_readout(64), inputs, targets, torch.tensor([0, 1])).isfinite()
 
 
 @pytest.mark.parametrize(("size", "levels"), [(64, 3), (128, 4), (256, 5), (100, 4), (16, 3)])

@@ -122,7 +122,7 @@ def swap_sides(name: str) -> str:
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """Random square crop of image and annotation, `size` x `size` pixels.
+    """Random square crop of image and annotation, `size` x `size` pixels, or smaller with `enlarge=False`.
 
     The side of the square is the image's short side, and the crop is resized (Lanczos; masks: nearest pixel). With
     `reduce=False` a square of at most `size` pixels is cropped, so that nothing is reduced. With `enlarge=False` a

@@ -163,7 +163,7 @@ def evaluate_paper(
 
 
 def open_source(figure: Figure, root: Path, size: int) -> Source:
-    """The samples for a figure, as in the paper's evaluation. `size` is the side of crops in pixels.
+    """The samples for a figure, as in the paper's evaluation. `size` is the largest side of crops in pixels.
 
     Raises a ValueError if the dataset is not in `root` or cannot be read.
     """

@@ -32,14 +32,17 @@ class Frame(NamedTuple):
     ) -> "Frame":
         """Resize `answer` and the `box` of `image` that it shows (None: all of it) to the smaller of their two sizes.
 
-        `shortest` limits the shorter side, in pixels. With `enlarge`, the shorter side has exactly this length.
+        `shortest` limits the shorter side, in pixels. With `enlarge`, the shorter side has exactly this length, and
+        the aspect ratio is that of `answer`.
         """
         image, answer = upright_rgb(image), upright_rgb(answer)
         box = box or (0.0, 0.0, float(image.width), float(image.height))
         if not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
             raise ValueError(f"`box` must lie inside the {image.width} x {image.height} pixels of `image`; got {box}.")
         spans = (box[2] - box[0], box[3] - box[1])
-        size = [max(1, min(round(span), side)) for span, side in zip(spans, answer.size, strict=True)]
+        size = list(answer.size)
+        if not enlarge:
+            size = [max(1, min(round(span), side)) for span, side in zip(spans, size, strict=True)]
         if shortest and (enlarge or min(size) > shortest):
             size = [round(side * shortest / min(size)) for side in size]
         width, height = size

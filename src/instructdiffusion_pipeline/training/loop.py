@@ -16,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DeepSpeedPlugin,
     DistributedType,
     ProjectConfiguration,
     parse_flag_from_env,
@@ -339,11 +340,11 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, da
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         if config.mixed_precision == "fp16":
             raise ValueError('`mixed_precision` must be "bf16" or "no" with DeepSpeed; got "fp16".')
-        # DeepSpeed clips gradients itself. The launcher sets this variable; without it, accelerate sets 1.
-        clipping = float(os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto").replace("auto", "1"))
-        if config.max_grad_norm != clipping:
+        # DeepSpeed clips gradients itself, as its configuration says. accelerate replaces "auto" by 1.
+        clipping = DeepSpeedPlugin().deepspeed_config.get("gradient_clipping", 0)
+        if config.max_grad_norm != (1 if clipping == "auto" else clipping):
             raise ValueError(
-                f"`max_grad_norm` must be {clipping:g}, the gradient_clipping of the DeepSpeed configuration; got"
+                f"`max_grad_norm` must be the gradient_clipping of the DeepSpeed configuration, {clipping}; got"
                 f" {config.max_grad_norm:g}."
             )
     compiled = config.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor"

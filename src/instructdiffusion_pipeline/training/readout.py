@@ -26,7 +26,15 @@ from instructdiffusion_pipeline.evaluation.report import answer_name
 from instructdiffusion_pipeline.files import atomic_write, update_json
 from instructdiffusion_pipeline.fingerprint import check_run_config
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline
-from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, HEATMAP_SIGMA, MASK, asked_colors, readout_inputs
+from instructdiffusion_pipeline.readout import (
+    CHANNELS,
+    HEATMAP,
+    HEATMAP_SIGMA,
+    MASK,
+    asked_colors,
+    readout_inputs,
+    readout_logits,
+)
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation, prompted_tasks
@@ -252,7 +260,7 @@ def readout_loss(
         targets: [B, height, width], 0 to 1.
         channels: [B], the output channel that each target is for.
     """
-    logits = readout(inputs, timestep=0).sample[torch.arange(len(inputs), device=inputs.device), channels]
+    logits = readout_logits(readout, inputs)[torch.arange(len(inputs), device=inputs.device), channels]
     # Because a peak covers few pixels.
     peak_weight = PEAK_WEIGHT * targets.shape[1:].numel() / 64**2
     weights = torch.where((channels == HEATMAP)[:, None, None], 1 + (peak_weight - 1) * targets, 1.0)
