@@ -167,7 +167,7 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     trained = tmp_path / "run" / "model"
     assert pushed[UNET] == (trained / UNET).read_bytes()
     card = pushed["README.md"].decode()
-    assert '"lora_rank": 4' in card and 'from_pretrained("you/mine"' in card
+    assert '"lora_rank": 4' in card and '"resolution": 64' in card and 'from_pretrained("you/mine"' in card
     assert pushed["validation.png"] == (trained / "validation.png").read_bytes()
 
     # The folder has the fused LoRA layers; they are also next to it, for the initial model.

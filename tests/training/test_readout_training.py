@@ -16,7 +16,7 @@ from instructdiffusion_pipeline import InstructDiffusionPipeline, Keypoints, Seg
 from instructdiffusion_pipeline.datasets.mixture import Source
 from instructdiffusion_pipeline.evaluation import Example, LazyExample, examples_from
 from instructdiffusion_pipeline.evaluation.report import answer_name
-from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, MASK, heatmap_peak, read_with_readout
+from instructdiffusion_pipeline.readout import CHANNELS, HEATMAP, MASK, heatmap_peak, read_with_readout, run_readout
 from instructdiffusion_pipeline.tasks.frames import Frame
 from instructdiffusion_pipeline.training import readout as training
 from instructdiffusion_pipeline.training.readout import (
@@ -174,6 +174,18 @@ def test_images_of_one_aspect_ratio_have_frames_of_one_size(size):
     for output in ((64, 48), (128, 96)):  # working sizes
         frame = Frame.of(tiny.picture(*size), tiny.picture(*output), shortest=64, enlarge=True)
         assert frame.source.shape == frame.answer.shape == (64, 85, 3) and frame.size == size
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_readout_is_trained_on_the_inputs_that_it_decodes(answered, size):
+    """Also if they are smaller than its `sample_size`."""
+    dataset = answered([0], dataclasses.replace(FEW, sample_size=size))
+    example, readout, seen = scene(0), build_readout(size), []
+    readout.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    run_readout(readout, example.tasks[0], example.image, faint(example))
+    inputs, _, _ = dataset[0]
+    assert inputs.shape[1:] == (size, size)
+    assert any(torch.equal(each, seen[0][0]) for each in (inputs, inputs.flip(-1)))  # samples are flipped at random
 
 
 def test_a_readout_is_trained_on_inputs_of_any_size():
