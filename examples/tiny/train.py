@@ -50,7 +50,7 @@ def main() -> None:
     fetch(world_folder)
     if args.init:
         pipeline = InstructDiffusionPipeline.from_pretrained(
-            args.init, readout=None, task_settings=task_settings(recipe), score_calibration=None, dtype=torch.float32
+            args.init, readout=None, task_settings=task_settings(recipe), dtype=torch.float32
         )
         pipeline.unet.register_to_config(sample_size=recipe.side // pipeline.vae_scale_factor)
     else:
