@@ -155,6 +155,6 @@ def write_paper_data(root: Path) -> None:
         ("refcocog", "refs(umd).p", ["val", "test"]),
     ]:
         write_references(references, folder, file, "train2014", splits)
-    write_references(references, "refclef", "refs(unc).p", "saiapr_tc-12", ["val", "testA", "testB", "testC"])
+    write_references(references, "refclef", "refs(unc).p", "saiapr_tc-12", ["val", "testA", "testBC"])
     write_pairs(root / "GoPro" / "test" / "clip", "blur/1.png", "sharp/1.png")
     write_pairs(root / "SIDD" / "val", "input/1.png", "gt/1.png")

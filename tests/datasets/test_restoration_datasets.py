@@ -42,6 +42,17 @@ def test_images_are_paired_by_name_and_other_files_are_ignored(tmp_path):
     assert dataset.skipped == [("input/0001_NOISY_SRGB_010.PNG", "no clean image")]
 
 
+def test_links_to_folders_are_followed_except_in_a_circle(tmp_path):
+    for kind, seed in (("blur", 1), ("sharp", 2)):
+        save_image(tmp_path / "disk" / "clip" / kind / "1.png", tiny.picture(40, 30, seed=seed))
+        save_image(tmp_path / "data" / "test" / "other" / kind / "2.png", tiny.picture(40, 30, seed=seed))
+    (tmp_path / "data" / "test" / "linked").symlink_to(tmp_path / "disk" / "clip", target_is_directory=True)
+    (tmp_path / "data" / "test" / "circle").symlink_to(tmp_path / "data", target_is_directory=True)
+    dataset = gopro(tmp_path / "data", "test")
+    assert [dataset.name(index) for index in range(len(dataset))] == ["linked/blur/1.png", "other/blur/2.png"]
+    assert same(dataset[0][0], tiny.picture(40, 30, seed=1)) and not dataset.skipped
+
+
 def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):
     for number, kind in enumerate(["blur", "blur_gamma", "sharp"]):
         save_image(tmp_path / "test" / "GOPR0384" / kind / "1.png", tiny.picture(40, 30, seed=number))

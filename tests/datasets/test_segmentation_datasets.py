@@ -292,9 +292,10 @@ def test_an_outline_without_an_image_size_is_skipped(tmp_path):
 OUTLINES = {
     "no outline": [[], [[]], [[1, 2, 3, 4]]],
     "a malformed outline": [
+        [SQUARE, {"size": [30, 40], "counts": [600, 600]}],
         None, "[[1, 2]]", 7, SQUARE, [SQUARE, None], [SQUARE, 5], [[*SQUARE, 3]], [[*SQUARE[:-1], None]],
         [[*SQUARE[:-1], float("nan")]], [[*SQUARE[:-1], float("inf")]], [[*SQUARE[:-1], 1e8]], [[*SQUARE[:-1], "5"]],
-        [[*SQUARE[:-1], [5]]], [[*SQUARE[:-1], True]], [{"x": 1}], [[*SQUARE[:-1], 10**400]],
+        [[*SQUARE[:-1], [5]]], [[*SQUARE[:-1], True]], [[*SQUARE[:-1], 10**400]],
     ],
     "an outline far outside its image": [[[-50, 5, 20, 5, 20, 15]], [[10, 5, 20, 61, 20, 15]]],
     "an outline that covers no pixel": [[[3.2, 3.2, 3.3, 3.2, 3.3, 3.3]], {"size": [30, 40], "counts": [1200]}],
@@ -303,7 +304,7 @@ OUTLINES = {
         {"size": [30, 40], "counts": [1300, -100]}, {"size": [30, 40], "counts": [600.0, 600]},
         {"size": [30, 40], "counts": ["600", 600]}, {"size": [30, 40], "counts": "\u3042"},
         {"size": [30, 40], "counts": "P"}, {"size": [30, 40], "counts": "o" * 40}, {"size": [30, 40], "counts": ""},
-        {"size": [30, 40], "counts": " "},
+        {"size": [30, 40], "counts": " "}, [{"x": 1}], [{"size": [30, 40], "counts": [600, 600]}, {}],
     ],
     "run lengths of another size than their image": [
         {"counts": [600, 600]}, {"counts": [600, 600], "size": [40, 30]}, {"counts": [600, 600], "size": "30, 40"},
@@ -344,12 +345,29 @@ def test_sentences_without_text_are_skipped(sentences, tmp_path):
     assert dataset.skipped == [("reference 1", "a malformed 'sentences'")] and len(dataset) == 1
 
 
-def test_the_test_split_of_refcoco_is_test_a_and_test_b(tmp_path):
-    splits = ["train", "val", "testA", "testB", "test"]
+def test_splits_are_those_of_the_official_reader(tmp_path):
+    splits = ["train", "val", "testA", "testB", "testC", "testAB", "testBC", "test"]
     items = [reference(number, 1, "cat", split=split) for number, split in enumerate(splits)]
     path, images = write_references(tmp_path, items)
     sizes = {split: len(ReferringExpressions(path, images, split)) for split in splits}
-    assert sizes == {"train": 1, "val": 1, "testA": 1, "testB": 1, "test": 3}
+    expected = {"train": 1, "val": 1, "testA": 2, "testB": 3, "testC": 2, "testAB": 1, "testBC": 1, "test": 6}
+    assert sizes == expected
+
+
+def test_refclef_has_text_ids_and_lists_of_run_lengths(tmp_path):
+    path, images = write_references(tmp_path, [reference("1_2", "5_1", "two boxes", split="testAB")])
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    boxes = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in (rectangle(2, 9), rectangle(20, 30))]
+    outline = [box | {"counts": box["counts"].decode()} for box in boxes]
+    instances["annotations"] = [{"id": "5_1", "image_id": 5, "segmentation": outline}]
+    write_json(tmp_path / "instances.json", instances)
+    dataset = ReferringExpressions(path, images, "testB")
+    assert (dataset[0][1]["two boxes"] == (rectangle(2, 9) | rectangle(20, 30))).all()
+    assert dataset.name(0) == "5.jpg, reference 1_2"
+    instances["annotations"][0]["segmentation"][1]["size"] = [40, 30]
+    write_json(tmp_path / "instances.json", instances)
+    with pytest.raises(ValueError, match="1 with run lengths of another size than their image"):
+        ReferringExpressions(path, images, "testB")
 
 
 class Malicious:

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sized
@@ -189,5 +190,13 @@ def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skippe
 
 
 def files_below(folder: Path) -> set[str]:
-    """The paths of all files in `folder`, relative to it, with forward slashes. Empty if there is no such folder."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """The paths of all files in `folder`, relative to it, with forward slashes. Empty if there is no such folder.
+
+    Links to folders are followed, except to a folder that contains the link.
+    """
+    files: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root)
+        folders[:] = [name for name in folders if not Path(here).is_relative_to(os.path.realpath(Path(root, name)))]
+        files.update(Path(root, name).relative_to(folder).as_posix() for name in names if Path(root, name).is_file())
+    return files

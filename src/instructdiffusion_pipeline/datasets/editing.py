@@ -407,7 +407,7 @@ class HubTable(ReducibleImages):
             elif path.suffix == ".parquet" and path.is_file():
                 table = load_dataset("parquet", data_files=str(path), split=split)
             else:
-                table = load_dataset(str(name), split=split, revision=revision)
+                table = load_dataset(path.as_posix(), split=split, revision=revision)
         except Exception as error:
             # A damaged file can raise any exception, as can a folder with a script, which `datasets` does not run.
             if on_hub and not isinstance(error, DatasetGenerationError | RuntimeError | ValueError):

@@ -1,4 +1,7 @@
-"""The outlines of objects in COCO's JSON files: polygons, or run lengths, which may be compressed."""
+"""The outlines of objects in COCO's JSON files: polygons, or run lengths, which may be compressed.
+
+RefClef's file has a list of run lengths for each object.
+"""
 
 from typing import Any
 
@@ -8,16 +11,16 @@ RunLengths = dict[str, Any]  # {"size": [height, width], "counts": bytes}
 
 
 def encode_outline(outline: Any, width: int, height: int) -> RunLengths:
-    """A COCO segmentation (polygons or run lengths) of an image as COCO's compressed run lengths.
+    """A COCO segmentation of an image (polygons, run lengths or a list of these) as COCO's compressed run lengths.
 
     Raises a ValueError if it is malformed, because pycocotools would crash on it.
     """
     from pycocotools import mask
 
-    if isinstance(outline, dict):
-        encoded = mask.frPyObjects(
-            {"size": [height, width], "counts": run_lengths(outline, width, height)}, height, width
-        )
+    parts = [outline] if isinstance(outline, dict) else outline
+    if parts and is_list_of(lambda part: isinstance(part, dict))(parts):
+        runs = [{"size": [height, width], "counts": run_lengths(part, width, height)} for part in parts]
+        encoded = mask.merge([mask.frPyObjects(part, height, width) for part in runs])
     else:
         encoded = mask.merge(mask.frPyObjects(polygons(outline, width, height), height, width))
     if not mask.area(encoded):

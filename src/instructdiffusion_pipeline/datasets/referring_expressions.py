@@ -37,8 +37,8 @@ class ReferringExpressions:
     Args:
         references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json, in a folder with instances.json.
         images: the folder of COCO's train2014 images.
-        split: one of the splits in the references: train, val, testA, testB, test. For RefCOCO, test is testA and
-            testB.
+        split: train, val, test, testA, testB or testC, as in the official reader (refer.py): test has all references
+            whose split begins with "test", and testA those of testA, testAB and testAC.
 
     The annotation maps each expression, in lower case as in the original code, to the union of the masks of its
     objects. The mask is empty if an expression of gRefCOCO has no target. Needs pycocotools.
@@ -50,19 +50,20 @@ class ReferringExpressions:
         instances = read_annotations(file, "a JSON file of COCO instances")
         self.folder, self.skipped = Path(images), Skipped()
         self._pictures = coco_pictures(instances, file, self.skipped)
-        objects = {item["id"]: item for item in list_records(instances, file, "annotations") if is_id(item.get("id"))}
+        objects = {
+            item["id"]: item for item in list_records(instances, file, "annotations") if is_name(item.get("id"))
+        }
         self._references: list[dict[str, Any]] = []
-        self._outlines: dict[int, RunLengths] = {}
+        self._outlines: dict[int | str, RunLengths] = {}
         is_json = path.suffix == ".json"
         found = read_annotations(path, "a JSON file of references") if is_json else load_plain_pickle(path)
         missing = {id for id, item in self._pictures.items() if not os.path.isfile(self.folder / item["file_name"])}
-        splits = ("test", "testA", "testB") if split == "test" else (split,)
         for reference in list_records(found, path):
-            if reference.get("split", split) not in splits:
+            if is_text(reference.get("split")) and not in_split(reference["split"], split):
                 continue
             why = (
                 wrong_field(
-                    reference, ref_id=is_id, ann_id=is_ids, image_id=is_id, split=is_text, sentences=are_sentences
+                    reference, ref_id=is_name, ann_id=is_names, image_id=is_id, split=is_text, sentences=are_sentences
                 )
                 or (not sentences(reference) and "no sentence")
                 or (reference["image_id"] not in self._pictures and "an image that instances.json lacks")
@@ -76,7 +77,7 @@ class ReferringExpressions:
                 self._references.append(reference)
         require_samples(f"{path}, split {split!r}", self._references, self.skipped)
 
-    def _add_outlines(self, reference: dict[str, Any], objects: dict[int, dict[str, Any]]) -> str:
+    def _add_outlines(self, reference: dict[str, Any], objects: dict[int | str, dict[str, Any]]) -> str:
         """Encode a reference's outlines. Returns the reason if one cannot be used, or an empty string."""
         picture = self._pictures[reference["image_id"]]
         for id in object_ids(reference):
@@ -112,9 +113,23 @@ class ReferringExpressions:
         return f"{self._pictures[reference['image_id']]['file_name']}, reference {reference['ref_id']}"
 
 
-def is_ids(value: Any) -> bool:
-    """Whether a value of a file is an id, or a list of ids."""
-    return is_id(value) or bool(value) and is_list_of(is_id)(value)
+def in_split(own: str, split: str) -> bool:
+    """Whether a reference of the split `own`, such as testAB, is in `split`."""
+    if split == "test":
+        return own.startswith("test")
+    if split in ("testA", "testB", "testC"):
+        return own.startswith("test") and split[-1] in own
+    return own == split
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value of a file is an id of a reference or an object: a number, or text in RefClef."""
+    return is_id(value) or is_text(value)
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value of a file is such an id, or a list of them."""
+    return is_name(value) or bool(value) and is_list_of(is_name)(value)
 
 
 def are_sentences(value: Any) -> bool:
@@ -122,7 +137,7 @@ def are_sentences(value: Any) -> bool:
     return is_list_of(lambda sentence: isinstance(sentence, dict) and is_text(sentence.get("sent")))(value)
 
 
-def object_ids(reference: dict[str, Any]) -> list[int]:
+def object_ids(reference: dict[str, Any]) -> list[int | str]:
     """Ids of the objects that a reference names: one in RefCOCO, any number in gRefCOCO."""
     ids = reference["ann_id"] if isinstance(reference["ann_id"], list) else [reference["ann_id"]]
     return [id for id in ids if id != NO_TARGET]
