@@ -47,6 +47,12 @@ def read_original_config(path: Path) -> dict[str, Any]:
                 f"--original_config_file: model.params.{key} must be a number above 0 and at most {limit}; got"
                 f" {number!r} in {path}."
             )
+    for key, value in {"parameterization": "eps", "beta_schedule": "linear"}.items():
+        if params.get(key, value) != value:
+            raise UsageError(
+                f"--original_config_file: model.params.{key} must be {value}, as in InstructDiffusion; got"
+                f" {params[key]!r} in {path}."
+            )
     return params
 
 

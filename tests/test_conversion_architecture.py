@@ -119,6 +119,13 @@ def test_the_original_configuration_gives_schedule_scale_and_heads(small: Shapes
     assert unet_config(small, original)["attention_head_dim"] == (1, 1, 1, 2)
 
 
+@pytest.mark.parametrize(("name", "value"), [("parameterization", "v"), ("beta_schedule", "cosine")])
+def test_another_parameterization_or_schedule_raises_an_error(tmp_path: Path, name: str, value: str):
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(described(**{name: value})))
+    with pytest.raises(UsageError, match=f"model.params.{name} must be (eps|linear), as .*; got '{value}'"):
+        read_original_config(tmp_path / "other.yaml")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
