@@ -3,8 +3,8 @@
     python examples/calibrate.py --model out/run/model --data coco-stuff=data/coco-stuff coco=data/coco \\
         --output_dir out/calibration
 
-The model is run on the training split of each dataset, and slope and intercept are fitted to its scores. They are
-written to the model's model_index.json. reliability.md in the output folder compares scores and correctness on the
+The model is run on the training split of each dataset, without the random crops of training, and slope and intercept
+are fitted to its scores. They are written to the model's model_index.json. reliability.md in the output folder compares scores and correctness on the
 test splits. A run that was stopped continues if it is started again with the same options.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     resolution = max(map(pipeline.task_resolution, ("segmentation", "keypoints")))
     try:
         examples, held_out = load_examples(
-            args.data, resolution, args.samples, args.test_samples, args.test_split, args.seed
+            args.data, resolution, args.samples, args.test_samples, args.test_split, args.seed, augment=False
         )
     except ValueError as error:
         raise UsageError(error) from error

@@ -27,6 +27,8 @@ def calls(monkeypatch):
     def replaced(pipeline, examples, held_out, folder, batch_size):
         for example in [*examples, *held_out]:
             example.open()
+        used, of_test = ([example.source.transform for example in group] for group in (examples, held_out))
+        assert all(transform == of_test[0] for transform in used), "answers to random crops have other scores"
         made.append([sorted({example.row for example in group}) for group in (examples, held_out)])
         folder.mkdir(parents=True)
         (folder / "reliability.md").write_text("| the table |\n")
@@ -46,7 +48,7 @@ def test_the_calibration_is_written_to_the_model(monkeypatch, capsys, tmp_path, 
     before = json.loads((model / "model_index.json").read_text())
     options = ("--model", model, "--data", f"coco={coco}", "--output_dir", tmp_path / "out" / "run")
     run(monkeypatch, calibrate, *options)
-    assert calls == [[["coco"], ["coco val2017"]]] and "| the table |" in capsys.readouterr().out
+    assert calls == [[["coco train2017"], ["coco val2017"]]] and "| the table |" in capsys.readouterr().out
     after = json.loads((model / "model_index.json").read_text())
     assert after == before | {"score_calibration": {"keypoints": [1.25, -0.3333]}}
     loaded = InstructDiffusionPipeline.from_pretrained(model)

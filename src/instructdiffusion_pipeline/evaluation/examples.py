@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from PIL import Image
 
 from instructdiffusion_pipeline.datasets.mixture import Source
-from instructdiffusion_pipeline.datasets.specs import load_sources, load_test_sources
+from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources, load_test_sources, parse_entries
 from instructdiffusion_pipeline.tasks import Task
 from instructdiffusion_pipeline.tasks.keypoints import Keypoints, joint_tasks
 from instructdiffusion_pipeline.tasks.segmentation import Segmentation
@@ -72,6 +72,7 @@ def load_examples(
     test_samples: int,
     test_split: str | None = None,
     seed: int = 0,
+    augment: bool = True,
 ) -> tuple[list[LazyExample], list[LazyExample]]:
     """Choose examples of the training splits and of the test splits of datasets "NAME=FOLDER".
 
@@ -82,11 +83,19 @@ def load_examples(
         test_samples: number of test examples per dataset.
         test_split: split to use in place of each dataset's own test split.
         seed: seed of the choice of examples.
+        augment: whether the training examples are cropped, turned and flipped at random as in training. Otherwise
+            they are cropped like the test examples.
 
     Raises:
         ValueError: if an entry is malformed, or a dataset cannot be read.
     """
-    training = [source for source, _ in load_sources(entries, size)]
+    if augment:
+        training = [source for source, _ in load_sources(entries, size)]
+    else:
+        training = [
+            spec.test_source(entry.name, entry.folder, size, spec.train_split)
+            for entry, spec in ((entry, DATASETS[entry.key]) for entry in parse_entries(entries))
+        ]
     test = load_test_sources(entries, size, test_split)
     return (
         [example for source in training for example in examples_from(source, samples, seed)],
