@@ -53,7 +53,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
-from instructdiffusion_pipeline.cli import UsageError, check_output, integer, run_script
+from instructdiffusion_pipeline.cli import UsageError, add_data_argument, check_output, integer, run_script
 from instructdiffusion_pipeline.datasets.mixture import Mixture, Source
 from instructdiffusion_pipeline.datasets.specs import DATASETS, load_sources
 from instructdiffusion_pipeline.files import atomic_write, write_text
@@ -85,12 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=integer(8), help="side of the images, in pixels (default: 96 for tiny, 128 otherwise)"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="NAME=FOLDER",
-        help=f"datasets to train on instead of noise; NAME is one of {', '.join(DATASETS)}",
-    )
+    add_data_argument(parser, DATASETS, required=False, help="datasets to train on instead of noise")
     parser.add_argument("--batch_size", type=integer(1), default=8, help="samples per update or call (default: 8)")
     parser.add_argument("--lora_rank", type=integer(1), help="train LoRA layers of this rank (default: all weights)")
     parser.add_argument("--num_workers", type=integer(0), default=0, help="data loader processes (default: 0)")
@@ -114,8 +109,11 @@ def main() -> None:
 
         for path in (args.output, args.output.with_suffix(".png")):
             check_output("--output", path, args.overwrite)
-    if args.device and args.measure == "training":
-        raise UsageError("--device: is for --measure inference; training uses the device that accelerate chooses.")
+    # Training uses the device that accelerate chooses.
+    without_effect = {"training": ["device", "steps"], "inference": ["data", "lora_rank", "num_workers", "updates"]}
+    for name in without_effect[args.measure]:
+        if getattr(args, name) != parser.get_default(name):
+            raise UsageError(f"--{name}: has no effect with --measure {args.measure}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU.")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -93,6 +93,9 @@ def main() -> None:
     names = unique_names(paths)
     check_file_names(args.task, question, names.values())
     check_folder(args.output, paths)
+    if args.task == "segmentation":
+        import pycocotools  # noqa: F401 - masks are written as COCO's run lengths
+
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.output.mkdir(parents=True, exist_ok=True)

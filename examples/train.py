@@ -120,6 +120,10 @@ class Options:
         "number of denoising steps for validation images", default=None
     )
     push_to: str | None = option("OWNER/NAME of a Hub repository to push the trained model to", default=None)
+    private: bool = option("make a new repository of --push_to private", default=False)
+    license: str | None = option(
+        "license of the trained weights as the Hub spells it, for the model card", default=None
+    )
 
 
 def main() -> None:
@@ -143,9 +147,11 @@ def run(options: Options, config: TrainingConfig) -> None:
             " or move model/ and lora/ away and use --resume latest with a larger --max_train_steps."
         )
     entries = parse_entries(options.data)
-    known = [(entry.key, entry.folder) for entry in parse_entries(options.validation_data, "--validation_data")]
+    known = [
+        (entry.key, entry.folder.resolve()) for entry in parse_entries(options.validation_data, "--validation_data")
+    ]
     for entry in entries:
-        if (entry.key, entry.folder) in known and validation_split(entry.key, options) == train_split(
+        if (entry.key, entry.folder.resolve()) in known and validation_split(entry.key, options) == train_split(
             entry.key, options
         ):
             raise UsageError(
@@ -166,7 +172,8 @@ def run(options: Options, config: TrainingConfig) -> None:
         raise UsageError(f"--init: there is no file or folder {options.init}.")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if options.push_to and state.is_main_process:
-        create_repo(options.push_to, exist_ok=True)  # now, so that an error is raised before training
+        # Now, so that an error is raised before training.
+        create_repo(options.push_to, private=options.private or None, exist_ok=True)
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)
     with reading(f"--init: no pipeline could be loaded from {start}") if Path(start).exists() else nullcontext():
@@ -221,11 +228,11 @@ def run(options: Options, config: TrainingConfig) -> None:
         pipeline.unload_lora_weights()
     # Written atomically, so that a run killed here can be resumed.
     with atomic_write(model) as partial:
-        export(pipeline, partial)
+        export(pipeline, partial, options.license)
         describe(partial, options, config, size, about)
     print(f"The model is in {model}")
     if options.push_to:
-        print(push(pipeline, options.push_to, card_folder=model))
+        print(push(pipeline, options.push_to, private=options.private or None, card_folder=model))
 
 
 def check_effects(options: Options) -> None:
@@ -243,6 +250,7 @@ def check_effects(options: Options) -> None:
         "validation_split": (held_out, "a table in --validation_data"),
         "conversion": (Path(options.init).is_file(), "a checkpoint file as --init"),
         "resume_changes": (options.resume is not None, "--resume"),
+        "private": (options.push_to, "--push_to"),
     }
     defaults = Options("", [], Path())
     for name, (has_effect, needed) in needs.items():

@@ -16,6 +16,8 @@ from diffusers import EulerAncestralDiscreteScheduler
 from hub_server import running_hub
 from PIL import Image
 from safetensors import SafetensorError
+from skimage.data import astronaut
+from skimage.metrics import peak_signal_noise_ratio
 
 from instructdiffusion_pipeline.cli import (
     UsageError,
@@ -26,6 +28,7 @@ from instructdiffusion_pipeline.cli import (
     open_image,
     run_script,
 )
+from instructdiffusion_pipeline.files import save_image
 
 
 def raiser(error):
@@ -44,6 +47,11 @@ def raiser(error):
         (FloatingPointError("the loss is not finite"), 1, "error: the loss is not finite"),
         (SafetensorError("header too large"), 1, "error: header too large"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory"),
+        (
+            ModuleNotFoundError("No module named 'skimage.data'", name="skimage.data"),
+            1,
+            'error: skimage.data is not installed; `pip install ".[eval]"` installs it.',
+        ),
         (KeyboardInterrupt(), 130, "\nerror: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: disk full: [Errno 28] No space left on device"),
         (
@@ -66,7 +74,15 @@ def test_a_failure_ends_with_a_one_line_message_and_a_status(error, status, mess
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("x"), AttributeError("x"), IndexError("x"), KeyError("x"), RuntimeError()]
+    "error",
+    [
+        TypeError("x"),
+        AttributeError("x"),
+        IndexError("x"),
+        KeyError("x"),
+        RuntimeError(),
+        ModuleNotFoundError("x", name="x"),
+    ],
 )
 def test_a_programming_error_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
@@ -206,6 +222,16 @@ def test_a_decompression_bomb_raises_an_error(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UsageError, match="decompression bomb"):
             open_image("--image", tmp_path / "large.png")
+
+
+def test_saved_photographs_keep_their_details_and_colors(tmp_path):
+    """With Pillow's defaults for JPEG, the PSNR is 31 dB."""
+    photograph = astronaut()
+    for suffix, least in ((".jpg", 40), (".webp", 38), (".png", np.inf)):
+        save_image(tmp_path / f"out{suffix}", Image.fromarray(photograph))
+        with np.errstate(divide="ignore"):
+            written = np.asarray(Image.open(tmp_path / f"out{suffix}"))
+            assert peak_signal_noise_ratio(photograph, written) >= least
 
 
 def test_an_output_file_must_be_new_or_be_overwritten(tmp_path):

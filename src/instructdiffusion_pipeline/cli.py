@@ -20,6 +20,17 @@ from safetensors import SafetensorError
 from instructdiffusion_pipeline.pipeline_instruct_diffusion import InstructDiffusionPipeline, upright_rgb
 
 FAILURES = (OSError, ValueError, FloatingPointError, HTTPError, SafetensorError, torch.OutOfMemoryError)
+# The extra of this package that installs an optional module.
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "data",
+    "matplotlib": "eval",
+    "peft": "train",
+    "pycocotools": "eval",
+    "pywt": "eval",
+    "skimage": "eval",
+    "tensorboard": "train",
+}
 # Messages of failed writes from safetensors (Rust) and torch (C++).
 FAILED_WRITES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
@@ -31,9 +42,9 @@ class UsageError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, and end the process with a one-line message and an exit status if it fails.
 
-    The statuses are 2 for an invalid argument (`UsageError`, or an error of argparse), 1 for other failures, 130 for
-    Ctrl-C and 141 if the output pipe was closed (SIGPIPE). Programming errors, such as TypeError, keep their
-    traceback.
+    The statuses are 2 for an invalid argument (`UsageError`, or an error of argparse), 1 for other failures such as a
+    missing optional package, 130 for Ctrl-C and 141 if the output pipe was closed (SIGPIPE). Programming errors, such
+    as TypeError, keep their traceback.
 
     ```python
     if __name__ == "__main__":
@@ -52,6 +63,11 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(141)
     except UsageError as error:
         fail(error, 2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        fail(f'{error.name} is not installed; `pip install ".[{extra}]"` installs it.', 1)
     except Exception as error:
         if is_disk_full(error):
             fail(f"disk full: {error}", 1)
@@ -112,7 +128,9 @@ def finite(text: str) -> float:
     return value
 
 
-def add_data_argument(parser: argparse._ActionsContainer, names: Iterable[str], required: bool = True) -> None:
+def add_data_argument(
+    parser: argparse._ActionsContainer, names: Iterable[str], required: bool = True, help: str = "datasets"
+) -> None:
     """Add the option `--data NAME=FOLDER ...` with a NAME from `names`; see `datasets.specs.parse_entries`."""
     parser.add_argument(
         "--data",
@@ -120,7 +138,7 @@ def add_data_argument(parser: argparse._ActionsContainer, names: Iterable[str], 
         nargs="+",
         required=required,
         metavar="NAME=FOLDER",
-        help=f"datasets; may be repeated; NAME is one of {', '.join(names)}",
+        help=f"{help}; may be repeated; NAME is one of {', '.join(names)}",
     )
 
 

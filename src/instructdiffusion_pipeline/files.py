@@ -48,6 +48,9 @@ def update_json(path: str | PathLike[str], changes: Mapping[str, Any]) -> None:
 
 
 def save_image(path: str | PathLike[str], image: Image.Image) -> None:
-    """Save an image through `atomic_write`, in the format that the suffix of `path` names."""
+    """Save an image through `atomic_write`, in the format that the suffix of `path` names.
+
+    JPEG and WebP files are written at quality 95, JPEG without subsampling of colors.
+    """
     with atomic_write(path) as partial:
-        image.save(partial)
+        image.save(partial, quality=95, subsampling=0)

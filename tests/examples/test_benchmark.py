@@ -193,7 +193,11 @@ def test_operations_of_a_prediction_are_those_of_its_matrix_products():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--device", "cpu"], "--device: is for --measure inference"),
+        (["--device", "cpu"], "--device: has no effect with --measure training"),
+        (["--steps", "4"], "--steps: has no effect with --measure training"),
+        (["--measure", "inference", "--lora_rank", "4"], "--lora_rank: has no effect with --measure inference"),
+        (["--measure", "inference", "--data", "table=x"], "--data: has no effect with --measure inference"),
+        (["--data", "coco=nowhere", "--data", "table=x"], "--data coco: there is no folder nowhere"),
         (["--device", "gpu", "--measure", "inference"], "argument --device: invalid choice: 'gpu'"),
         (["--output", "figures.png"], "--output: must be a .json file; got figures.png."),
     ],

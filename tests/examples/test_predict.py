@@ -39,6 +39,14 @@ def run_predict(pipe, tmp_path, monkeypatch):
     return run
 
 
+def test_a_missing_package_is_reported_before_the_model_runs(run_predict, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(SystemExit) as exit:
+        run_predict("--task", "segmentation", "--objects", "cat")
+    assert exit.value.code == 1 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err == 'error: pycocotools is not installed; `pip install ".[eval]"` installs it.\n'
+
+
 def test_masks_are_those_of_ask_and_a_coco_file(run_predict, pipe, tmp_path):
     run_predict("--task", "segmentation", "--objects", "cat, dog")
     data = COCO("out/coco.json")

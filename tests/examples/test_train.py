@@ -160,13 +160,16 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
         refused = run(checkpoint, f"table={table}", tmp_path / "run", **settings)
         assert refused.returncode and "--init: " in refused.stderr and "with --conversion" in refused.stderr
         settings["conversion"] = " ".join(f"--{name} '{path}'" for name, path in conversion.items())
-        done = run(checkpoint, f"table={table}", tmp_path / "run", env=env, push_to="you/mine", **settings)
+        published = {"push_to": "you/mine", "private": "true", "license": "cc-by-4.0"}
+        done = run(checkpoint, f"table={table}", tmp_path / "run", env=env, **published, **settings)
         assert done.returncode == 0, done.stderr
+        assert hub.private["you/mine"] is True
         pushed = hub.files["you/mine"]
     assert "https" in done.stdout or hub.url in done.stdout
     trained = tmp_path / "run" / "model"
     assert pushed[UNET] == (trained / UNET).read_bytes()
     card = pushed["README.md"].decode()
+    assert "license: cc-by-4.0" in card
     assert '"lora_rank": 4' in card and '"resolution": 64' in card and 'from_pretrained("you/mine"' in card
     assert pushed["validation.png"] == (trained / "validation.png").read_bytes()
 
@@ -312,6 +315,9 @@ def test_validation_data_is_not_trained_on(model, table, tmp_path, monkeypatch, 
 def test_training_data_as_validation_data_raises_an_error(model, table, tmp_path, monkeypatch, capfd):
     said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data=f"table={table}")
     assert f"--validation_data: table={table} is trained on" in said
+    monkeypatch.chdir(table.parent)
+    said = refused(monkeypatch, capfd, model, f"table={table.name}", tmp_path, validation_data=f"table={table}")
+    assert f"--validation_data: table={table.name} is trained on" in said
     said = refused(monkeypatch, capfd, model, f"table={table}", tmp_path, validation_data="table=nowhere")
     assert "--validation_data table: there is no folder nowhere." in said
 
@@ -385,6 +391,7 @@ def test_accelerate_reads_the_configuration_files(path):
         ({"validation_split": "val"}, "--validation_split: has an effect with a table in --validation_data only."),
         ({"conversion": " --half"}, "--conversion: has an effect with a checkpoint file as --init only."),
         ({"resume_changes": "learning_rate"}, "--resume_changes: has an effect with --resume only."),
+        ({"private": "true"}, "--private: has an effect with --push_to only."),
         ({"validation_num_inference_steps": 0}, "--validation_num_inference_steps: must be at least 1; got 0."),
     ],
 )

@@ -246,6 +246,22 @@ def test_a_cache_of_other_images_raises_an_error(pipe, tmp_path):
         cache_samples(samples(3), 3, pipe, tmp_path)
 
 
+def test_one_changed_caption_of_a_small_dataset_is_noticed(pipe, tmp_path, caplog):
+    captions = [f"make it number {number}" for number in range(40)]
+
+    def samples():
+        source = Source("captions", Pairs(40), lambda image, edit, rng: Editing(captions[int(edit.instruction[15:])]))
+        return ImageDataset(Mixture([(source, 1)]), pipe.tokenizer)
+
+    cache_samples(samples(), 40, pipe, tmp_path)
+    assert "is used again" not in caplog.text
+    cache_samples(samples(), 40, pipe, tmp_path)
+    assert "Only 40 of its 40 samples are compared with the data" in caplog.text
+    captions[23] = "something else"
+    with pytest.raises(ValueError, match="content was"):
+        cache_samples(samples(), 40, pipe, tmp_path)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
 def test_a_timestep_bias_changes_only_the_distribution_of_timesteps(power):
     biased, plain = (draw_step_noise(0, range(4000), torch.Size([1, 1, 1]), 1000, bias) for bias in (power, 1.0))

@@ -300,6 +300,9 @@ def test_checkpoints_of_another_run_raise_an_error(pipe, two_samples, tmp_path):
         train(pipe, two_samples, FEW, tmp_path)
     with pytest.raises(ValueError, match='`resume` must be "latest" or the folder of a checkpoint; .*checkpoint-7'):
         train(pipe, two_samples, FEW, tmp_path, resume=tmp_path / "checkpoint-7")
+    shorter = dataclasses.replace(FEW, max_train_steps=1)
+    with pytest.raises(ValueError, match="`max_train_steps` must be at least the 2 updates of .*checkpoint-2; got 1"):
+        train(pipe, two_samples, shorter, tmp_path, resume="latest")
 
 
 def test_a_run_can_be_made_longer_and_its_other_batches(pipe, two_samples, tmp_path):
@@ -353,6 +356,8 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
     for settings, words in (
         ({"mixed_precision": "fp16"}, '`mixed_precision` must be "bf16" or "no" on a CPU'),
         ({"optimizer": "adamw8bit"}, '`optimizer` must be "adamw" on cpu, because "adamw8bit" needs CUDA'),
+        ({"report_to": "swanlab"}, r"`report_to` must be .* installed \(tensorboard\); got 'swanlab'"),
+        ({"report_to": "tensorbord"}, "`report_to` must be .* got 'tensorbord'"),
     ):
         with pytest.raises(ValueError, match=words):
             train(pipe, two_samples, dataclasses.replace(FEW, **settings), tmp_path / "out")

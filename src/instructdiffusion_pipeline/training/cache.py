@@ -1,6 +1,7 @@
 """A cache of latents and text embeddings on disk, so that a training step runs the UNet only."""
 
 import json
+import logging
 from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
@@ -16,9 +17,15 @@ from tqdm import tqdm
 
 from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint
-from instructdiffusion_pipeline.training.data import ImageDataset, count_workers, dataset_fingerprint
+from instructdiffusion_pipeline.training.data import (
+    FINGERPRINT_SAMPLES,
+    ImageDataset,
+    count_workers,
+    dataset_fingerprint,
+)
 from instructdiffusion_pipeline.training.encoding import Batch, FrozenEncoders
 
+logger = logging.getLogger(__name__)
 SHARD_SIZE = 1024  # samples per file
 
 
@@ -82,7 +89,7 @@ def cache_samples(
         samples: the data. The crop and the prompt of a sample are chosen when it is cached.
         count: number of samples to encode, from index 0; can be more than an epoch.
         pipeline: its VAE and text encoder are used.
-        folder: a new folder, or one with a cache of the same samples.
+        folder: a new folder, or one with a cache of the same samples. At most 256 samples are compared.
         num_workers: processes that load samples; None as in `TrainingConfig`.
         embeddings: whether to store text embeddings, or otherwise token ids, for training the text encoder.
         seed: determines the order of the cached samples in training.
@@ -107,6 +114,14 @@ def cache_samples(
     }
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
+        if (folder / "cache.json").exists() and state.is_main_process:
+            logger.warning(
+                "The cache in %s is used again. Only %d of its %d samples are compared with the data; delete it"
+                " if others have changed.",
+                folder,
+                min(count, FINGERPRINT_SAMPLES),
+                count,
+            )
         check_run_config(folder, "cache.json", description, "a cache of the same samples")
     workers = count_workers(num_workers, pipeline.device)
     starts = range(0, count, SHARD_SIZE)[state.process_index :: state.num_processes]

@@ -186,6 +186,11 @@ def find(
         names = [name for name in settings if name not in changeable and before.get(name) != settings[name]]
         way_on = "" if FIXED_ON_RESUME.intersection(names) else f" `resume_changes` can allow it: {' '.join(names)}."
         raise ValueError(f"`resume`: {checkpoint} belongs to another run: {other}.{way_on}")
+    if settings["max_train_steps"] < step_of(checkpoint):
+        raise ValueError(
+            f"`max_train_steps` must be at least the {step_of(checkpoint)} updates of {checkpoint}; got"
+            f" {settings['max_train_steps']}."
+        )
     return checkpoint
 
 

@@ -21,7 +21,7 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of `train`. The defaults are those of the paper if it states them (Geng et al., section 4.1).
+    """Settings of `train`. The defaults are those of the paper (Geng et al., section 4.1), except `batch_size`.
 
     One update uses `batch_size * gradient_accumulation_steps * num_processes` samples.
 
@@ -54,7 +54,7 @@ class TrainingConfig:
     train_text_encoder: bool = setting(False, "also train the text encoder; the paper does not")
     text_to_image: bool = setting(False, "train without input images, as in the adaptation stage")
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory; takes more time")
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "no, bf16 or fp16; fp16 needs an accelerator")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "no, bf16 or fp16; fp16 needs a GPU")
     allow_tf32: bool = setting(False, "multiply matrices in TF32 on Ampere GPUs and later")
     torch_compile: bool = setting(False, "compile the training step; the first update takes minutes")
     num_workers: int | None = setting(

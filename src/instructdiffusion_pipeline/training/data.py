@@ -18,7 +18,7 @@ from instructdiffusion_pipeline.datasets.mixture import Mixture, check_source_na
 from instructdiffusion_pipeline.training.encoding import Batch
 
 logger = logging.getLogger(__name__)
-FINGERPRINT_SAMPLES = 16  # number of samples that represent a dataset
+FINGERPRINT_SAMPLES = 256  # number of samples that represent a dataset
 SHOWN = 3  # maximum number of instructions with a warning
 MOST_WORKERS = 8  # of a process, unless more are requested
 
@@ -150,9 +150,9 @@ def count_workers(given: int | None, device: torch.device, cached: bool = False)
 
 
 def dataset_fingerprint(samples: TrainingSamples, count: int) -> str:
-    """A hash of some of the first `count` samples, to detect a changed dataset."""
+    """A hash of `FINGERPRINT_SAMPLES` of the first `count` samples, or of all if there are fewer."""
     digest = hashlib.sha256()
-    for position in range(0, count, max(1, count // FINGERPRINT_SAMPLES)):
+    for position in np.linspace(0, count - 1, min(count, FINGERPRINT_SAMPLES)).round().astype(int).tolist():
         for name, tensor in sorted(samples[position].items()):
             if name != "skipped":
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -356,6 +357,13 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, da
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` must be "adamw" on {device}, because "adamw8bit" needs CUDA.')
+    # accelerate would train without a tracker that is not installed.
+    trackers = [kind.value for kind in get_available_trackers()]
+    if config.report_to is not None and config.report_to not in trackers:
+        raise ValueError(
+            f"`report_to` must be a tracker of accelerate that is installed ({', '.join(trackers) or 'none is'}); got"
+            f" {config.report_to!r}."
+        )
     pipeline.check_no_adapters()
     expected = 2 * pipeline.vae.config.latent_channels
     if (channels := pipeline.unet.config.in_channels) != expected:

@@ -1,7 +1,6 @@
 """Logged values of training: losses by source, throughput, memory and validation images."""
 
 import math
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -61,6 +60,12 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory of this process in bytes: allocated on the GPU if `device` is one, otherwise resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes on Linux
 
