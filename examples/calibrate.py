@@ -4,8 +4,9 @@
         --output_dir out/calibration
 
 The model is run on the training split of each dataset, without the random crops of training, and slope and intercept
-are fitted to its scores. They are written to the model's model_index.json. reliability.md in the output folder compares scores and correctness on the
-test splits. A run that was stopped continues if it is started again with the same options.
+are fitted to its scores. They are written to the model's model_index.json. reliability.md in the output folder
+compares scores and correctness on the test splits. A run that was stopped continues if it is started again with the
+same options.
 """
 
 import argparse

@@ -82,7 +82,11 @@ def main() -> None:
         "--steps", type=integer(1), help="number of denoising steps (default: the model's `task_settings`)"
     )
     parser.add_argument(
-        "--batch_size", type=integer(1), default=8, help="images per pipeline call (default: %(default)s)"
+        "--batch_size",
+        type=integer(1),
+        default=8,
+        help="images per pipeline call; several objects of a segmentation need as much memory as several images"
+        " (default: %(default)s)",
     )
     parser.add_argument("--seed", type=integer(0), default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="output folder; new, or of an interrupted run")
