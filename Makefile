@@ -22,11 +22,13 @@ demo: setup
 test: setup
 	$(PYTEST) -n 2
 
-# Gradio needs Pillow below 13. Its resizing differs from the version that the golden data were recorded with.
-$(VENV)-app/.ready: setup.cfg constraints.txt
+# Gradio needs Pillow below 13. Its resizing differs from the version that the golden data were recorded with. The other
+# packages are those of the first environment, so that they are not installed twice.
+$(VENV)-app/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(VENV)-app
 	grep -v '^pillow==' constraints.txt > $(VENV)-app/constraints.txt
-	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(echo $(VENV)-app/lib/python3*/site-packages)/first-environment.pth
 	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-app/constraints.txt \
 		-e '.[app,eval]' pytest hypothesis playwright
 	touch $@

@@ -188,6 +188,7 @@ def test_without_the_package_diffusers_loads_the_blocks(root: Path, fresh: Fresh
     assert found["found"][0]["sum"] != found["found"][1]["sum"]
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_blocks_load_from_the_hub_and_from_a_copy_of_the_repository(root: Path, fresh: Fresh, hub: HubServer):
     fresh.report(PUSH, root / "saved", hub=hub)
     script = """
@@ -254,6 +255,7 @@ def test_without_the_package_diffusers_loads_all_folders_with_code(root: Path, r
         np.testing.assert_allclose(answer, reference, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_saved_and_pushed_again_without_the_package(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     script = """
     from pathlib import Path
@@ -483,6 +485,7 @@ def test_push_to_hub_of_diffusers_refuses_a_repository_with_blocks(root: Path, f
     assert {path.split("/")[0] for path in hub.files["me/tiny"].keys() - before.keys()} == {"v2"}
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_push_to_hub_in_half_precision(root: Path, fresh: Fresh, hub: HubServer):
     done = fresh.run(PUSH_TO_HUB, "--model", str(root / "saved"), "--repo_id", "me/tiny", "--half", hub=hub)
     assert done.returncode == 0, done.stderr
@@ -628,6 +631,7 @@ def test_importing_the_package_adds_one_name_to_diffusers_and_no_more(fresh: Fre
 # --- variant, token, revision, message, pull request ----------------------------------------------------------------
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_variant_is_exported_and_loaded_in_all_ways(fresh: Fresh, tmp_path: Path):
     export(model(seed=0).to(torch.float16), tmp_path / "half", variant="fp16")
     weights = [path for path in files(tmp_path / "half") if path.endswith(".safetensors")]
@@ -652,6 +656,7 @@ def test_a_variant_is_exported_and_loaded_in_all_ways(fresh: Fresh, tmp_path: Pa
     assert found["equal"] and "no file named" in found["refused"]
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub: HubServer):
     fresh.report(PUSH, root / "saved", hub=hub)
     shard = "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"
@@ -683,6 +688,7 @@ def test_a_variant_is_pushed_beside_other_weights(root: Path, fresh: Fresh, hub:
     assert found["fp16"] != found["None"]
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_given_token_is_used_instead_of_the_saved_one(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     hub.token = "hf_given"
     script = """
@@ -720,6 +726,7 @@ def test_a_given_token_is_used_instead_of_the_saved_one(root: Path, reference: l
     assert found["missing"] == ["safety_checker", "feature_extractor"] and "401" in found["refused"]
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_commit_has_its_message_and_branch(root: Path, fresh: Fresh, hub: HubServer):
     hub.files["me/tiny"] = {"README.md": b"main"}
     hub.revisions["me/tiny", "dev"] = {"README.md": b"dev"}
@@ -741,6 +748,7 @@ def test_a_commit_has_its_message_and_branch(root: Path, fresh: Fresh, hub: HubS
     assert found["url"].endswith(hub.commit_hash("me/tiny", "dev"))
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_pull_request_does_not_change_the_branch(root: Path, fresh: Fresh, hub: HubServer):
     hub.files["me/tiny"] = {"README.md": b"main"}
     script = """
@@ -752,6 +760,7 @@ def test_a_pull_request_does_not_change_the_branch(root: Path, fresh: Fresh, hub
     assert set(hub.revisions["me/tiny", "refs/pr/1"]) == files(root / "exported")
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_revision_is_loaded_in_all_ways(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push

@@ -194,7 +194,7 @@ def test_an_ensemble_returns_the_mean_of_its_images(pipe: InstructDiffusionPipel
 
 def test_numbers_of_images_can_be_small_integers_of_numpy(pipe: InstructDiffusionPipeline) -> None:
     """Their products do not wrap around: 2 * 128 is 0 in 8 bits."""
-    call = {"prompt": PROMPTS[:2], "num_inference_steps": 1, "output_type": "pt"}
+    call = {"prompt": PROMPTS[:2], "image": tiny.picture(16, 16), "num_inference_steps": 1, "output_type": "pt"}
     generators = [tiny.generator() for _ in range(256)]
     images = pipe(**tiny.inputs(**call, num_images_per_prompt=np.uint8(128), generator=generators)).images
     assert len(images) == 256

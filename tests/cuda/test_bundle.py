@@ -39,6 +39,7 @@ def run(folder, cwd, *options):
     )
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_the_rehearsal_runs_all_parts(folder, tmp_path):
     ended = run(folder, tmp_path, "--cpu")
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]

@@ -106,6 +106,7 @@ def test_it_has_settings_for_every_family(model):
     assert settings == task_settings(RECIPE)
 
 
+@pytest.mark.slow
 def test_its_own_settings_are_better_for_editing_than_those_of_the_paper(model, photographs):
     edit_pair = edit_colors(photographs[0], random.Random(0), "night")
     paper = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.25}
@@ -185,6 +186,7 @@ def test_it_edits_colors(answers, photographs):
     assert np.mean(gains) > 1
 
 
+@pytest.mark.slow
 def test_slices_of_an_image_do_not_depend_on_the_rest_of_its_batch(model):
     """Two images of one working size, whose slices have different ones; the objects are at different places."""
     sunflower = Image.open(SUNFLOWER).convert("RGBA")

@@ -145,7 +145,7 @@ def test_adaptation_trains_on_captions(model, tmp_path, monkeypatch):
     assert not (before[:, :4] == after[:, :4]).all() and (before[:, 4:] == after[:, 4:]).all()
 
 
-def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
+def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path, monkeypatch, capfd):
     checkpoint = GOLDEN / "tiny-original.safetensors"
     conversion = {
         "original_config_file": GOLDEN / "tiny_instruct_diffusion.yaml",
@@ -157,8 +157,8 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     with running_hub() as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
         env |= {"HF_HOME": str(tmp_path / "cache")}
-        refused = run(checkpoint, f"table={table}", tmp_path / "run", **settings)
-        assert refused.returncode and "--init: " in refused.stderr and "with --conversion" in refused.stderr
+        said = refused(monkeypatch, capfd, checkpoint, f"table={table}", tmp_path / "run", **settings)
+        assert "--init: " in said and "with --conversion" in said
         settings["conversion"] = " ".join(f"--{name} '{path}'" for name, path in conversion.items())
         published = {"push_to": "you/mine", "private": "true", "license": "cc-by-4.0"}
         done = run(checkpoint, f"table={table}", tmp_path / "run", env=env, **published, **settings)
@@ -188,10 +188,11 @@ def test_from_an_original_checkpoint_with_lora_to_the_hub(table, tmp_path):
     for folder in ("model", "lora"):
         shutil.rmtree(tmp_path / "run" / folder)
     options = settings | {"conversion": settings["conversion"] + " --half", "resume": "latest"}
-    other = run(checkpoint, f"table={table}", tmp_path / "run", **options)
-    assert other.returncode == 2 and "start has another conversion: conversion was " in other.stderr
+    said = refused(monkeypatch, capfd, checkpoint, f"table={table}", tmp_path / "run", **options)
+    assert "start has another conversion: conversion was " in said
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_conversion_is_reused_only_for_its_own_checkpoint(tmp_path):
     checkpoint = shutil.copyfile(GOLDEN / "tiny-original.safetensors", tmp_path / "trained.safetensors")
     other = shutil.copy2(checkpoint, tmp_path / "other.safetensors")
@@ -212,6 +213,7 @@ def test_a_conversion_is_reused_only_for_its_own_checkpoint(tmp_path):
             script.converted(str(checkpoint), tmp_path / "run", options)
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_two_processes_of_a_configuration_file_train_like_one(model, table, tmp_path):
     settings = {"learning_rate": 1e-3, "ema_decay": 0.5, "max_train_steps": 3}
     one = run(model, f"table={table}", tmp_path / "one", gradient_accumulation_steps=2, **settings)

@@ -99,6 +99,7 @@ def test_a_longer_run_continues_from_the_last_checkpoint(run, monkeypatch, capsy
     assert any((before[name] != after[name]).any() for name in before)
 
 
+@pytest.mark.slow  # many seconds, most of them in new processes
 def test_ablation_trains_a_model_for_all_families_and_one_for_each(run, tmp_path, monkeypatch):
     run("first")
     monkeypatch.setattr(ablation, "SAMPLES", 20)

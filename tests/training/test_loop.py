@@ -168,7 +168,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "LoRA in bf16" else way for way in WAYS]
+)
 def test_all_training_settings_lower_the_loss_on_two_samples(way, pipe, two_samples, tmp_path):
     others = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
     embeds = pipe.encode_prompt("make it number 0")[0]
