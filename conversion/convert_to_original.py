@@ -1,6 +1,8 @@
 """Convert the folder of a pipeline to a checkpoint file of the original code, in the layout of the released weights.
 
-python conversion/convert_to_original.py --model_path folder --checkpoint_path instruct.ckpt
+    python conversion/convert_to_original.py --model_path folder --checkpoint_path instruct.ckpt
+
+A checkpoint has weights only. The script prints the values that the YAML file of the original code must have.
 """
 
 import argparse
@@ -34,7 +36,7 @@ REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
         "only_cross_attention": False,
     },
     "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
-    "scheduler": {"prediction_type": "epsilon"},
+    "scheduler": {"prediction_type": "epsilon", "beta_schedule": "scaled_linear"},
 }
 FORMATS = (".safetensors", ".ckpt")
 
@@ -57,7 +59,7 @@ def convert_back(model_path: str | Path) -> Weights:
         models = build_empty(unet, vae, text)
         tables = name_tables(models)
         configs = {component: model.config for component, model in models.items()}
-        configs["scheduler"] = {"prediction_type": "epsilon", **scheduler}
+        configs["scheduler"] = {"prediction_type": "epsilon", "beta_schedule": "linear", **scheduler}
     wrong = [
         f"{component} has {key} {configs[component][key]!r} instead of {value!r}"
         for component, settings in REQUIRED_SETTINGS.items()
@@ -77,6 +79,18 @@ def convert_back(model_path: str | Path) -> Weights:
         )
         weights |= read_values(partial(read_component, folder), table, None, where)
     return {name: tensor[:, :, None, None] if is_pointwise(name) else tensor for name, tensor in weights.items()}
+
+
+def yaml_settings(model_path: str | Path) -> dict[str, float]:
+    """The entries of `model.params` in the original code's YAML file that a folder determines, besides its sizes."""
+    scheduler = EulerAncestralDiscreteScheduler.from_pretrained(model_path, subfolder="scheduler").config
+    vae = AutoencoderKL.load_config(model_path, subfolder="vae")
+    return {
+        "linear_start": scheduler.beta_start,
+        "linear_end": scheduler.beta_end,
+        "timesteps": scheduler.num_train_timesteps,
+        "scale_factor": vae.get("scaling_factor", 0.18215),
+    }
 
 
 def check_layers(component: str, config: Mapping[str, Any], weights: int) -> None:
@@ -120,6 +134,8 @@ def main() -> None:
         else:
             torch.save({"state_dict": weights}, file)
     print(f"Saved {target}")
+    values = ", ".join(f"{name}: {value}" for name, value in yaml_settings(args.model_path).items())
+    print(f"The YAML file of the original code must have these values in model.params: {values}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 First the guidance scales are compared, with the model's own number of steps; then the numbers of denoising steps, the
 ensemble sizes and the schedulers, with the best scales. The settings with the best score are compared with the model's
-own on images that were not used for the choice. If their score is at least as good, a copy of the model in which they
+own on samples that were not used for the choice. If their score is at least as good, a copy of the model in which they
 are the default settings of the task (`task_settings`) is written to --output_model. The scheduler is used for all
 tasks of a model. The copy has no calibration of scores for the task, and none at all with another scheduler;
 calibrate.py makes a new one.
@@ -216,14 +216,14 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def report(trials: Sequence[Trial], before: Trial, after: Trial) -> str:
-    """All trials as a Markdown table, with those of the front in bold, and the scores on held-out images."""
+    """All trials as a Markdown table, with those of the front in bold, and the scores on held-out samples."""
     bold = {id(trial) for trial in front(trials)}
     lines = ["| settings | score | seconds per output |", "| --- | --- | --- |"]
     for trial in trials:
         name = f"**{trial.name}**" if id(trial) in bold else trial.name
         lines.append(f"| {name} | {trial.score:.4f} | {trial.seconds:.3f} |")
     lines += ["", "Bold: no other settings are better and at least as fast.", ""]
-    lines += ["On images that were not used for the choice:", ""]
+    lines += ["On samples that were not used for the choice:", ""]
     lines += ["| settings | score | seconds per output |", "| --- | --- | --- |"]
     for label, trial in (("the model's own", before), ("chosen", after)):
         lines.append(f"| {label}: {trial.name} | {trial.score:.4f} | {trial.seconds:.3f} |")

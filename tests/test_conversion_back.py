@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline
 from instructdiffusion_pipeline.cli import UsageError
+from instructdiffusion_pipeline.files import update_json
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,24 @@ def test_a_round_trip_is_exact(folder: Path, tmp_path: Path, suffix: str, monkey
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     with pytest.raises(UsageError, match="--checkpoint_path: .* already exists"):
         main()
+
+
+def test_the_values_for_the_original_configuration_are_printed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(folder, tmp_path / "pipe")
+    schedule = {"beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 500}
+    update_json(tmp_path / "pipe" / "scheduler" / "scheduler_config.json", schedule)
+    update_json(tmp_path / "pipe" / "vae" / "config.json", {"scaling_factor": 0.5})
+    arguments = ["--model_path", tmp_path / "pipe", "--checkpoint_path", tmp_path / "back.ckpt"]
+    monkeypatch.setattr("sys.argv", ["back", *map(str, arguments)])
+    main()
+    printed = capsys.readouterr().out.splitlines()[-1].partition("in model.params: ")[2]
+    expected = {"linear_start": 0.001, "linear_end": 0.02, "timesteps": 500, "scale_factor": 0.5}
+    assert yaml.safe_load("{" + printed + "}") == expected
+    update_json(tmp_path / "pipe" / "scheduler" / "scheduler_config.json", {"beta_schedule": "linear"})
+    with pytest.raises(UsageError, match="scheduler has beta_schedule 'linear' instead of 'scaled_linear'"):
+        convert_back(tmp_path / "pipe")
 
 
 def test_shards_and_half_precision(tmp_path: Path):
