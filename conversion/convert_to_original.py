@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from original_names import PREFIXES, build_empty, is_pointwise, name_tables
 from safetensors.torch import save_file
@@ -36,7 +37,12 @@ REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
         "only_cross_attention": False,
     },
     "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
-    "scheduler": {"prediction_type": "epsilon", "beta_schedule": "scaled_linear"},
+    "scheduler": {
+        "prediction_type": "epsilon",
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+    },
 }
 FORMATS = (".safetensors", ".ckpt")
 
@@ -50,7 +56,7 @@ def convert_back(model_path: str | Path) -> Weights:
             raise UsageError(f"--model_path: must be the folder of a pipeline, but {model_path} has no {part}.")
     stored = {component: read_component(model_path / component) for component in PREFIXES}
     with reading(f"--model_path: the configurations in {model_path} do not describe a pipeline"):
-        scheduler = EulerAncestralDiscreteScheduler.load_config(model_path / "scheduler")
+        scheduler = EulerAncestralDiscreteScheduler.from_pretrained(model_path / "scheduler")
         text = CLIPTextConfig.from_pretrained(model_path / "text_encoder")
         unet = UNet2DConditionModel.load_config(model_path / "unet")
         vae = AutoencoderKL.load_config(model_path / "vae")
@@ -59,7 +65,7 @@ def convert_back(model_path: str | Path) -> Weights:
         models = build_empty(unet, vae, text)
         tables = name_tables(models)
         configs = {component: model.config for component, model in models.items()}
-        configs["scheduler"] = {"prediction_type": "epsilon", "beta_schedule": "linear", **scheduler}
+        configs["scheduler"] = scheduler.config
     wrong = [
         f"{component} has {key} {configs[component][key]!r} instead of {value!r}"
         for component, settings in REQUIRED_SETTINGS.items()
@@ -134,8 +140,8 @@ def main() -> None:
         else:
             torch.save({"state_dict": weights}, file)
     print(f"Saved {target}")
-    values = ", ".join(f"{name}: {value}" for name, value in yaml_settings(args.model_path).items())
-    print(f"The YAML file of the original code must have these values in model.params: {values}")
+    print("The YAML file of the original code must have these values in model.params:")
+    print(yaml.safe_dump(yaml_settings(args.model_path), sort_keys=False), end="")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import ModelCard, create_repo
+from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import HfArgumentParser
 
@@ -41,6 +42,7 @@ from instructdiffusion_pipeline.training import (
     train,
     validation_examples,
 )
+from instructdiffusion_pipeline.training.loop import check_tracker
 
 CONVERTER = Path(__file__).parent.parent / "conversion" / "convert_original_checkpoint.py"
 
@@ -170,9 +172,12 @@ def run(options: Options, config: TrainingConfig) -> None:
     is_file_name = Path(options.init).suffix in {".ckpt", ".safetensors", ".pth", ".pt"}
     if not Path(options.init).exists() and (options.init.count("/") != 1 or is_file_name):
         raise UsageError(f"--init: there is no file or folder {options.init}.")
+    # Before training, so that an error is raised early.
+    check_tracker(config.report_to)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if options.push_to and state.is_main_process:
-        # Now, so that an error is raised before training.
+        validate_repo_id(options.push_to)
+        ModelCard(f"---\n{ModelCardData(license=options.license)}\n---\n").validate()
         create_repo(options.push_to, private=options.private or None, exist_ok=True)
     with state.main_process_first():
         start = converted(options.init, options.output_dir, options.conversion)

@@ -28,6 +28,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import diffusers
+import matplotlib.pyplot as plt
 import torch
 
 from instructdiffusion_pipeline import InstructDiffusionPipeline, ask_batch
@@ -232,8 +233,6 @@ def report(trials: Sequence[Trial], before: Trial, after: Trial) -> str:
 
 def plot(trials: Sequence[Trial], path: Path) -> None:
     """Draw score against seconds, with a color for each scheduler and a line through the front."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(9, 6))
     line = front(trials)
     axes.plot([trial.seconds for trial in line], [trial.score for trial in line], color="gray", zorder=0)

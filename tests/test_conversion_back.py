@@ -53,17 +53,25 @@ def test_the_values_for_the_original_configuration_are_printed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(folder, tmp_path / "pipe")
-    schedule = {"beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 500}
+    schedule = {"beta_start": 1e-5, "beta_end": 0.02, "num_train_timesteps": 500}
     update_json(tmp_path / "pipe" / "scheduler" / "scheduler_config.json", schedule)
     update_json(tmp_path / "pipe" / "vae" / "config.json", {"scaling_factor": 0.5})
     arguments = ["--model_path", tmp_path / "pipe", "--checkpoint_path", tmp_path / "back.ckpt"]
     monkeypatch.setattr("sys.argv", ["back", *map(str, arguments)])
     main()
-    printed = capsys.readouterr().out.splitlines()[-1].partition("in model.params: ")[2]
-    expected = {"linear_start": 0.001, "linear_end": 0.02, "timesteps": 500, "scale_factor": 0.5}
-    assert yaml.safe_load("{" + printed + "}") == expected
-    update_json(tmp_path / "pipe" / "scheduler" / "scheduler_config.json", {"beta_schedule": "linear"})
-    with pytest.raises(UsageError, match="scheduler has beta_schedule 'linear' instead of 'scaled_linear'"):
+    printed = capsys.readouterr().out.partition("in model.params:\n")[2]
+    expected = {"linear_start": 1e-5, "linear_end": 0.02, "timesteps": 500, "scale_factor": 0.5}
+    assert yaml.safe_load(printed) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta_schedule", "linear"), ("rescale_betas_zero_snr", True), ("trained_betas", [0.5] * 1000)],
+)
+def test_another_noise_schedule_raises_an_error(folder: Path, tmp_path: Path, name: str, value: Any):
+    shutil.copytree(folder, tmp_path / "pipe")
+    update_json(tmp_path / "pipe" / "scheduler" / "scheduler_config.json", {name: value})
+    with pytest.raises(UsageError, match=f"the original code does not support .*: scheduler has {name} "):
         convert_back(tmp_path / "pipe")
 
 

@@ -631,7 +631,6 @@ def test_importing_the_package_adds_one_name_to_diffusers_and_no_more(fresh: Fre
 # --- variant, token, revision, message, pull request ----------------------------------------------------------------
 
 
-@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_variant_is_exported_and_loaded_in_all_ways(fresh: Fresh, tmp_path: Path):
     export(model(seed=0).to(torch.float16), tmp_path / "half", variant="fp16")
     weights = [path for path in files(tmp_path / "half") if path.endswith(".safetensors")]
@@ -760,7 +759,6 @@ def test_a_pull_request_does_not_change_the_branch(root: Path, fresh: Fresh, hub
     assert set(hub.revisions["me/tiny", "refs/pr/1"]) == files(root / "exported")
 
 
-@pytest.mark.slow  # many seconds, most of them in new processes
 def test_a_revision_is_loaded_in_all_ways(root: Path, reference: list, fresh: Fresh, hub: HubServer):
     script = """
     from instructdiffusion_pipeline import InstructDiffusionPipeline, push

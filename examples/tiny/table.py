@@ -46,7 +46,10 @@ def table(
         f" | **{percent(beyond[row].get('the asked one of several'))}** | 50 % by chance |"
     )
     lines.append(overlap("mIoU", scores[row][MIOU]))
-    lines += [layout(row, scores[row][MIOU], beyond[row]) for row in (*SIZE_ROWS, *COUNT_ROWS)]
+    names = {row: row for row in SIZE_ROWS}
+    for (row, count), number in zip(COUNT_ROWS.items(), ("one", "two", "three", "four"), strict=True):
+        names[row] = row.replace(f"{count} of", f"{number} object{'s' * (count > 1)} of")
+    lines += [layout(name, scores[row][MIOU], beyond[row]) for row, name in names.items()]
     lines += [joints(what, scores[row], beyond[row]) for row, what in JOINTS.items()]
     for row in RESTORED:
         lines += restored(row, scores[row], beyond[row])

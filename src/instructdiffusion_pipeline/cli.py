@@ -67,7 +67,7 @@ def run_script(main: Callable[[], None]) -> None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        fail(f'{error.name} is not installed; `pip install ".[{extra}]"` installs it.', 1)
+        fail(f'{error}; `pip install ".[{extra}]"` installs it.', 1)
     except Exception as error:
         if is_disk_full(error):
             fail(f"disk full: {error}", 1)

@@ -11,6 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+JPEG = {"quality": 95, "subsampling": 0}
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}}
+
 
 @contextmanager
 def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
@@ -53,4 +56,4 @@ def save_image(path: str | PathLike[str], image: Image.Image) -> None:
     JPEG and WebP files are written at quality 95, JPEG without subsampling of colors.
     """
     with atomic_write(path) as partial:
-        image.save(partial, quality=95, subsampling=0)
+        image.save(partial, **SAVE_OPTIONS.get(Path(path).suffix.lower(), {}))

@@ -42,15 +42,22 @@ def test_images_are_paired_by_name_and_other_files_are_ignored(tmp_path):
     assert dataset.skipped == [("input/0001_NOISY_SRGB_010.PNG", "no clean image")]
 
 
-def test_links_to_folders_are_followed_except_in_a_circle(tmp_path):
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
     for kind, seed in (("blur", 1), ("sharp", 2)):
         save_image(tmp_path / "disk" / "clip" / kind / "1.png", tiny.picture(40, 30, seed=seed))
         save_image(tmp_path / "data" / "test" / "other" / kind / "2.png", tiny.picture(40, 30, seed=seed))
     (tmp_path / "data" / "test" / "linked").symlink_to(tmp_path / "disk" / "clip", target_is_directory=True)
-    (tmp_path / "data" / "test" / "circle").symlink_to(tmp_path / "data", target_is_directory=True)
+    for link, target in (
+        (tmp_path / "data" / "test" / "circle", tmp_path / "data"),
+        (tmp_path / "disk" / "clip" / "back", tmp_path / "data" / "test" / "other"),
+        (tmp_path / "data" / "test" / "other" / "there", tmp_path / "disk" / "clip"),
+        (tmp_path / "data" / "test" / "same", tmp_path / "data" / "test" / "other"),
+    ):
+        link.symlink_to(target, target_is_directory=True)
     dataset = gopro(tmp_path / "data", "test")
-    assert [dataset.name(index) for index in range(len(dataset))] == ["linked/blur/1.png", "other/blur/2.png"]
-    assert same(dataset[0][0], tiny.picture(40, 30, seed=1)) and not dataset.skipped
+    assert len(dataset) == 2 and not dataset.skipped
+    assert {dataset.name(index).rpartition("/")[2] for index in range(2)} == {"1.png", "2.png"}
+    assert same(dataset[0][0], tiny.picture(40, 30, seed=1))
 
 
 def test_gopro_has_its_blur_with_and_without_gamma(tmp_path):

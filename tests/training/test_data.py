@@ -246,7 +246,7 @@ def test_a_cache_of_other_images_raises_an_error(pipe, tmp_path):
         cache_samples(samples(3), 3, pipe, tmp_path)
 
 
-def test_one_changed_caption_of_a_small_dataset_is_noticed(pipe, tmp_path, caplog):
+def test_one_changed_caption_of_a_small_dataset_is_noticed(pipe, tmp_path, caplog, monkeypatch):
     captions = [f"make it number {number}" for number in range(40)]
 
     def samples():
@@ -254,9 +254,11 @@ def test_one_changed_caption_of_a_small_dataset_is_noticed(pipe, tmp_path, caplo
         return ImageDataset(Mixture([(source, 1)]), pipe.tokenizer)
 
     cache_samples(samples(), 40, pipe, tmp_path)
-    assert "is used again" not in caplog.text
     cache_samples(samples(), 40, pipe, tmp_path)
-    assert "Only 40 of its 40 samples are compared with the data" in caplog.text
+    assert "is used again" not in caplog.text
+    monkeypatch.setattr(cache, "FINGERPRINT_SAMPLES", 39)
+    cache_samples(samples(), 40, pipe, tmp_path)
+    assert "39 of its 40 samples were compared with the data. Delete the cache if" in caplog.text
     captions[23] = "something else"
     with pytest.raises(ValueError, match="content was"):
         cache_samples(samples(), 40, pipe, tmp_path)

@@ -192,11 +192,15 @@ def require_samples(folder: str | PathLike[str], samples: Sized, skipped: Skippe
 def files_below(folder: Path) -> set[str]:
     """The paths of all files in `folder`, relative to it, with forward slashes. Empty if there is no such folder.
 
-    Links to folders are followed, except to a folder that contains the link.
+    Links to folders are followed. Each folder is read once, so links cannot lead in circles.
     """
     files: set[str] = set()
+    read: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(root)
-        folders[:] = [name for name in folders if not Path(here).is_relative_to(os.path.realpath(Path(root, name)))]
+        if (place := os.path.realpath(root)) in read:
+            folders.clear()
+            continue
+        read.add(place)
+        folders.sort()
         files.update(Path(root, name).relative_to(folder).as_posix() for name in names if Path(root, name).is_file())
     return files

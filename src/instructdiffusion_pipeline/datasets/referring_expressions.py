@@ -1,4 +1,4 @@
-"""Referring expression segmentation: RefCOCO, RefCOCO+, RefCOCOg (pickled references) and gRefCOCO (JSON).
+"""Referring expression segmentation: RefCOCO, RefCOCO+, RefCOCOg, RefClef (pickled references) and gRefCOCO (JSON).
 
 Coordinates count pixels as they are stored; a file's EXIF orientation is ignored, as COCO's tools do.
 """
@@ -36,7 +36,7 @@ class ReferringExpressions:
 
     Args:
         references: refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json, in a folder with instances.json.
-        images: the folder of COCO's train2014 images.
+        images: the folder of COCO's train2014 images; for RefClef, of the images of saiapr_tc-12.
         split: train, val, test, testA, testB or testC, as in the official reader (refer.py): test has all references
             whose split begins with "test", and testA those of testA, testAB and testAC.
 

@@ -114,15 +114,16 @@ def cache_samples(
     }
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
-        if (folder / "cache.json").exists() and state.is_main_process:
+        is_new = not (folder / "cache.json").exists()
+        check_run_config(folder, "cache.json", description, "a cache of the same samples")
+        if not is_new and count > FINGERPRINT_SAMPLES and state.is_main_process:
             logger.warning(
-                "The cache in %s is used again. Only %d of its %d samples are compared with the data; delete it"
-                " if others have changed.",
+                "The cache in %s is used again. %d of its %d samples were compared with the data. Delete the cache if"
+                " other samples have changed.",
                 folder,
-                min(count, FINGERPRINT_SAMPLES),
+                FINGERPRINT_SAMPLES,
                 count,
             )
-        check_run_config(folder, "cache.json", description, "a cache of the same samples")
     workers = count_workers(num_workers, pipeline.device)
     starts = range(0, count, SHARD_SIZE)[state.process_index :: state.num_processes]
     for start in tqdm(starts, desc="caching", unit="file", disable=not state.is_main_process):

@@ -21,7 +21,8 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of `train`. The defaults are those of the paper (Geng et al., section 4.1), except `batch_size`.
+    """Settings of `train`. If the paper states a value, it is the default (Geng et al., section 4.1); `batch_size` is
+    smaller.
 
     One update uses `batch_size * gradient_accumulation_steps * num_processes` samples.
 

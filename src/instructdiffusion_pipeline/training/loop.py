@@ -327,6 +327,16 @@ def validation_path(folder: Path, step: int) -> Path:
     return folder / "validation" / f"step-{step:06d}.png"
 
 
+def check_tracker(name: str | None) -> None:
+    """Raise a ValueError if a tracker is not installed, because accelerate would train without it."""
+    trackers = [kind.value for kind in get_available_trackers()]
+    if name not in (None, "all", *trackers):
+        raise ValueError(
+            f"`report_to` must be all or an installed tracker of accelerate ({', '.join(trackers) or 'none'}); "
+            f"got {name!r}."
+        )
+
+
 def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, dataset: TrainingSamples) -> None:
     """Raise a ValueError if `config` does not fit the machine, the pipeline or the data."""
     # PartialState selects the device like Accelerator, but does not set the precision of the process.
@@ -357,13 +367,7 @@ def check_config(config: TrainingConfig, pipeline: InstructDiffusionPipeline, da
         )
     if config.optimizer == "adamw8bit" and device != "cuda":
         raise ValueError(f'`optimizer` must be "adamw" on {device}, because "adamw8bit" needs CUDA.')
-    # accelerate would train without a tracker that is not installed.
-    trackers = [kind.value for kind in get_available_trackers()]
-    if config.report_to is not None and config.report_to not in trackers:
-        raise ValueError(
-            f"`report_to` must be a tracker of accelerate that is installed ({', '.join(trackers) or 'none is'}); got"
-            f" {config.report_to!r}."
-        )
+    check_tracker(config.report_to)
     pipeline.check_no_adapters()
     expected = 2 * pipeline.vae.config.latent_channels
     if (channels := pipeline.unet.config.in_channels) != expected:
