@@ -17,6 +17,7 @@ SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
 # An object that only slices show, or only the whole image, takes up these fractions of the sides of crops around it.
 CLOSE_UPS = (0.3, 0.45, 0.6)
+LONE_SIDE = 0.25  # maximum side of a checked region that only the whole image shows, relative to the shorter side
 CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
 MIN_REGION = 0.001  # of the image; smaller regions are dropped
 MIN_SEEN = 0.3  # fraction of a region that the output for a crop must mark to confirm it
@@ -61,10 +62,10 @@ def segment_slices(
             for number, region in enumerate([*regions, *lone]):
                 crops = run_close_ups(run, view, region)
                 responses += [response for _, response in crops]
-                confirmed, shown = confirm_region(region, name, crops, readout)
+                confirming, shown = confirm_region(region, name, crops, readout)
                 if number < len(regions):
-                    margin = np.maximum(margin, shown) if confirmed else margin
-                elif not confirmed:
+                    margin = np.maximum(margin, shown) if confirming == len(crops) else margin
+                elif 2 * confirming <= len(crops):
                     margin = np.where(region, np.minimum(margin, 0), margin)
             combined[name] = margin
     return combined, any(response.flag for response in responses)
@@ -141,8 +142,8 @@ def run_close_ups(
 
 def confirm_region(
     region: np.ndarray, name: str, crops: Sequence[tuple[View, Response]], readout: UNet2DModel | None
-) -> tuple[bool, np.ndarray]:
-    """Whether most of the `crops` around a region [height, width] show the object `name` there.
+) -> tuple[int, np.ndarray]:
+    """How many of the `crops` around a region [height, width] show the object `name` there.
 
     Also returns the margin [height, width] of the object: positive for pixels that are marked in most of the crops.
     """
@@ -155,9 +156,9 @@ def confirm_region(
         painted, window = Mask.from_margin(part).pixels, window_of(view)
         votes[window] += painted
         strength[window] += np.where(painted, part, 0)
-        confirmed += (painted & region[window]).sum() >= MIN_SEEN * region.sum()
+        confirmed += int((painted & region[window]).sum() >= MIN_SEEN * region.sum())
     margin = np.where(2 * votes > len(crops), strength / votes.clip(min=1), -0.5)
-    return 2 * confirmed > len(crops), margin
+    return confirmed, margin
 
 
 def close_up(region: np.ndarray, fraction: float) -> tuple[int, int, int, int]:
@@ -190,15 +191,17 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
 
 
 def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of `pixels` (bool, [height, width]) without a pixel of `others`.
+    """The connected parts of `pixels` (bool, [height, width]) if no pixel is in `others`, otherwise none.
 
-    Large parts are left out: crops around them would show no more than the whole image.
+    Large parts are left out: crops around them would show little less than the whole image.
     """
-    limit, regions = CLOSE_UPS[0] * min(pixels.shape), []
+    if (pixels & others).any():
+        return []
+    limit, regions = LONE_SIDE * min(pixels.shape), []
     for part in connected_parts(_cells(pixels)):
         region = _pixels(part, pixels)
         top, bottom, left, right = bounds(region)
-        if max(bottom - top, right - left) <= limit and not (region & others).any():
+        if max(bottom - top, right - left) <= limit:
             regions.append(region)
     return regions
 
