@@ -132,7 +132,7 @@ def main() -> None:
                     images,
                     column,
                     slices=args.slices,
-                    # The noise depends on the image, not on its batch.
+                    # The noise depends on the number of the image, not on its batch.
                     generator=[seeded(args.seed, numbers[path]) for path in batch],
                     **settings,
                 )

@@ -105,8 +105,28 @@ def test_inconsistent_batches_raise_errors(pipe):
     image = tiny.picture()
     with pytest.raises(ValueError, match="must have the same length, at least one; got 1, 1 and 0"):
         ask_batch(pipe, [image], [TASKS[0]], [])
+    with pytest.raises(TypeError, match="`instructions` must be a list; got str"):
+        ask_batch(pipe, [image, image], [TASKS[0], TASKS[0]], "up")
     with pytest.raises(ValueError, match="the same settings, but those of keypoints and segmentation differ"):
         ask_batch(pipe, [image, image], TASKS[:2], ["a", "b"])
+
+
+@pytest.mark.parametrize("task", [*TASKS, Restoration("blur"), Restoration("watermark")], ids=repr)
+def test_decoding_does_not_depend_on_the_default_device_and_dtype_of_torch(task):
+    image, changed = tiny.picture(48, 40, 1), tiny.picture(48, 40, 2)
+
+    def decode():
+        if hasattr(task, "transfer"):
+            return task.transfer(image, image, changed).tobytes()
+        return repr(task.read(image, changed))
+
+    expected = decode()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert decode() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(

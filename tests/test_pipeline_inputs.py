@@ -64,6 +64,15 @@ def test_transparency_is_dropped() -> None:
     assert upright_rgb(PIL.Image.new("RGBA", (1, 1), (10, 20, 30, 0))).getpixel((0, 0)) == (10, 20, 30)
 
 
+@pytest.mark.parametrize(("mode", "keeps_profile"), [("RGB", True), ("P", True), ("L", False), ("CMYK", False)])
+def test_a_saved_result_is_opaque_and_has_no_profile_of_another_color_space(mode: str, keeps_profile: bool) -> None:
+    picture = PIL.Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode)
+    picture.info |= {"transparency": (255, 255, 255) if mode == "RGB" else 0, "icc_profile": b"profile"}
+    rgb = upright_rgb(picture)
+    assert "transparency" not in rgb.info and ("icc_profile" in rgb.info) == keeps_profile
+    assert "transparency" in picture.info, "the input is not changed"
+
+
 def test_exif_orientation_is_applied(pipe: InstructDiffusionPipeline) -> None:
     turned = tiny.picture(32, 48).transpose(PIL.Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # "rotate clockwise for display"

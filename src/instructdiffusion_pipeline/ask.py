@@ -233,7 +233,7 @@ def ask_batch(
     """
     given = {"images": images, "tasks": tasks} | ({} if instructions is None else {"instructions": instructions})
     for name, values in given.items():
-        if not isinstance(values, Sequence):
+        if not isinstance(values, Sequence) or isinstance(values, str):
             raise TypeError(f"`{name}` must be a list; got {type(values).__name__}.")
     instructions = [None] * len(tasks) if instructions is None else instructions
     check_questions(pipeline, images, tasks, instructions, use_readout, slices, settings)

@@ -234,7 +234,12 @@ def upright_rgb(picture: PIL.Image.Image, name: str = "image") -> PIL.Image.Imag
         picture = PIL.Image.fromarray(levels.astype(np.uint8))
     elif picture.mode == "La":
         picture = picture.convert("LA")
-    return picture.convert("RGB")
+    rgb = picture.convert("RGB")
+    # Otherwise a result that is saved would have transparent pixels, or the profile of another color space.
+    rgb.info.pop("transparency", None)
+    if not picture.mode.startswith(("RGB", "P")):
+        rgb.info.pop("icc_profile", None)
+    return rgb
 
 
 def _as_pictures(image: Any) -> list[PIL.Image.Image | torch.Tensor]:
@@ -951,7 +956,8 @@ class InstructDiffusionPipeline(
             sigmas: custom noise levels, in descending order, instead of `num_inference_steps`; for schedulers whose
                 `set_timesteps` takes them.
             strength: the fraction of the steps to run, in (0, 1]. 1.0 runs all steps from pure noise. Below 1.0, the
-                last `round(num_inference_steps * strength)` steps run, starting from the noised image latents.
+                last `round(num_inference_steps * strength)` steps run, starting from the noised image latents. If
+                these are all steps, it is like 1.0.
             num_images_per_prompt: number of outputs per sample.
             ensemble_size: number of images whose mean is an output, as in Marigold (arXiv 2312.02145). They start from
                 different noise, so that random errors of single images are weaker in the mean. M = N * ensemble_size

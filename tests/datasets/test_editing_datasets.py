@@ -496,6 +496,20 @@ def test_a_missing_folder_is_named_if_the_hub_has_no_such_table_either(own_cache
         HubTable.load("my/pictures")
 
 
+def test_tables_that_cannot_be_read_raise_errors_with_a_remedy():
+    table = hub.Dataset.from_dict(ROWS, features=hub.Features(FEATURES))
+    for other in (hub.DatasetDict(train=table), table.to_iterable_dataset()):
+        with pytest.raises(TypeError, match=rf"`table` must be .* with `split` and .*; got {type(other).__name__}"):
+            HubTable(other)
+    with pytest.raises(ValueError, match="must be three columns; got .*'edited_image', 'edit_prompt', 'edited_image'"):
+        HubTable(table, image="edited_image")
+    paths = table.remove_columns("original_image").add_column("original_image", ["a.png"] * len(table))
+    with pytest.raises(
+        ValueError, match=r"images in the column 'original_image'; got .*\.cast_column\('original_image'"
+    ):
+        HubTable(paths)
+
+
 def test_an_instruction_that_is_not_text_is_skipped():
     features = FEATURES | {"edit_prompt": hub.List(hub.Value("string"))}
     lists = hub.Dataset.from_dict(ROWS | {"edit_prompt": [["a", "b"]] * 3}, features=hub.Features(features))

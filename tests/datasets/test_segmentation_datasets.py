@@ -417,6 +417,17 @@ def write_coco_instances(root, *annotations, sizes=((40, 30), (30, 40))):
     return write_json(root / "annotations" / "instances_train2017.json", content)
 
 
+def test_categories_that_differ_in_case_only_are_one(tmp_path):
+    """The tokenizer ignores case, so that one prompt would have two answers."""
+    file = write_coco_instances(tmp_path, instance(1, 1, 1, [SQUARE]), instance(2, 2, 7, [SQUARE]))
+    content = json.loads(file.read_text())
+    content["categories"][1]["name"] = "Cat"
+    write_json(file, content)
+    dataset = coco_instances(tmp_path)
+    assert [list(dataset[index][1]) for index in range(2)] == [["cat"], ["cat"]]
+    assert all(dataset[index][1]["cat"].any() for index in range(2))
+
+
 def test_masks_of_coco_instances_are_those_of_its_own_api(tmp_path):
     rle = coco_mask.encode(np.asfortranarray(np.eye(40, 30, dtype=np.uint8)))
     rle["counts"] = rle["counts"].decode()

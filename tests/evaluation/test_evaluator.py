@@ -288,6 +288,21 @@ def test_examples_that_fail_are_counted_and_listed(whole):
     assert [line for line in table.splitlines() if line.startswith("| noise | PSNR |")][0].endswith("| 5 | 3 |")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"resize_mode": "strech"}, "`resize_mode` must be .*; got 'strech'"),
+        ({"seed": -1}, "`seed` must be at least 0; got -1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1; got 0"),
+        ({"baselines": {"ceiling": lambda example: None}}, "`baselines` must not have the names ceiling"),
+    ],
+)
+def test_wrong_arguments_raise_errors_and_leave_no_files(pipe, tmp_path, arguments, told):
+    with pytest.raises(ValueError, match=told):
+        evaluate(pipe, [], tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_any_score_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 could be scored"):
         run_tiny.run(tmp_path, examples=[LazyExample("broken", "noise", run_tiny.unreadable)])

@@ -27,6 +27,11 @@ def test_items_are_the_samples_of_the_mixture(pipe, samples):
         assert item["position"] == position and item["skipped"] == 0
 
 
+def test_iterating_over_samples_ends_after_an_epoch(pipe, samples, tmp_path):
+    for dataset in (samples, cache_samples(samples, 5, pipe, tmp_path), MultiSizeDataset([samples], 2)):
+        assert [int(item["position"]) for item in dataset] == list(range(len(dataset)))
+
+
 def test_images_of_several_sizes_raise_an_error(pipe):
     sources = [
         Source(name, Pairs(2, side=side), Editing.from_annotation) for name, side in (("small", 32), ("large", 64))

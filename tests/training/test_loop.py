@@ -408,6 +408,10 @@ def test_unsupported_settings_raise_before_files_are_written(pipe, two_samples, 
     ("settings", "words"),
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1; got 0"),
+        ({"max_train_steps": 125.0}, "`max_train_steps` must be an integer; got 125.0"),
+        ({"learning_rate": "fast"}, "`learning_rate` must be a number; got 'fast'"),
+        ({"max_grad_norm": None}, "`max_grad_norm` must be a number; got None"),
+        ({"lora_rank": 4.0}, "`lora_rank` must be an integer; got 4.0"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
         ({"min_snr_gamma": 0.0}, "`min_snr_gamma` must be above 0; got 0.0"),
         ({"timestep_bias": 0.0}, "`timestep_bias` must be above 0; got 0.0"),
@@ -444,6 +448,26 @@ def test_training_runs_with_each_learning_rate_scheduler(name, pipe, two_samples
     config = dataclasses.replace(FEW, max_train_steps=3, batch_size=1, lr_scheduler=name, lr_warmup_steps=warmup)
     train(pipe, two_samples, config, tmp_path)
     assert checkpoints(tmp_path) == ["checkpoint-3"]
+
+
+def test_numbers_of_other_libraries_and_texts_are_converted():
+    """PyYAML reads 1e-4 as a text. A checkpoint stores the settings as JSON."""
+    given = {"max_train_steps": np.int64(4), "learning_rate": "1e-4", "ema_decay": torch.tensor(0.5), "lora_rank": 4}
+    config = TrainingConfig(**given, min_snr_gamma=np.float32(5))
+    values = config.max_train_steps, config.learning_rate, config.ema_decay, config.min_snr_gamma
+    assert values == (4, 1e-4, 0.5, 5.0) and [type(value) for value in values] == [int, float, float, float]
+    json.dumps(dataclasses.asdict(config))
+
+
+def test_a_refused_call_does_not_change_the_pipeline(pipe, two_samples, tmp_path):
+    pipe.register_to_config(score_calibration={"keypoints": [1.0, 0.0]})
+    train(InstructDiffusionPipeline(**tiny.components()), two_samples, FEW, tmp_path / "used")
+    settings = {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters()}
+    with pytest.raises(ValueError, match="of an earlier run"):
+        train(pipe, two_samples, dataclasses.replace(FEW, lora_rank=2), tmp_path / "used")
+    assert {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters()} == settings
+    assert pipe.config.score_calibration and not pipe.unet.training
+    pipe.check_no_adapters()
 
 
 def test_lora_has_its_own_default_learning_rate():

@@ -74,6 +74,10 @@ def test_training_starts_from_a_stable_diffusion_folder(tmp_path):
     again.set_progress_bar_config(disable=True)
     assert not again.config.score_calibration, "it is for the weights before training"
     assert again.config.task_settings == pipe.config.task_settings
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "tuned")
+    assert isinstance(load_for_training(tmp_path / "tuned").scheduler, DDIMScheduler), "the settings are for it"
+    pipe.scheduler = again.scheduler
     first, second = (one(**tiny.inputs()).images for one in (pipe, again))
     assert first.shape == (1, 32, 32, 3) and (first == second).all()
 

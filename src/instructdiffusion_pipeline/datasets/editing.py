@@ -359,13 +359,29 @@ class HubTable(ReducibleImages):
         instruction: str = "edit_prompt",
         edited: str = "edited_image",
     ):
+        from datasets import Dataset
+        from datasets import Image as ImageFeature
+
         self.columns, self.skipped = [image, instruction, edited], Skipped()
+        if not isinstance(table, Dataset):
+            raise TypeError(
+                "`table` must be a datasets.Dataset, as `load_dataset` returns with `split` and without `streaming`;"
+                f" got {type(table).__name__}."
+            )
+        if len(set(self.columns)) < 3:
+            raise ValueError(f"`image`, `instruction` and `edited` must be three columns; got {self.columns}.")
         unknown = sorted(set(self.columns) - set(table.column_names))
         if unknown:
             raise ValueError(
                 f"`table` has no column {unknown}; it has {', '.join(table.column_names)}. Pass the column names. A"
                 " folder of images needs a metadata.jsonl."
             )
+        for column in (image, edited):
+            if not isinstance(feature := table.features[column], ImageFeature):
+                raise ValueError(
+                    f"`table` must have images in the column {column!r}; got {feature}. For paths, call"
+                    f" `table.cast_column({column!r}, datasets.Image())`."
+                )
         self.table = table.select_columns(self.columns)
         rows = []
         for row, text in enumerate(table[instruction]):

@@ -126,13 +126,18 @@ class CocoInstances:
 
 
 def read_categories(content: Any, file: str | PathLike[str]) -> Mapping[int, str]:
-    """The names of the categories of a COCO JSON by id. Raises a ValueError if one is malformed or an id repeats."""
+    """The names of the categories of a COCO JSON by id. Raises a ValueError if one is malformed or an id repeats.
+
+    Names that differ in case only get the spelling of the first one, because the tokenizer ignores case.
+    """
     categories: dict[int, str] = {}
+    spelling: dict[str, str] = {}
     for item in list_records(content, file, "categories"):
         why = wrong_field(item, id=is_id, name=lambda name: is_text(name) and bool(name.strip()))
         if why or item["id"] in categories:
             raise ValueError(f"{file}: the category {item} has {why or 'an id that another one has'}.")
-        categories[item["id"]] = item["name"].strip()
+        name = item["name"].strip()
+        categories[item["id"]] = spelling.setdefault(name.lower(), name)
     return categories
 
 

@@ -76,6 +76,12 @@ def evaluate(
     settings = settings_by_family or {}
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0; got {seed}.")
+    if resize_mode not in (None, "crop", "stretch"):
+        raise ValueError(f'`resize_mode` must be "crop", "stretch" or None; got {resize_mode!r}.')
+    if taken := sorted(COLUMNS.intersection(baselines or ())):
+        raise ValueError(f"`baselines` must not have the names {', '.join(taken)}, which are other columns.")
     report.check_examples(examples)
     run = {
         "model": pipeline_fingerprint(pipeline),
@@ -156,6 +162,10 @@ class Question:
     example: Example
     task: Task
     truth: Image.Image
+
+
+# Columns of the table that baselines cannot have.
+COLUMNS = frozenset({"model", "ceiling", "input", "input through the VAE", "output alone", "decoding by color"})
 
 
 @dataclass(frozen=True)

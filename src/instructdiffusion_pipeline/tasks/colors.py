@@ -144,7 +144,7 @@ def coverage(
         The coverage, and the distance |color - image| of each pixel in levels; both [N, height, width].
     """
     source, target = (torch.from_numpy(np.asarray(array, dtype=np.float32)) for array in (image, answer))
-    toward = torch.tensor(list(colors), dtype=torch.float32)[:, None, None] - source  # [N, H, W, 3]
+    toward = torch.from_numpy(np.array(list(colors), np.float32))[:, None, None] - source  # [N, H, W, 3]
     moved = target - source
     dot, norm = (moved * toward).sum(-1), (toward**2).sum(-1)  # [N, H, W]
 

@@ -281,7 +281,7 @@ def find_disc(share: np.ndarray, known: np.ndarray, radius: float) -> tuple[floa
     are tried.
     """
     reach = math.ceil(1.6 * radius) + 1
-    offsets = torch.arange(-reach, reach + 1).float()
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device="cpu")
     distance = (offsets[:, None] ** 2 + offsets[None, :] ** 2).sqrt()
     inside, ring = distance**2 <= radius**2 + 1, (distance > math.sqrt(radius**2 + 1) + 1) & (distance <= reach)
     kernels = torch.stack([inside, ring]).float()

@@ -313,7 +313,8 @@ def _regress(
 def _solve(spread: torch.Tensor, shared: torch.Tensor, ridge: float) -> torch.Tensor:
     """X with X (spread + ridge) = shared at each pixel; `spread` is [C * C, h, w], `shared` and X [n * C, h, w]."""
     channels = math.isqrt(len(spread))
-    matrices = spread.unflatten(0, (channels, channels)).permute(2, 3, 0, 1) + ridge * torch.eye(channels)
+    matrices = spread.unflatten(0, (channels, channels)).permute(2, 3, 0, 1)
+    matrices = matrices + ridge * torch.eye(channels, dtype=spread.dtype, device=spread.device)
     rows = shared.unflatten(0, (-1, channels)).permute(2, 3, 1, 0)
     return torch.linalg.solve(matrices, rows).permute(3, 2, 0, 1).flatten(0, 1)
 
@@ -331,7 +332,7 @@ def _strips(
     """
     height, width = size
     for top in range(0, height, STRIP_ROWS):
-        rows = torch.arange(top, min(top + STRIP_ROWS, height))
+        rows = torch.arange(top, min(top + STRIP_ROWS, height), device="cpu")
         if _rows(region, rows, height).any():
             strips = [_rows(plane, rows, height) for plane in planes]
             yield (
@@ -342,7 +343,7 @@ def _strips(
 
 def _rows(planes: torch.Tensor, rows: torch.Tensor, height: int) -> torch.Tensor:
     """The given `rows` of planes [C, h, w] that are enlarged bilinearly to `height`; [C, len(rows), w]."""
-    place = ((rows + 0.5) * planes.shape[1] / height - 0.5).clamp(0, planes.shape[1] - 1)
+    place = ((rows.float() + 0.5) * planes.shape[1] / height - 0.5).clamp(0, planes.shape[1] - 1)
     upper = place.floor().long()
     lower = (upper + 1).clamp(max=planes.shape[1] - 1)
     share = (place - upper)[:, None]

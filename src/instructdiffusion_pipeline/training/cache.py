@@ -12,13 +12,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from instructdiffusion_pipeline.files import atomic_write
 from instructdiffusion_pipeline.fingerprint import check_run_config, fingerprint
 from instructdiffusion_pipeline.training.data import (
     FINGERPRINT_SAMPLES,
+    EpochDataset,
     ImageDataset,
     count_workers,
     dataset_fingerprint,
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 SHARD_SIZE = 1024  # samples per file
 
 
-class CachedDataset(Dataset):
+class CachedDataset(EpochDataset):
     """The encoded samples in a folder, memory-mapped, in a different order in each epoch.
 
     A sample contains the posterior mode of the input latents, the posterior mean and standard deviation of the target

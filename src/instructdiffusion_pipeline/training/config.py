@@ -1,8 +1,9 @@
 """The settings of a training run, and the three stages of the paper as recipes."""
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+import operator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.optimization import SchedulerType
@@ -71,6 +72,7 @@ class TrainingConfig:
     seed: int = setting(0, "seed for LoRA initialization, order of samples, noise and dropout")
 
     def __post_init__(self) -> None:
+        self._convert_numbers()
         if (self.max_train_steps is None) == (self.num_train_epochs is None):
             raise ValueError("Either `max_train_steps` or `num_train_epochs` must be given.")
         if self.learning_rate is None:
@@ -120,6 +122,19 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+
+    def _convert_numbers(self) -> None:
+        """Convert numbers of NumPy and PyTorch and texts such as "1e-4", which checkpoints could not store."""
+        for entry in fields(self):
+            value, kinds = getattr(self, entry.name), get_args(entry.type) or (entry.type,)
+            if value is None and entry.default is None:
+                continue
+            for kind, convert, noun in ((int, operator.index, "an integer"), (float, float, "a number")):
+                if kind in kinds:
+                    try:
+                        object.__setattr__(self, entry.name, convert(value))  # because the dataclass is frozen
+                    except (TypeError, ValueError) as error:
+                        raise ValueError(f"`{entry.name}` must be {noun}; got {value!r}.") from error
 
     def for_samples(self, epoch: int, processes: int) -> "TrainingConfig":
         """The same settings with `max_train_steps` instead of `num_train_epochs`, for `epoch` samples per epoch."""

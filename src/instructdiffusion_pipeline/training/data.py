@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,7 +36,17 @@ class TrainingSamples(Protocol):
     def __getitem__(self, position: int) -> Batch: ...
 
 
-class ImageDataset(Dataset):
+class EpochDataset(Dataset):
+    """A dataset whose indices continue with the next epoch. Iterating over it gives one epoch."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[position] for position in range(len(self)))
+
+
+class ImageDataset(EpochDataset):
     """The samples of a mixture as images [3, H, W], 8 bits, and token ids [77].
 
     An item also has its `position`, the index of its `source` in `sources`, and the number of unreadable samples that
@@ -90,7 +100,7 @@ class ImageDataset(Dataset):
         return ids
 
 
-class MultiSizeDataset(Dataset):
+class MultiSizeDataset(EpochDataset):
     """The samples of several datasets whose images differ in size. All samples of a batch are from one dataset.
 
     In an epoch, each dataset has a number of batches in proportion to its length. Their order is random.

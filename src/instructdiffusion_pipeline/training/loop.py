@@ -124,19 +124,9 @@ def train(
     )
     # Checkpoints of LoRA do not contain the frozen weights, so these are hashed, before `Denoiser` rounds them.
     frozen_unet = fingerprint(pipeline.unet) if config.lora_rank else None
-    model = Denoiser(pipeline, config)
-    pipeline.register_to_config(score_calibration={})  # it is for the weights before training
-    if config.torch_compile:
-        model.compile()
-    optimizer = make_optimizer(list(trainable_parameters(model).values()), config)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
 
-    # 2. Resume. A sample and its noise depend only on its position, so the state of the data need not be saved.
+    # 2. Find the checkpoint to resume from, before the pipeline is changed. A sample and its noise depend only on its
+    # position, so the state of the data need not be saved.
     samples_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     settings = asdict(config) | {
         "samples_per_step": samples_per_step,
@@ -153,6 +143,17 @@ def train(
         accelerator.print(
             f"Resuming from {checkpoint}" if checkpoint else f"No checkpoint in {folder}: starting from the beginning"
         )
+    model = Denoiser(pipeline, config)
+    pipeline.register_to_config(score_calibration={})  # it is for the weights before training
+    if config.torch_compile:
+        model.compile()
+    optimizer = make_optimizer(list(trainable_parameters(model).values()), config)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.print(describe_size(pipeline, model, config, folder))
     collator = partial(

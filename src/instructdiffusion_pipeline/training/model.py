@@ -19,7 +19,8 @@ def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     """Load a pipeline to train, in float32, from a folder or Hub id of InstructDiffusion or Stable Diffusion.
 
     If the UNet has no input channels for image latents, they are added (see `expand_conv_in`). The scheduler is
-    replaced by that of InstructDiffusion with the model's `prediction_type`. A safety checker is not loaded. The
+    replaced by that of InstructDiffusion with the model's `prediction_type`, unless the model has `task_settings`,
+    which were chosen for its own scheduler. A safety checker is not loaded. The
     `score_calibration` is removed, because it is for the weights before training.
 
     Raises:
@@ -29,9 +30,10 @@ def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
     pipeline = InstructDiffusionPipeline.from_pretrained(
         model, unet=expand_conv_in(unet), safety_checker=None, requires_safety_checker=False, dtype=torch.float32
     )
-    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="linspace"
-    )
+    if not pipeline.config.task_settings:
+        pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="linspace"
+        )
     pipeline.register_to_config(score_calibration={})
     return pipeline
 
