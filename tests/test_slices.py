@@ -12,7 +12,7 @@ from instructdiffusion_pipeline.slices import (
     combine_slices,
     confirm_region,
     crop_view,
-    lone_regions,
+    is_lone,
     new_regions,
     segment_slices,
     slice_boxes,
@@ -287,14 +287,16 @@ def test_the_safety_checker_is_reported_for_crops():
         assert segment_slices(run, [view_of(task, image)], {"ball": margin}, 0.56, None)[1] == flag
 
 
-def test_lone_regions_are_connected_parts_if_no_pixel_is_in_the_others():
+def test_a_mask_is_lone_if_it_is_small_and_the_others_confirm_no_part_of_it():
     pixels, others = np.zeros((2, 300, 200), bool)
-    pixels[100:120, 100:140] = pixels[200:250, 20:25] = pixels[200:251, 120:125] = True
-    others[30:80, 39:60] = others[290:, 20:25] = True
-    wide, tall = lone_regions(pixels, others)
-    assert wide.sum() == 800 and wide[100:120, 100:140].all() and tall.sum() == 250, "the last one is too large"
-    pixels[30:40, 10:40] = True
-    assert lone_regions(pixels, others) == [], "the others confirm a part of the mask"
+    assert not is_lone(pixels, others)
+    pixels[100:120, 100:110] = pixels[100:120, 140:150] = True
+    others[30:80, 39:60] = True
+    assert is_lone(pixels, others), "its two parts take up 50 of 200 pixels"
+    others[119:130, 149:160] = True
+    assert not is_lone(pixels, others)
+    others[:], pixels[110, 150] = False, True
+    assert not is_lone(pixels, others)
 
 
 @pytest.mark.parametrize("marking, views, kept", [(1, 2, True), (1, 3, False), (2, 3, True)])

@@ -112,8 +112,7 @@ def ask(
         slices: for segmentation of small objects: the model is also run on overlapping slices of the image, whose
             sides are this fraction of the image's sides, and the masks are combined. With 0.56 there are nine slices
             per object, so the computation is ten times as large. The model is also run on three crops around each
-            region that only the slices mark and, if they mark no part of the mask of the whole image, around its small
-            regions.
+            region that only the slices mark, and around a small mask of the whole image that no slice confirms.
         settings: arguments of the pipeline's `__call__`. They override the model's own settings
             (`pipeline.config.task_settings[task.family]`), which override those of the task.
 

@@ -17,7 +17,7 @@ SLICE_OVERLAP = 0.6  # of neighboring slices, as a fraction of their side
 SLICE_BATCH = 8  # slices per call of the pipeline
 # An object that only slices show, or only the whole image, takes up these fractions of the sides of crops around it.
 CLOSE_UPS = (0.3, 0.45, 0.6)
-LONE_SIDE = 0.25  # maximum side of a checked region that only the whole image shows, relative to the shorter side
+LONE_SIDE = 0.25  # maximum side of a checked mask that only the whole image shows, relative to the shorter side
 CLOSE_UP_SIDE = 0.15  # minimum side of a crop, relative to the image's shorter side
 MIN_REGION = 0.001  # of the image; smaller regions are dropped
 MIN_SEEN = 0.3  # fraction of a region that the output for a crop must mark to confirm it
@@ -58,7 +58,7 @@ def segment_slices(
             marked, margin = whole > 0, np.maximum(whole, sliced[name])
             unconfirmed, regions = new_regions(Mask.from_margin(margin).pixels, marked)
             margin = np.where(unconfirmed, np.minimum(margin, 0), margin)
-            lone = lone_regions(marked, sliced[name] > 0)
+            lone = [marked] if is_lone(marked, sliced[name] > 0) else []
             for number, region in enumerate([*regions, *lone]):
                 crops = run_close_ups(run, view, region)
                 responses += [response for _, response in crops]
@@ -190,20 +190,15 @@ def new_regions(pixels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list
     return _pixels(left, pixels), [region for region in regions if region.mean() >= MIN_REGION]
 
 
-def lone_regions(pixels: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of `pixels` (bool, [height, width]) if no pixel is in `others`, otherwise none.
+def is_lone(pixels: np.ndarray, others: np.ndarray) -> bool:
+    """Whether `pixels` (bool, [height, width]) are a small part of the image, and none of them is in `others`.
 
-    Large parts are left out: crops around them would show little less than the whole image.
+    Slices and crops do not show all of a larger object, so they cannot refute it.
     """
-    if (pixels & others).any():
-        return []
-    limit, regions = LONE_SIDE * min(pixels.shape), []
-    for part in connected_parts(_cells(pixels)):
-        region = _pixels(part, pixels)
-        top, bottom, left, right = bounds(region)
-        if max(bottom - top, right - left) <= limit:
-            regions.append(region)
-    return regions
+    if not pixels.any() or (pixels & others).any():
+        return False
+    top, bottom, left, right = bounds(pixels)
+    return max(bottom - top, right - left) <= LONE_SIDE * min(pixels.shape)
 
 
 def _cells(pixels: np.ndarray) -> torch.Tensor:
