@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 
 import pack
 import pytest
@@ -82,8 +82,7 @@ def test_two_training_stages_and_the_table(run_pack, world_folder, tiny_recipe, 
     def unpack(name):
         parts = sorted((tmp_path / name).glob("model.tar.*"))
         (tmp_path / f"{name}.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
-        with tarfile.open(tmp_path / f"{name}.tar") as archive:
-            archive.extractall(tmp_path / f"{name}-model", filter="data")
+        shutil.unpack_archive(tmp_path / f"{name}.tar", tmp_path / f"{name}-model")
         return tmp_path / f"{name}-model"
 
     run("bash", folder / "train_gpu.sh", "600", tmp_path / "first")
