@@ -76,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.private[repo] = asked.get("private") is True or asked.get("visibility") == "private"
             self._answer(200, {"url": f"{hub.url}/{repo}", "name": repo})
         elif path == "/api/validate-yaml":
-            self._answer(200, {"errors": [], "warnings": []})
+            is_refused = b"license: no-such-license" in json.loads(body)["content"].encode()
+            self._answer(400 if is_refused else 200, {"errors": ["license"] if is_refused else [], "warnings": []})
         elif match := re.fullmatch(r"/uploads/(\w{64})", path):
             hub.uploads[match[1]] = body
             self._answer(200)

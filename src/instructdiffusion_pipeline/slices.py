@@ -58,15 +58,14 @@ def segment_slices(
             marked, margin = whole > 0, np.maximum(whole, sliced[name])
             unconfirmed, regions = new_regions(Mask.from_margin(margin).pixels, marked)
             margin = np.where(unconfirmed, np.minimum(margin, 0), margin)
-            lone = [marked] if is_lone(marked, sliced[name] > 0) else []
-            for number, region in enumerate([*regions, *lone]):
+            for region in [*regions, marked] if is_lone(marked, sliced[name] > 0) else regions:
                 crops = run_close_ups(run, view, region)
                 responses += [response for _, response in crops]
                 confirming, shown = confirm_region(region, name, crops, readout)
-                if number < len(regions):
-                    margin = np.maximum(margin, shown) if confirming == len(crops) else margin
-                elif 2 * confirming <= len(crops):
-                    margin = np.where(region, np.minimum(margin, 0), margin)
+                if region is not marked and confirming == len(crops):
+                    margin = np.maximum(margin, shown)
+                if region is marked and 2 * confirming <= len(crops):
+                    margin = np.where(marked, np.minimum(margin, 0), margin)
             combined[name] = margin
     return combined, any(response.flag for response in responses)
 

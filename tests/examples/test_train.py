@@ -363,6 +363,20 @@ def test_an_error_of_the_hub_is_raised_before_training(model, table, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_license_that_the_hub_refuses_is_reported_before_training(model, table, tmp_path):
+    with running_hub() as hub:
+        env = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_secret",
+            "HF_HOME": str(tmp_path / "cache"),
+        }
+        published = {"push_to": "you/mine", "license": "no-such-license"}
+        refused = run(model, f"table={table}", tmp_path / "run", env=env, **published)
+    assert refused.returncode == 2 and "license" in refused.stderr.splitlines()[-1], refused.stderr
+    assert not hub.files and not (tmp_path / "run").exists()
+
+
 KINDS = {
     "two_processes_cpu": DistributedType.MULTI_GPU,  # because accelerate's launcher has no other way to start them
     "several_gpus": DistributedType.MULTI_GPU,

@@ -51,7 +51,7 @@ class ReferringExpressions:
         self.folder, self.skipped = Path(images), Skipped()
         self._pictures = coco_pictures(instances, file, self.skipped)
         objects = {
-            item["id"]: item for item in list_records(instances, file, "annotations") if is_name(item.get("id"))
+            item["id"]: item for item in list_records(instances, file, "annotations") if is_any_id(item.get("id"))
         }
         self._references: list[dict[str, Any]] = []
         self._outlines: dict[int | str, RunLengths] = {}
@@ -63,7 +63,12 @@ class ReferringExpressions:
                 continue
             why = (
                 wrong_field(
-                    reference, ref_id=is_name, ann_id=is_names, image_id=is_id, split=is_text, sentences=are_sentences
+                    reference,
+                    ref_id=is_any_id,
+                    ann_id=are_any_ids,
+                    image_id=is_id,
+                    split=is_text,
+                    sentences=are_sentences,
                 )
                 or (not sentences(reference) and "no sentence")
                 or (reference["image_id"] not in self._pictures and "an image that instances.json lacks")
@@ -122,14 +127,14 @@ def in_split(own: str, split: str) -> bool:
     return own == split
 
 
-def is_name(value: Any) -> bool:
+def is_any_id(value: Any) -> bool:
     """Whether a value of a file is an id of a reference or an object: a number, or text in RefClef."""
     return is_id(value) or is_text(value)
 
 
-def is_names(value: Any) -> bool:
-    """Whether a value of a file is such an id, or a list of them."""
-    return is_name(value) or bool(value) and is_list_of(is_name)(value)
+def are_any_ids(value: Any) -> bool:
+    """Whether a value of a file is the id of an object, or a list of ids."""
+    return is_any_id(value) or bool(value) and is_list_of(is_any_id)(value)
 
 
 def are_sentences(value: Any) -> bool:

@@ -29,6 +29,8 @@ from instructdiffusion_pipeline.views import decode_pictures
 
 Settings = Mapping[str, Mapping[str, Any]]
 Baseline = Callable[[Example], Any]  # returns a prediction, or None if the baseline does not apply
+# Columns of the table that baselines cannot have.
+COLUMNS = frozenset({"model", "ceiling", "input", "input through the VAE", "output alone", "decoding by color"})
 
 
 @torch.no_grad()
@@ -162,10 +164,6 @@ class Question:
     example: Example
     task: Task
     truth: Image.Image
-
-
-# Columns of the table that baselines cannot have.
-COLUMNS = frozenset({"model", "ceiling", "input", "input through the VAE", "output alone", "decoding by color"})
 
 
 @dataclass(frozen=True)

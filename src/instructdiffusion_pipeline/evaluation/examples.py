@@ -93,8 +93,8 @@ def load_examples(
         training = [source for source, _ in load_sources(entries, size)]
     else:
         training = [
-            spec.test_source(entry.name, entry.folder, size, spec.train_split)
-            for entry, spec in ((entry, DATASETS[entry.key]) for entry in parse_entries(entries))
+            DATASETS[entry.key].test_source(entry.name, entry.folder, size, DATASETS[entry.key].train_split)
+            for entry in parse_entries(entries)
         ]
     test = load_test_sources(entries, size, test_split)
     return (

@@ -20,8 +20,8 @@ def load_for_training(model: str | PathLike[str]) -> InstructDiffusionPipeline:
 
     If the UNet has no input channels for image latents, they are added (see `expand_conv_in`). The scheduler is
     replaced by that of InstructDiffusion with the model's `prediction_type`, unless the model has `task_settings`,
-    which were chosen for its own scheduler. A safety checker is not loaded. The
-    `score_calibration` is removed, because it is for the weights before training.
+    which were chosen for its own scheduler. A safety checker is not loaded. The `score_calibration` is removed,
+    because it is for the weights before training.
 
     Raises:
         ValueError: if the number of UNet input channels is neither C nor 2 * C.
